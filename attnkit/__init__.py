@@ -1,0 +1,1 @@
+"""attnkit: attention as a value, lowered onto fused kernels with a proof."""

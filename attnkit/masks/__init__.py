@@ -1,0 +1,45 @@
+"""Masks: exact sets of allowed (query, key) cells, as values."""
+
+from attnkit.masks.algebra import And, Not, Or
+from attnkit.masks.base import MASKS, Align, Enclosure, Full, Mask
+from attnkit.masks.blocks import BlockCausal, Chunked
+from attnkit.masks.causal import Band, Causal, SlidingWindow
+from attnkit.masks.cut import Cut
+from attnkit.masks.dense import Dense
+from attnkit.masks.dilated import Dilated
+from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.parse import parse
+from attnkit.masks.per_head import PerHead
+from attnkit.masks.predicate import Predicate
+from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
+
+register = MASKS.register
+
+__all__ = [
+    "MASKS",
+    "Align",
+    "And",
+    "Band",
+    "BlockCausal",
+    "Causal",
+    "Chunked",
+    "Columns",
+    "Cut",
+    "Dense",
+    "Dilated",
+    "Documents",
+    "Enclosure",
+    "Full",
+    "Mask",
+    "Not",
+    "Or",
+    "Padding",
+    "PerHead",
+    "Predicate",
+    "Prefix",
+    "PrefixLM",
+    "Rows",
+    "SlidingWindow",
+    "parse",
+    "register",
+]

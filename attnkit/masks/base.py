@@ -1,0 +1,382 @@
+"""`Mask`: the set of allowed cells as a value, and what every family of masks shares."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.geometry import Region
+from attnkit.registry import Registry
+from attnkit.textform import arguments_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MASKS", "Align", "Enclosure", "Mask", "anchor", "check_int", "check_ints"]
+
+Align = Literal["bottom_right", "top_left"]
+
+
+class Enclosure(NamedTuple):
+    """What is known of a mask as a region: ``inner <= mask <= outer``.
+
+    For a mask that is a region the two are equal, and are the mask.
+    """
+
+    inner: Region
+    outer: Region
+
+    @property
+    def exact(self) -> bool:
+        """Whether the two bounds meet, so that the mask is a region."""
+        return self.inner == self.outer
+
+
+class Mask(ABC):
+    """A set of allowed (query, key) cells; True means allowed, everywhere in attnkit.
+
+    Masks are values: they compare, hash, print as text that `masks.parse` reads back, and
+    combine by ``m1 & m2``, ``m1 | m2``, ``~m``, ``m1 - m2`` and ``m[q_slice, kv_slice]``. A mask
+    knows no lengths of its own unless it is built for some (`extent`).
+
+    A new family is a frozen dataclass that implements `_region` and is registered once with
+    ``@MASKS.register("its_kind")``. One that is not a finite union of slices implements
+    `enclosure` and `_cells` instead.
+    """
+
+    kind: ClassVar[str]
+
+    # -- what a family says --------------------------------------------------------------
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        """Return the exact set of allowed cells of one score matrix."""
+        raise CompositionTypeError(f"{type(self).__name__} implements no `_region`")
+
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """Return the best regions known to lie inside and outside of the mask."""
+        region = self._region(q_len, kv_len, batch, head)
+        return Enclosure(region, region)
+
+    def _cells(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
+    ) -> torch.Tensor:
+        """Return the allowed cells of one score matrix as a bool tensor [Sq, Skv]."""
+        return paint(self.enclosure(q_len, kv_len, batch, head).inner, q_len, kv_len, device)
+
+    @property
+    def batches(self) -> int | None:
+        """How many batch elements the mask tells apart; None when all are alike."""
+        return None
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads the mask tells apart; None when all are alike."""
+        return None
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """The (q_len, kv_len) the mask is built for; None where it fits any length."""
+        return (None, None)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether more rows or keys would move the set, rather than extend it."""
+        return True
+
+    # -- what everyone asks --------------------------------------------------------------
+
+    def region(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:
+        """Return the exact `Region` of the mask for one score matrix.
+
+        Raises `CompositionError` when the mask is no finite union of slices, was built for
+        other lengths, or tells fewer batch elements or heads apart than asked for.
+
+        >>> from attnkit import masks
+        >>> masks.SlidingWindow(2).region(4, 4).area
+        7
+        """
+        self.check(q_len, kv_len)
+        self._check_index("batch", batch, self.batches)
+        self._check_index("head", head, self.heads)
+        inner, outer = self.enclosure(q_len, kv_len, batch, head)
+        if inner != outer:
+            raise CompositionError(
+                f"{self!r} is not a union of slices at {q_len} x {kv_len}, so it has no Region; "
+                "use materialize() for its cells, or outer() for a region around it"
+            )
+        return inner
+
+    def outer(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:
+        """Return a region that holds every allowed cell: the mask itself where it is one."""
+        self.check(q_len, kv_len)
+        return self.enclosure(q_len, kv_len, batch, head).outer
+
+    def is_region(self, q_len: int, kv_len: int) -> bool:
+        """Whether the mask is a finite union of slices for every batch element and head."""
+        self.check(q_len, kv_len)
+        return all(
+            self.enclosure(q_len, kv_len, b, h).exact
+            for b in range(self.batches or 1)
+            for h in range(self.heads or 1)
+        )
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        batch: int = 1,
+        heads: int = 1,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Return the mask as a bool tensor [B, N, Sq, Skv], True = allowed.
+
+        Batch elements and heads that the mask does not tell apart share memory (an expanded
+        view): clone before writing. Raises `CompositionError` for a mask built for other sizes.
+
+        >>> from attnkit import masks
+        >>> masks.Causal().materialize(2, 3)[0, 0].int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+        """
+        self.check(q_len, kv_len, batch, heads)
+        b_count, h_count = self.batches or 1, self.heads or 1
+        planes = [
+            self._cells(q_len, kv_len, b, h, device) for b in range(b_count) for h in range(h_count)
+        ]
+        cells = torch.stack(planes).view(b_count, h_count, q_len, kv_len)
+        return cells.expand(batch, heads, q_len, kv_len)
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Raise `CompositionError` unless the mask fits these sizes."""
+        check_int("q_len", q_len, 0)
+        check_int("kv_len", kv_len, 0)
+        for name, want, given in (
+            ("q_len", self.extent[0], q_len),
+            ("kv_len", self.extent[1], kv_len),
+        ):
+            if want is not None and want != given:
+                raise CompositionError(
+                    f"{self!r} is built for {name}={want}, but the score matrix has "
+                    f"{name}={given}; build the mask for these lengths, or cut it: mask[a:b, c:d]"
+                )
+        for name, want, given_count in (
+            ("batch elements", self.batches, batch),
+            ("heads", self.heads, heads),
+        ):
+            if want is not None and given_count is not None and want != given_count:
+                raise CompositionError(
+                    f"{self!r} tells {want} {name} apart, but there are {given_count}; "
+                    f"give it one entry for each of them"
+                )
+
+    def _check_index(self, name: str, index: int, count: int | None) -> None:
+        if index < 0 or (count is not None and index >= count):
+            raise CompositionError(
+                f"{self!r} was asked for {name} {index}; it tells {count or 'none'} apart, "
+                "counted from 0"
+            )
+
+    def show(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0, width: int = 64) -> str:
+        """Return a small terminal picture, at most `width` characters wide.
+
+        ``#`` all allowed, ``+`` some allowed, ``.`` none; a row of text is a row (or several
+        rows) of queries.
+
+        >>> from attnkit import masks
+        >>> print(masks.Causal().show(3, 5))
+        ###..
+        ####.
+        #####
+        """
+        from attnkit.masks.picture import show
+
+        return show(self, q_len, kv_len, batch, head, width)
+
+    def plot(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Figure:
+        """Return a matplotlib figure of the score matrix (needs the extra `plot`)."""
+        from attnkit.masks.picture import plot
+
+        return plot(self, q_len, kv_len, batch, head)
+
+    # -- algebra -------------------------------------------------------------------------
+
+    def __and__(self, other: Mask) -> Mask:
+        from attnkit.masks.algebra import And
+
+        return And.of(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        from attnkit.masks.algebra import Or
+
+        return Or.of(self, other)
+
+    def __invert__(self) -> Mask:
+        from attnkit.masks.algebra import Not
+
+        return self.part if isinstance(self, Not) else Not(self)
+
+    def __sub__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self & ~other
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Mask:
+        from attnkit.masks.cut import Cut
+
+        if (
+            not isinstance(index, tuple)
+            or len(index) != 2
+            or not all(isinstance(part, slice) and part.step in (None, 1) for part in index)
+        ):
+            raise CompositionTypeError(
+                f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{index!r}]"
+            )
+        rows, keys = index
+        return Cut(self, (rows.start or 0, rows.stop), (keys.start or 0, keys.stop))
+
+    def cut(
+        self,
+        q_range: tuple[int, int | None],
+        kv_range: tuple[int, int | None],
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Mask:
+        """Return the part of the mask inside a rectangle, renumbered from its corner.
+
+        `q_len` and `kv_len` are the lengths of the whole score matrix; a mask that is anchored
+        bottom-right needs them unless the ranges run to the end.
+        """
+        from attnkit.masks.cut import Cut
+
+        return Cut(self, q_range, kv_range, q_len, kv_len)
+
+    def __bool__(self) -> bool:
+        raise CompositionTypeError(
+            f"the truth value of {self!r} is ambiguous: use `&`, `|`, `~` to combine masks, "
+            "not `and`, `or`, `not`"
+        )
+
+    # -- text ----------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({arguments_text(self, full_text)})"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({arguments_text(self, short)})"
+
+
+class MaskRegistry(Registry[type[Mask]]):
+    """The mask families, by the name that a config gives them."""
+
+    def add(self, name: str, entry: type[Mask]) -> type[Mask]:
+        """Register a family; its class name must be free too, for `masks.parse`."""
+        for known in self:
+            if self[known].__name__ == entry.__name__:
+                raise CompositionError(
+                    f"a mask family named {entry.__name__} is registered already, as {known!r}"
+                )
+        entry.kind = name
+        return super().add(name, entry)
+
+
+MASKS = MaskRegistry("mask")
+
+
+def short(value: Any) -> str:
+    """Return a repr with long tuples cut in the middle.
+
+    >>> short(tuple(range(100)))
+    '(0, 1, 2, 3, ... 100 in all)'
+    """
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"({', '.join(short(item) for item in value[:4])}, ... {len(value)} in all)"
+    return repr(value)
+
+
+def full_text(value: Any) -> str:
+    """Return the text that `masks.parse` reads back, whole."""
+    if isinstance(value, Mask):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(full_text(item) for item in value)}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
+def paint(
+    region: Region, q_len: int, kv_len: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Return a region as a bool tensor [Sq, Skv], True inside."""
+    cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
+    for s in region.slices:
+        block = cells[s.i0 : s.i1, s.j0 : s.j1]
+        rows, keys = s.i1 - s.i0, s.j1 - s.j0
+        band = torch.ones(rows, keys, dtype=torch.bool, device=device)
+        shift = s.i0 - s.j0
+        block |= band.tril(s.hi + shift).triu(s.lo + shift)
+    return cells
+
+
+def anchor(align: Align, q_len: int, kv_len: int) -> int:
+    """Return the key position that query 0 stands at: 0, or kv_len - q_len."""
+    return 0 if align == "top_left" else kv_len - q_len
+
+
+def check_align(owner: str, align: object) -> None:
+    """Raise `CompositionError` unless `align` is one of the two words."""
+    if align not in ("bottom_right", "top_left"):
+        raise CompositionError(
+            f"{owner} got align={align!r}; it is 'bottom_right' (the last query sees every "
+            "key) or 'top_left' (query 0 stands at key 0)"
+        )
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """Return `value` if it is an integer of at least `minimum`; a bool is no integer."""
+    if type(value) is not int:
+        raise CompositionTypeError(
+            f"{name}={value!r} is a {type(value).__name__}; it must be an int >= {minimum}"
+        )
+    if value < minimum:
+        raise CompositionError(f"{name}={value} is too small; it must be >= {minimum}")
+    return value
+
+
+def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
+    """Return a sequence or CPU tensor of integers as a tuple, each at least `minimum`."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool:
+            raise CompositionTypeError(
+                f"{name} is a {values.dtype} tensor of shape {tuple(values.shape)}; "
+                "it must be a 1-D tensor of integers, or a list of int"
+            )
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise CompositionTypeError(
+            f"{name}={values!r} is a {type(values).__name__}; it must be a sequence of int"
+        )
+    if not values:
+        raise CompositionError(f"{name} is empty; give at least one length")
+    return tuple(check_int(f"{name}[{k}]", value, minimum) for k, value in enumerate(values))
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Mask):
+    """Every key, for every query: ``allowed(i, j) = True``."""
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        return Region.full(q_len, kv_len)
+
+    @property
+    def anchored(self) -> bool:
+        """A full mask extends with its lengths."""
+        return False
+
+
+MASKS.add("full", Full)

@@ -1,0 +1,72 @@
+"""Masks by blocks of positions: `Chunked`, `BlockCausal`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnkit.geometry import Region, Slice
+from attnkit.masks.base import MASKS, Align, Mask, anchor, check_align, check_int
+
+__all__ = ["BlockCausal", "Chunked"]
+
+
+@dataclass(frozen=True, repr=False)
+class _Blocks(Mask):
+    size: int
+    align: Align = "bottom_right"
+
+    def __post_init__(self) -> None:
+        check_int(f"{type(self).__name__} size", self.size, 1)
+        check_align(type(self).__name__, self.align)
+
+    def _block_region(self, q_len: int, kv_len: int, causal: bool) -> Region:
+        at = anchor(self.align, q_len, kv_len)
+        first, last = at // self.size, (at + q_len - 1) // self.size
+        return Region.of(
+            *(
+                Slice(
+                    max(0, c * self.size - at),
+                    min(q_len, (c + 1) * self.size - at),
+                    0 if causal else max(0, c * self.size),
+                    min(kv_len, (c + 1) * self.size),
+                )
+                for c in range(max(first, 0), last + 1)
+            )
+        )
+
+    @property
+    def anchored(self) -> bool:
+        """Only a bottom-right anchor moves with the lengths."""
+        return self.align == "bottom_right"
+
+
+@MASKS.register("chunked")
+@dataclass(frozen=True, repr=False)
+class Chunked(_Blocks):
+    """Keys in the query's own chunk: ``j // size == p // size``, p the query's position.
+
+    >>> print(Chunked(2).show(4, 4))
+    ##..
+    ##..
+    ..##
+    ..##
+    """
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        return self._block_region(q_len, kv_len, causal=False)
+
+
+@MASKS.register("block_causal")
+@dataclass(frozen=True, repr=False)
+class BlockCausal(_Blocks):
+    """Keys in the query's own block and the blocks before: ``j // size <= p // size``.
+
+    >>> print(BlockCausal(2).show(4, 4))
+    ##..
+    ##..
+    ####
+    ####
+    """
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        return self._block_region(q_len, kv_len, causal=True)

@@ -1,0 +1,53 @@
+"""`Dilated`: every step-th key, counted from the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attnkit.geometry import Region
+from attnkit.masks.base import MASKS, Align, Enclosure, Mask, anchor, check_align, check_int
+
+__all__ = ["Dilated"]
+
+
+@MASKS.register("dilated")
+@dataclass(frozen=True, repr=False)
+class Dilated(Mask):
+    """Keys a whole number of steps away: ``(p - j) % step == 0``, p the query's position.
+
+    Not a small union of slices (it has one per residue and key), so it keeps its exact cells
+    and the bounds that are known: ``Dilated(2) & SlidingWindow(256)`` lives inside a band.
+
+    >>> from attnkit import masks
+    >>> print((masks.Dilated(2) & masks.Causal()).show(4, 4))
+    #...
+    .#..
+    #.#.
+    .#.#
+    """
+
+    step: int
+    align: Align = "bottom_right"
+
+    def __post_init__(self) -> None:
+        check_int("Dilated step", self.step, 1)
+        check_align("Dilated", self.align)
+
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """Everything bounds it from outside; step 1 is everything."""
+        full = Region.full(q_len, kv_len)
+        return Enclosure(full if self.step == 1 else Region.empty(), full)
+
+    def _cells(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
+    ) -> torch.Tensor:
+        i = torch.arange(q_len, device=device)[:, None] + anchor(self.align, q_len, kv_len)
+        j = torch.arange(kv_len, device=device)[None, :]
+        return (i - j) % self.step == 0
+
+    @property
+    def anchored(self) -> bool:
+        """Only a bottom-right anchor moves with the lengths."""
+        return self.align == "bottom_right"

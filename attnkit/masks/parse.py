@@ -1,0 +1,35 @@
+"""`masks.parse`: read a mask back from its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attnkit.errors import CompositionError
+from attnkit.masks.base import MASKS, Mask
+from attnkit.masks.rectangles import PrefixLM
+from attnkit.textform import evaluate
+
+__all__ = ["parse"]
+
+
+def parse(text: str) -> Mask:
+    """Return the mask that `text` writes, so that ``parse(str(mask)) == mask``.
+
+    The text is an expression of mask families (registered ones of others included), ``& | ~ -``
+    and cuts ``[a:b, c:d]``. Nothing but those constructors runs.
+
+    >>> parse("Causal() & SlidingWindow(64) | Columns(0, 4)")
+    (Causal() & SlidingWindow(64)) | Columns(0, 4)
+    >>> parse("Causal() & SlidngWindow(64)")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: cannot read the mask 'Causal() & SlidngWindow(64)': \
+unknown mask SlidngWindow; did you mean SlidingWindow? Known: ...
+    """
+    names: dict[str, Callable[..., Any]] = {c.__name__: c for _, c in MASKS.items()}
+    names["PrefixLM"] = PrefixLM
+    mask = evaluate(text, names, "mask")
+    if not isinstance(mask, Mask):
+        raise CompositionError(f"the text {text!r} is no mask but {mask!r}")
+    return mask

@@ -1,0 +1,79 @@
+"""`Predicate`: a mask from a function of indices, in FlexAttention's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.geometry import Region
+from attnkit.masks.base import Enclosure, Mask
+
+__all__ = ["Predicate"]
+
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class Predicate(Mask):
+    """Cells where ``fn(b, h, i, j)`` is true: FlexAttention's `mask_mod` signature.
+
+    `fn` gets broadcastable integer tensors and returns booleans. `batch` and `num_heads` say
+    how many batch elements and heads it tells apart (None: it ignores b, or h). A function is
+    opaque: it equals only itself, has no text, and its region is not known, so it runs as a
+    dense mask; write what you can as named masks and the plan gets better.
+
+    >>> even = Predicate(lambda b, h, i, j: (i + j) % 2 == 0)
+    >>> print(even.show(2, 4))
+    #.#.
+    .#.#
+    """
+
+    fn: MaskFunction
+    batch: int | None = None
+    num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise CompositionTypeError(
+                f"Predicate takes a function fn(b, h, i, j), got {self.fn!r}"
+            )
+
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """Nothing is known of a function."""
+        return Enclosure(Region.empty(), Region.full(q_len, kv_len))
+
+    def _cells(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
+    ) -> torch.Tensor:
+        i = torch.arange(q_len, device=device)[:, None]
+        j = torch.arange(kv_len, device=device)[None, :]
+        b, h = (torch.tensor(value, device=device) for value in (batch, head))
+        cells = self.fn(b, h, i, j)
+        if not isinstance(cells, torch.Tensor) or cells.dtype != torch.bool:
+            kind = cells.dtype if isinstance(cells, torch.Tensor) else type(cells).__name__
+            raise CompositionTypeError(
+                f"{self!r} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
+            )
+        return cells.expand(q_len, kv_len)
+
+    @property
+    def batches(self) -> int | None:
+        """As said by `batch`."""
+        return self.batch
+
+    @property
+    def heads(self) -> int | None:
+        """As said by `num_heads`."""
+        return self.num_heads
+
+    def __str__(self) -> str:
+        raise CompositionError(
+            f"{self!r} is a function and has no text; name it as a mask family "
+            "(@MASKS.register) or keep its cells: masks.Dense.keep(m.materialize(...))"
+        )
+
+    def __repr__(self) -> str:
+        return f"Predicate({getattr(self.fn, '__qualname__', self.fn)!s})"

@@ -1,0 +1,118 @@
+"""Masks that are rectangles: `Columns`, `Rows`, `Prefix` and `PrefixLM`. (`Full` is in base.)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnkit.errors import CompositionError
+from attnkit.geometry import Region, Slice
+from attnkit.masks.base import MASKS, Align, Mask, check_int, check_ints
+from attnkit.masks.causal import Causal
+
+__all__ = ["Columns", "Prefix", "PrefixLM", "Rows"]
+
+
+def _check_span(owner: str, start: int, stop: int | None) -> None:
+    check_int(f"{owner} start", start, 0)
+    if stop is not None:
+        check_int(f"{owner} stop", stop, 0)
+        if stop <= start:
+            raise CompositionError(
+                f"{owner}({start}, {stop}) is empty; it keeps start <= index < stop"
+            )
+
+
+@MASKS.register("columns")
+@dataclass(frozen=True, repr=False)
+class Columns(Mask):
+    """A range of keys, for every query: ``start <= j < stop``; stop None = to the end.
+
+    >>> print(Columns(1, 3).show(2, 4))
+    .##.
+    .##.
+    """
+
+    start: int
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_span("Columns", self.start, self.stop)
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        stop = kv_len if self.stop is None else min(self.stop, kv_len)
+        return Region.of(Slice(0, q_len, self.start, stop))
+
+    @property
+    def anchored(self) -> bool:
+        """Counted from the first key."""
+        return False
+
+
+@MASKS.register("rows")
+@dataclass(frozen=True, repr=False)
+class Rows(Mask):
+    """A range of queries, with every key: ``start <= i < stop``; stop None = to the end.
+
+    >>> print(Rows(0, 1).show(2, 3))
+    ###
+    ...
+    """
+
+    start: int
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_span("Rows", self.start, self.stop)
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        stop = q_len if self.stop is None else min(self.stop, q_len)
+        return Region.of(Slice(self.start, stop, 0, kv_len))
+
+    @property
+    def anchored(self) -> bool:
+        """Counted from the first query."""
+        return False
+
+
+@MASKS.register("prefix")
+@dataclass(frozen=True, repr=False)
+class Prefix(Mask):
+    """The first `length` keys, for every query: ``j < length``, or ``j < length[batch]``.
+
+    >>> print((Causal() | Prefix(2)).show(4, 4))
+    ##..
+    ##..
+    ###.
+    ####
+    """
+
+    length: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if type(self.length) is int:
+            check_int("Prefix length", self.length, 0)
+        else:
+            object.__setattr__(self, "length", check_ints("Prefix length", self.length, 0))
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        length = self.length if isinstance(self.length, int) else self.length[batch]
+        return Region.of(Slice(0, q_len, 0, min(length, kv_len)))
+
+    @property
+    def batches(self) -> int | None:
+        """One length per batch element, where they differ."""
+        return None if isinstance(self.length, int) else len(self.length)
+
+    @property
+    def anchored(self) -> bool:
+        """Counted from the first key."""
+        return False
+
+
+def PrefixLM(length: int | tuple[int, ...], align: Align = "bottom_right") -> Mask:
+    """Return the prefix-LM mask ``Causal(align) | Prefix(length)``.
+
+    >>> PrefixLM(3)
+    Causal() | Prefix(3)
+    """
+    return Causal(align) | Prefix(length)

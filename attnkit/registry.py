@@ -1,0 +1,77 @@
+"""One small class behind the four registries: masks, biases, layouts, backends."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from attnkit.errors import CompositionError, CompositionTypeError
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to entries, in order of registration; a name is given once and never replaced.
+
+    >>> fruits = Registry[int]("fruit")
+    >>> fruits.add("apple", 3)
+    3
+    >>> fruits["apple"]
+    3
+    >>> fruits["aple"]
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: unknown fruit 'aple'; did you mean 'apple'? Known: apple
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Register `entry` under `name`; an already taken name is an error."""
+        if not isinstance(name, str):
+            raise CompositionTypeError(
+                f"a {self.what} is registered under a string, not {name!r} ({type(name).__name__})"
+            )
+        if name in self._entries:
+            raise CompositionError(
+                f"the {self.what} {name!r} is registered already (as {self._entries[name]!r}); "
+                "choose another name"
+            )
+        self._entries[name] = entry
+        return entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers what it decorates under `name`."""
+        return lambda entry: self.add(name, entry)
+
+    def remove(self, name: str) -> None:
+        """Forget `name` (for plug-ins that unload, and for tests)."""
+        self[name]
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        if name in self._entries:
+            return self._entries[name]
+        close = difflib.get_close_matches(str(name), self._entries, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise CompositionError(
+            f"unknown {self.what} {name!r}{hint} Known: {', '.join(self._entries)}"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def items(self) -> tuple[tuple[str, T], ...]:
+        """Return the (name, entry) pairs as they are now."""
+        return tuple(self._entries.items())
