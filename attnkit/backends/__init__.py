@@ -1,0 +1,28 @@
+"""Backends: ways to run a plan, and the rule that chooses one."""
+
+from attnkit.backends.ascend import Ascend
+from attnkit.backends.base import (
+    BACKENDS,
+    AttentionOutput,
+    Backend,
+    Operands,
+    Stats,
+    register,
+)
+from attnkit.backends.choose import AUTO_ORDER, make_plan
+from attnkit.backends.emulated import Emulated
+from attnkit.backends.reference import Reference
+
+__all__ = [
+    "AUTO_ORDER",
+    "BACKENDS",
+    "Ascend",
+    "AttentionOutput",
+    "Backend",
+    "Emulated",
+    "Operands",
+    "Reference",
+    "Stats",
+    "make_plan",
+    "register",
+]

@@ -1,0 +1,70 @@
+"""Where the sequences of a kernel call lie in the request; block-diagonal structure found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnkit.geometry import Region
+
+__all__ = ["Block", "diagonal_blocks", "tile_whole"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of the score matrix of batch element (or packed sequence) `batch`."""
+
+    batch: int
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(q_len, kv_len)`` of the rectangle."""
+        return self.i1 - self.i0, self.j1 - self.j0
+
+
+def tile_whole(batch: int, sequences: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
+    """Return one block per score matrix, each covering all of it."""
+    return tuple(Block(b, 0, q, 0, kv) for b, (q, kv) in zip(range(batch), sequences, strict=True))
+
+
+def diagonal_blocks(region: Region, q_len: int, kv_len: int, batch: int) -> tuple[Block, ...]:
+    """Split a region into the finest chain of blocks down the diagonal that holds all of it.
+
+    Rows and keys are covered without gaps and in order, as one packed call needs: rows that
+    allow nothing get a block without keys, keys that nobody sees one without rows.
+
+    >>> from attnkit import masks
+    >>> packed = masks.Documents([2, 3]).region(5, 5)
+    >>> [block.sizes for block in diagonal_blocks(packed, 5, 5, 0)]
+    [(2, 2), (3, 3)]
+    """
+    out = []
+    row = key = 0
+    for i0, i1, j0, j1 in _components(region):
+        if i0 > row:
+            out.append(Block(batch, row, i0, key, key))
+        if j0 > key:
+            out.append(Block(batch, i0, i0, key, j0))
+        out.append(Block(batch, i0, i1, j0, j1))
+        row, key = i1, j1
+    if row < q_len:
+        out.append(Block(batch, row, q_len, key, key))
+    if key < kv_len:
+        out.append(Block(batch, q_len, q_len, key, kv_len))
+    return tuple(out)
+
+
+def _components(region: Region) -> list[tuple[int, int, int, int]]:
+    """Return bounding rectangles of strips, joined until no two share a key or fall back."""
+    chain: list[tuple[int, int, int, int]] = []
+    for i0, i1, runs in region.rows():
+        j0, j1 = runs[0][0], runs[-1][2] + runs[-1][3] * (i1 - i0 - 1)
+        while chain and chain[-1][3] > j0:
+            before = chain.pop()
+            i0, j0, j1 = before[0], min(before[2], j0), max(before[3], j1)
+        chain.append((i0, i1, j0, j1))
+    return chain

@@ -1,0 +1,56 @@
+"""The score matrices of a request as regions, equal ones shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnkit.geometry import Region
+from attnkit.masks import Enclosure
+from attnkit.planner.request import Request
+
+__all__ = ["Matrices", "matrices"]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What the mask allows: one enclosure per batch element (or packed sequence) and head group.
+
+    `planes[h][b]` belongs to head group h; there is one group unless heads differ.
+    """
+
+    planes: tuple[tuple[Enclosure, ...], ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every score matrix is a region."""
+        return all(e.exact for plane in self.planes for e in set(plane))
+
+    @property
+    def per_head(self) -> bool:
+        """Whether heads differ."""
+        return len(self.planes) > 1
+
+    def regions(self, head: int = 0) -> tuple[Region, ...]:
+        """Return the outer bounds: the regions themselves where the matrices are exact."""
+        plane = self.planes[head if self.per_head else 0]
+        return tuple(e.outer for e in plane)
+
+
+@lru_cache(maxsize=256)
+def matrices(request: Request) -> Matrices:
+    """Return the score matrices of a request; matrices of equal size and mask are shared."""
+    mask = request.mask
+    known: dict[tuple[int, int, int, int], Enclosure] = {}
+
+    def one(b: int, head: int) -> Enclosure:
+        q_len, kv_len = request.sequences[b]
+        key = (q_len, kv_len, b if mask.batches is not None else 0, head)
+        if key not in known:
+            known[key] = mask.enclosure(q_len, kv_len, key[2], head)
+        return known[key]
+
+    planes = [tuple(one(b, head) for b in range(request.batch)) for head in range(mask.heads or 1)]
+    if all(plane == planes[0] for plane in planes[1:]):
+        planes = planes[:1]
+    return Matrices(tuple(planes))

@@ -1,0 +1,126 @@
+"""What a kernel call costs: counted work, weighed by a chip's table of weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from math import prod
+
+from attnkit.geometry import Region
+from attnkit.kernel import KernelCall
+from attnkit.kernel.modes import window
+
+__all__ = ["Chip", "Price", "chip", "price_call"]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The weights of one chip; `calibrated` says whether anybody measured them."""
+
+    name: str
+    calibrated: bool
+    source: str
+    tile_q: int
+    tile_kv: int
+    flops_per_ns: float
+    bytes_per_ns: float
+    launch_ns: float
+
+
+@cache
+def chip(name: str = "ascend910b") -> Chip:
+    """Return the weights of a chip from `chips.json`."""
+    table = json.loads(files("attnkit.planner").joinpath("chips.json").read_text("utf-8"))
+    return Chip(name=name, **table[name])
+
+
+@dataclass(frozen=True)
+class Price:
+    """Counted work of a forward pass over all batch elements and heads.
+
+    `cells` are the allowed cells, `tile_cells` those computed after rounding to tiles;
+    `mask_bytes` is the size of the mask tensor and `mask_traffic` what is written and read of
+    it: a full mask is built for the plan and read in every tile, a compressed one exists
+    already and is read in edge tiles only. `peak_bytes` is the memory beyond the inputs;
+    `nanoseconds` is the weighed total, an estimate that orders candidates.
+    """
+
+    cells: int
+    tile_cells: int
+    flops: int
+    mask_bytes: int
+    mask_traffic: int
+    bias_bytes: int
+    copy_bytes: int
+    launches: int
+    peak_bytes: int
+    nanoseconds: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the items by name."""
+        return asdict(self)
+
+
+def price_call(call: KernelCall, copy_bytes: int = 0, weights: Chip | None = None) -> Price:
+    """Price one call; `copy_bytes` are moved around it to change layout."""
+    weights = weights or chip()
+    cells = tile_cells = edge_cells = 0
+    for h in range(call.num_heads) if _per_head(call) else (None,):
+        share = 1 if h is not None else call.num_heads
+        for (region, sizes), count in Counter(_matrices(call, h)).items():
+            cells += region.area * count * share
+            computed, edges = _tile_cells(call, region, sizes, weights)
+            tile_cells += computed * count * share
+            edge_cells += edges * count * share
+    flops = 2 * tile_cells * (call.head_dim + call.value_dim)
+    mask_bytes = call.atten_mask.cells if call.atten_mask is not None else 0
+    bias_bytes = prod(call.pse.shape) * call.pse.dtype.itemsize if call.pse is not None else 0
+    out_bytes = prod(call.output.shape) * call.dtype.itemsize
+    stats_bytes = 2 * prod(call.stats.shape) * call.stats.dtype.itemsize
+    traffic = edge_cells if call.atten_mask is not None else 0
+    if call.atten_mask is not None and call.atten_mask.kind == "full":
+        traffic = tile_cells + mask_bytes
+    moved = traffic + bias_bytes + copy_bytes
+    return Price(
+        cells=cells,
+        tile_cells=tile_cells,
+        flops=flops,
+        mask_bytes=mask_bytes,
+        mask_traffic=traffic,
+        bias_bytes=bias_bytes,
+        copy_bytes=copy_bytes,
+        launches=1,
+        peak_bytes=mask_bytes + bias_bytes + copy_bytes + out_bytes + stats_bytes,
+        nanoseconds=flops / weights.flops_per_ns + moved / weights.bytes_per_ns + weights.launch_ns,
+    )
+
+
+def _per_head(call: KernelCall) -> bool:
+    mask = call.atten_mask
+    return mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1
+
+
+def _matrices(call: KernelCall, head: int | None) -> list[tuple[Region, tuple[int, int]]]:
+    if call.atten_mask is not None and call.atten_mask.is_opaque:
+        return [(Region.full(*sizes), sizes) for sizes in call.sequences]
+    return list(zip(call.regions(head), call.sequences, strict=True))
+
+
+def _tile_cells(
+    call: KernelCall, region: Region, sizes: tuple[int, int], chip: Chip
+) -> tuple[int, int]:
+    """Return the cells of the tiles that are computed, and of those among them with an edge."""
+    q_len, kv_len = sizes
+    if not q_len or not kv_len:
+        return 0, 0
+    if call.atten_mask is not None and call.sparse_mode in (0, 1, 5):
+        # the mask is read everywhere; only mode 0's declared window lets tiles be skipped
+        region = Region.full(q_len, kv_len)
+        if call.sparse_mode == 0:
+            region = window(q_len, kv_len, call.pre_tokens, call.next_tokens)
+    tiles = region.tiles(chip.tile_q, chip.tile_kv, q_len, kv_len)
+    one = chip.tile_q * chip.tile_kv
+    return (tiles.full + tiles.partial) * one, tiles.partial * one

@@ -1,0 +1,298 @@
+"""`Request`: everything a plan depends on, as one frozen record; and how it is read off tensors.
+
+The record holds no tensors: two calls with equal records share a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnkit import layouts
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.layouts import Layout, SeqLens, Sizes
+from attnkit.masks import Full, Mask
+from attnkit.pse import Align, Pse
+from attnkit.pse.sloped import Sloped
+
+__all__ = ["BiasTerm", "Composition", "Request", "read_request"]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BiasTerm:
+    """What a plan may know of one addend of the bias; values are bound when the plan runs."""
+
+    text: str
+    key: Hashable
+    before_scale: bool = False
+    requires_grad: bool = False
+    toeplitz: bool = False
+    slopes: tuple[float, ...] | None = None
+    power: float = 1.0
+    align: Align = "bottom_right"
+    dtype: torch.dtype | None = None
+    batch: int | None = None
+
+    @classmethod
+    def of(cls, part: Pse) -> BiasTerm:
+        """Describe one addend."""
+        tensors = part.tensors
+        common = cls(
+            repr(part),
+            part.key(),
+            part.before_scale,
+            part.requires_grad,
+            part.toeplitz,
+            dtype=tensors[0].dtype if tensors else None,
+            batch=part.batch,
+        )
+        if not isinstance(part, Sloped):
+            return common
+        return cls(
+            common.text,
+            common.key,
+            toeplitz=True,
+            slopes=part.slopes,
+            power=0.5 if part.kind == "sqrt_alibi" else 1.0,
+            align=part.align,
+        )
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What the author asks for, without shapes: the arguments that `Attention` is built from.
+
+    Everything is checked here, as far as it can be without tensors, so that a module with an
+    impossible composition fails when it is built.
+    """
+
+    mask: Mask = Full()  # noqa: RUF009 -- a frozen value
+    pse: Pse | None = None
+    layout: str = "BSND"
+    scale: float | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Mask):
+            raise CompositionTypeError(
+                f"mask={self.mask!r} is a {type(self.mask).__name__}; it must be a mask of "
+                "attnkit.masks (wrap a boolean tensor: masks.Dense.keep(t) or .drop(t))"
+            )
+        if self.pse is not None and not isinstance(self.pse, Pse):
+            raise CompositionTypeError(
+                f"pse={self.pse!r} is a {type(self.pse).__name__}; it must be a bias of "
+                "attnkit.pse (wrap a tensor: pse.Dense(t))"
+            )
+        layouts.get(self.layout)
+        _number("scale", self.scale, "finite, or None for 1/sqrt(head_dim)", -math.inf, math.inf)
+        _number("softcap", self.softcap, "above 0, or None for none", 0.0, math.inf)
+        _number("dropout", self.dropout, "at least 0 and below 1", -1e-300, 1.0)
+
+
+def _number(name: str, value: object, rule: str, low: float, high: float) -> None:
+    if value is None and name != "dropout":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CompositionTypeError(f"{name}={value!r} is no number; it must be {rule}")
+    if not low < value < high:
+        raise CompositionError(f"{name}={value} is out of range; it must be {rule}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A composition with the shapes, dtype and device it is wanted for.
+
+    Dense layouts: `batch` score matrices per head, each ``q_len x kv_len``. Packed: `seqlens`
+    says what each is, `batch` counts the sequences, and `q_len` and `kv_len` count all tokens.
+    """
+
+    mask: Mask
+    bias: tuple[BiasTerm, ...]
+    layout: str
+    batch: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: str
+    scale: float
+    dropout: float = 0.0
+    sink: bool = False
+    softcap: float | None = None
+    seqlens: SeqLens | None = None
+    needs_grad: bool = False
+
+    @property
+    def layout_of(self) -> Layout:
+        """The layout as an object."""
+        return layouts.get(self.layout)
+
+    @cached_property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """``(q_len, kv_len)`` of every score matrix: per batch element or packed sequence."""
+        if self.seqlens is None:
+            return ((self.q_len, self.kv_len),) * self.batch
+        return tuple(zip(self.seqlens.q, self.seqlens.kv, strict=True))
+
+    def shapes(self, layout: str | None = None) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of query, key and value in a layout: by default the request's."""
+        packed = self.seqlens is not None
+        batch = 1 if packed else self.batch
+        form = layouts.get(layout or self.layout)
+        return (
+            form.shape(Sizes(batch, self.q_len, self.num_heads, self.head_dim)),
+            form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.head_dim)),
+            form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.value_dim)),
+        )
+
+
+def bias_terms(pse: Pse | None) -> tuple[BiasTerm, ...]:
+    """Describe every addend of a bias."""
+    return () if pse is None else tuple(BiasTerm.of(part) for part in pse.parts)
+
+
+def read_request(
+    composition: Composition,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    seqlens: SeqLens | None = None,
+    sink: Tensor | None = None,
+    training: bool = False,
+) -> Request:
+    """Return the request that a composition and tensors make, after checking all of it.
+
+    Nothing is computed and no tensor content is read. Raises `CompositionError` (or its
+    TypeError form) that names the tensors, the rule and the remedy.
+    """
+    layout = layouts.get(composition.layout)
+    _check_tensors(query, key, value)
+    q = layout.sizes(query.shape, num_heads, what="query")
+    merged_dim = q.dim if layout.merges_heads and num_kv_heads is None else None
+    k = layout.sizes(key.shape, num_kv_heads, head_dim=merged_dim, what="key")
+    v = layout.sizes(value.shape, k.heads if layout.merges_heads else None, what="value")
+    _check_sizes(layout, q, k, v)
+    _check_seqlens(layout, seqlens, q, k)
+    batch = len(seqlens) if seqlens is not None else q.batch
+    if sink is not None and tuple(sink.shape) != (q.heads,):
+        raise CompositionError(
+            f"sink {list(sink.shape)}: a learnable sink is one logit per query head, "
+            f"[{q.heads}] here"
+        )
+    for tensor in composition.pse.tensors if composition.pse is not None else ():
+        if tensor.device != query.device:
+            raise CompositionError(
+                f"{composition.pse!r} is on {tensor.device}, the query on {query.device}; move "
+                "the bias there once, when it is made"
+            )
+    scale = composition.scale if composition.scale is not None else q.dim**-0.5
+    pse = composition.pse
+    tensors = [query, key, value, *(pse.tensors if pse is not None else ())]
+    request = Request(
+        mask=composition.mask,
+        bias=bias_terms(pse),
+        layout=layout.name,
+        batch=batch,
+        q_len=q.length,
+        kv_len=k.length,
+        num_heads=q.heads,
+        num_kv_heads=k.heads,
+        head_dim=q.dim,
+        value_dim=v.dim,
+        dtype=query.dtype,
+        device=query.device.type,
+        scale=float(scale),
+        dropout=composition.dropout if training else 0.0,
+        sink=sink is not None,
+        softcap=composition.softcap,
+        seqlens=seqlens,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    )
+    for q_len, kv_len in sorted(set(request.sequences)):
+        composition.mask.check(q_len, kv_len, batch, q.heads)
+        if pse is not None:
+            pse.check(q_len, kv_len, batch, q.heads)
+    return request
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    named = (("query", query), ("key", key), ("value", value))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise CompositionTypeError(
+                f"{name} is a {type(tensor).__name__}; attention takes torch tensors"
+            )
+    told = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in named)
+    if query.dtype not in FLOATS:
+        raise CompositionTypeError(
+            f"query has dtype {query.dtype}; attention computes in "
+            f"{', '.join(str(d).removeprefix('torch.') for d in FLOATS)}: cast the inputs"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise CompositionTypeError(f"{told}: the dtypes differ; cast them to one dtype first")
+    if not query.device == key.device == value.device:
+        raise CompositionError(f"{told}: the devices differ; move them to one device first")
+
+
+def _check_sizes(layout: Layout, q: Sizes, k: Sizes, v: Sizes) -> None:
+    def told(name: str, sizes: Sizes) -> str:
+        return f"{name} {list(layout.shape(sizes))}"
+
+    shapes = f"{told('query', q)}, {told('key', k)}, {told('value', v)} in layout {layout}"
+    if q.dim != k.dim:
+        raise CompositionError(
+            f"{shapes}: query and key have heads of {q.dim} and {k.dim} dimensions; q.k needs "
+            "them equal"
+        )
+    if k.heads != v.heads:
+        raise CompositionError(
+            f"{shapes}: key has {k.heads} heads and value {v.heads}; give both the same"
+        )
+    if q.heads % k.heads:
+        raise CompositionError(
+            f"{shapes}: {q.heads} query heads do not divide into groups over {k.heads} key "
+            "heads; the number of query heads must be a multiple of it"
+        )
+    if k.length != v.length:
+        raise CompositionError(
+            f"{shapes}: key has {k.length} positions and value {v.length}; each key needs a value"
+        )
+    if not q.batch == k.batch == v.batch:
+        raise CompositionError(
+            f"{shapes}: the batch sizes are {q.batch}, {k.batch}, {v.batch}; nothing is "
+            "broadcast, expand the tensors first"
+        )
+
+
+def _check_seqlens(layout: Layout, seqlens: SeqLens | None, q: Sizes, k: Sizes) -> None:
+    if seqlens is not None and not isinstance(seqlens, SeqLens):
+        raise CompositionTypeError(
+            f"seqlens={seqlens!r}: wrap the lengths as SeqLens(lengths), or "
+            "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
+        )
+    if layout.packed and seqlens is None:
+        raise CompositionError(
+            f"layout {layout} packs sequences into one token axis; say where they end: "
+            "seqlens=ak.SeqLens([...])"
+        )
+    if not layout.packed and seqlens is not None:
+        raise CompositionError(
+            f"layout {layout} has a batch axis and takes no seqlens; use layout='TND' for packed "
+            "sequences, or a mask (masks.Documents, masks.Padding) for lengths inside a row"
+        )
+    if seqlens is not None:
+        seqlens.check_totals(q.length, k.length)
