@@ -86,16 +86,17 @@ def candidates(request: Request) -> Iterator[Candidate | Refusal]:
             reason = "the kernel leaves the sink out where a packed sequence has no keys"
             yield Refusal("sink-no-keys", reason, f"{_where(form)}any mode")
             continue
-        bias = bias_arguments(request, form)
-        if isinstance(bias, Refusal):
-            yield replace(bias, subject=f"{_where(form)}{bias.subject}")
-            continue
-        base = _base_call(request, form, bias)
-        for label, arguments in _mask_arguments(request, form, known):
-            if isinstance(arguments, Refusal):
-                yield replace(arguments, subject=f"{_where(form)}{label}")
-            else:
-                yield Candidate(f"{_where(form)}{label}", replace(base, **arguments), form)
+        for how, bias in _bias_arguments(request, form):
+            if isinstance(bias, Refusal):
+                yield replace(bias, subject=f"{_where(form)}any mode{how}")
+                continue
+            base = _base_call(request, form, bias)
+            for mode, arguments in _mask_arguments(request, form, known):
+                label = f"{_where(form)}{mode}{how}"
+                if isinstance(arguments, Refusal):
+                    yield replace(arguments, subject=label)
+                else:
+                    yield Candidate(label, replace(base, **arguments), form)
 
 
 def _where(form: Form) -> str:
@@ -250,15 +251,14 @@ def _opaque_arguments(
 # -- biases --------------------------------------------------------------------------------
 
 
-def bias_arguments(request: Request, form: Form) -> dict[str, Any] | Refusal:
-    """Return the pse arguments for a form, or why the kernel cannot add this bias."""
+def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+    """Yield the ways in which the kernel might add the bias: by slopes, and as a matrix."""
     if not request.bias:
-        return {}
-    only = request.bias[0] if len(request.bias) == 1 else None
-    if only is None or only.slopes is None:
-        return _dense_bias(request, form, None)
-    slopes = _slope_arguments(request, form, only)
-    return _dense_bias(request, form, slopes) if isinstance(slopes, Refusal) else slopes
+        yield "", {}
+        return
+    if len(request.bias) == 1 and request.bias[0].slopes is not None:
+        yield ", slopes", _slope_arguments(request, form, request.bias[0])
+    yield ", bias matrix", _matrix_arguments(request, form)
 
 
 def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> dict[str, Any] | Refusal:
@@ -274,7 +274,6 @@ def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> dict[str, 
             "alibi-anchor",
             f"{term.text} needs start indices that differ between sequences ({sorted(shifts)}); "
             "the kernel takes one pair",
-            "bias",
         )
     shift = shifts.pop() if shifts else 0
     start = {"q_start_idx": (shift,), "kv_start_idx": (0,)} if shift else {}
@@ -284,7 +283,7 @@ def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> dict[str, 
     return {"pse": spec, "pse_type": 2 if term.power == 1.0 else 3, **start}
 
 
-def _dense_bias(request: Request, form: Form, slopes: Refusal | None) -> dict[str, Any] | Refusal:
+def _matrix_arguments(request: Request, form: Form) -> dict[str, Any] | Refusal:
     """Types 0 and 1: a matrix in the query's dtype."""
     wide = request.dtype in (torch.float32, torch.float64)
     exact = len(request.bias) == 1 and request.bias[0].dtype == request.dtype
@@ -293,11 +292,10 @@ def _dense_bias(request: Request, form: Form, slopes: Refusal | None) -> dict[st
             "pse-precision",
             f"the kernel reads a bias matrix in the query's dtype, {request.dtype}, which would "
             f"round {' + '.join(term.text for term in request.bias)}; give one bias of that dtype",
-            "bias",
         )
     if form.packed:
         reason = "a packed call takes slopes or a compressed bias, no full matrix"
-        return Refusal("pse-packed", slopes.reason if slopes else reason, "bias")
+        return Refusal("pse-packed", reason)
     sides = {term.before_scale for term in request.bias}
     shape = (_bias_batch(request), request.num_heads, request.q_len, request.kv_len)
     before = sides == {True}

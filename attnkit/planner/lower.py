@@ -10,6 +10,7 @@ import torch
 
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
+from attnkit.kernel.versions import expressing_versions
 from attnkit.planner.candidates import Candidate, candidates
 from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch
@@ -76,15 +77,21 @@ def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:
             wrong = disprove(call, targets, head)
             if wrong is not None:
                 return [wrong]
-    return _broken_rules(call)
+    return _broken_rules(request, call)
 
 
-def _broken_rules(call: KernelCall) -> list[Refusal]:
-    """Return the contract's rules that a call breaks.
+def _broken_rules(request: Request, call: KernelCall) -> list[Refusal]:
+    """Return the contract's rules that a call breaks, on the op version that can express it.
 
-    double precision exists on the emulator only; the call is judged as float32.
+    float64 exists on the emulator alone; everything else is judged as for hardware.
     """
-    return []
+    versions = expressing_versions(call)
+    broken = call.violations(
+        version=versions[0] if versions else "v2",
+        product="emulator" if request.dtype == torch.float64 else "A2",
+        training=request.needs_grad,
+    )
+    return [Refusal(violation.code, violation.found) for violation in broken]
 
 
 def _copied_bytes(request: Request, candidate: Candidate) -> int:
