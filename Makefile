@@ -1,0 +1,62 @@
+# Two commands to start with: `make demo` trains the example language model, `make test` runs
+# every test. Each sets up .venv first, once. `make help` lists the rest.
+
+PYTHON ?= python3
+CONFIG ?= examples/configs/alibi.yaml
+WORKERS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint format bench clean clean-venv
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+venv: $(READY) ## set up .venv (every other target does so by itself)
+
+# The stamp is touched last: a set-up that was interrupted is taken up again by the next make.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	    echo "attnkit needs Python 3.10 or newer, and '$(PYTHON)' was not found." \
+	         "Install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "attnkit needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+	         "Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	    rm -rf .venv; \
+	    echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "setting up .venv (once; torch is a large download)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train a small language model on the text of Python's own documentation
+	$(BIN)/python examples/train_lm.py --config $(CONFIG)
+
+test: $(READY) ## every test, doctests included
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(READY) ## the tests without the exhaustive sweeps
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+lint: $(READY) ## ruff and mypy --strict, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## run every script in benchmarks/
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove what builds, tests and runs left behind
+	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-venv: ## remove .venv as well
+	rm -rf .venv
