@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from attnkit.errors import AttnkitError, CompositionError
+from attnkit.errors import AttnkitError, CompositionError, CompositionTypeError
 
 __all__ = ["arguments_text", "evaluate"]
 
@@ -32,18 +32,20 @@ def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> A
     Raises `CompositionError` that repeats the text and points at what could not be read.
     """
     if not isinstance(text, str):
-        raise CompositionError(f"expected the text of a {what}, got {text!r}")
+        raise CompositionTypeError(
+            f"expected the text of a {what}, got {text!r} ({type(text).__name__})"
+        )
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError as error:
-        raise CompositionError(
-            f"cannot read the {what} {text!r}: {error.msg} at column {error.offset}"
-        ) from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        where = f"{error.msg} at column {error.offset}" if isinstance(error, SyntaxError) else error
+        hint = "; what prints as <...> has no text form" if "<" in text else ""
+        raise CompositionError(f"cannot read the {what} {text!r}: {where}{hint}") from None
     try:
         return _Reader(names, what).read(tree.body)
     except AttnkitError as error:
         raise type(error)(f"cannot read the {what} {text!r}: {error}") from None
-    except TypeError as error:
+    except (TypeError, LookupError, RecursionError) as error:
         raise CompositionError(f"cannot read the {what} {text!r}: {error}") from None
 
 
@@ -84,6 +86,8 @@ class _Reader:
             raise CompositionError(
                 f"unknown {self.what} {name}{hint} Known: {', '.join(self.names)}"
             )
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise CompositionError(f"{ast.unparse(node)!r} unpacks a mapping; write key=value")
         arguments = [self.read(argument) for argument in node.args]
         keywords = {k.arg: self.read(k.value) for k in node.keywords if k.arg is not None}
         return self.names[name](*arguments, **keywords)

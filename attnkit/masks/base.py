@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, cast
 
+import numpy as np
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
@@ -17,9 +19,10 @@ from attnkit.textform import arguments_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MASKS", "Align", "Enclosure", "Mask", "anchor", "check_int", "check_ints"]
+__all__ = ["MASKS", "Align", "Enclosure", "Full", "Mask", "anchor", "check_int", "check_ints"]
 
 Align = Literal["bottom_right", "top_left"]
+IntsLike = Sequence[int] | torch.Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
 
 
 class Enclosure(NamedTuple):
@@ -45,28 +48,48 @@ class Mask(ABC):
     knows no lengths of its own unless it is built for some (`extent`).
 
     A new family is a frozen dataclass that implements `_region` and is registered once with
-    ``@MASKS.register("its_kind")``. One that is not a finite union of slices implements
-    `enclosure` and `_cells` instead.
+    ``@masks.register("its_kind")``. One that is not a finite union of slices implements
+    `enclosure` and `_cells` instead. With ``@dataclass(frozen=True, repr=False, eq=False)`` it
+    inherits a short repr, and a hash that is computed once.
     """
 
     kind: ClassVar[str]
+    # A mask has no end to iterate to; numpy leaves ``array & mask`` to `__rand__`, which explains.
+    __iter__: ClassVar[None] = None
+    __array_ufunc__: ClassVar[None] = None
 
     # -- what a family says --------------------------------------------------------------
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         """Return the exact set of allowed cells of one score matrix."""
-        raise CompositionTypeError(f"{type(self).__name__} implements no `_region`")
+        raise CompositionTypeError(
+            f"{type(self).__name__} implements no `_region`; a mask family implements it, or "
+            "`enclosure` and `_cells`"
+        )
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
-        """Return the best regions known to lie inside and outside of the mask."""
+        """Return the best regions known to lie inside and outside of the mask.
+
+        The sizes are taken as they are: `check` them first (`region` and `outer` do).
+        """
         region = self._region(q_len, kv_len, batch, head)
+        if not region.fits(q_len, kv_len):
+            raise CompositionError(
+                f"{type(self).__name__}._region returned cells outside of the {q_len} x {kv_len} "
+                f"score matrix: {region!r}; bound its slices by q_len and kv_len"
+            )
         return Enclosure(region, region)
 
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        """Return the allowed cells of one score matrix as a bool tensor [Sq, Skv]."""
-        return paint(self.enclosure(q_len, kv_len, batch, head).inner, q_len, kv_len, device)
+        """Return the allowed cells of one score matrix as a bool tensor [Sq, Skv].
+
+        Asked only where `enclosure` is not exact: a region paints itself.
+        """
+        raise CompositionTypeError(
+            f"{type(self).__name__} implements `enclosure` with two bounds, but no `_cells`"
+        )
 
     @property
     def batches(self) -> int | None:
@@ -100,10 +123,7 @@ class Mask(ABC):
         >>> masks.SlidingWindow(2).region(4, 4).area
         7
         """
-        self.check(q_len, kv_len)
-        self._check_index("batch", batch, self.batches)
-        self._check_index("head", head, self.heads)
-        inner, outer = self.enclosure(q_len, kv_len, batch, head)
+        inner, outer = self._checked_enclosure(q_len, kv_len, batch, head)
         if inner != outer:
             raise CompositionError(
                 f"{self!r} is not a union of slices at {q_len} x {kv_len}, so it has no Region; "
@@ -113,8 +133,27 @@ class Mask(ABC):
 
     def outer(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:
         """Return a region that holds every allowed cell: the mask itself where it is one."""
+        return self._checked_enclosure(q_len, kv_len, batch, head).outer
+
+    def _checked_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> Enclosure:
+        """Check the request, then enclose."""
         self.check(q_len, kv_len)
-        return self.enclosure(q_len, kv_len, batch, head).outer
+        for name, index, count in (("batch", batch, self.batches), ("head", head, self.heads)):
+            check_int(name, index, 0)
+            if count is not None and index >= count:
+                raise CompositionError(
+                    f"{self!r} was asked for {name}={index}; it tells {count} apart, counted from 0"
+                )
+        return self.enclosure(q_len, kv_len, batch, head)
+
+    def _plane(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
+    ) -> torch.Tensor:
+        """Return the cells of one score matrix, from whichever form the family knows."""
+        known = self.enclosure(q_len, kv_len, batch, head)
+        if known.exact:
+            return paint(known.inner, q_len, kv_len, device)
+        return self._cells(q_len, kv_len, batch, head, device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head."""
@@ -145,7 +184,7 @@ class Mask(ABC):
         self.check(q_len, kv_len, batch, heads)
         b_count, h_count = self.batches or 1, self.heads or 1
         planes = [
-            self._cells(q_len, kv_len, b, h, device) for b in range(b_count) for h in range(h_count)
+            self._plane(q_len, kv_len, b, h, device) for b in range(b_count) for h in range(h_count)
         ]
         cells = torch.stack(planes).view(b_count, h_count, q_len, kv_len)
         return cells.expand(batch, heads, q_len, kv_len)
@@ -156,10 +195,11 @@ class Mask(ABC):
         """Raise `CompositionError` unless the mask fits these sizes."""
         check_int("q_len", q_len, 0)
         check_int("kv_len", kv_len, 0)
-        for name, want, given in (
-            ("q_len", self.extent[0], q_len),
-            ("kv_len", self.extent[1], kv_len),
-        ):
+        for name, count in (("batch", batch), ("heads", heads)):
+            if count is not None:
+                check_int(name, count, 0)
+        lengths = zip(("q_len", "kv_len"), self.extent, (q_len, kv_len), strict=True)
+        for name, want, given in lengths:
             if want is not None and want != given:
                 raise CompositionError(
                     f"{self!r} is built for {name}={want}, but the score matrix has "
@@ -172,15 +212,8 @@ class Mask(ABC):
             if want is not None and given_count is not None and want != given_count:
                 raise CompositionError(
                     f"{self!r} tells {want} {name} apart, but there are {given_count}; "
-                    f"give it one entry for each of them"
+                    "give it one entry for each of them"
                 )
-
-    def _check_index(self, name: str, index: int, count: int | None) -> None:
-        if index < 0 or (count is not None and index >= count):
-            raise CompositionError(
-                f"{self!r} was asked for {name} {index}; it tells {count or 'none'} apart, "
-                "counted from 0"
-            )
 
     def show(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0, width: int = 64) -> str:
         """Return a small terminal picture, at most `width` characters wide.
@@ -204,6 +237,29 @@ class Mask(ABC):
 
         return plot(self, q_len, kv_len, batch, head)
 
+    # -- value ---------------------------------------------------------------------------
+
+    def _value(self) -> Hashable:
+        """Return what equality compares: the arguments, unless a family says otherwise."""
+        return tuple(getattr(self, item.name) for item in fields(cast(Any, self)))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((type(self), self._value()))
+
+    def __hash__(self) -> int:
+        # Plans are cached by mask: a mask of a thousand documents must not be read every time.
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask) or type(other) is not type(self):
+            return NotImplemented
+        return self is other or (self._hash == other._hash and self._value() == other._value())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached stays behind: another process hashes strings differently.
+        return {item.name: getattr(self, item.name) for item in fields(cast(Any, self))}
+
     # -- algebra -------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
@@ -222,9 +278,12 @@ class Mask(ABC):
         return self.part if isinstance(self, Not) else Not(self)
 
     def __sub__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
-            return NotImplemented
-        return self & ~other
+        return self & ~other if isinstance(other, Mask) else refuse_operand(other)
+
+    def __rand__(self, other: object) -> NoReturn:
+        refuse_operand(other)
+
+    __ror__ = __rsub__ = __rand__
 
     def __getitem__(self, index: tuple[slice, slice]) -> Mask:
         from attnkit.masks.cut import Cut
@@ -277,13 +336,29 @@ class MaskRegistry(Registry[type[Mask]]):
 
     def add(self, name: str, entry: type[Mask]) -> type[Mask]:
         """Register a family; its class name must be free too, for `masks.parse`."""
-        for known in self:
-            if self[known].__name__ == entry.__name__:
+        _check_family(entry)
+        for known, family in self.items():
+            if family.__name__ == entry.__name__ and known != name:
                 raise CompositionError(
-                    f"a mask family named {entry.__name__} is registered already, as {known!r}"
+                    f"a mask family named {entry.__name__} is registered already, as {known!r}; "
+                    "choose another class name, for masks.parse tells families apart by it"
                 )
+        super().add(name, entry)
         entry.kind = name
-        return super().add(name, entry)
+        return entry
+
+
+def _check_family(entry: object) -> None:
+    family = isinstance(entry, type) and issubclass(entry, Mask)
+    if not family or not is_dataclass(entry):
+        raise CompositionTypeError(
+            f"{entry!r} is no mask family; one is a frozen dataclass that derives from masks.Mask "
+            "(put @dataclass(frozen=True) below @masks.register)"
+        )
+    if vars(entry).get("__hash__", True) is None:
+        raise CompositionTypeError(
+            f"{entry!r} has no hash, and masks are values: declare it with @dataclass(frozen=True)"
+        )
 
 
 MASKS = MaskRegistry("mask")
@@ -298,6 +373,44 @@ def short(value: Any) -> str:
     if isinstance(value, tuple) and len(value) > 8:
         return f"({', '.join(short(item) for item in value[:4])}, ... {len(value)} in all)"
     return repr(value)
+
+
+def describe(value: object) -> str:
+    """Return what a wrong argument is, in a few words.
+
+    >>> describe(torch.zeros(2, 3))
+    'a tensor of shape (2, 3) and torch.float32'
+    """
+    if isinstance(value, torch.Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, torch.Tensor) else "numpy array"
+        return f"a {kind} of shape {tuple(value.shape)} and {value.dtype}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def refuse_operand(other: object) -> NoReturn:
+    """Raise the error for ``mask & other`` where `other` is no mask."""
+    raise CompositionTypeError(
+        f"cannot combine a mask with {describe(other)}; both sides of &, | and - are masks (wrap "
+        "a boolean tensor: masks.Dense.keep(t) or masks.Dense.drop(t))"
+    )
+
+
+def agree(
+    what: str, parts: Sequence[Mask], values: Sequence[int | None], remedy: str
+) -> int | None:
+    """Return the one value that all parts which have one agree on."""
+    known = {value for value in values if value is not None}
+    if len(known) > 1:
+        told = ", ".join(
+            f"{part!r}: {value}"
+            for part, value in zip(parts, values, strict=True)
+            if value is not None
+        )
+        raise CompositionError(
+            f"masks that are built for different {what} cannot combine: {told}; {remedy}"
+        )
+    return known.pop() if known else None
 
 
 def full_text(value: Any) -> str:
@@ -316,10 +429,11 @@ def paint(
     cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
     for s in region.slices:
         block = cells[s.i0 : s.i1, s.j0 : s.j1]
-        rows, keys = s.i1 - s.i0, s.j1 - s.j0
-        band = torch.ones(rows, keys, dtype=torch.bool, device=device)
-        shift = s.i0 - s.j0
-        block |= band.tril(s.hi + shift).triu(s.lo + shift)
+        if s.is_rectangle:
+            block.fill_(True)
+        else:
+            shift = s.i0 - s.j0
+            block |= torch.ones_like(block).tril(s.hi + shift).triu(s.lo + shift)
     return cells
 
 
@@ -337,36 +451,50 @@ def check_align(owner: str, align: object) -> None:
         )
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
-    """Return `value` if it is an integer of at least `minimum`; a bool is no integer."""
+def check_int(name: str, value: object, minimum: int | None) -> int:
+    """Return `value` if it is an int of at least `minimum`.
+
+    Nothing is converted: a bool is a slip, and reading a tensor may wait for a device.
+    """
     if type(value) is not int:
+        rule = "an int" if minimum is None else f"an int >= {minimum}"
+        number = type(value) is not bool and hasattr(value, "__index__")
         raise CompositionTypeError(
-            f"{name}={value!r} is a {type(value).__name__}; it must be an int >= {minimum}"
+            f"{name}={value!r} is of type {type(value).__name__}; it must be {rule}"
+            + (f": write int({name.split()[-1]})" if number else "")
         )
-    if value < minimum:
+    if minimum is not None and value < minimum:
         raise CompositionError(f"{name}={value} is too small; it must be >= {minimum}")
     return value
 
 
 def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
-    """Return a sequence or CPU tensor of integers as a tuple, each at least `minimum`."""
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1 or values.is_floating_point() or values.dtype == torch.bool:
+    """Return a list, tensor or array of integers as a tuple, each at least `minimum`."""
+    if isinstance(values, torch.Tensor | np.ndarray):
+        if values.ndim != 1 or not holds_integers(values):
             raise CompositionTypeError(
-                f"{name} is a {values.dtype} tensor of shape {tuple(values.shape)}; "
-                "it must be a 1-D tensor of integers, or a list of int"
+                f"{name} is {describe(values)}; it must be a 1-D tensor of integers, or a list "
+                "of int"
             )
         values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise CompositionTypeError(
-            f"{name}={values!r} is a {type(values).__name__}; it must be a sequence of int"
-        )
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise CompositionTypeError(f"{name} is {describe(values)}; it must be a sequence of int")
     if not values:
-        raise CompositionError(f"{name} is empty; give at least one length")
-    return tuple(check_int(f"{name}[{k}]", value, minimum) for k, value in enumerate(values))
+        raise CompositionError(f"{name} is empty; give at least one entry")
+    for k, value in enumerate(values):
+        if type(value) is not int or value < minimum:
+            check_int(f"{name}[{k}]", value, minimum)
+    return tuple(values)
 
 
-@dataclass(frozen=True, repr=False)
+def holds_integers(values: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether a tensor or array has an integer dtype; bool is none."""
+    if isinstance(values, np.ndarray):
+        return bool(np.issubdtype(values.dtype, np.integer))
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Full(Mask):
     """Every key, for every query: ``allowed(i, j) = True``."""
 

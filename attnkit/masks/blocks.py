@@ -10,7 +10,7 @@ from attnkit.masks.base import MASKS, Align, Mask, anchor, check_align, check_in
 __all__ = ["BlockCausal", "Chunked"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class _Blocks(Mask):
     size: int
     align: Align = "bottom_right"
@@ -41,7 +41,7 @@ class _Blocks(Mask):
 
 
 @MASKS.register("chunked")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Chunked(_Blocks):
     """Keys in the query's own chunk: ``j // size == p // size``, p the query's position.
 
@@ -57,7 +57,7 @@ class Chunked(_Blocks):
 
 
 @MASKS.register("block_causal")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BlockCausal(_Blocks):
     """Keys in the query's own block and the blocks before: ``j // size <= p // size``.
 

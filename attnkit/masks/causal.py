@@ -24,7 +24,7 @@ def _band(q_len: int, kv_len: int, align: Align, left: int | None, right: int | 
 
 
 @MASKS.register("causal")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Causal(Mask):
     """Keys up to the query's own position: ``j <= p``.
 
@@ -56,7 +56,7 @@ class Causal(Mask):
 
 
 @MASKS.register("sliding_window")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SlidingWindow(Mask):
     """Exactly the last `size` keys, the query's own included: ``p - size < j <= p``.
 
@@ -91,7 +91,7 @@ class SlidingWindow(Mask):
 
 
 @MASKS.register("band")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Band(Mask):
     """Keys by distance, both ends inclusive: ``p - left <= j <= p + right``; None = unbounded.
 
@@ -112,7 +112,7 @@ class Band(Mask):
         for name in ("left", "right"):
             end = getattr(self, name)
             if end is not None:
-                check_int(f"Band {name}", end, -(2**62))
+                check_int(f"Band {name}", end, None)
         if self.left is not None and self.right is not None and self.left + self.right < 0:
             raise CompositionError(
                 f"Band(left={self.left}, right={self.right}) is empty: it keeps the keys from "

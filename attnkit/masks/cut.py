@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.masks.base import MASKS, Enclosure, Mask, check_int
+from attnkit.masks.algebra import And, Not, Or
+from attnkit.masks.base import MASKS, Enclosure, Mask, check_int, describe
 
 __all__ = ["Cut"]
 
 Range = tuple[int, int | None]
 
 
-@dataclass(frozen=True, repr=False)
+class _Axis(NamedTuple):
+    """One axis of a cut: ``start <= index < stop`` of `whole`, as far as these are known."""
+
+    start: int
+    stop: int | None
+    whole: int | None
+
+    @property
+    def length(self) -> int | None:
+        end = self.whole if self.stop is None else self.stop
+        return None if end is None else end - self.start
+
+    def whole_of(self, part: int) -> int:
+        """Return a length of the whole that a cut of length `part` may come from."""
+        return self.start + part if self.whole is None else self.whole
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Cut(Mask):
     """Rows and keys of another mask: ``allowed(i, j) = mask.allowed(i + q0, j + kv0)``.
 
@@ -36,62 +56,75 @@ class Cut(Mask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
-            raise CompositionTypeError(f"Cut takes a mask, got {self.mask!r}")
-        for axis in ("q", "kv"):
-            start, stop = getattr(self, f"{axis}_range")
-            check_int(f"{axis}_range start", start, 0)
-            whole = getattr(self, f"{axis}_len")
-            if stop is not None:
-                check_int(f"{axis}_range stop", stop, start)
-            if whole is not None:
-                check_int(f"{axis}_len", whole, start if stop is None else stop)
-            object.__setattr__(self, f"{axis}_range", (start, stop))
+            raise CompositionTypeError(f"Cut takes a mask, got {describe(self.mask)}")
+        for name in ("q_range", "kv_range"):
+            object.__setattr__(self, name, _range(name, getattr(self, name)))
+        for name, said, known in zip(
+            ("q", "kv"), (self.q_len, self.kv_len), self.mask.extent, strict=True
+        ):
+            if said is not None:
+                check_int(f"{name}_len", said, 0)
+                if known is not None and said != known:
+                    raise CompositionError(
+                        f"{self.mask!r} is built for {name}_len={known}, but the cut says "
+                        f"{name}_len={said}; leave it out"
+                    )
+        for name, axis in zip(("q", "kv"), self._axes, strict=True):
+            self._check_axis(name, axis)
+
+    def _check_axis(self, name: str, axis: _Axis) -> None:
+        start, stop, whole = axis
+        if whole is None:
+            if stop is not None and self.mask.anchored:
+                raise CompositionError(
+                    f"{self!r} cuts a mask whose cells depend on the lengths of the whole score "
+                    f"matrix, and {name}_len is not known; say it: "
+                    f"mask.cut({self.q_range}, {self.kv_range}, q_len=..., kv_len=...)"
+                )
+        elif max(start, stop or 0) > whole:
+            raise CompositionError(
+                f"{self!r} cuts {name}_range={start, stop} out of {name}_len={whole}; a range "
+                "ends within the score matrix (nothing is clipped)"
+            )
+
+    @property
+    def _axes(self) -> tuple[_Axis, _Axis]:
+        rows, keys = self.mask.extent
+        return (
+            _Axis(*self.q_range, self.q_len if rows is None else rows),
+            _Axis(*self.kv_range, self.kv_len if keys is None else keys),
+        )
 
     def _whole(self, q_len: int, kv_len: int) -> tuple[int, int]:
         """Return the lengths of the score matrix that is cut, for a cut of these lengths."""
-        whole = []
-        for axis, part, known in zip(("q", "kv"), (q_len, kv_len), self.mask.extent, strict=True):
-            start, stop = getattr(self, f"{axis}_range")
-            said = getattr(self, f"{axis}_len")
-            if said is None:
-                said = known
-            if said is None:
-                if stop is not None and self.mask.anchored:
-                    raise CompositionError(
-                        f"{self!r} cuts a mask whose cells depend on the lengths of the whole "
-                        f"score matrix, and {axis}_len is not known; say it: "
-                        f"mask.cut({self.q_range}, {self.kv_range}, q_len=..., kv_len=...)"
-                    )
-                said = start + part if stop is None else stop
-            whole.append(said)
-        return whole[0], whole[1]
+        rows, keys = self._axes
+        return rows.whole_of(q_len), keys.whole_of(kv_len)
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Also check the whole mask, where its lengths are known and not merely bounded below."""
+        super().check(q_len, kv_len, batch, heads)
+        if all(axis.whole is not None or axis.stop is None for axis in self._axes):
+            self.mask.check(*self._whole(q_len, kv_len), batch, heads)
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
         """The lengths of the cut, where they are known."""
-        out = []
-        for axis, known in zip(("q", "kv"), self.mask.extent, strict=True):
-            start, stop = getattr(self, f"{axis}_range")
-            whole = getattr(self, f"{axis}_len") or known
-            end = stop if stop is not None else whole
-            out.append(None if end is None else end - start)
-        return out[0], out[1]
+        rows, keys = self._axes
+        return rows.length, keys.length
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Cut both bounds of the whole mask."""
-        whole = self._whole(q_len, kv_len)
-        self.mask.check(*whole)
-        inner, outer = self.mask.enclosure(*whole, batch, head)
+        known = self.mask.enclosure(*self._whole(q_len, kv_len), batch, head)
         rows = (self.q_range[0], self.q_range[0] + q_len)
         keys = (self.kv_range[0], self.kv_range[0] + kv_len)
-        cut = inner.cut(rows, keys)
-        return Enclosure(cut, cut if inner == outer else outer.cut(rows, keys))
+        cut = known.inner.cut(rows, keys)
+        return Enclosure(cut, cut if known.exact else known.outer.cut(rows, keys))
 
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        if self.enclosure(q_len, kv_len, batch, head).exact:
-            return super()._cells(q_len, kv_len, batch, head, device)
         i, j = self.q_range[0], self.kv_range[0]
         whole = self.mask._cells(*self._whole(q_len, kv_len), batch, head, device)
         return whole[i : i + q_len, j : j + kv_len]
@@ -106,20 +139,42 @@ class Cut(Mask):
         """As the mask that is cut."""
         return self.mask.heads
 
+    @property
+    def anchored(self) -> bool:
+        """As the mask that is cut."""
+        return self.mask.anchored
+
     def __str__(self) -> str:
-        return self._text(str(self.mask)) or super().__str__()
+        return self._text(str) or super().__str__()
 
     def __repr__(self) -> str:
-        return self._text(repr(self.mask)) or super().__repr__()
+        return self._text(repr) or super().__repr__()
 
-    def _text(self, mask: str) -> str | None:
+    def _text(self, show: Callable[[Mask], str]) -> str | None:
         if self.q_len is not None or self.kv_len is not None:
             return None
-        ranges = ", ".join(
+        rows, keys = (
             f"{start or ''}:{'' if stop is None else stop}"
             for start, stop in (self.q_range, self.kv_range)
         )
-        return f"({mask})[{ranges}]" if any(sign in mask for sign in "&|~") else f"{mask}[{ranges}]"
+        text = show(self.mask)
+        if isinstance(self.mask, And | Or | Not):
+            text = f"({text})"
+        return f"{text}[{rows}, {keys}]"
+
+
+def _range(name: str, given: object) -> Range:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise CompositionTypeError(
+            f"Cut got {name}={describe(given)}; a range is (start, stop), stop None = to the end"
+        )
+    start, stop = given
+    check_int(f"{name} start", start, 0)
+    if stop is not None:
+        check_int(f"{name} stop", stop, 0)
+        if stop < start:
+            raise CompositionError(f"Cut got {name}={start, stop}; it keeps start <= index < stop")
+    return start, stop
 
 
 MASKS.add("cut", Cut)

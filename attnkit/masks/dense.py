@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -13,13 +14,16 @@ import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Enclosure, Mask
+from attnkit.masks.base import MASKS, Enclosure, Mask, describe
 
 __all__ = ["Dense"]
 
+_Shape = tuple[int, int, int, int]
+_Cells = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
 
 @MASKS.register("dense")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Dense(Mask):
     """The cells of a boolean tensor; the caller says which ones True marks.
 
@@ -36,13 +40,19 @@ class Dense(Mask):
     """
 
     packed: str
-    _bits: bytes = field(init=False, compare=False)
-    _shape: tuple[int, int, int, int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        shape, bits = _unpack(self.packed)
-        object.__setattr__(self, "_shape", shape)
-        object.__setattr__(self, "_bits", bits)
+        self._content  # noqa: B018 -- text that is no mask is an error now
+
+    @cached_property
+    def _content(self) -> tuple[_Shape, bytes]:
+        """The shape, and the cells packed into bits."""
+        return _unpack(self.packed)
+
+    @cached_property
+    def _enclosures(self) -> dict[tuple[int, int], Enclosure]:
+        """What was recovered so far, by (batch, head); lives as long as the mask."""
+        return {}
 
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:
@@ -56,48 +66,78 @@ class Dense(Mask):
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
-        return _recover(self, *self._plane(batch, head))
+        plane = self._plane_index(batch, head)
+        if plane not in self._enclosures:
+            self._enclosures[plane] = _recover(self._array(*plane))
+        return self._enclosures[plane]
 
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        b, h = self._plane(batch, head)
-        return torch.from_numpy(_array(self)[b, h].astype(bool)).to(device or "cpu")
+        if device is None:
+            device = torch.get_default_device()
+        return torch.from_numpy(self._array(*self._plane_index(batch, head))).to(device)
 
-    def _plane(self, batch: int, head: int) -> tuple[int, int]:
-        return (batch if self._shape[0] > 1 else 0, head if self._shape[1] > 1 else 0)
+    def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
+        b, n, _, _ = self._content[0]
+        return (batch if b > 1 else 0, head if n > 1 else 0)
+
+    def _array(self, batch: int, head: int) -> _Cells:
+        """Unpack one score matrix; the others stay packed."""
+        (_, n, q_len, kv_len), bits = self._content
+        start = (batch * n + head) * q_len * kv_len
+        stop = start + q_len * kv_len
+        piece = np.frombuffer(bits, dtype=np.uint8)[start // 8 : -(-stop // 8)]
+        flat = np.unpackbits(piece)[start % 8 : start % 8 + stop - start]
+        return flat.reshape(q_len, kv_len).astype(bool)
+
+    def _value(self) -> Hashable:
+        return self._content  # not the text: another zlib packs the same cells differently
 
     @property
     def batches(self) -> int | None:
         """As the tensor's; 1 serves every batch element."""
-        return self._shape[0] if self._shape[0] > 1 else None
+        count = self._content[0][0]
+        return count if count > 1 else None
 
     @property
     def heads(self) -> int | None:
         """As the tensor's; 1 serves every head."""
-        return self._shape[1] if self._shape[1] > 1 else None
+        count = self._content[0][1]
+        return count if count > 1 else None
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
         """The tensor's lengths."""
-        return self._shape[2], self._shape[3]
+        _, _, q_len, kv_len = self._content[0]
+        return q_len, kv_len
 
     def __repr__(self) -> str:
-        shape = "x".join(str(n) for n in self._shape)
-        return f"<masks.Dense {shape}, {int(_array(self).sum())} allowed>"
+        shape, bits = self._content
+        allowed = int.from_bytes(bits, "big").bit_count()
+        return f"<masks.Dense {'x'.join(map(str, shape))}, {allowed} allowed>"
 
 
 def _boolean(tensor: object, name: str) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.bool:
-        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise CompositionTypeError(
-            f"Dense.{name} takes a bool tensor, got {kind}; compare first (t == 0, t > -1), and "
-            "give an additive bias to pse.Dense"
+            f"Dense.{name} takes a bool tensor, got {describe(tensor)}; compare first (t == 0, "
+            "t > -1), and give an additive bias to pse.Dense"
         )
     if not 2 <= tensor.dim() <= 4:
         raise CompositionError(
             f"Dense.{name} got shape {tuple(tensor.shape)}; it takes [Sq, Skv], [N, Sq, Skv] or "
             "[B or 1, N or 1, Sq, Skv]"
+        )
+    if 0 in tensor.shape[:-2]:
+        raise CompositionError(
+            f"Dense.{name} got shape {tuple(tensor.shape)}, which holds no score matrix; give at "
+            "least one batch element and head"
+        )
+    if tensor.is_meta:
+        raise CompositionError(
+            f"Dense.{name} got a tensor on the meta device, which holds no cells; a dense mask is "
+            "read when it is built"
         )
     return tensor
 
@@ -109,13 +149,16 @@ def _pack(tensor: torch.Tensor) -> str:
     return "x".join(map(str, cells.shape)) + ":" + base64.b64encode(bits).decode()
 
 
-def _unpack(packed: str) -> tuple[tuple[int, int, int, int], bytes]:
+def _unpack(packed: str) -> tuple[_Shape, bytes]:
     try:
         head, body = packed.split(":")
         b, n, q_len, kv_len = (int(part) for part in head.split("x"))
         bits = zlib.decompress(base64.b64decode(body, validate=True))
-        if len(bits) != -(-b * n * q_len * kv_len // 8):
+        cells = b * n * q_len * kv_len
+        if min(b, n) < 1 or min(q_len, kv_len) < 0 or len(bits) != -(-cells // 8):
             raise ValueError("the number of bits does not fit the shape")
+        if cells % 8 and bits[-1] & (0xFF >> cells % 8):
+            raise ValueError("bits are set beyond the last cell")
     except (ValueError, AttributeError, zlib.error) as error:
         raise CompositionError(
             f"Dense got packed={str(packed)[:40]!r}, which is no packed mask ({error}); build one "
@@ -124,27 +167,16 @@ def _unpack(packed: str) -> tuple[tuple[int, int, int, int], bytes]:
     return (b, n, q_len, kv_len), bits
 
 
-@lru_cache(maxsize=8)
-def _array(mask: Dense) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    b, n, q_len, kv_len = mask._shape
-    flat = np.unpackbits(np.frombuffer(mask._bits, dtype=np.uint8), count=b * n * q_len * kv_len)
-    return flat.reshape(mask._shape)
-
-
-@lru_cache(maxsize=256)
-def _recover(mask: Dense, batch: int, head: int) -> Enclosure:
-    """Trace the runs of each row; give up on what is no small union of slices."""
-    cells = _array(mask)[batch, head]
+def _recover(cells: _Cells) -> Enclosure:
+    """Trace the runs of each row; where they are too many, find the slice around them all."""
     q_len, kv_len = cells.shape
     edges = np.diff(np.pad(cells, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(edges == 1)
     stops = np.nonzero(edges == -1)[1]
-    few = 8 * (q_len + kv_len) + 64
-    if len(rows) > few:
-        hull = Region.of(
-            Slice(int(rows[0]), int(rows[-1]) + 1, int(starts.min()), int(stops.max()))
-        )
-        return Enclosure(Region.empty(), hull)
+    if len(rows) > 8 * (q_len + kv_len) + 64:
+        lo, hi = int((starts - rows).min()), int((stops - 1 - rows).max())
+        hull = Slice(int(rows[0]), int(rows[-1]) + 1, int(starts.min()), int(stops.max()), lo, hi)
+        return Enclosure(Region.empty(), Region.of(hull))
     bounds = np.searchsorted(rows, np.arange(q_len + 1))
     region = Region.from_rows(
         [

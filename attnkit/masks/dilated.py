@@ -13,7 +13,7 @@ __all__ = ["Dilated"]
 
 
 @MASKS.register("dilated")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Dilated(Mask):
     """Keys a whole number of steps away: ``(p - j) % step == 0``, p the query's position.
 

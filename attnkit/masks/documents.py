@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, groupby, pairwise
-from typing import Literal
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Mask, check_ints
+from attnkit.masks.base import MASKS, IntsLike, Mask, check_ints, describe, holds_integers, short
 
 __all__ = ["Documents", "Padding"]
 
 Lengths = tuple[int, ...] | tuple[tuple[int, ...], ...]
+LengthsLike = IntsLike | Sequence[IntsLike]
 
 
 def _lengths(name: str, values: object) -> Lengths:
-    if isinstance(values, torch.Tensor) and values.dim() == 2:
+    if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 2:
+        if not holds_integers(values):
+            raise CompositionTypeError(f"{name} is {describe(values)}; lengths are integers")
         values = values.tolist()
-    if isinstance(values, Sequence) and values and not isinstance(values[0], int):
-        return tuple(check_ints(f"{name}[{b}]", row, 0) for b, row in enumerate(values))
+    rows = list(values) if isinstance(values, list | tuple) else []
+    if rows and isinstance(rows[0], list | tuple | torch.Tensor | np.ndarray):
+        return tuple(check_ints(f"{name}[{b}]", row, 0) for b, row in enumerate(rows))
     return check_ints(name, values, 0)
 
 
 @MASKS.register("documents")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Documents(Mask):
     """Packed documents that do not see each other: block diagonal, blocks of `lengths`.
 
@@ -48,6 +53,10 @@ class Documents(Mask):
     lengths: Lengths
     kv_lengths: Lengths | None = None
 
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, lengths: LengthsLike, kv_lengths: LengthsLike | None = None) -> None: ...
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", _lengths("Documents lengths", self.lengths))
         if self.kv_lengths is not None:
@@ -57,7 +66,7 @@ class Documents(Mask):
         if len(rows) != len(keys) or any(len(a) != len(b) for a, b in zip(rows, keys, strict=True)):
             raise CompositionError(
                 f"{self!r}: each document needs a query length and a key length; the two lists "
-                "differ in shape"
+                "differ in shape (a document without keys has the key length 0)"
             )
         for name, per_batch in (("lengths", rows), ("kv_lengths", keys)):
             sums = [sum(one) for one in per_batch]
@@ -68,7 +77,7 @@ class Documents(Mask):
                 )
 
     @classmethod
-    def from_ids(cls, ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Documents:
+    def from_ids(cls, ids: LengthsLike) -> Documents:
         """Build from a document number per token, [S] or [B, S]; tokens of one are contiguous.
 
         Reads the tensor on the host. Raises `CompositionError` if a number comes back after
@@ -77,24 +86,23 @@ class Documents(Mask):
         >>> Documents.from_ids([7, 7, 3])
         Documents((2, 1))
         """
-        values = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        rows = values if values and isinstance(values[0], Sequence) else [values]
+        rows = _rows_of_ids(ids)
+        per_batch = rows if rows.dim() == 2 else rows[None]
         lengths = []
-        for b, row in enumerate(rows):
-            runs = [(number, len(list(group))) for number, group in groupby(row)]
-            numbers = [number for number, _ in runs]
-            if len(set(numbers)) != len(numbers):
-                again = next(n for k, n in enumerate(numbers) if n in numbers[:k])
+        for b, row in enumerate(per_batch):
+            numbers, counts = row.unique_consecutive(return_counts=True)
+            again = _first_repeated(numbers.tolist())
+            if again is not None:
                 raise CompositionError(
-                    f"from_ids: document {again!r} of batch element {b} comes back after another "
+                    f"from_ids: document {again} of batch element {b} comes back after another "
                     "one; documents are contiguous (for scattered ids use masks.Predicate)"
                 )
-            lengths.append(tuple(n for _, n in runs))
-        return cls(lengths[0] if rows is not values else tuple(lengths))
+            lengths.append(tuple(counts.tolist()))
+        return cls(tuple(lengths) if rows.dim() == 2 else lengths[0])
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: torch.Tensor | Sequence[int], cu_seqlens_kv: object = None
+        cls, cu_seqlens: IntsLike, cu_seqlens_kv: IntsLike | None = None
     ) -> Documents:
         """Build from cumulative lengths with the leading 0: [0, 2, 5] is two documents.
 
@@ -116,8 +124,17 @@ class Documents(Mask):
         parts = (Slice(i0, i1, j0, j1) for i0, i1, j0, j1 in zip(i, i[1:], j, j[1:], strict=False))
         return tuple(part for part in parts if part)
 
+    @cached_property
+    def _regions(self) -> dict[int, Region]:
+        """The regions asked for so far, by batch element; lives as long as the mask."""
+        return {}
+
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        return _blocks_region(self, batch)
+        if self.batches is None:
+            batch = 0
+        if batch not in self._regions:
+            self._regions[batch] = Region.of(*self.blocks(batch))
+        return self._regions[batch]
 
     @property
     def batches(self) -> int | None:
@@ -130,27 +147,48 @@ class Documents(Mask):
         return sum(_per_batch(self.lengths)[0]), sum(_per_batch(self._keys)[0])
 
 
-@lru_cache(maxsize=64)
-def _blocks_region(documents: Documents, batch: int) -> Region:
-    return Region.of(*documents.blocks(batch))
-
-
 def _per_batch(lengths: Lengths) -> tuple[tuple[int, ...], ...]:
     return lengths if isinstance(lengths[0], tuple) else (lengths,)
+
+
+def _rows_of_ids(ids: object) -> torch.Tensor:
+    """Return document numbers as an integer tensor [S] or [B, S]."""
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CompositionTypeError(
+            f"from_ids takes one document number per token, [S] or [B, S]; got {describe(ids)} "
+            f"({error})"
+        ) from None
+    if rows.dim() not in (1, 2) or rows.numel() == 0 or not holds_integers(rows):
+        raise CompositionTypeError(
+            f"from_ids takes one integer per token, [S] or [B, S]; got {describe(rows)}"
+        )
+    return rows
+
+
+def _first_repeated(numbers: list[int]) -> int | None:
+    seen: set[int] = set()
+    for number in numbers:
+        if number in seen:
+            return number
+        seen.add(number)
+    return None
 
 
 def _differences(name: str, values: object) -> tuple[int, ...]:
     ends = check_ints(name, values, 0)
     if ends[0] != 0 or len(ends) < 2 or any(a > b for a, b in pairwise(ends)):
         raise CompositionError(
-            f"{name}={ends} is not a list of cumulative lengths: it starts with 0, never falls, "
-            "and has one entry more than there are documents (for lengths use Documents(lengths))"
+            f"{name}={short(ends)} is not a list of cumulative lengths: it starts with 0, never "
+            "falls, and has one entry more than there are documents (for lengths use "
+            "Documents(lengths))"
         )
     return tuple(b - a for a, b in pairwise(ends))
 
 
 @MASKS.register("padding")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Padding(Mask):
     """The keys that exist, per batch element: ``j < lengths[batch]``, for side="right".
 
@@ -165,10 +203,14 @@ class Padding(Mask):
     lengths: tuple[int, ...]
     side: Literal["right", "left"] = "right"
 
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, lengths: IntsLike, side: Literal["right", "left"] = "right") -> None: ...
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", check_ints("Padding lengths", self.lengths, 0))
         if self.side not in ("right", "left"):
-            raise CompositionTypeError(
+            raise CompositionError(
                 f"Padding got side={self.side!r}; the padding stands 'right' or 'left'"
             )
 
@@ -179,11 +221,12 @@ class Padding(Mask):
         super().check(q_len, kv_len, batch, heads)
         if max(self.lengths) > kv_len:
             raise CompositionError(
-                f"{self!r} has a sequence of {max(self.lengths)} keys, but kv_len is {kv_len}"
+                f"{self!r} has a sequence of {max(self.lengths)} keys, but kv_len is {kv_len}; "
+                "lengths count the keys that exist, padding excluded"
             )
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        length = self.lengths[batch]
+        length = min(self.lengths[batch], kv_len)  # a cut may ask for fewer keys
         start = 0 if self.side == "right" else kv_len - length
         return Region.of(Slice(0, q_len, start, start + length))
 

@@ -27,9 +27,12 @@ def parse(text: str) -> Mask:
     attnkit.errors.CompositionError: cannot read the mask 'Causal() & SlidngWindow(64)': \
 unknown mask SlidngWindow; did you mean SlidingWindow? Known: ...
     """
-    names: dict[str, Callable[..., Any]] = {c.__name__: c for _, c in MASKS.items()}
-    names["PrefixLM"] = PrefixLM
+    names: dict[str, Callable[..., Any]] = {"PrefixLM": PrefixLM}
+    names.update({family.__name__: family for _, family in MASKS.items()})
     mask = evaluate(text, names, "mask")
     if not isinstance(mask, Mask):
-        raise CompositionError(f"the text {text!r} is no mask but {mask!r}")
+        raise CompositionError(
+            f"the text {text!r} gives {mask!r}, not a mask; write for instance "
+            "'Causal() & SlidingWindow(64)'"
+        )
     return mask

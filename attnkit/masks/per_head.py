@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.masks.algebra import _agree
-from attnkit.masks.base import MASKS, Enclosure, Mask
+from attnkit.masks.base import MASKS, Enclosure, Mask, describe
+from attnkit.masks.composite import Composite
 
 __all__ = ["PerHead"]
 
 
 @MASKS.register("per_head")
-@dataclass(frozen=True, repr=False)
-class PerHead(Mask):
+@dataclass(frozen=True, repr=False, eq=False)
+class PerHead(Composite):
     """Head h has the mask ``masks[h]``; one entry per query head.
 
     >>> from attnkit import masks
@@ -26,16 +28,32 @@ class PerHead(Mask):
 
     masks: tuple[Mask, ...]
 
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, masks: Sequence[Mask]) -> None: ...
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", tuple(self.masks))
+        if not isinstance(self.masks, tuple | list):
+            raise CompositionTypeError(
+                f"PerHead takes a list of masks, one per query head; got {describe(self.masks)}"
+            )
         if not self.masks:
             raise CompositionError("PerHead got no masks; give one for each query head")
         for mask in self.masks:
             if not isinstance(mask, Mask):
-                raise CompositionTypeError(f"PerHead takes masks, got {mask!r}")
+                raise CompositionTypeError(f"PerHead takes masks, got {describe(mask)}")
             if mask.heads is not None:
-                raise CompositionError(f"PerHead cannot nest {mask!r}, which tells heads apart")
-        self.extent, self.batches  # noqa: B018 -- disagreement is an error now
+                raise CompositionError(
+                    f"PerHead cannot nest {mask!r}, which tells heads apart itself; combine the "
+                    "two by & or |"
+                )
+        object.__setattr__(self, "masks", tuple(self.masks))
+        self._check_members()
+
+    @property
+    def members(self) -> tuple[Mask, ...]:
+        """The masks of the heads."""
+        return self.masks
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """As the head's own mask."""
@@ -47,25 +65,6 @@ class PerHead(Mask):
         return self.masks[head]._cells(q_len, kv_len, batch, 0, device)
 
     @property
-    def batches(self) -> int | None:
-        """The count that the heads agree on."""
-        return _agree("batch sizes", self.masks, [mask.batches for mask in self.masks])
-
-    @property
     def heads(self) -> int | None:
         """One mask per head."""
         return len(self.masks)
-
-    @property
-    def extent(self) -> tuple[int | None, int | None]:
-        """The lengths that the heads agree on."""
-        extents = [mask.extent for mask in self.masks]
-        return (
-            _agree("q_len", self.masks, [e[0] for e in extents]),
-            _agree("kv_len", self.masks, [e[1] for e in extents]),
-        )
-
-    @property
-    def anchored(self) -> bool:
-        """Whether any head's mask is anchored."""
-        return any(mask.anchored for mask in self.masks)

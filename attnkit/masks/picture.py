@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import Mask
+from attnkit.masks.base import Mask, check_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +22,9 @@ def densities(
     mask: Mask, q_len: int, kv_len: int, batch: int, head: int, rows: int, columns: int
 ) -> list[list[float]]:
     """Return the share of allowed cells in each block of a grid of about `rows` x `columns`."""
-    mask.check(q_len, kv_len)
+    known = mask._checked_enclosure(q_len, kv_len, batch, head)
     block_q, block_kv = max(1, -(-q_len // rows)), max(1, -(-kv_len // columns))
     tops, lefts = range(0, q_len, block_q), range(0, kv_len, block_kv)
-    known = mask.enclosure(q_len, kv_len, batch, head)
     if known.exact:
         return [
             [
@@ -45,8 +44,7 @@ def _share(region: Region, block: Slice) -> float:
 
 def show(mask: Mask, q_len: int, kv_len: int, batch: int, head: int, width: int) -> str:
     """Return the terminal picture that `Mask.show` documents."""
-    if width < 1:
-        raise CompositionError(f"show got width={width}; a picture is at least 1 wide")
+    check_int("show width", width, 1)
     rows = q_len if q_len <= width else _ROWS
     grid = densities(mask, q_len, kv_len, batch, head, rows, width)
     return "\n".join(
@@ -60,7 +58,7 @@ def plot(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise CompositionError("plot() draws with matplotlib: pip install attnkit[plot]") from None
-    grid = torch.tensor(densities(mask, q_len, kv_len, batch, head, 128, 128))
+    grid = np.array(densities(mask, q_len, kv_len, batch, head, 128, 128))
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), aspect="auto")

@@ -9,21 +9,21 @@ import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region
-from attnkit.masks.base import Enclosure, Mask
+from attnkit.masks.base import Enclosure, Mask, check_int, describe
 
 __all__ = ["Predicate"]
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Predicate(Mask):
     """Cells where ``fn(b, h, i, j)`` is true: FlexAttention's `mask_mod` signature.
 
     `fn` gets broadcastable integer tensors and returns booleans. `batch` and `num_heads` say
     how many batch elements and heads it tells apart (None: it ignores b, or h). A function is
-    opaque: it equals only itself, has no text, and its region is not known, so it runs as a
-    dense mask; write what you can as named masks and the plan gets better.
+    opaque: it equals only itself, has no text that `masks.parse` reads, and its region is not
+    known, so it runs as a dense mask; write what you can as named masks and the plan gets better.
 
     >>> even = Predicate(lambda b, h, i, j: (i + j) % 2 == 0)
     >>> print(even.show(2, 4))
@@ -38,8 +38,11 @@ class Predicate(Mask):
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise CompositionTypeError(
-                f"Predicate takes a function fn(b, h, i, j), got {self.fn!r}"
+                f"Predicate takes a function fn(b, h, i, j), got {describe(self.fn)}"
             )
+        for name in ("batch", "num_heads"):
+            if getattr(self, name) is not None:
+                check_int(f"Predicate {name}", getattr(self, name), 1)
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Nothing is known of a function."""
@@ -57,7 +60,14 @@ class Predicate(Mask):
             raise CompositionTypeError(
                 f"{self!r} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
             )
-        return cells.expand(q_len, kv_len)
+        try:
+            return cells.expand(q_len, kv_len)
+        except RuntimeError:
+            raise CompositionError(
+                f"{self!r} returned shape {tuple(cells.shape)}, which does not broadcast to "
+                f"[{q_len}, {kv_len}]; i comes as [{q_len}, 1], j as [1, {kv_len}], b and h as "
+                "scalars"
+            ) from None
 
     @property
     def batches(self) -> int | None:
@@ -69,11 +79,13 @@ class Predicate(Mask):
         """As said by `num_heads`."""
         return self.num_heads
 
+    @property
+    def anchored(self) -> bool:
+        """A function of indices knows no lengths."""
+        return False
+
     def __str__(self) -> str:
-        raise CompositionError(
-            f"{self!r} is a function and has no text; name it as a mask family "
-            "(@MASKS.register) or keep its cells: masks.Dense.keep(m.materialize(...))"
-        )
+        return repr(self)
 
     def __repr__(self) -> str:
-        return f"Predicate({getattr(self.fn, '__qualname__', self.fn)!s})"
+        return f"<masks.Predicate {getattr(self.fn, '__qualname__', self.fn)!s}>"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Align, Mask, check_int, check_ints
+from attnkit.masks.base import MASKS, Align, IntsLike, Mask, check_int, check_ints
 from attnkit.masks.causal import Causal
 
 __all__ = ["Columns", "Prefix", "PrefixLM", "Rows"]
@@ -23,7 +24,7 @@ def _check_span(owner: str, start: int, stop: int | None) -> None:
 
 
 @MASKS.register("columns")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Columns(Mask):
     """A range of keys, for every query: ``start <= j < stop``; stop None = to the end.
 
@@ -49,7 +50,7 @@ class Columns(Mask):
 
 
 @MASKS.register("rows")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Rows(Mask):
     """A range of queries, with every key: ``start <= i < stop``; stop None = to the end.
 
@@ -75,7 +76,7 @@ class Rows(Mask):
 
 
 @MASKS.register("prefix")
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Prefix(Mask):
     """The first `length` keys, for every query: ``j < length``, or ``j < length[batch]``.
 
@@ -87,6 +88,10 @@ class Prefix(Mask):
     """
 
     length: int | tuple[int, ...]
+
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, length: int | IntsLike) -> None: ...
 
     def __post_init__(self) -> None:
         if type(self.length) is int:
@@ -109,7 +114,7 @@ class Prefix(Mask):
         return False
 
 
-def PrefixLM(length: int | tuple[int, ...], align: Align = "bottom_right") -> Mask:
+def PrefixLM(length: int | IntsLike, align: Align = "bottom_right") -> Mask:
     """Return the prefix-LM mask ``Causal(align) | Prefix(length)``.
 
     >>> PrefixLM(3)

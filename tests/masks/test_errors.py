@@ -1,0 +1,189 @@
+"""Bad input: each error names what was given, the rule, and the remedy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from attnkit import masks
+from attnkit.errors import AttnkitError, CompositionError, CompositionTypeError
+from attnkit.masks import And, Cut, Not, parse
+
+C = masks.Causal()
+CELLS = torch.ones(4, 4, dtype=torch.bool)
+IDS = torch.tensor([0, 0, 1])
+
+# what is asked, the type of the error, and words that the message must hold
+BAD = {
+    "tensor on the right": (lambda: C & CELLS, TypeError, "tensor of shape (4, 4)|Dense.keep"),
+    "tensor on the left": (lambda: CELLS & C, TypeError, "tensor of shape (4, 4)|Dense.keep"),
+    "array on the left": (lambda: np.ones((2, 2), bool) | C, TypeError, "numpy array|Dense.keep"),
+    "none on the right": (lambda: C | None, TypeError, "None|both sides"),
+    "none on the left": (lambda: None & C, TypeError, "None|both sides"),
+    "minus a tensor": (lambda: C - CELLS, TypeError, "tensor of shape (4, 4)|Dense.keep"),
+    "tensor minus": (lambda: CELLS - C, TypeError, "tensor of shape (4, 4)|Dense.keep"),
+    "unhashable": (lambda: C & [1], TypeError, "[1] (list)|both sides"),
+    "and of one": (lambda: And((C, C)), ValueError, "And|two or more masks that differ"),
+    "and of no list": (lambda: And(C), TypeError, "list of masks|Causal()"),
+    "not of an int": (lambda: Not(3), TypeError, "Not takes a mask|3 (int)"),
+    "empty window": (lambda: masks.SlidingWindow(0), ValueError, "empty window|at least 1"),
+    "window of a tensor": (
+        lambda: masks.SlidingWindow(torch.tensor(4)),
+        TypeError,
+        "tensor(4)|int(size)",
+    ),
+    "window of numpy": (lambda: masks.SlidingWindow(np.int64(4)), TypeError, "int64|int(size)"),
+    "window of bool": (lambda: masks.SlidingWindow(True), TypeError, "True|bool|an int >= 1"),
+    "empty band": (lambda: masks.Band(-3, 1), ValueError, "left=-3, right=1|left + right"),
+    "band of float": (lambda: masks.Band(1.5, 1), TypeError, "left=1.5|an int"),
+    "align": (lambda: masks.Causal("left"), ValueError, "'left'|bottom_right|top_left"),
+    "align of window": (lambda: masks.SlidingWindow(2, None), ValueError, "None|bottom_right"),
+    "empty columns": (lambda: masks.Columns(3, 3), ValueError, "Columns(3, 3)|start <= index"),
+    "negative rows": (lambda: masks.Rows(-1), ValueError, "Rows start=-1|>= 0"),
+    "chunk of 0": (lambda: masks.Chunked(0), ValueError, "Chunked size=0|>= 1"),
+    "step of 0": (lambda: masks.Dilated(0), ValueError, "Dilated step=0|>= 1"),
+    "no lengths": (lambda: masks.Documents([]), ValueError, "lengths is empty|at least one"),
+    "negative length": (lambda: masks.Documents([2, -1]), ValueError, "lengths[1]=-1|>= 0"),
+    "float length": (lambda: masks.Documents([2, 3.0]), TypeError, "lengths[1]=3.0|int"),
+    "numpy length": (lambda: masks.Documents([np.int64(2)]), TypeError, "int(lengths[0])"),
+    "text for lengths": (lambda: masks.Documents("23"), TypeError, "'23' (str)|sequence of int"),
+    "one length": (lambda: masks.Padding(5), TypeError, "5 (int)|sequence of int"),
+    "float tensor": (lambda: masks.Documents(torch.zeros(2, 2)), TypeError, "float32|integers"),
+    "lengths 2-D": (lambda: masks.Padding(torch.ones(2, 2).int()), TypeError, "(2, 2)|1-D"),
+    "sums differ": (lambda: masks.Documents([[1, 2], [1]]), ValueError, "[3, 1]|padding"),
+    "counts differ": (lambda: masks.Documents([2, 3], [5]), ValueError, "(2, 3)|differ in shape"),
+    "ids come back": (
+        lambda: masks.Documents.from_ids([1, 2, 1]),
+        ValueError,
+        "document 1 of batch element 0|contiguous|Predicate",
+    ),
+    "ids 3-D": (lambda: masks.Documents.from_ids(IDS[None, None]), TypeError, "(1, 1, 3)|[B, S]"),
+    "ids of float": (lambda: masks.Documents.from_ids(IDS / 2), TypeError, "float32|integer"),
+    "ids ragged": (lambda: masks.Documents.from_ids([[1], [1, 2]]), TypeError, "[[1], [1, 2]]"),
+    "no ids": (lambda: masks.Documents.from_ids([]), TypeError, "(0,)|per token"),
+    "cumulative without 0": (
+        lambda: masks.Documents.from_cu_seqlens([2, 5]),
+        ValueError,
+        "cu_seqlens=(2, 5)|starts with 0|Documents(lengths)",
+    ),
+    "cumulative falls": (lambda: masks.Documents.from_cu_seqlens([0, 5, 3]), ValueError, "falls"),
+    "side": (lambda: masks.Padding([2], "up"), ValueError, "'up'|'right' or 'left'"),
+    "dense of float": (lambda: masks.Dense.keep(torch.ones(2, 2)), TypeError, "float32|pse.Dense"),
+    "dense 1-D": (lambda: masks.Dense.drop(CELLS[0]), ValueError, "shape (4,)|[Sq, Skv]"),
+    "dense without batch": (lambda: masks.Dense.keep(CELLS[None][:0]), ValueError, "(0, 4, 4)"),
+    "dense on meta": (lambda: masks.Dense.keep(CELLS.to("meta")), ValueError, "meta"),
+    "dense of noise": (lambda: masks.Dense("noise"), ValueError, "'noise'|Dense.keep"),
+    "dense with bits to spare": (lambda: masks.Dense("1x1x1x1:eJz7DwABAAEA"), ValueError, "beyond"),
+    "no heads": (lambda: masks.PerHead([]), ValueError, "no masks|each query head"),
+    "heads of a mask": (lambda: masks.PerHead(C), TypeError, "list of masks|Causal()"),
+    "heads of ints": (lambda: masks.PerHead([C, 3]), TypeError, "3 (int)"),
+    "nested heads": (lambda: masks.PerHead([masks.PerHead([C])]), ValueError, "nest|& or |"),
+    "no function": (lambda: masks.Predicate(3), TypeError, "fn(b, h, i, j)|3 (int)"),
+    "function of no batch": (lambda: masks.Predicate(len, batch=0), ValueError, "batch=0"),
+    "cut by an int": (lambda: C[3], TypeError, "two slices|mask[a:b, c:d]"),
+    "cut with a step": (lambda: C[0:4:2, :], TypeError, "without a step"),
+    "cut from the end": (lambda: C[-2:, :], ValueError, "q_range start=-2|>= 0"),
+    "cut backwards": (lambda: C[3:1, :], ValueError, "(3, 1)|start <= index"),
+    "cut of unknown lengths": (lambda: C[0:2, 0:2], ValueError, "q_len is not known|q_len=..."),
+    "cut too far": (
+        lambda: masks.Documents([2, 3])[0:9, :],
+        ValueError,
+        "(0, 9)|q_len=5|clipped",
+    ),
+    "cut says another length": (
+        lambda: masks.Documents([2]).cut((0, 1), (0, 1), q_len=7),
+        ValueError,
+        "q_len=2|q_len=7|leave it out",
+    ),
+    "cut of no range": (lambda: Cut(C, 5, (0, 1)), TypeError, "q_range=5|(start, stop)"),
+    "lengths that disagree": (
+        lambda: masks.Documents([2, 3]) & masks.Documents([6]),
+        ValueError,
+        "q_len|Documents((2, 3)): 5|Documents((6,)): 6|same lengths",
+    ),
+    "batches that disagree": (
+        lambda: masks.Padding([1]) | masks.Prefix([1, 2]),
+        ValueError,
+        "batch sizes|one entry per batch element",
+    ),
+    "heads that disagree": (
+        lambda: masks.PerHead([C, C]) & masks.PerHead([C]),
+        ValueError,
+        "head counts|one entry per query head",
+    ),
+    # asked of a mask that is well-built
+    "other lengths": (lambda: masks.Documents([2, 3]).region(6, 6), ValueError, "q_len=5|q_len=6"),
+    "other lengths, inside": (
+        lambda: (C & masks.Documents([2, 3])).materialize(6, 6),
+        ValueError,
+        "Documents((2, 3)) is built for q_len=5|cut it",
+    ),
+    "padding too long, inside": (
+        lambda: (C | masks.Padding([9])).region(4, 4),
+        ValueError,
+        "Padding((9,))|9 keys|kv_len is 4",
+    ),
+    "dense of another size": (
+        lambda: masks.Dense.keep(CELLS).region(4, 5),
+        ValueError,
+        "kv_len=4|kv_len=5",
+    ),
+    "other batch": (
+        lambda: masks.Padding([2, 3]).materialize(4, 4, batch=3),
+        ValueError,
+        "2 batch elements|there are 3|one entry",
+    ),
+    "other heads": (
+        lambda: (masks.PerHead([C, C]) & C).materialize(2, 2, heads=3),
+        ValueError,
+        "2 heads|there are 3",
+    ),
+    "batch out of range": (lambda: masks.Padding([2]).show(2, 2, batch=1), ValueError, "batch=1"),
+    "negative head": (lambda: C.region(2, 2, head=-1), ValueError, "head=-1"),
+    "negative length of rows": (lambda: C.region(-1, 2), ValueError, "q_len=-1|>= 0"),
+    "length of float": (lambda: C.materialize(2, 2.0), TypeError, "kv_len=2.0|int"),
+    "length of numpy": (lambda: C.region(np.int64(2), 2), TypeError, "int(q_len)"),
+    "negative batch": (lambda: C.materialize(2, 2, batch=-1), ValueError, "batch=-1"),
+    "no region": (lambda: masks.Dilated(2).region(4, 4), ValueError, "Dilated(2)|materialize()"),
+    "picture of width 0": (lambda: C.show(2, 2, width=0), ValueError, "width=0"),
+    "function of numbers": (
+        lambda: masks.Predicate(lambda b, h, i, j: i - j).materialize(2, 2),
+        TypeError,
+        "int64|bool tensor",
+    ),
+    "function of another shape": (
+        lambda: masks.Predicate(lambda b, h, i, j: CELLS).materialize(2, 2),
+        ValueError,
+        "(4, 4)|[2, 2]",
+    ),
+    # text
+    "no text": (lambda: parse(3), TypeError, "text of a mask|3 (int)"),
+    "open bracket": (lambda: parse("Causal("), ValueError, "'Causal('|column"),
+    "misspelt": (lambda: parse("Causl()"), ValueError, "Causl|did you mean Causal"),
+    "no mask in text": (lambda: parse("3"), ValueError, "'3'|not a mask"),
+    "function in text": (lambda: parse("<masks.Predicate f>"), ValueError, "no text form"),
+    "unknown argument": (lambda: parse("Causal(side=3)"), ValueError, "side"),
+    "unpacked arguments": (lambda: parse("Causal(**{})"), ValueError, "key=value"),
+    "starred arguments": (lambda: parse("Causal(*[1])"), ValueError, "not part of the language"),
+    "subscripted tuple": (lambda: parse("(1, 2)[5]"), ValueError, "out of range"),
+    "code": (lambda: parse("__import__('os')"), ValueError, "unknown mask __import__"),
+    "lambda": (lambda: parse("PerHead(lambda: 0)"), ValueError, "not part of the language"),
+    "null byte": (lambda: parse("\0"), ValueError, "null"),
+    "too deep": (lambda: parse("~" * 20000 + "Full()"), ValueError, "cannot read the mask"),
+    "bad argument in text": (lambda: parse("Full() & Chunked(0)"), ValueError, "Chunked size=0"),
+    "sum of masks": (lambda: parse("Full() + Full()"), ValueError, "cannot read the mask"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_explained(name):
+    ask, kind, words = BAD[name]
+    with pytest.raises(kind) as caught:
+        ask()
+    assert isinstance(caught.value, AttnkitError)
+    assert isinstance(caught.value, CompositionError)
+    assert isinstance(caught.value, CompositionTypeError) is (kind is TypeError)
+    message = str(caught.value)
+    missing = [word for word in words.split("|") if word and word not in message]
+    assert not missing, f"{missing} not in {message!r}"
