@@ -1,0 +1,374 @@
+"""`Pse`, the abstract positional bias, `Sum`, and the registry of kinds.
+
+A bias is a value: a frozen dataclass with equality, hash and repr. It knows nothing of how
+it will be computed; `materialize` is its exact definition and the oracle for everyone else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.registry import Registry
+
+__all__ = ["PSE", "Align", "Pse", "Range", "Sum", "check_range"]
+
+Align = Literal["bottom_right", "top_left"]
+Range = tuple[int, int]
+
+
+class Pse(ABC):
+    """A bias on the scores: ``scale*q.k + bias``, or ``scale*(q.k + bias)`` when `before_scale`.
+
+    Shapes: ``[1 | b, n | 1, q_len, kv_len]`` once materialised. In a packed batch every
+    sequence is its own score matrix and has its own `q_len` and `kv_len`.
+
+    A new family is a frozen dataclass with `materialize`, and `check` where it can be wrong;
+    ``@PSE.register("kind")`` gives it a name in configurations and in `parse`.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def before_scale(self) -> bool:
+        """Whether the bias is added before the scores are scaled."""
+        return False
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient has to flow back into the bias."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    @property
+    def heads(self) -> int | None:
+        """The number of query heads it was made for; None fits any."""
+        return None
+
+    @property
+    def batch(self) -> int | None:
+        """The number of batch elements (or packed sequences) it was made for; None fits any."""
+        return None
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """The (q_len, kv_len) it was made for; None where it fits any length."""
+        return (None, None)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors it carries, whose values are bound when a plan runs."""
+        return ()
+
+    @property
+    def toeplitz(self) -> bool:
+        """Whether the bias depends on the distance ``j - i`` only (and on the head)."""
+        return False
+
+    @property
+    def parts(self) -> tuple[Pse, ...]:
+        """The biases it is the sum of: itself, unless it is a `Sum`."""
+        return (self,)
+
+    @abstractmethod
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the bias as a tensor ``[1 | b, n | 1, q_len, kv_len]``: its definition.
+
+        `batch` and `heads` are those of the query, checked where given. `batch_index` asks
+        for one batch element (or packed sequence) only, so that dimension 0 is 1.
+        """
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Raise `CompositionError` where the bias does not fit; computes nothing.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(6).check(4, 4, batch=2, heads=8)
+        Traceback (most recent call last):
+        ...
+        attnkit.errors.CompositionError: ALiBi(6) was made for 6 heads, but the query has 8; \
+give one slope per query head
+        """
+        for what, own, given in (("heads", self.heads, heads), ("batch", self.batch, batch)):
+            if own is not None and given is not None and own != given:
+                raise CompositionError(self._misfit(what, own, given))
+
+    def cut(
+        self,
+        q_range: Range,
+        kv_range: Range,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Pse:
+        """Return the part inside a rectangle ``[start, stop)``, renumbered from its corner.
+
+        `q_len` and `kv_len` are the lengths of the whole score matrix; they may be left out
+        where the bias knows them (`extent`) or does not depend on them.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(8, align="top_left").cut((4, 6), (0, 6), q_len=6, kv_len=6)
+        ALiBi(8)
+        """
+        from attnkit.pse.cut import Cut
+
+        whole = [
+            given if given is not None else known
+            for given, known in zip((q_len, kv_len), self.extent, strict=True)
+        ]
+        if whole[0] is None or whole[1] is None:
+            raise CompositionError(
+                f"{self}: what a rectangle of it holds depends on the lengths of the whole score "
+                "matrix; pass q_len= and kv_len="
+            )
+        return Cut(self, q_range, kv_range, whole[0], whole[1])
+
+    def key(self) -> Hashable:
+        """Return what a plan may depend on: equal keys mean that one plan serves both biases."""
+        return self
+
+    def term(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        scale: float,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return what is added to the *scaled* scores: ``score = scale*q.k + term``.
+
+        This is the materialised bias, times `scale` for a part that says `before_scale`.
+
+        >>> import torch
+        >>> from attnkit.pse import Dense
+        >>> Dense(torch.ones(1, 2), before_scale=True).term(1, 2, scale=0.5)
+        tensor([[[[0.5000, 0.5000]]]])
+        """
+
+        def one(part: Pse) -> Tensor:
+            bias = part.materialize(
+                q_len,
+                kv_len,
+                batch=batch,
+                heads=heads,
+                batch_index=batch_index,
+                dtype=dtype,
+                device=device,
+            )
+            return scale * bias if part.before_scale else bias
+
+        return reduce(add, map(one, self.parts))
+
+    def __add__(self, other: Pse) -> Sum:
+        if not isinstance(other, Pse):
+            raise CompositionTypeError(
+                f"a positional bias adds to another one, not to {type(other).__name__}; "
+                "wrap a tensor as pse.Dense(tensor)"
+            )
+        return Sum((self, other))
+
+    def _misfit(self, what: str, own: int, given: int) -> str:
+        if what == "heads":
+            return f"{self} was made for {own} heads, but the query has {given}"
+        return f"{self} was made for a batch of {own}, but the query's is {given}"
+
+
+class PseRegistry(Registry[type[Pse]]):
+    """The families of biases, by the kind that a configuration gives them."""
+
+    def add(self, name: str, entry: type[Pse]) -> type[Pse]:
+        """Register a family; its class name must be free too, for `parse`."""
+        for kind, known in self.items():
+            if known.__name__ == entry.__name__:
+                raise CompositionError(
+                    f"a positional bias named {entry.__name__} is registered already, "
+                    f"as {kind!r}; choose another class name"
+                )
+        super().add(name, entry)
+        entry.kind = name
+        return entry
+
+
+PSE = PseRegistry("positional bias")
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Sum(Pse):
+    """The sum of several biases, ``p1 + p2``.
+
+    The parts stay apart, because each may reach a kernel in its own way. Sums flatten
+    and keep their order, since rounding makes the order of additions part of the value.
+    Parts before and after the scale may mix; then there is no single matrix, and `term`
+    takes the place of `materialize`.
+
+    Raises `CompositionError` for no parts, or parts made for different heads or batches.
+
+    >>> from attnkit.pse import ALiBi, SqrtALiBi
+    >>> both = ALiBi(2) + SqrtALiBi(2)
+    >>> both
+    ALiBi(2) + SqrtALiBi(2)
+    >>> (both + ALiBi(2)).parts == (ALiBi(2), SqrtALiBi(2), ALiBi(2))
+    True
+    """
+
+    addends: tuple[Pse, ...]
+
+    def __init__(self, addends: Iterable[Pse]) -> None:
+        given = tuple(addends)
+        for addend in given:
+            if not isinstance(addend, Pse):
+                raise CompositionTypeError(
+                    f"Sum adds positional biases, not {type(addend).__name__}; "
+                    "wrap a tensor as pse.Dense(tensor)"
+                )
+        flat = tuple(part for addend in given for part in addend.parts)
+        if not flat:
+            raise CompositionError("Sum of no biases; pass pse=None for none")
+        object.__setattr__(self, "addends", flat)
+        _agree("heads", [(part, part.heads) for part in flat])
+        _agree("batch elements", [(part, part.batch) for part in flat])
+        _agree("queries", [(part, part.extent[0]) for part in flat])
+        _agree("keys", [(part, part.extent[1]) for part in flat])
+
+    @property
+    def parts(self) -> tuple[Pse, ...]:
+        """The addends, none of them a `Sum`."""
+        return self.addends
+
+    @property
+    def before_scale(self) -> bool:
+        """Whether all parts are before the scale; a mixed sum has no answer and raises."""
+        sides = {part.before_scale for part in self.parts}
+        if len(sides) > 1:
+            raise CompositionError(
+                f"{self} mixes parts before and after the scale; ask each of .parts, or take "
+                ".term(..., scale=...), which weighs each part"
+            )
+        return sides.pop()
+
+    @property
+    def heads(self) -> int | None:
+        """The number of heads of the parts that have one."""
+        return _first(part.heads for part in self.parts)
+
+    @property
+    def batch(self) -> int | None:
+        """The batch size of the parts that have one."""
+        return _first(part.batch for part in self.parts)
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """The lengths of the parts that have some."""
+        q_lens, kv_lens = zip(*(part.extent for part in self.parts), strict=True)
+        return _first(q_lens), _first(kv_lens)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of all parts, in order."""
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    @property
+    def toeplitz(self) -> bool:
+        """Whether every part depends on the distance only."""
+        return all(part.toeplitz for part in self.parts)
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Raise `CompositionError` where any part does not fit."""
+        for part in self.parts:
+            part.check(q_len, kv_len, batch, heads)
+
+    def cut(
+        self,
+        q_range: Range,
+        kv_range: Range,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Pse:
+        """Return the sum of the parts' cuts."""
+        return Sum(part.cut(q_range, kv_range, q_len=q_len, kv_len=kv_len) for part in self.parts)
+
+    def key(self) -> Hashable:
+        """Return the keys of the parts, in order."""
+        return ("Sum", *(part.key() for part in self.parts))
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the sum of the parts, which must lie on one side of the scale."""
+        _ = self.before_scale  # raises for a mixed sum
+        return reduce(
+            add,
+            (
+                part.materialize(
+                    q_len,
+                    kv_len,
+                    batch=batch,
+                    heads=heads,
+                    batch_index=batch_index,
+                    dtype=dtype,
+                    device=device,
+                )
+                for part in self.parts
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
+
+
+def check_range(name: str, span: Range, length: int) -> None:
+    """Raise `CompositionError` unless ``0 <= start <= stop <= length``."""
+    start, stop = span
+    if not 0 <= start <= stop <= length:
+        raise CompositionError(
+            f"{name}={span} does not lie in a score matrix of extent {length}; give (start, stop) "
+            f"with 0 <= start <= stop <= {length}"
+        )
+
+
+def _first(claims: Iterable[int | None]) -> int | None:
+    return next((claim for claim in claims if claim is not None), None)
+
+
+def _agree(what: str, claims: list[tuple[Pse, int | None]]) -> None:
+    made_for = [(part, count) for part, count in claims if count is not None]
+    for part, count in made_for[1:]:
+        first, expected = made_for[0]
+        if count != expected:
+            raise CompositionError(
+                f"cannot add {first}, made for {expected} {what}, and {part}, made for {count}; "
+                "both describe the same score matrices"
+            )

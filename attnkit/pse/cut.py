@@ -1,0 +1,116 @@
+"""`Cut`: the part of a bias inside a rectangle, as the bias of its own score matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import CompositionError
+from attnkit.pse.base import Pse, Range, check_range
+
+__all__ = ["Cut"]
+
+
+@dataclass(frozen=True, repr=False)
+class Cut(Pse):
+    """Rows and keys of another bias: ``bias[h, i, j] = part[h, i + q0, j + kv0]``.
+
+    The whole score matrix has the lengths `q_len` x `kv_len`. Made by `Pse.cut` where a bias
+    has no closer form; materialising it materialises the whole matrix first.
+
+    Raises `CompositionError` for ranges outside the matrix, and at use for other lengths.
+
+    >>> from attnkit.pse import ALiBi
+    >>> part = ALiBi([1.0]).cut((0, 1), (0, 3), q_len=3, kv_len=4)
+    >>> part
+    ALiBi(slopes=(1.0,)).cut((0, 1), (0, 3), q_len=3, kv_len=4)
+    >>> part.materialize(1, 3)
+    tensor([[[[-1., -0., -1.]]]])
+    """
+
+    part: Pse
+    q_range: Range
+    kv_range: Range
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        check_range("q_range", self.q_range, self.q_len)
+        check_range("kv_range", self.kv_range, self.kv_len)
+
+    @property
+    def before_scale(self) -> bool:
+        """As the bias that is cut."""
+        return self.part.before_scale
+
+    @property
+    def heads(self) -> int | None:
+        """As the bias that is cut."""
+        return self.part.heads
+
+    @property
+    def batch(self) -> int | None:
+        """As the bias that is cut."""
+        return self.part.batch
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As the bias that is cut."""
+        return self.part.tensors
+
+    @property
+    def toeplitz(self) -> bool:
+        """As the bias that is cut: a shift leaves distances as they differ."""
+        return self.part.toeplitz
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The lengths of the two ranges."""
+        return self.q_range[1] - self.q_range[0], self.kv_range[1] - self.kv_range[0]
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Raise `CompositionError` unless the lengths are those of the cut."""
+        self.part.check(self.q_len, self.kv_len, batch, heads)
+        if (q_len, kv_len) != self.extent:
+            raise CompositionError(
+                f"pse.{self} is for score matrices of {self.extent[0]} x {self.extent[1]}, but "
+                f"this one is {q_len} x {kv_len}; cut the bias for these lengths"
+            )
+
+    def key(self) -> Hashable:
+        """Return the key of the bias that is cut, and where."""
+        where = (self.q_range, self.kv_range, self.q_len, self.kv_len)
+        return ("Cut", self.part.key(), *where)
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the rectangle of the whole matrix, as a view of it."""
+        self.check(q_len, kv_len, batch, heads)
+        whole = self.part.materialize(
+            self.q_len,
+            self.kv_len,
+            batch=batch,
+            heads=heads,
+            batch_index=batch_index,
+            dtype=dtype,
+            device=device,
+        )
+        return whole[..., slice(*self.q_range), slice(*self.kv_range)]
+
+    def __repr__(self) -> str:
+        where = f"{self.q_range}, {self.kv_range}, q_len={self.q_len}, kv_len={self.kv_len}"
+        return f"{self.part!r}.cut({where})"

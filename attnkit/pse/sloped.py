@@ -1,0 +1,186 @@
+"""`Sloped`: what ALiBi and its square-root form share, a slope per head times a distance."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.pse.base import Align, Pse, Range, check_range
+
+__all__ = ["Sloped", "press_slopes"]
+
+
+def press_slopes(num_heads: int) -> tuple[float, ...]:
+    """Return the ALiBi slopes of Press et al.: ``2**(-8*(h+1)/n)`` for a power of two `n`.
+
+    Otherwise the slopes of the largest power of two below `num_heads`, then every other slope
+    of twice as many heads until there are enough: the interleaving of the authors' code.
+
+    Source: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear Biases
+    Enables Input Length Extrapolation" (ICLR 2022), and its published `get_slopes`.
+
+    >>> press_slopes(6)
+    (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
+    """
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise CompositionTypeError(f"num_heads is a positive int, got {num_heads!r}")
+    if num_heads < 1:
+        raise CompositionError(f"num_heads is a positive int, got {num_heads}")
+    power = 1 << (num_heads.bit_length() - 1)
+    extra = _geometric(2 * power)[0::2][: num_heads - power]
+    return _geometric(power) + extra
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Sloped(Pse):
+    """A bias ``-slope[h] * f(distance)``, where ``distance = abs(i' - j)``.
+
+    ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands
+    on the last key; ``i' = i`` for ``"top_left"``. The two agree on square score matrices.
+
+    `num_heads` may be an int (slopes of `press_slopes`), or a sequence of floats, which
+    are the slopes; `slopes` gives them by name. A rank that holds some of the heads passes
+    the slopes of those heads: ``ALiBi(slopes=ALiBi(32).slopes[8:16])``.
+    """
+
+    num_heads: int | None = None
+    slopes: tuple[float, ...] = ()
+    align: Align = "bottom_right"
+
+    def __init__(
+        self,
+        num_heads: int | Sequence[float] | None = None,
+        slopes: Sequence[float] = (),
+        align: Align = "bottom_right",
+    ) -> None:
+        name = type(self).__name__
+        given = _slopes(name, slopes)
+        if num_heads is not None and not isinstance(num_heads, int):
+            if given:
+                raise CompositionError(
+                    f"{name}: slopes were given twice, as the first argument and as slopes="
+                )
+            given, num_heads = _slopes(name, num_heads), None
+        if not given:
+            if num_heads is None:
+                raise CompositionError(f"{name} needs a number of heads or one slope per head")
+            given = press_slopes(num_heads)
+        if num_heads is not None and num_heads != len(given):
+            raise CompositionError(
+                f"{name}: num_heads={num_heads} but {len(given)} slopes; give one slope per "
+                "query head, or num_heads alone for the slopes of Press et al."
+            )
+        if align not in get_args(Align):
+            raise CompositionError(
+                f"{name}: align={align!r}; choose 'bottom_right' (the last query stands on the "
+                "last key) or 'top_left' (the first on the first)"
+            )
+        object.__setattr__(self, "num_heads", len(given))
+        object.__setattr__(self, "slopes", given)
+        object.__setattr__(self, "align", align)
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads: one slope each."""
+        return len(self.slopes)
+
+    @property
+    def toeplitz(self) -> bool:
+        """True: only the distance between query and key matters."""
+        return True
+
+    def offset(self, q_len: int, kv_len: int) -> int:
+        """Return the key position that query 0 stands on: ``i' - i``."""
+        return kv_len - q_len if self.align == "bottom_right" else 0
+
+    def cut(
+        self,
+        q_range: Range,
+        kv_range: Range,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Pse:
+        """Return the same slopes with the anchor that the rectangle has, where it has one."""
+        if self.align == "bottom_right" and (q_len is None or kv_len is None):
+            return super().cut(q_range, kv_range, q_len=q_len, kv_len=kv_len)  # which raises
+        whole = (
+            q_range[1] if q_len is None else q_len,
+            kv_range[1] if kv_len is None else kv_len,
+        )
+        check_range("q_range", q_range, whole[0])
+        check_range("kv_range", kv_range, whole[1])
+        shift = q_range[0] + self.offset(*whole) - kv_range[0]
+        rows, keys = q_range[1] - q_range[0], kv_range[1] - kv_range[0]
+        if shift == keys - rows:
+            return replace(self, align="bottom_right")
+        if shift == 0:
+            return replace(self, align="top_left")
+        return super().cut(q_range, kv_range, q_len=whole[0], kv_len=whole[1])
+
+    @abstractmethod
+    def curve(self, distance: Tensor) -> Tensor:
+        """Return ``f(distance)`` for non-negative floating-point distances."""
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return ``-slope[h] * f(abs(i' - j))`` as ``[1, n, q_len, kv_len]``.
+
+        Computed in float32 (float64 when asked for that) and cast once, since half
+        precision cannot hold distances above a few hundred or thousand.
+        """
+        self.check(q_len, kv_len, batch, heads)
+        if not dtype.is_floating_point:
+            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        query = torch.arange(q_len, device=device) + self.offset(q_len, kv_len)
+        key = torch.arange(kv_len, device=device)
+        distance = (query[:, None] - key).abs().to(exact)
+        slopes = torch.tensor(self.slopes, dtype=exact, device=device)
+        return (-slopes[None, :, None, None] * self.curve(distance)).to(dtype)
+
+    def __repr__(self) -> str:
+        computed = self.slopes == press_slopes(self.heads)
+        align = "" if self.align == "bottom_right" else f", align={self.align!r}"
+        inside = f"{self.heads}" if computed else f"slopes={self.slopes!r}"
+        return f"{type(self).__name__}({inside}{align})"
+
+    def _misfit(self, what: str, own: int, given: int) -> str:
+        return f"{super()._misfit(what, own, given)}; give one slope per query head"
+
+
+def _geometric(power: int) -> tuple[float, ...]:
+    return tuple(2.0 ** (-8.0 * (head + 1) / power) for head in range(power))
+
+
+def _slopes(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        raise CompositionTypeError(
+            f"{name}: slopes are constants of the composition and kept as floats; pass "
+            "tensor.tolist(), or pse.Dense for a bias with gradients"
+        )
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise CompositionTypeError(
+            f"{name} takes a number of heads or a sequence of slopes, not {values!r}"
+        )
+    for value in values:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise CompositionError(f"{name}: a slope is a finite float, got {value!r}")
+    return tuple(map(float, values))
