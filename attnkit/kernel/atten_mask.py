@@ -1,0 +1,168 @@
+"""`AttenMask`: which mask tensor a kernel call is given, and the tensors themselves.
+
+The kernel's own polarity is the opposite of attnkit's: in these tensors True means *masked*.
+A record's `regions` are in attnkit's polarity: they hold the *allowed* cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+import torch
+
+from attnkit.errors import KernelContractError
+from attnkit.geometry import Region, Slice
+
+__all__ = ["COMPRESSED_SIDE", "PREFIX_SIDE", "AttenMask", "MaskKind"]
+
+MaskKind = Literal["causal", "prefix", "full"]
+
+COMPRESSED_SIDE = 2048
+"""Side of the compressed causal mask; tiles of at most half of it can read any diagonal."""
+
+PREFIX_SIDE = 1024
+"""Rows of the second part of the compressed prefix mask, and half of its width."""
+
+# Whole masks up to this many cells are worth keeping; larger ones would pin memory.
+_CACHED_CELLS = 2**24
+
+
+@dataclass(frozen=True)
+class AttenMask:
+    """The mask tensor of a kernel call, described without building it.
+
+    - ``causal``: 2048 x 2048, True above the diagonal; sparse modes 2, 3, 4, 7 and 8 read it.
+    - ``prefix``: 3072 x 2048, the causal mask over 1024 rows ``[1024 x False, 1024 x True]``;
+      sparse mode 6 reads it.
+    - ``full``: one entry per cell, of the given `shape`. `regions` are the allowed cells for
+      every leading (batch, head) index of `shape`, row-major; None means that nobody has
+      looked at the content.
+
+    >>> AttenMask.causal().shape
+    (2048, 2048)
+    >>> two_by_three = AttenMask.full((2, 3), [Region.of(Slice(0, 2, 0, 3, hi=0))])
+    >>> two_by_three.build().int().tolist()
+    [[0, 1, 1], [0, 0, 1]]
+    """
+
+    kind: MaskKind
+    shape: tuple[int, ...]
+    regions: tuple[Region, ...] | None = None
+    dtype: torch.dtype = torch.bool
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("causal", "prefix", "full"):
+            raise KernelContractError(
+                f"AttenMask got kind={self.kind!r}; the kernel reads 'causal', 'prefix' or 'full'"
+            )
+        if self.kind != "full" or self.regions is None:
+            return
+        wanted = prod(self.shape[:-2])
+        if len(self.regions) != wanted:
+            raise KernelContractError(
+                f"AttenMask.full got {len(self.regions)} regions for shape {self.shape}, whose "
+                f"leading indices need {wanted}; give one region per (batch, head) index"
+            )
+
+    @classmethod
+    def causal(cls) -> AttenMask:
+        """Return the compressed causal mask of modes 2, 3, 4, 7 and 8."""
+        return _CAUSAL
+
+    @classmethod
+    def prefix(cls) -> AttenMask:
+        """Return the compressed prefix mask of mode 6."""
+        return _PREFIX
+
+    @classmethod
+    def full(
+        cls, shape: tuple[int, ...], regions: tuple[Region, ...] | list[Region] | None = None
+    ) -> AttenMask:
+        """Return a mask with one entry per cell; `regions` are the allowed cells, if known."""
+        known = None if regions is None else tuple(regions)
+        return cls("full", tuple(int(n) for n in shape), known)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, *, read: bool = False) -> AttenMask:
+        """Describe a tensor.
+
+        With `read`, its content decides whether it is one of the compressed masks; without,
+        it is a full mask of unknown content.
+        """
+        shape = tuple(tensor.shape)
+        if read and tensor.dtype in (torch.bool, torch.uint8):
+            for known in (_CAUSAL, _PREFIX):
+                if shape == known.shape and torch.equal(tensor.bool(), known.build(tensor.device)):
+                    return replace(known, dtype=tensor.dtype)
+        return cls("full", shape, None, tensor.dtype)
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the content is unknown."""
+        return self.kind == "full" and self.regions is None
+
+    @property
+    def cells(self) -> int:
+        """The number of entries, which is also the number of bytes the kernel reads at most."""
+        return prod(self.shape)
+
+    def allowed(self, index: int = 0) -> Region:
+        """Return the allowed cells of one leading (batch, head) index, row-major."""
+        if self.kind == "causal":
+            return Region.of(Slice(0, COMPRESSED_SIDE, 0, COMPRESSED_SIDE, hi=0))
+        if self.kind == "prefix":
+            below = Slice(COMPRESSED_SIDE, COMPRESSED_SIDE + PREFIX_SIDE, 0, PREFIX_SIDE)
+            return Region.of(Slice(0, COMPRESSED_SIDE, 0, COMPRESSED_SIDE, hi=0), below)
+        if self.regions is None:
+            raise KernelContractError(
+                f"the content of this mask of shape {self.shape} is unknown, so what the call "
+                "computes cannot be told; describe it with AttenMask.full(shape, regions)",
+                ["mask-content-unknown"],
+            )
+        return self.regions[index]
+
+    def build(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the tensor, True where masked; small ones are built once per device."""
+        if self.is_opaque:
+            self.allowed()
+        if self.kind != "full" or self.cells <= _CACHED_CELLS:
+            return _build_cached(self, torch.device(device))
+        return _build(self, torch.device(device))
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        known = ", content unknown" if self.is_opaque else ""
+        return f"{self.kind} mask {sizes}{known}"
+
+
+_CAUSAL = AttenMask("causal", (COMPRESSED_SIDE, COMPRESSED_SIDE))
+_PREFIX = AttenMask("prefix", (COMPRESSED_SIDE + PREFIX_SIDE, COMPRESSED_SIDE))
+
+
+@lru_cache(maxsize=16)
+def _build_cached(mask: AttenMask, device: torch.device) -> torch.Tensor:
+    return _build(mask, device)
+
+
+def _build(mask: AttenMask, device: torch.device) -> torch.Tensor:
+    rows, columns = mask.shape[-2:]
+    planes = torch.ones(prod(mask.shape[:-2]), rows, columns, dtype=torch.bool, device=device)
+    for index, plane in enumerate(planes):
+        for part in mask.allowed(index).slices:
+            _clear(plane, part)
+    return planes.view(mask.shape).to(mask.dtype)
+
+
+def _clear(plane: torch.Tensor, part: Slice) -> None:
+    """Unmask the cells of one slice."""
+    block = plane[part.i0 : part.i1, part.j0 : part.j1]
+    height, width = block.shape
+    low, high = (bound + part.i0 - part.j0 for bound in (part.lo, part.hi))
+    if low <= 1 - height and high >= width - 1:
+        block.fill_(False)
+        return
+    inside = torch.ones_like(block).tril_(high).triu_(low)
+    block.logical_and_(inside.logical_not_())

@@ -1,0 +1,72 @@
+"""Look at the content of a mask tensor, for the rules that shapes cannot decide.
+
+The answers are remembered per tensor and version of its content, so a mask that is passed
+again and again is read once (on a device, reading means waiting for it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnkit.kernel.atten_mask import AttenMask
+from attnkit.kernel.call import KernelCall
+from attnkit.kernel.modes import COMPRESSED_MODES
+from attnkit.kernel.rules import MaskFacts
+
+__all__ = ["mask_facts"]
+
+_ROWS = 1024
+
+_Seen = dict[tuple[object, ...], MaskFacts]
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def mask_facts(call: KernelCall, mask: torch.Tensor | None) -> MaskFacts:
+    """Return what the content of `mask` says about a call whose shapes are in order."""
+    if mask is None or mask.dtype not in (torch.bool, torch.uint8) or mask.is_meta:
+        return MaskFacts()
+    window = (call.pre_tokens, call.next_tokens)
+    sizes = call.sequences if call.is_packed else (call.q_len, call.kv_len)
+    key = (mask._version, call.sparse_mode, window, sizes)
+    known: _Seen = _seen.setdefault(mask, {})  # type: ignore[no-untyped-call]
+    if key not in known:
+        known.clear()
+        known[key] = _read(call, mask)
+    return known[key]
+
+
+def _read(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
+    if call.sparse_mode in COMPRESSED_MODES:
+        wanted = AttenMask.prefix() if call.sparse_mode == 6 else AttenMask.causal()
+        if mask.shape[-2:] != wanted.shape:
+            return MaskFacts()
+        good = wanted.build(mask.device)
+        return MaskFacts(is_canonical=bool((mask.bool() == good).all()))
+    if call.is_packed and mask.dim() != 2:
+        return MaskFacts()
+    outside = empty = 0
+    sizes = set(call.sequences)
+    shared = not call.is_packed or call.mask_origin(len(call.sequences) - 1) == (0, 0)
+    if not shared:
+        return MaskFacts()
+    for q_len, kv_len in sizes:
+        found = _count(mask[..., :q_len, :kv_len], call.pre_tokens, call.next_tokens)
+        outside, empty = outside + found[0], empty + found[1]
+    return MaskFacts(cells_outside_window=outside, empty_rows=empty)
+
+
+def _count(mask: torch.Tensor, pre: int, next_: int) -> tuple[int, int]:
+    """Count the allowed cells outside a top-left window, and the rows without any."""
+    q_len, kv_len = mask.shape[-2:]
+    outside = empty = 0
+    if kv_len == 0:
+        return 0, 0
+    for i0 in range(0, q_len, _ROWS):
+        allowed = mask[..., i0 : i0 + _ROWS, :].logical_not()
+        empty += int((~allowed.any(-1)).sum())
+        if pre >= q_len and next_ >= kv_len:
+            continue
+        low, high = i0 - min(pre, q_len), i0 + min(next_, kv_len)
+        outside += int(allowed.tril(low - 1).sum()) + int(allowed.triu(high + 1).sum())
+    return outside, empty

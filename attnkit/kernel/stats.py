@@ -1,0 +1,106 @@
+"""Softmax statistics: the op's own shapes and data order, and attnkit's plain ones.
+
+The op returns the row maximum and the row sum as float32, eight equal copies per row:
+[B, N, Sq, 8] for every dense layout, and the shape [T, N, 8] for TND, where the data is the
+concatenation over the sequences of contiguous [N, Sq_b, 8] blocks unless
+``softmax_layout="TND"`` asks for the order that the shape suggests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attnkit.errors import KernelContractError
+from attnkit.kernel.call import KernelCall
+from attnkit.kernel.scores import MASKED
+
+__all__ = ["COPIES", "log_sum_exp", "merge_partials", "pack_stats", "unpack_stats"]
+
+COPIES = 8
+
+
+def _blocks(call: KernelCall) -> Iterator[tuple[slice, int]]:
+    """Where each packed sequence's rows are, and how many."""
+    start = 0
+    for q_len, _ in call.sequences:
+        yield slice(start, start + q_len), q_len
+        start += q_len
+
+
+def pack_stats(call: KernelCall, rows: torch.Tensor) -> torch.Tensor:
+    """Return statistics in the op's shape and order from [B, N, Sq] (TND: [T, N]) ones.
+
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> spec = TensorSpec((3, 2, 4), torch.float32)
+    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="TND",
+    ...                   actual_seq_qlen=(2, 3), actual_seq_kvlen=(2, 3))
+    >>> by_token = torch.tensor([[0., 10.], [1., 11.], [2., 12.]])      # [T, N]
+    >>> pack_stats(call, by_token)[..., 0].flatten().tolist()
+    [0.0, 1.0, 10.0, 11.0, 2.0, 12.0]
+    """
+    if not call.is_packed or call.softmax_layout:
+        return rows.unsqueeze(-1).repeat_interleave(COPIES, -1)
+    flat = rows.clone()
+    for block, q_len in _blocks(call):
+        flat[block] = rows[block].T.reshape(q_len, call.num_heads)
+    return flat.unsqueeze(-1).repeat_interleave(COPIES, -1)
+
+
+def unpack_stats(call: KernelCall, stats: torch.Tensor) -> torch.Tensor:
+    """Return [B, N, Sq] (TND: [T, N]) statistics from the op's; the inverse of `pack_stats`."""
+    if tuple(stats.shape) != call.stats.shape:
+        raise KernelContractError(
+            f"softmax statistics of shape {tuple(stats.shape)} were given; this call's are "
+            f"{call.stats.shape}, eight equal copies per row",
+            ["stats-shape"],
+        )
+    rows = stats[..., 0]
+    if not call.is_packed or call.softmax_layout:
+        return rows
+    out = rows.clone()
+    for block, q_len in _blocks(call):
+        out[block] = rows[block].reshape(call.num_heads, q_len).T
+    return out
+
+
+def log_sum_exp(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.Tensor:
+    """Return ``max + log(sum)`` per row, and -inf for rows that have no allowed key.
+
+    The kernel marks such rows by max = -FLT_MAX, or by sum = 0 where a packed sequence has no
+    keys at all.
+
+    >>> log_sum_exp(torch.tensor([0., MASKED]), torch.tensor([1., -MASKED])).tolist()
+    [0.0, -inf]
+    """
+    empty = (softmax_max <= MASKED) | (softmax_sum == 0)
+    return (softmax_max + softmax_sum.log()).masked_fill(empty, float("-inf"))
+
+
+def merge_partials(
+    outputs: list[torch.Tensor], maxima: list[torch.Tensor], sums: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merge the results of calls that saw different keys of the same rows.
+
+    With ``m = max(m_c)`` and ``w_c = l_c * exp(m_c - m)``: the merged sum is ``l = sum w_c``
+    and the merged output ``sum o_c * w_c / l``. Outputs are [..., d] and statistics [...].
+    A part in which a row has no key (max = -FLT_MAX, or sum = 0) takes no part in that row;
+    rows that have none anywhere give 0 and keep max = -FLT_MAX, sum = FLT_MAX.
+    """
+    if not outputs or not len(outputs) == len(maxima) == len(sums):
+        raise KernelContractError(
+            f"merge_partials got {len(outputs)} outputs, {len(maxima)} maxima and {len(sums)} "
+            "sums; it needs one of each per call, and at least one call"
+        )
+    parts, peaks = torch.stack(outputs), torch.stack(maxima)
+    totals = torch.stack(sums)
+    empty = (peaks <= MASKED) | (totals == 0)
+    peaks = peaks.masked_fill(empty, MASKED)
+    peak = peaks.amax(0)
+    weights = (totals * (peaks - peak).exp()).masked_fill(empty, 0.0)
+    total = weights.sum(0)
+    none = empty.all(0)
+    total = total.masked_fill(none, -MASKED)
+    merged = (parts.to(weights.dtype) * (weights / total).unsqueeze(-1)).sum(0)
+    return merged.to(outputs[0].dtype), peak, total

@@ -1,0 +1,210 @@
+"""The op's versions as data: which argument exists where, how it is spelled, what comes back.
+
+Sources: op-plugin's function schemas per release branch (5.0.0 to 26.1.0), its dispatch to
+aclnn, and MindSpeed's fusion_attention_v2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from attnkit.errors import KernelContractError, Refusal
+
+if TYPE_CHECKING:
+    from attnkit.kernel.call import KernelCall
+
+__all__ = [
+    "OP_VERSIONS",
+    "OpVersion",
+    "arguments_for",
+    "expressing_versions",
+    "inexpressible",
+    "op_version",
+]
+
+_OUTPUTS = (
+    "attention_out",
+    "softmax_max",
+    "softmax_sum",
+    "softmax_out",
+    "seed",
+    "offset",
+    "numels",
+)
+_COMMON = (
+    "query",
+    "key",
+    "value",
+    "head_num",
+    "input_layout",
+    "pse",
+    "padding_mask",
+    "atten_mask",
+    "scale",
+    "keep_prob",
+    "pre_tokens",
+    "next_tokens",
+    "inner_precise",
+    "prefix",
+    "actual_seq_qlen",
+    "actual_seq_kvlen",
+    "sparse_mode",
+    "gen_mask_parallel",
+    "sync",
+)
+_OLD_SPELLING = {"pre_tokens": "pre_tockens", "next_tokens": "next_tockens"}
+_BIAS = ("pse_type", "q_start_idx", "kv_start_idx")
+_STATS = ("softmax_layout", "sink")
+_RANDOM = ("dropout_mask", "seed", "offset")
+_SINCE = {
+    "softmax_layout": "7.3.0",
+    "sink": "7.3.0",
+    "dropout_mask": "26.0.0",
+    "seed": "26.0.0",
+    "offset": "26.0.0",
+}
+
+
+@dataclass(frozen=True)
+class OpVersion:
+    """One entry point of the fused kernel.
+
+    `arguments` are the fields of a `KernelCall` that it takes, `spelling` how some of them
+    are called there, `since` the torch_npu op-plugin release that added an argument,
+    `grad_scale` the grad op's name for scale, and `lists_are_tensors` whether actual_seq_qlen
+    and actual_seq_kvlen are one-dimensional integer CPU tensors there instead of lists.
+    """
+
+    name: str
+    op: str
+    grad_op: str
+    arguments: tuple[str, ...]
+    outputs: tuple[str, ...]
+    grad_outputs: tuple[str, ...]
+    products: tuple[str, ...]
+    keyword_only: bool
+    release: str
+    spelling: dict[str, str] = field(default_factory=dict, hash=False)
+    since: dict[str, str] = field(default_factory=dict, hash=False)
+    grad_scale: str = "scale_value"
+    lists_are_tensors: bool = False
+
+
+OP_VERSIONS: dict[str, OpVersion] = {
+    version.name: version
+    for version in (
+        OpVersion(
+            "v1",
+            "npu_fusion_attention",
+            "npu_fusion_attention_grad",
+            (*_COMMON, *_STATS, *_RANDOM),
+            _OUTPUTS,
+            ("dq", "dk", "dv", "dpse", "dsink"),
+            ("A2", "A3", "950"),
+            False,
+            "5.0.0",
+            _OLD_SPELLING,
+            {
+                "actual_seq_qlen": "6.0",
+                "actual_seq_kvlen": "6.0",
+                **_SINCE,
+                "softmax_layout": "7.2.0",
+            },
+        ),
+        OpVersion(
+            "v2",
+            "npu_fusion_attention_v2",
+            "npu_fusion_attention_grad_v2",
+            (*_COMMON, *_BIAS, *_STATS, *_RANDOM),
+            _OUTPUTS,
+            ("dq", "dk", "dv", "dpse", "dq_rope", "dk_rope", "dsink"),
+            ("A2", "A3", "950"),
+            True,
+            "7.1.0",
+            {},
+            _SINCE,
+        ),
+        OpVersion(
+            "v3",
+            "npu_fusion_attention_v3",
+            "npu_fusion_attention_grad_v3",
+            (*_COMMON, *_STATS),
+            _OUTPUTS[:6],
+            ("dq", "dk", "dv", "dpse", "dsink"),
+            ("A2", "A3"),
+            False,
+            "26.0.0",
+            _OLD_SPELLING,
+            {},
+            lists_are_tensors=True,
+        ),
+        OpVersion(
+            "mindspeed",
+            "mindspeed.ops.fusion_attention_v2.npu_fusion_attention",
+            "mindspeed.ops.fusion_attention_v2.npu_fusion_attention_grad",
+            (*_COMMON, *_BIAS),
+            _OUTPUTS,
+            ("dq", "dk", "dv", "dpse"),
+            ("A2", "A3"),
+            True,
+            "MindSpeed",
+            {},
+            {},
+            "scale",
+        ),
+    )
+}
+"""The four entry points by name: v1, v2, v3 and mindspeed."""
+
+
+def op_version(name: str) -> OpVersion:
+    """Return a version by name; raises `KernelContractError` for an unknown one."""
+    if name not in OP_VERSIONS:
+        raise KernelContractError(
+            f"version={name!r} is not one of {', '.join(OP_VERSIONS)}", ["version-unknown"]
+        )
+    return OP_VERSIONS[name]
+
+
+def _foreign(call: KernelCall, version: OpVersion) -> list[str]:
+    """The arguments that the call needs and the version lacks."""
+    return [name for name in call.non_default_arguments() if name not in version.arguments]
+
+
+def inexpressible(call: KernelCall, version: str) -> str | None:
+    """Return why a version cannot express a call, or None when it can."""
+    target = op_version(version)
+    missing = _foreign(call, target)
+    if not missing:
+        return None
+    given = ", ".join(f"{name}={getattr(call, name)}" for name in missing)
+    return f"{target.op} has no argument for {given}"
+
+
+def expressing_versions(call: KernelCall) -> tuple[str, ...]:
+    """Return the versions that have every argument the call needs, oldest first.
+
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> import torch
+    >>> spec = TensorSpec((1, 2, 4, 8), torch.float16)
+    >>> slopes = TensorSpec((2,), torch.float32)
+    >>> call = KernelCall(spec, spec, spec, 2, "BNSD", pse=slopes, pse_type=2)
+    >>> expressing_versions(call)
+    ('v2', 'mindspeed')
+    """
+    return tuple(name for name in OP_VERSIONS if inexpressible(call, name) is None)
+
+
+def arguments_for(call: KernelCall, version: str) -> dict[str, object] | Refusal:
+    """Return the keyword arguments of a version, spelled as it spells them, or why it cannot.
+
+    Tensors stand as their descriptions, lists as tuples. Arguments at the op's defaults are
+    left out, so that releases which do not know them yet can still be called.
+    """
+    target = op_version(version)
+    reason = inexpressible(call, version)
+    if reason is not None:
+        return Refusal("version-cannot-express", reason, version)
+    given = call.non_default_arguments()
+    return {target.spelling.get(name, name): value for name, value in given.items()}
