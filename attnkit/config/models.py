@@ -1,0 +1,353 @@
+"""`AttentionConfig` and `MultiHeadAttentionConfig`: modules as checked, versioned mappings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticSerializationError
+
+from attnkit.attention import Attention
+from attnkit.backends import BACKENDS
+from attnkit.config.kinds import BIAS, MASK, Named, Record, first_line, problem, problems_at
+from attnkit.config.problems import config_error
+from attnkit.errors import AttnkitError, ConfigError
+from attnkit.layouts import LAYOUTS
+from attnkit.masks import Full, Mask
+from attnkit.modules import MultiHeadAttention
+from attnkit.pse import Pse
+from attnkit.rotary import Rotary
+
+__all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField"]
+
+C = TypeVar("C", bound="_Config")
+P = TypeVar("P", bound="_Composition")
+M = TypeVar("M", bound="MultiHeadAttentionConfig")
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Real = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+
+MaskField = Annotated[Mask, MASK]
+PseField = Annotated[Pse, BIAS]
+
+_ROTARY = Record(Rotary)
+
+_READS = (1,)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which takes a key that stands twice for the mistake it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"the key {name!r} stands twice")
+    return dict(pairs)
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the text is no YAML: {error}") from None
+
+
+class _Config(BaseModel):
+    """What every configuration shares: versions, YAML and JSON, and errors that teach."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    version: Literal[1] = Field(default=1, description="version of the configuration's format")
+
+    def __init__(self, /, **data: Any) -> None:
+        with _teaching(type(self), data):
+            super().__init__(**data)
+
+    # Inside another pydantic model the fields are validated as pydantic's own, not through
+    # __init__, so that errors keep their paths.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls: type[C], obj: Any) -> C:  # type: ignore[override]
+        """Return the configuration that a mapping or YAML text writes.
+
+        A configuration is returned as it is. How strict to be is not the caller's choice:
+        unknown keys and quoted numbers are errors always.
+
+        Raises `ConfigError` with every problem found.
+        """
+        data = _read_yaml(obj) if isinstance(obj, str) else obj
+        with _teaching(cls, data):
+            return super().model_validate(data)
+
+    @classmethod
+    def model_validate_json(  # type: ignore[override]
+        cls: type[C], json_data: str | bytes | bytearray
+    ) -> C:
+        """Return the configuration that JSON text writes; as `model_validate` otherwise."""
+        try:
+            data = json.loads(json_data, object_pairs_hook=_unique)
+        except ValueError as error:
+            raise ConfigError(f"{cls.__name__}: the text is no JSON: {error}") from None
+        return cls.model_validate(data)
+
+    @classmethod
+    def from_yaml(cls: type[C], source: str | PathLike[str]) -> C:
+        """Return the configuration in a YAML text, or in a file given as a `pathlib.Path`."""
+        text = source if isinstance(source, str) else Path(source).read_text(encoding="utf-8")
+        return cls.model_validate(text)
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that reads back as an equal one.
+
+        Keys at their defaults are left out, except the version, which fixes the defaults.
+
+        Raises `ConfigError` for a mask or bias that no text can hold.
+        """
+        try:
+            said = self.model_dump(mode="json", exclude_defaults=True)
+        except PydanticSerializationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, AttnkitError) else error from None
+        required = {
+            name: said.pop(name)
+            for name, item in type(self).model_fields.items()
+            if item.is_required()
+        }
+        content = {"version": self.version, **required, **said}
+        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        data = _read_yaml(data) if isinstance(data, str) else data
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, Mapping):
+            file = " (is it a file? give pathlib.Path(...) to from_yaml)"
+            required = (name for name, item in cls.model_fields.items() if item.is_required())
+            raise problem(
+                f"a configuration is a mapping with at least the keys {', '.join(required)}"
+                f"{file if isinstance(data, str) else ''}"
+            )
+        version = data.get("version", _READS[-1])
+        if type(version) is not int or version not in _READS:
+            # Nothing else is worth saying: another version may have other keys.
+            told = f"is not one that this release reads: {', '.join(map(str, _READS))}"
+            raise problems_at({"version": told}, data)
+        return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        written = handler(schema)
+        handler.resolve_ref_schema(written)["description"] = first_line(cls)
+        return written
+
+
+class _Composition(_Config):
+    """What a configuration of any attention module says: the composition and its heads."""
+
+    num_heads: Count = Field(description="query heads")
+    num_kv_heads: Count | None = Field(
+        default=None, description="key and value heads; none given means num_heads"
+    )
+    mask: MaskField = Field(
+        default=Full(),
+        description="the allowed cells",
+        json_schema_extra={"default": MASK.write(Full())},
+    )
+    pse: PseField | None = Field(
+        default=None, description="the positional bias, added to the scores"
+    )
+    scale: Real | None = Field(
+        default=None, description="factor on q.k; none given means 1/sqrt(head_dim)"
+    )
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="probability to drop a softmax weight in training"
+    )
+    sink: StrictBool = Field(
+        default=False, description="a learnable logit per head that joins the denominator"
+    )
+    softcap: Annotated[Real, Field(gt=0)] | None = Field(
+        default=None, description="c of c*tanh(score/c), before the mask"
+    )
+    backend: Annotated[str, Named("backend", lambda: {"auto": None} | dict(BACKENDS.items()))] = (
+        Field(default="auto", description="who computes; a name never falls back to another")
+    )
+
+    @model_validator(mode="after")
+    def _heads_agree(self: P) -> P:
+        heads, told = self.num_heads, {}
+        if self.num_kv_heads is not None and heads % self.num_kv_heads:
+            told["num_kv_heads"] = f"must divide num_heads={heads}"
+        for name, part in (("mask", self.mask), ("pse", self.pse)):
+            if part is not None and part.heads not in (None, heads):
+                told[name] = f"{part!r} is made for {part.heads} heads, but num_heads={heads}"
+        if told:
+            raise problems_at(told, self.__dict__)
+        return self
+
+
+class AttentionConfig(_Composition):
+    """An `Attention` as a versioned mapping, for YAML, JSON and training scripts.
+
+    The keys are the arguments of `Attention`. A mask or a bias is the object itself, a mapping
+    with its `kind` and fields, or its text; every registered family is known, whenever it was
+    registered. A layout and a backend are names.
+
+    Raises `ConfigError` with every problem found: the key, what was given, what is possible.
+
+    >>> config = AttentionConfig.model_validate('''
+    ... num_heads: 8
+    ... head_dim: 64
+    ... mask: Causal() & SlidingWindow(256)
+    ... pse: {kind: alibi, num_heads: 8}
+    ... ''')
+    >>> config.mask
+    Causal() & SlidingWindow(256)
+    >>> print(config.to_yaml())
+    version: 1
+    num_heads: 8
+    head_dim: 64
+    mask:
+      kind: and
+      parts:
+      - {kind: causal}
+      - {kind: sliding_window, size: 256}
+    pse: {kind: alibi, num_heads: 8}
+    <BLANKLINE>
+    >>> AttentionConfig.model_validate(config.to_yaml()) == config
+    True
+    >>> AttentionConfig.model_validate({"num_heads": 8, "head_dim": 64, "maks": "Causal()"})
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.ConfigError: AttentionConfig: 1 problem
+      maks: unknown key; did you mean 'mask'? Known: num_heads, head_dim, version, \
+num_kv_heads, mask, pse, scale, dropout, sink, softcap, backend, layout; got 'Causal()'
+    """
+
+    head_dim: Count = Field(description="extent of one head")
+    layout: Annotated[str, Named("layout", lambda: dict(LAYOUTS.items()))] = Field(
+        default="BSND", description="how the axes of query, key and value lie in memory"
+    )
+
+    def build(self) -> Attention:
+        """Return the module; raises `CompositionError` or `BackendRefused` as it does."""
+        return Attention(
+            self.num_heads,
+            self.head_dim,
+            num_kv_heads=self.num_kv_heads,
+            mask=self.mask,
+            pse=self.pse,
+            layout=self.layout,
+            scale=self.scale,
+            dropout=self.dropout,
+            sink=self.sink,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+
+
+class MultiHeadAttentionConfig(_Composition):
+    """A `MultiHeadAttention` as a versioned mapping: `AttentionConfig` with its projections.
+
+    The keys are the arguments of `MultiHeadAttention`. `rotary` is true, false, or a mapping of
+    the fields of `Rotary`.
+
+    Raises `ConfigError` as `AttentionConfig` does.
+
+    >>> config = MultiHeadAttentionConfig.from_yaml('''
+    ... dim: 64
+    ... num_heads: 4
+    ... num_kv_heads: 2
+    ... mask: Causal()
+    ... rotary: {base: 500000.0}
+    ... ''')
+    >>> config.rotary
+    Rotary(base=500000.0, rotary_dim=None, pairing='half')
+    >>> config.build().k_proj
+    Linear(in_features=64, out_features=32, bias=False)
+    """
+
+    dim: Count = Field(description="width of the input and of the output")
+    head_dim: Count | None = Field(
+        default=None, description="extent of one head; none given means dim / num_heads"
+    )
+    kv_dim: Count | None = Field(
+        default=None, description="width of the context in cross-attention; none given means dim"
+    )
+    bias: StrictBool = Field(default=False, description="whether the projections add a bias")
+    rotary: StrictBool | Annotated[Rotary, _ROTARY] = Field(
+        default=False, description="rotary positions"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self: M) -> M:
+        if self.head_dim is None and self.dim % self.num_heads:
+            told = f"must be a multiple of num_heads={self.num_heads}, or give head_dim"
+            raise problems_at({"dim": told}, self.__dict__)
+        return self
+
+    def build(self) -> MultiHeadAttention:
+        """Return the module; its weights are drawn from torch's generator."""
+        return MultiHeadAttention(
+            self.dim,
+            self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kv_dim=self.kv_dim,
+            bias=self.bias,
+            rotary=self.rotary,
+            mask=self.mask,
+            pse=self.pse,
+            dropout=self.dropout,
+            scale=self.scale,
+            softcap=self.softcap,
+            sink=self.sink,
+            backend=self.backend,
+        )
+
+
+@contextmanager
+def _teaching(model: type[BaseModel], data: object) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise config_error(
+            error, model, data, {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{model.__name__}: it nests too deep, or contains itself") from None

@@ -1,0 +1,147 @@
+"""What pydantic found wrong, as one `ConfigError` that says where, what and what instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from attnkit.config.kinds import Family, Record, suggestion
+from attnkit.errors import ConfigError
+
+__all__ = ["config_error"]
+
+_SHOWN = 16
+_WIDTH = 80
+Path = tuple[str | int, ...]
+
+
+def config_error(
+    error: ValidationError,
+    model: type[BaseModel],
+    data: object,
+    families: Mapping[str, Family | Record],
+) -> ConfigError:
+    """Return the `ConfigError` of everything that `error` found in `data`.
+
+    `families` names the fields of `model` that hold objects of a family.
+    """
+    told: dict[Path, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        path = _path(problem, data)
+        sentence = _sentence(problem, path, model, data, families)
+        sentences = told.setdefault(path, [])
+        if sentence not in sentences:
+            sentences.append(sentence)
+    lines = [
+        f"{_text(path)}{sentence}{_given(path, data, sentence)}"
+        for path, sentences in told.items()
+        for sentence in [" or ".join(sentences)]
+        if not _told_deeper(path, told)
+    ]
+    more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    listed = "\n  ".join(lines[:_SHOWN])
+    return ConfigError(f"{model.__name__}: {count}\n  {listed}{more}")
+
+
+def _path(problem: Any, data: object) -> Path:
+    """Return the keys and indices of a location, without the names of union branches.
+
+    A union adds the name of the branch that failed; it is no key of what was given there.
+    """
+    path: list[str | int] = []
+    here = data
+    loc: tuple[str | int, ...] = problem["loc"]
+    key_at = len(loc) - 1 if problem["type"] in ("missing", "attnkit_key") else None
+    for k, step in enumerate(loc):
+        if isinstance(here, Mapping) and (step in here or k == key_at):
+            here = here.get(step)
+        elif isinstance(step, int) and isinstance(here, Sequence) and step < len(here):
+            here = here[step]
+        else:
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def _sentence(
+    problem: Any,
+    path: Path,
+    model: type[BaseModel],
+    data: object,
+    families: Mapping[str, Family | Record],
+) -> str:
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key{suggestion(path[-1], _known(path, model, data, families))}"
+    if kind == "missing":
+        return f"is missing. Known keys: {', '.join(_known(path, model, data, families))}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be").replace("a valid tuple", "a list")
+    message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
+    if kind in ("int_type", "float_type") and _is_number(problem["input"]):
+        message += " without quotes"
+        if "e" in problem["input"].lower():
+            message += " (YAML takes 1e-3 for text: write 1.0e-3)"
+    return message
+
+
+def _known(
+    path: Path, model: type[BaseModel], data: object, families: Mapping[str, Family | Record]
+) -> tuple[str, ...]:
+    """Return the keys that the mapping around the last step may have."""
+    if len(path) == 1:
+        required_first = sorted(model.model_fields.items(), key=lambda f: not f[1].is_required())
+        return tuple(name for name, _ in required_first)
+    parent = _at(path[:-1], data)
+    kind = parent.get("kind") if isinstance(parent, Mapping) else None
+    return families[str(path[0])].keys(kind)
+
+
+def _told_deeper(path: Path, told: Mapping[Path, object]) -> bool:
+    # Of a union `int | list of int` both branches fail; what is wrong inside says more.
+    return any(len(other) > len(path) and other[: len(path)] == path for other in told)
+
+
+def _text(path: Path) -> str:
+    """Return ``mask.parts[1].size: ``, or nothing for the whole.
+
+    >>> _text(("mask", "parts", 1, "size"))
+    'mask.parts[1].size: '
+    """
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return f"{''.join(steps).removeprefix('.')}: " if path else ""
+
+
+def _given(path: Path, data: object, sentence: str) -> str:
+    value = _at(path, data)
+    if value is _NOTHING or isinstance(value, Mapping):
+        return ""
+    text = repr(value)
+    if len(text) > 8 and text in sentence:
+        return ""
+    return f"; got {text if len(text) <= _WIDTH else text[: _WIDTH - 3] + '...'}"
+
+
+_NOTHING = object()
+
+
+def _at(path: Path, data: object) -> Any:
+    here: Any = data
+    for step in path:
+        if isinstance(here, Mapping) and step not in here:
+            return _NOTHING
+        here = here[step]
+    return here
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True

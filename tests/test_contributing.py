@@ -1,0 +1,155 @@
+"""The examples of CONTRIBUTING.md are complete: each is executed, and then used."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from attnkit import masks, pse
+from attnkit.attention import Attention
+from attnkit.backends import BACKENDS
+from attnkit.config import AttentionConfig
+from attnkit.errors import BackendRefused
+from attnkit.layouts import LAYOUTS
+from attnkit.registry import Registry
+
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    match[1]: match[0]
+    for match in re.findall(r"```python\n(# attnkit/(\w+)/\w+\.py\n.*?)```", TEXT, flags=re.DOTALL)
+}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "masks": masks.MASKS,
+    "pse": pse.PSE,
+    "layouts": LAYOUTS,
+    "backends": BACKENDS,
+}
+
+Contribute = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def contribute(tmp_path: Path) -> Iterator[Contribute]:
+    """Import the example for a folder as a module of its own; forget it afterwards."""
+    before = {folder: set(registry) for folder, registry in REGISTRIES.items()}
+
+    def load(folder: str) -> ModuleType:
+        name = f"contributed_{folder}"
+        file = tmp_path / f"{name}.py"
+        file.write_text(EXAMPLES[folder], encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        assert len(set(REGISTRIES[folder]) - before[folder]) == 1
+        return module
+
+    yield load
+    for folder, registry in REGISTRIES.items():
+        for entry in set(registry) - before[folder]:
+            registry.remove(entry)
+        sys.modules.pop(f"contributed_{folder}", None)
+
+
+def qkv(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, *shape)
+    return query, key, value
+
+
+def test_there_is_one_example_for_each_registry() -> None:
+    assert EXAMPLES.keys() == REGISTRIES.keys()
+    assert TEXT.count("```python") == len(REGISTRIES)
+
+
+@pytest.mark.parametrize("folder", REGISTRIES)
+def test_the_doctests_of_the_examples(folder: str, contribute: Contribute) -> None:
+    result = doctest.testmod(contribute(folder), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+    assert result.attempted >= (1 if folder in ("masks", "pse") else 0)
+
+
+def test_the_mask_works_everywhere(contribute: Contribute) -> None:
+    ahead = contribute("masks").Ahead
+    mask = masks.parse("Causal() | Ahead(2)")
+    assert mask == masks.Causal() | ahead(2)
+    assert mask.region(5, 7) == masks.Band(None, 2).region(5, 7)
+    assert (mask & ~masks.Causal()).region(5, 5) == (ahead(2) - masks.Band(0, 0)).region(5, 5)
+    config = AttentionConfig.model_validate(
+        {
+            "num_heads": 2,
+            "head_dim": 8,
+            "mask": {"kind": "or", "parts": [{"kind": "causal"}, {"kind": "ahead", "size": 2}]},
+        }
+    )
+    assert config.mask == mask
+    assert AttentionConfig.model_validate(config.to_yaml()) == config
+    assert "Ahead" in AttentionConfig.model_json_schema()["$defs"]
+    q, k, v = qkv(1, 6, 2, 8)
+    named = Attention(2, 8, mask=masks.Band(None, 2))
+    assert torch.equal(config.build()(q, k, v), named(q, k, v))
+
+
+def test_the_mask_reaches_the_kernel_without_a_dense_mask(contribute: Contribute) -> None:
+    contribute("masks")
+    mask = masks.parse("Causal() | Ahead(2)")
+    q, k, v = qkv(1, 6, 2, 8)
+    emulated = Attention(2, 8, mask=mask, backend="emulated")
+    named = Attention(2, 8, mask=masks.Band(None, 2), backend="emulated")
+    assert emulated.plan(q, k, v).calls == named.plan(q, k, v).calls
+    torch.testing.assert_close(emulated(q, k, v), Attention(2, 8, mask=mask)(q, k, v))
+
+
+def test_the_bias_works_everywhere(contribute: Contribute) -> None:
+    recency = contribute("pse").Recency
+    bias = recency(0.5)
+    assert pse.parse(str(bias + pse.ALiBi(2))) == bias + pse.ALiBi(2)
+    config = AttentionConfig.model_validate(
+        "{num_heads: 2, head_dim: 8, pse: {kind: recency, weight: 0.5}}"
+    )
+    assert config.pse == bias
+    assert AttentionConfig.model_validate_json(config.model_dump_json()) == config
+    q, k, v = qkv(1, 6, 2, 8)
+    dense = pse.Dense(bias.materialize(6, 6))
+    expected = Attention(2, 8, pse=dense)(q, k, v)
+    torch.testing.assert_close(config.build()(q, k, v), expected)
+    emulated = Attention(2, 8, pse=bias, backend="emulated")
+    torch.testing.assert_close(emulated(q, k, v), expected)
+
+
+def test_the_layout_works_everywhere(contribute: Contribute) -> None:
+    contribute("layouts")
+    config = AttentionConfig.model_validate("{num_heads: 2, head_dim: 8, layout: SBND}")
+    assert AttentionConfig.model_validate(config.to_yaml()) == config
+    assert "SBND" in AttentionConfig.model_json_schema()["properties"]["layout"]["enum"]
+    q, k, v = qkv(3, 6, 2, 8)
+    swapped = [tensor.transpose(0, 1) for tensor in (q, k, v)]
+    output = config.build()(*swapped).transpose(0, 1)
+    torch.testing.assert_close(output, Attention(2, 8)(q, k, v))
+
+
+def test_the_backend_works_everywhere(contribute: Contribute) -> None:
+    contribute("backends")
+    config = AttentionConfig.model_validate(
+        "{num_heads: 2, head_dim: 8, mask: Causal(), backend: double}"
+    )
+    assert "double" in AttentionConfig.model_json_schema()["properties"]["backend"]["enum"]
+    q, k, v = qkv(1, 6, 2, 8)
+    expected = Attention(2, 8, mask=masks.Causal())
+    result = config.build()(q, k, v, return_stats=True)
+    reference = expected(q, k, v, return_stats=True)
+    torch.testing.assert_close(result.output, reference.output)
+    torch.testing.assert_close(result.stats.lse, reference.stats.lse)
+    with pytest.raises(BackendRefused, match="already-double"):
+        config.build()(q.double(), k.double(), v.double())
