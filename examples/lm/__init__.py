@@ -1,0 +1,1 @@
+"""The parts of the example language model; `train_lm.py` puts them together."""
