@@ -1,0 +1,188 @@
+"""`KVCache`: the keys and values of the tokens so far, for decoding step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import CompositionError, CompositionTypeError
+
+__all__ = ["KVCache"]
+
+_FIRST_CAPACITY = 16
+
+
+class KVCache:
+    """Keys and values ``b s n d`` of one attention layer, kept between calls of its forward.
+
+    With a `capacity` all memory is taken at the first call and one token too many is an error;
+    without, it grows by doubling, so that each token costs amortised constant time. Batch,
+    heads, dtype and device are those of the first call. One cache serves one layer and one
+    batch of texts; `reset` makes it ready for the next.
+
+    In self-attention every call appends. In cross-attention the first call stores the keys and
+    values of the whole context and seals the cache; later calls read them.
+
+    Not differentiable: use it under ``torch.no_grad()`` or ``torch.inference_mode()``.
+
+    Raises `CompositionError` when full, for tensors unlike those it holds, and for tensors
+    that need a gradient.
+
+    >>> import torch
+    >>> cache = KVCache(capacity=4)
+    >>> step = torch.zeros(1, 3, 2, 8)
+    >>> keys, values = cache.append(step, step)
+    >>> cache
+    KVCache(length=3, capacity=4)
+    >>> cache.append(step, step)
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: KVCache: 3 tokens and 3 more exceed its capacity of 4; give \
+it more, or capacity=None to grow
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and type(capacity) is not int:
+            raise CompositionTypeError(f"KVCache: capacity={capacity!r}; give an int or None")
+        if capacity is not None and capacity < 1:
+            raise CompositionError(f"KVCache: capacity={capacity}; give a positive int, or None")
+        self._limit = capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token, and the memory with it."""
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._length = 0
+        self._queries = 0
+        self._sealed = False
+
+    @property
+    def length(self) -> int:
+        """The number of tokens whose keys and values it holds."""
+        return self._length
+
+    @property
+    def queries(self) -> int:
+        """The number of query tokens answered with it so far."""
+        return self._queries
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it holds a whole context for cross-attention, which takes no more tokens."""
+        return self._sealed
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens it has room for now."""
+        return 0 if self._keys is None else self._keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that keys and values take."""
+        return sum(
+            t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None
+        )
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the tokens ``b s n d``; return all keys and values so far, as views."""
+        if self._sealed:
+            raise CompositionError(
+                f"{self} holds the context of a cross-attention and takes no more tokens; "
+                "self-attention needs a cache of its own"
+            )
+        self._check("key", key, self._keys)
+        self._check("value", value, self._values)
+        if key.shape[:3] != value.shape[:3]:
+            raise CompositionError(
+                f"KVCache: key {list(key.shape)} and value {list(value.shape)}; each token "
+                "has one of each in every head"
+            )
+        start, stop = self._length, self._length + key.shape[1]
+        if self._limit is not None and stop > self._limit:
+            raise CompositionError(
+                f"KVCache: {start} tokens and {stop - start} more exceed its capacity of "
+                f"{self._limit}; give it more, or capacity=None to grow"
+            )
+        self._keys = self._write(self._keys, key, stop)
+        self._values = self._write(self._values, value, stop)
+        self._length = self._queries = stop
+        return self._keys[:, :stop], self._values[:, :stop]
+
+    def seal(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of a whole context, once."""
+        if self._length or self._sealed:
+            raise CompositionError(
+                f"{self} is in use already; a context goes into an empty cache (reset() empties it)"
+            )
+        views = self.append(key, value)
+        self._queries, self._sealed = 0, True
+        return views
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return all keys and values so far, as views."""
+        if self._keys is None or self._values is None:
+            raise CompositionError("KVCache: read before the first append")
+        return self._keys[:, : self._length], self._values[:, : self._length]
+
+    def answered(self, queries: int) -> None:
+        """Count queries answered from a sealed context: the next one has the next position."""
+        self._queries += queries
+
+    def truncate(self, length: int) -> None:
+        """Drop the tokens from `length` on: the way back from a rejected draft.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.truncate(1)
+        >>> cache
+        KVCache(length=1, capacity=16)
+        """
+        if self._sealed:
+            raise CompositionError(f"{self} holds a context, which is whole; reset() empties it")
+        if not 0 <= length <= self._length:
+            raise CompositionError(f"{self} cannot be truncated to {length} tokens")
+        self._length = self._queries = length
+
+    def __repr__(self) -> str:
+        sealed = ", sealed" if self._sealed else ""
+        return f"KVCache(length={self._length}, capacity={self._limit or self.capacity}{sealed})"
+
+    def _check(self, name: str, new: Tensor, held: Tensor | None) -> None:
+        if new.ndim != 4:
+            raise CompositionError(f"KVCache: {name} {list(new.shape)}; give it as [b, s, n, d]")
+        if new.requires_grad and torch.is_grad_enabled():
+            raise CompositionError(
+                f"KVCache: {name} needs a gradient, which a cache would cut off silently; decode "
+                "under torch.no_grad() or torch.inference_mode()"
+            )
+        if held is None:
+            return
+        for what, was, now in (
+            ("batch", held.shape[0], new.shape[0]),
+            ("heads", held.shape[2], new.shape[2]),
+            ("head dim", held.shape[3], new.shape[3]),
+            ("dtype", held.dtype, new.dtype),
+            ("device", held.device, new.device),
+        ):
+            if was != now:
+                raise CompositionError(
+                    f"KVCache: it holds {name}s of {what} {was}, the new {name} has {now}; a cache "
+                    "serves one layer and one batch (reset() makes it ready for another)"
+                )
+
+    def _write(self, held: Tensor | None, new: Tensor, stop: int) -> Tensor:
+        if held is None or stop > held.shape[1]:
+            held = self._enlarge(held, new, stop)
+        held[:, stop - new.shape[1] : stop] = new.detach()
+        return held
+
+    def _enlarge(self, held: Tensor | None, new: Tensor, stop: int) -> Tensor:
+        grown = _FIRST_CAPACITY if held is None else 2 * held.shape[1]
+        room = self._limit or max(stop, grown)
+        # A tensor made in inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            larger = new.new_empty((new.shape[0], room, *new.shape[2:]))
+        if held is not None:
+            larger[:, : self._length] = held[:, : self._length]
+        return larger
