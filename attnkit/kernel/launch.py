@@ -91,9 +91,9 @@ def launch_grad(
     arguments = call.arguments_for(version.name)
     if isinstance(arguments, Refusal):
         raise KernelContractError(str(arguments), [arguments.code])
-    values = _values(arguments, tensors)
-    for name in ("dropout_mask", "seed", "offset"):
-        values.pop(name, None)
+    # The grad op regenerates dropout from the forward's seed, offset and numels, in `extra`.
+    drawn = ("dropout_mask", "seed", "offset")
+    values = _values({n: v for n, v in arguments.items() if n not in drawn}, tensors)
     if "scale" in values:
         values[version.grad_scale] = values.pop("scale")
     op = getattr(torch.ops.npu if ops is None else ops, version.grad_op)

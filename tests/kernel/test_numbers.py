@@ -623,3 +623,40 @@ def test_a_mask_that_contradicts_its_window_matters_only_where_tiles_are_skipped
         out, *_ = emulate(call, q, k, v)
         want, *_ = plain(q, k, v)
         assert torch.allclose(out, want, rtol=1e-10, atol=1e-10) == agrees
+
+
+def test_the_ends_of_mode_0s_window_are_rounded_up_before_tiles_are_skipped():
+    """A mask up to 120 keys ahead survives a declared window of 100, for 128 are visited."""
+    q, k, v = operands(1, 1, 1, 2000, 2000, 4, 4)
+    region = Region.of(Slice(0, 2000, 0, 2000, lo=-120, hi=120))
+    mask = AttenMask.full((2000, 2000), [region])
+    call = call_for(q, k, v, 1, "BNSD", atten_mask=mask, pre_tokens=100, next_tokens=100)
+    distance = torch.arange(2000) - torch.arange(2000)[:, None]
+    want, *_ = plain(q, k, v, distance.abs() <= 120)
+    torch.testing.assert_close(emulate(call, q, k, v)[0], want, **CLOSE)
+
+
+def test_weights_are_rounded_to_the_input_dtype_before_the_second_product():
+    """Two keys of weight 1 and 0.3, the second valued 1: bfloat16(0.3) / 1.3, then rounded."""
+    q = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).bfloat16()
+    pse = torch.tensor([0.0, -1.2031]).view(1, 1, 1, 2).bfloat16()
+    v = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).bfloat16()
+    k = torch.zeros(1, 1, 2, 2).bfloat16()
+    call = call_for(q, k, v, 1, "BNSD", pse=TensorSpec.of(pse), pse_type=0)
+    weight = pse[0, 0, 0, 1].float().exp()
+    rounded = (weight.bfloat16().float() / (1 + weight)).bfloat16()
+    unrounded = (weight / (1 + weight)).bfloat16()
+    assert rounded != unrounded, "the example must tell the two apart"
+    assert emulate(call, q, k, v, pse=pse)[0].item() == rounded.item()
+
+
+def test_parts_without_keys_take_no_part_in_a_merge():
+    """Both ways the op marks them: sum 0 (packed, no keys), and max -FLT_MAX, sum FLT_MAX."""
+    out, peak, total = torch.tensor([[3.0]]), torch.tensor([-1000.0]), torch.tensor([2.0])
+    for mark in ((0.0, 0.0), (-FLT_MAX, FLT_MAX)):
+        empty = [torch.zeros(1, 1), *(torch.tensor([m]) for m in mark)]
+        merged = merge_partials([empty[0], out], [empty[1], peak], [empty[2], total])
+        assert [t.item() for t in merged] == [3.0, -1000.0, 2.0]
+        merged = merge_partials([empty[0]] * 2, [empty[1]] * 2, [empty[2]] * 2)
+        assert merged[0].item() == 0.0
+        assert log_sum_exp(*merged[1:]).item() == float("-inf")

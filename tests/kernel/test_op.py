@@ -182,6 +182,22 @@ def test_mask_content_is_looked_at_again_when_it_changes():
         fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
 
 
+def test_long_masks_are_looked_at_everywhere():
+    """Only the last of 1500 rows contradicts the window, or is masked."""
+    q, k, v = (t.float().detach() for t in tensors(batch=1, sq=1500, skv=1500))
+    window = {"pre_tokens": 1400, "next_tokens": 3}
+    distance = torch.arange(1500) - torch.arange(1500)[:, None]
+    mask = (distance > 3) | (distance < -1400)
+    fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, **window)
+    wide, none = mask.clone(), mask.clone()
+    wide[1499, 98] = False
+    none[1499] = True
+    for wrong, code in ((wide, "mask-outside-window"), (none, "rows-averaged")):
+        with pytest.raises(KernelContractError) as caught:
+            fusion_attention(q, k, v, 4, "BNSD", atten_mask=wrong, **window)
+        assert caught.value.codes == (code,)
+
+
 # -- dropout -----------------------------------------------------------------------------
 
 
@@ -380,6 +396,11 @@ def test_the_grad_op_is_called_with_its_own_names():
     assert op.arguments["scale_value"] == 0.5
     assert op.arguments["seed"] == 7
     op.result = (1, 2, 3, 4)
+    drawn = call(keep_prob=0.9, dropout_mask=TensorSpec((256,), torch.uint8), seed=3)
+    op.default._schema.arguments.append(SimpleNamespace(name="keep_prob"))
+    launch_grad(drawn, tensors_, {"seed": 7}, ops=SimpleNamespace(npu_fusion_attention_grad=op))
+    assert op.arguments["seed"] == 7
+    assert "dropout_mask" not in op.arguments
     grads = launch_grad(
         call(), tensors_, {"dy": 0}, ops=SimpleNamespace(npu_fusion_attention_grad=op)
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnkit.kernel import AttenMask, emulate, operands
+from tests.kernel import test_numbers
 from tests.kernel.plain import DENSE, call_for
 from tests.kernel.test_numbers import check_dense, check_packed
 from tests.kernel.test_numbers import operands as random_operands
@@ -33,6 +34,12 @@ def test_packed_calls_in_tiny_tiles():
         check_packed(mode, None, 0.7)
     check_packed(3, 0, 0.7)
     check_packed(2, 3)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_biases_that_differ_between_batch_elements_in_tiny_tiles():
+    test_numbers.test_bias_shapes(2)
+    test_numbers.test_start_indices_work_only_together_and_slopes_may_differ_between_batches()
 
 
 def test_statistics_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch):
