@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan
-from attnkit.errors import BackendRefused, CompositionError
+from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan, run_plan
+from attnkit.backends.rebind import rebound
+from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
@@ -16,6 +19,10 @@ from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.pse import Pse
 
 __all__ = ["Attention", "attention", "plan"]
+
+# Plans kept by a module. Packed batches have new lengths in every step, so there is no end to
+# them; what is dropped here is still found in the planner's own cache for a while.
+_MOST_PLANS = 16
 
 
 class Attention(nn.Module):
@@ -26,14 +33,17 @@ class Attention(nn.Module):
     The output has the query's layout and dtype, and the value's head size.
 
     - `mask`: which cells take part (`attnkit.masks`); default all.
-    - `pse`: what is added to the scores (`attnkit.pse`); default nothing. A bias of
-      `nn.Parameter` tensors trains with the module.
+    - `pse`: what is added to the scores (`attnkit.pse`); default nothing. Its tensors belong
+      to the module: an `nn.Parameter` trains with it and is part of its state, another tensor
+      is a buffer that moves with it (and is not part of its state).
     - `scale`: default ``head_dim ** -0.5``. `softcap`: ``c * tanh(score / c)`` before the mask.
     - `dropout`: on the softmax weights, in training mode, from torch's generator.
     - `sink`: a learnable logit per head that joins the softmax's denominator, initially 0.
+      It is computed with in float32 (float64), whatever dtype the module is cast to.
     - `backend`: "auto", or a name that must be able to run the composition.
 
-    A row without any allowed key gives 0. Raises `CompositionError` when the parts contradict
+    A row without any allowed key gives 0. Autocast does not reach inside: the dtype of the
+    tensors is the dtype of the computation. Raises `CompositionError` when the parts contradict
     each other or the tensors, `BackendRefused` when the named backend cannot run them.
 
     >>> import torch
@@ -43,6 +53,8 @@ class Attention(nn.Module):
     >>> layer(x, x, x).shape
     torch.Size([2, 32, 4, 8])
     """
+
+    sink: nn.Parameter | None
 
     def __init__(
         self,
@@ -62,30 +74,42 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = check_int("num_heads", num_heads, 1)
         self.head_dim = check_int("head_dim", head_dim, 1)
-        self.num_kv_heads = check_int(
-            "num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1
-        )
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads = check_int("num_kv_heads", kv_heads, 1)
         if num_heads % self.num_kv_heads:
             raise CompositionError(
                 f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; each key "
                 "head serves an equal group of query heads"
             )
-        self.composition = Composition(
-            Full() if mask is None else mask,
-            pse,
-            layout,
-            head_dim**-0.5 if scale is None else scale,
-            dropout,
-            softcap,
-        )
-        _check_heads(self.composition, num_heads)
-        _check_backend(backend, self.composition)
+        if not isinstance(sink, bool):
+            raise CompositionTypeError(
+                f"sink={sink!r}; it is True for a learnable logit per head, or False (the "
+                "functional form, ak.attention, takes the logits themselves)"
+            )
+        if scale is None:
+            scale = head_dim**-0.5
+        self._composition = _composition(mask, pse, layout, scale, dropout, softcap)
+        _check_heads(self._composition, num_heads)
+        _check_backend(backend, self._composition)
         self.backend = backend
-        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
-        for k, tensor in enumerate(pse.tensors if pse is not None else ()):
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(f"pse_{k}", tensor)
+        self.register_parameter("sink", nn.Parameter(torch.zeros(num_heads)) if sink else None)
+        self._pse_names = _register_tensors(self, pse)
         self._plans: dict[Hashable, Plan] = {}
+
+    @property
+    def composition(self) -> Composition:
+        """What it was built to compute, the bias with the tensors that the module has now.
+
+        Moving or casting a module, loading into it and `torch.func.functional_call` put other
+        tensors in the place of those that it was built with.
+        """
+        bias = self._composition.pse
+        if bias is None or not self._pse_names:
+            return self._composition
+        now = tuple(getattr(self, name) for name in self._pse_names)
+        if any(a is not b for a, b in zip(now, bias.tensors, strict=True)):
+            self._composition = replace(self._composition, pse=rebound(bias, now))
+        return self._composition
 
     @property
     def mask(self) -> Mask:
@@ -117,10 +141,9 @@ class Attention(nn.Module):
 
         With `return_stats`, returns `AttentionOutput(output, stats)`.
         """
-        found = self._plan(query, key, value, mask, pse, seqlens)
-        bias = self.composition.pse if pse is None else _added(self.composition.pse, pse)
-        operands = Operands(query, key, value, bias, self.sink)
-        result = BACKENDS[found.backend].run(found, operands)
+        bias = self._bias(pse)
+        found = self._plan(bias, query, key, value, mask, pse, seqlens)
+        result = run_plan(found, Operands(query, key, value, bias, self.sink))
         return result if return_stats else result.output
 
     def plan(
@@ -134,7 +157,7 @@ class Attention(nn.Module):
         seqlens: SeqLens | None = None,
     ) -> Plan:
         """Return the plan that `forward` would run for these tensors; meta tensors will do."""
-        return self._plan(query, key, value, mask, pse, seqlens)
+        return self._plan(self._bias(pse), query, key, value, mask, pse, seqlens)
 
     def explain(
         self,
@@ -147,10 +170,16 @@ class Attention(nn.Module):
         seqlens: SeqLens | None = None,
     ) -> str:
         """Return the report of the plan: what runs, on what, at what price, and why."""
-        return self._plan(query, key, value, mask, pse, seqlens).explain()
+        return self.plan(query, key, value, mask=mask, pse=pse, seqlens=seqlens).explain()
+
+    def _bias(self, pse: Pse | None) -> Pse | None:
+        """Return the module's bias with that of a call."""
+        own = self.composition.pse
+        return own if pse is None else pse if own is None else own + pse
 
     def _plan(
         self,
+        bias: Pse | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -158,43 +187,56 @@ class Attention(nn.Module):
         pse: Pse | None,
         seqlens: SeqLens | None,
     ) -> Plan:
-        known: Hashable = None
-        if pse is None and isinstance(query, Tensor):
-            known = (
-                *((t.shape, t.dtype, t.device, t.requires_grad) for t in (query, key, value)),
-                mask,
-                seqlens,
-                self.training,
-                torch.is_grad_enabled(),
-            )
-            found = self._plans.get(known)
-            if found is not None:
-                return found
-        request = self._request(query, key, value, mask, pse, seqlens)
-        found = make_plan(request, self.backend)
+        known = self._key(bias, query, key, value, mask, pse, seqlens)
+        found = self._plans.pop(known, None) if known is not None else None
+        if found is None:
+            both = self.mask if mask is None else self.mask & mask
+            composed = replace(self.composition, mask=both, pse=bias)
+            found = make_plan(self._request(composed, query, key, value, seqlens), self.backend)
         if known is not None:
-            self._plans[known] = found
+            self._plans[known] = found  # the one used last stands last
+            if len(self._plans) > _MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)), None)
         return found
 
-    def _request(
+    def _key(
         self,
+        bias: Pse | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Mask | None,
         pse: Pse | None,
         seqlens: SeqLens | None,
+    ) -> Hashable:
+        """Return everything that a plan of this module depends on; None for what is no key."""
+        given = (query, key, value)
+        known = all(isinstance(t, Tensor) for t in given)
+        known &= mask is None or isinstance(mask, Mask)
+        if not known or not (seqlens is None or isinstance(seqlens, SeqLens)):
+            return None
+        # A bias or sink may be frozen or moved between two calls.
+        carried = bias.tensors if bias is not None else ()
+        if self.sink is not None:
+            carried = (*carried, self.sink)
+        return (
+            *((t.shape, t.dtype, t.device, t.requires_grad) for t in given),
+            mask,
+            pse.key() if pse is not None else None,
+            seqlens,
+            *((t.shape, t.dtype, t.device, t.requires_grad) for t in carried),
+            self.training,
+            torch.is_grad_enabled(),
+        )
+
+    def _request(
+        self,
+        composed: Composition,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seqlens: SeqLens | None,
     ) -> Request:
-        composed = self.composition
-        if mask is not None or pse is not None:
-            composed = Composition(
-                composed.mask if mask is None else composed.mask & mask,
-                _added(composed.pse, pse),
-                composed.layout,
-                composed.scale,
-                composed.dropout,
-                composed.softcap,
-            )
         request = read_request(
             composed,
             query,
@@ -213,6 +255,10 @@ class Attention(nn.Module):
             )
         return request
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are found again; they need not travel with a copy or a checkpoint.
+        return {**self.__dict__, "_plans": {}}
+
     def extra_repr(self) -> str:
         """Describe the composition, defaults left out."""
         parts = [f"num_heads={self.num_heads}", f"head_dim={self.head_dim}"]
@@ -223,16 +269,23 @@ class Attention(nn.Module):
             parts.append(f"pse={self.pse!r}")
         parts.append(f"layout={self.layout!r}")
         composed = self.composition
+        parts += [f"scale={composed.scale}"] if composed.scale != self.head_dim**-0.5 else []
         parts += [f"dropout={composed.dropout}"] if composed.dropout else []
         parts += [f"softcap={composed.softcap}"] if composed.softcap else []
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
 
-def _added(own: Pse | None, more: Pse | None) -> Pse | None:
-    if own is None or more is None:
-        return own if more is None else more
-    return own + more
+def _register_tensors(module: nn.Module, pse: Pse | None) -> tuple[str, ...]:
+    """Make the tensors of a bias the module's own, and return their names there."""
+    names = []
+    for k, tensor in enumerate(pse.tensors if pse is not None else ()):
+        names.append(f"pse_{k}")
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(names[-1], tensor)
+        else:
+            module.register_buffer(names[-1], tensor, persistent=False)
+    return tuple(names)
 
 
 def _check_heads(composition: Composition, num_heads: int) -> None:
@@ -255,7 +308,7 @@ def _check_backend(name: str, composition: Composition) -> None:
         raise BackendRefused(f"backend {name!r} cannot run this composition:\n{told}", reasons)
 
 
-def _functional(
+def _composition(
     mask: Mask | None,
     pse: Pse | None,
     layout: str,
@@ -295,20 +348,23 @@ def attention(
     >>> attention(x, x, x, mask=masks.Causal(), layout="BSH", num_heads=4).shape
     torch.Size([1, 16, 32])
     """
-    composition = _functional(mask, pse, layout, scale, dropout, softcap)
-    request = read_request(
-        composition,
+    found = plan(
         query,
         key,
         value,
+        mask=mask,
+        pse=pse,
+        layout=layout,
+        seqlens=seqlens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        seqlens=seqlens,
+        scale=scale,
+        dropout=dropout,
         sink=sink,
-        training=True,
+        softcap=softcap,
+        backend=backend,
     )
-    found = make_plan(request, backend)
-    result = BACKENDS[found.backend].run(found, Operands(query, key, value, pse, sink))
+    result = run_plan(found, Operands(query, key, value, pse, sink))
     return result if return_stats else result.output
 
 
@@ -338,7 +394,7 @@ def plan(
     >>> found.calls[0].sparse_mode, found.calls[0].pre_tokens
     (4, 255)
     """
-    composition = _functional(mask, pse, layout, scale, dropout, softcap)
+    composition = _composition(mask, pse, layout, scale, dropout, softcap)
     request = read_request(
         composition,
         query,

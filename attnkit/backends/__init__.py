@@ -9,7 +9,7 @@ from attnkit.backends.base import (
     Stats,
     register,
 )
-from attnkit.backends.choose import AUTO_ORDER, make_plan
+from attnkit.backends.choose import AUTO_ORDER, make_plan, run_plan
 from attnkit.backends.emulated import Emulated
 from attnkit.backends.reference import Reference
 
@@ -25,4 +25,5 @@ __all__ = [
     "Stats",
     "make_plan",
     "register",
+    "run_plan",
 ]

@@ -6,7 +6,6 @@ that is installed; a version that cannot express a call is a refusal, not a surp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -15,16 +14,13 @@ from torch import Tensor
 
 from attnkit.backends.base import register
 from attnkit.backends.fused import CallTensors, Fused
-from attnkit.errors import BackendRefused, Refusal
-from attnkit.kernel import KernelCall
-from attnkit.planner import Request, lower
+from attnkit.backends.merged import Answer
+from attnkit.errors import KernelContractError, Refusal
+from attnkit.kernel import Gradients, KernelCall
+from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
+from attnkit.planner import Launch, Request, lower
 
 __all__ = ["Ascend"]
-
-# v1 and v3 spell two arguments differently from v2, whose names `KernelCall` has.
-_OLD_SPELLING = {"pre_tokens": "pre_tockens", "next_tokens": "next_tockens"}
-
-_TENSORS = ("query", "key", "value", "atten_mask", "pse", "sink")
 
 
 class Ascend(Fused):
@@ -66,74 +62,84 @@ class Ascend(Fused):
         reasons += super().refusals(request)
         best = lower(request).best
         if not reasons and best is not None:
-            missing = self._missing(best.call)
-            if missing:
-                reasons.append(Refusal("op-version", missing, self.name))
+            told = (self._against(step, request.needs_grad) for step in best.launches)
+            reasons += dict.fromkeys(reason for some in told for reason in some)
         return reasons
 
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Make the call, arguments by keyword."""
-        missing = self._missing(call)
-        if missing:
-            raise BackendRefused(missing, [Refusal("op-version", missing, self.name)])
-        op = self._op(call)
-        known = _argument_names(op)
-        arguments = call.non_default_arguments() | {
-            name: getattr(tensors, name) for name in _TENSORS if getattr(tensors, name) is not None
+        out = launch(call, tensors._asdict(), ops=self.ops)
+        return out[0], out[1], out[2]
+
+    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+        """Make one call of several; the op draws its own dropout seed and tells it."""
+        out = launch(call, tensors, ops=self.ops)
+        return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
+
+    def backward(
+        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+    ) -> Gradients:
+        """Make one grad call of several."""
+        seed, offset, numels = merged.random
+        extra = {
+            "dy": dy,
+            "softmax_max": merged.peak,
+            "softmax_sum": merged.total,
+            "attention_in": merged.out,
+            "seed": seed,
+            "offset": offset,
+            "numels": numels,
         }
-        outputs = op(
-            **{
-                _spelled(name, known): list(value) if isinstance(value, tuple) else value
-                for name, value in arguments.items()
-            }
-        )
-        return outputs[0], outputs[1], outputs[2]
+        return launch_grad(call, tensors, extra, ops=self.ops)
 
-    def _op(self, call: KernelCall) -> Callable[..., Any]:
-        """Return v2 where a bias type or start index needs it, v1 (in every release) elsewhere."""
-        name = "npu_fusion_attention"
-        if call.pse_type != 1 or call.q_start_idx is not None:
-            name += "_v2"
-        op: Callable[..., Any] = getattr(self.ops, name, None) or _absent(name)
-        return op
-
-    def _missing(self, call: KernelCall) -> str:
-        """Say what the installed op lacks for a call; empty if it lacks nothing."""
-        op = self._op(call)
-        if isinstance(op, _Absent):
-            return f"the installed torch_npu has no {op.name}; a newer release does"
-        known = _argument_names(op)
-        unknown = [n for n in call.non_default_arguments() if _spelled(n, known) not in known]
-        if not unknown:
-            return ""
-        return (
-            f"the installed op takes no {', '.join(unknown)}; a newer torch_npu does "
-            "(sink: 7.3.0, start indices: 7.1.0)"
-        )
+    def _against(self, step: Launch, needs_grad: bool) -> list[Refusal]:
+        """Return why the installed op, or this very chip, cannot make a call."""
+        call = step.call
+        try:
+            launch(call, _Nothing(), ops=_Rehearsal(self.ops))
+            if needs_grad and step.form.partial:
+                launch_grad(call, _Nothing(), {}, ops=_Rehearsal(self.ops))
+        except KernelContractError as error:
+            return [Refusal("op-version", str(error), self.name)]
+        product = device_product(torch.device(self.device)) if hasattr(torch, "npu") else "A2"
+        if product == "A2":  # what the planner has judged the call for
+            return []
+        version = choose_version(call)
+        broken = call.violations(version=version, product=product, training=needs_grad)
+        return [Refusal(v.code, f"on Ascend {product}: {v.found}", self.name) for v in broken]
 
 
-class _Absent:
-    """Stands for an op that the installed release does not have."""
+class _Nothing(dict[str, "Tensor | None"]):
+    """The tensors of a rehearsal: None for every name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self) -> None:
-        raise BackendRefused(f"the installed torch_npu has no {self.name}")
+    def __missing__(self, name: str) -> None:
+        return None
 
 
-def _absent(name: str) -> Callable[..., Any]:
-    return _Absent(name)
+class _Rehearsal:
+    """Stands before ``torch.ops.npu``: calls are spelled and checked as ever, but not made."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> _Unmade:
+        op = getattr(self._ops, name, None)
+        if op is None:
+            raise KernelContractError(
+                f"the installed torch_npu has no {name}; a newer release does",
+                ["version-cannot-express"],
+            )
+        return _Unmade(op.default)
 
 
-def _argument_names(op: Any) -> frozenset[str]:
-    schema = getattr(op, "default", op)._schema
-    return frozenset(argument.name for argument in schema.arguments)
+class _Unmade:
+    """An op with the schema of the installed one, which returns nothing, eight times."""
 
+    def __init__(self, default: Any) -> None:
+        self.default = default
 
-def _spelled(name: str, known: frozenset[str]) -> str:
-    old = _OLD_SPELLING.get(name, name)
-    return old if name not in known and old in known else name
+    def __call__(self, **arguments: object) -> tuple[None, ...]:
+        return (None,) * 8
 
 
 register(Ascend())

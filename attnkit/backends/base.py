@@ -23,7 +23,8 @@ class Stats:
 
     float32 (float64 for float64 inputs), [B, N, Sq], or [T, N] for a packed batch, whatever a
     backend stores. Dropout does not enter. A row that sees no key has max = -inf, sum = 0 and
-    lse = -inf; with a learnable sink the sink is part of both.
+    lse = -inf; with a learnable sink the sink is part of both. No gradient flows through them:
+    the fused kernel has none.
     """
 
     max: Tensor

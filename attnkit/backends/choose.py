@@ -5,46 +5,48 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from attnkit.backends.base import BACKENDS
+import torch
+
+from attnkit.backends.base import BACKENDS, AttentionOutput, Operands
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 
-__all__ = ["AUTO_ORDER", "make_plan"]
+__all__ = ["AUTO_ORDER", "make_plan", "run_plan"]
 
 AUTO_ORDER = ("ascend", "reference")
 """The order in which "auto" asks; the first without a refusal runs."""
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
 def make_plan(request: Request, backend: str = "auto") -> Plan:
     """Return the verified plan of the backend that runs `request`.
 
     An explicit name never falls back: it raises `BackendRefused` with every reason. "auto"
     keeps the reasons of the backends that it passed over on the plan.
     """
-    if backend != "auto":
-        return _plan(request, backend, ())
     passed: list[Refusal] = []
-    for name in AUTO_ORDER:
+    for name in AUTO_ORDER if backend == "auto" else (backend,):
         reasons = BACKENDS[name].refusals(request)
         if not reasons:
-            return _plan(request, name, tuple(passed))
+            plan = BACKENDS[name].plan(request)
+            plan.verify()
+            return replace(plan, passed_over=tuple(passed))
         passed += reasons
+    what = f"{request.mask!r} in layout {request.layout}"
+    told = "\n".join(f"  {reason}" for reason in passed)
+    if backend == "auto":
+        raise BackendRefused(f"no backend runs {what}:\n{told}", passed)
     raise BackendRefused(
-        "no backend runs this composition:\n" + "\n".join(f"  {r}" for r in passed), passed
+        f"backend {backend!r} was asked for by name and cannot run {what}:\n{told}\n"
+        "backend='auto' would take the next one that can and keep these reasons",
+        passed,
     )
 
 
-def _plan(request: Request, name: str, passed: tuple[Refusal, ...]) -> Plan:
-    reasons = BACKENDS[name].refusals(request)
-    if reasons:
-        raise BackendRefused(
-            f"backend {name!r} was asked for by name and cannot run {request.mask!r} "
-            f"in layout {request.layout}:\n"
-            + "\n".join(f"  {r}" for r in reasons)
-            + "\nbackend='auto' would take the next one that can and keep these reasons",
-            reasons,
-        )
-    plan = BACKENDS[name].plan(request)
-    plan.verify()
-    return replace(plan, passed_over=passed)
+def run_plan(plan: Plan, operands: Operands) -> AttentionOutput:
+    """Run a plan on its backend, in the dtype of its tensors: autocast does not reach inside."""
+    backend, kind = BACKENDS[plan.backend], operands.query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return backend.run(plan, operands)
+    return backend.run(plan, operands)

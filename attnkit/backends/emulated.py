@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from attnkit.backends.base import register
 from attnkit.backends.fused import CallTensors, Fused
-from attnkit.kernel import KernelCall, emulate
+from attnkit.backends.merged import Answer
+from attnkit.errors import KernelContractError
+from attnkit.kernel import Gradients, KernelCall, emulate, emulate_grad
 
 __all__ = ["Emulated"]
+
+_SEEDS = 2**62
 
 
 class Emulated(Fused):
@@ -18,16 +25,55 @@ class Emulated(Fused):
 
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Execute one call on the emulator."""
-        out, peak, total = emulate(
+        query, key, value, atten_mask, pse, sink = tensors
+        call = _seeded(call)
+        return emulate(call, query, key, value, pse=pse, atten_mask=atten_mask, sink=sink)
+
+    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+        """Execute one call of several."""
+        query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
+        pse, mask = tensors["pse"], tensors["atten_mask"]
+        call = _seeded(call)
+        out, peak, total = emulate(call, query, key, value, pse=pse, atten_mask=mask)
+        return Answer(out, peak, total, (call.seed, call.offset, call.numels))
+
+    def backward(
+        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+    ) -> Gradients:
+        """Execute one grad call of several, with the dropout decisions of its forward."""
+        seed, offset, _ = merged.random
+        call = replace(call, seed=seed, offset=offset)
+        query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
+        return emulate_grad(
             call,
-            tensors.query,
-            tensors.key,
-            tensors.value,
-            pse=tensors.pse,
-            atten_mask=tensors.atten_mask,
-            sink=tensors.sink,
+            query,
+            key,
+            value,
+            dy,
+            softmax_max=merged.peak,
+            softmax_sum=merged.total,
+            attention_in=merged.out,
+            pse=tensors["pse"],
+            atten_mask=tensors["atten_mask"],
         )
-        return out, peak, total
+
+
+def _seeded(call: KernelCall) -> KernelCall:
+    """Draw a seed for a call with dropout from torch's generator, as the device op does.
+
+    A plan holds no seed: it is the same plan in every step. The backward regenerates the
+    decisions from the seed of its own forward.
+    """
+    if call.keep_prob >= 1:
+        return call
+    return replace(call, seed=int(torch.randint(_SEEDS, ())), offset=0)
+
+
+def _given(tensors: dict[str, Tensor | None], name: str) -> Tensor:
+    tensor = tensors[name]
+    if tensor is None:
+        raise KernelContractError(f"a kernel call needs its {name}", ["operand-missing"])
+    return tensor
 
 
 register(Emulated())

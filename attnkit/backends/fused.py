@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, stats_dtype
+from attnkit.backends.merged import Answer, run_merged, steps_of
 from attnkit.errors import Refusal
-from attnkit.kernel import KernelCall, unpack_stats
+from attnkit.kernel import Gradients, KernelCall, TensorSpec, unpack_stats
 from attnkit.kernel.scores import MASKED
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
 from attnkit.planner.request import bias_terms
+from attnkit.pse import Pse
 from attnkit.pse.sloped import Sloped
 
 __all__ = ["CallTensors", "Fused"]
@@ -60,15 +63,27 @@ class Fused(Backend):
     def plan(self, request: Request) -> Plan:
         """Return the cheapest proven call, its dearer rivals and what was refused."""
         lowering = lower(request)
-        steps = (lowering.best,) if lowering.best is not None else ()
+        steps = lowering.best.launches if lowering.best is not None else ()
         return Plan(self.name, request, steps, lowering.alternatives, lowering.refusals)
+
+    @abstractmethod
+    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+        """Make one call of several; see `merged`."""
+
+    @abstractmethod
+    def backward(
+        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+    ) -> Gradients:
+        """Make one grad call of several, with the merged statistics and output."""
 
     @abstractmethod
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Run one call; returns attention_out, softmax_max, softmax_sum as the op does."""
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
-        """Run the plan's call and bring its results into the request's form."""
+        """Run the plan's calls and bring their results into the request's form."""
+        if plan.steps[0].form.partial:
+            return _run_parts(self, plan, operands)
         (step,) = plan.steps
         request = plan.request
         out, peak, total = self.launch(step.call, _call_tensors(request, step, operands))
@@ -76,10 +91,81 @@ class Fused(Backend):
         peak, total = (_request_rows(request, step, stat) for stat in rows)
         if step.form.packs:
             out = request.layout_of.from_tnd(out, request.batch)
+        peak, total = peak.detach(), total.detach()
         empty = (peak <= MASKED) | (total == 0)
         return AttentionOutput(
             out, Stats(peak.masked_fill(empty, -torch.inf), total.masked_fill(empty, 0.0))
         )
+
+
+def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:
+    """Run a plan of several calls on packed tensors, and undo the packing."""
+    request, layout = plan.request, plan.request.layout_of
+    tensors = (operands.query, operands.key, operands.value)
+    counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
+    query, key, value = (layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True))
+    groups = dict.fromkeys(step.form.heads for step in plan.steps)
+    if None not in groups:
+        known = {head for heads in groups for head in heads or ()}
+        silent = tuple(head for head in range(request.num_heads) if head not in known)
+        groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
+    parts = [_run_heads(backend, plan, heads, (query, key, value), operands) for heads in groups]
+    out, peak, total = parts[0]
+    if len(parts) > 1:
+        order = [head for heads in groups for head in heads or ()]
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=out.device)
+        out, peak, total = (
+            torch.cat(column, dim=1).index_select(1, back) for column in zip(*parts, strict=True)
+        )
+    out = layout.from_tnd(out, 1 if layout.packed else request.batch)
+    if not layout.packed:
+        peak, total = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (peak, total))
+    return AttentionOutput(out, Stats(peak, total))
+
+
+def _run_heads(
+    backend: Fused,
+    plan: Plan,
+    heads: tuple[int, ...] | None,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    operands: Operands,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the calls of one group of heads that share their regions."""
+    launches = [launch for launch in plan.steps if launch.form.heads == heads]
+    spec, sink = launches[0].call.pse if launches else None, operands.sink
+    slopes = None
+    if spec is not None and operands.pse is not None:
+        slopes = _slopes(operands.pse, spec, operands.query.device, heads)
+    if heads is not None:
+        device = tensors[0].device
+        own = torch.tensor(heads, device=device)
+        group = plan.request.num_heads // plan.request.num_kv_heads
+        reads = launches[0].form.kv_heads if launches else tuple(h // group for h in heads)
+        kv_own = torch.tensor(reads, device=device)
+        tensors = tuple(  # type: ignore[assignment]
+            t.index_select(1, which)
+            for t, which in zip(tensors, (own, kv_own, kv_own), strict=True)
+        )
+        sink = None if sink is None else sink.index_select(0, own)
+    return run_merged(steps_of(plan, heads), backend, *tensors, slopes, sink)
+
+
+def _slopes(
+    pse: Pse, spec: TensorSpec, device: torch.device, heads: tuple[int, ...] | None = None
+) -> Tensor:
+    (sloped,) = pse.parts
+    slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
+    if heads is not None:
+        slopes = tuple(slopes[head] for head in heads)
+    return _slopes_tensor(slopes, spec.dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, since a copy from the host makes it wait for the device; and made outside of
+    # inference mode, whose tensors a later training step could not save for its backward.
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, dtype=dtype, device=device)
 
 
 def _call_tensors(request: Request, step: Launch, operands: Operands) -> CallTensors:
@@ -101,7 +187,8 @@ def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Te
     if mask is None:
         return None
     if not mask.is_opaque:
-        return mask.build(device)
+        with torch.inference_mode(False):  # the tensor is kept, and training may meet it later
+            return mask.build(device)
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     lengths = request.sequences[0]
     return request.mask.materialize(*lengths, batch, heads, device).logical_not().view(mask.shape)
@@ -113,9 +200,7 @@ def _pse_tensor(request: Request, call: KernelCall, operands: Operands) -> Tenso
         return None
     device = operands.query.device
     if call.pse_type in (2, 3):
-        (sloped,) = pse.parts
-        slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
-        return torch.tensor(slopes, dtype=spec.dtype, device=device)
+        return _slopes(pse, spec, device)
     sizes = request.sequences[0]
     if call.pse_type == 1:
         bias = pse.materialize(*sizes, dtype=spec.dtype, device=device)

@@ -94,13 +94,13 @@ def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Stats]:
         logits = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         columns = torch.cat([scores, logits], dim=-1)
     if columns.shape[-1] == 0:
-        empty = scores.sum(-1)
-        return scores, Stats(empty - torch.inf, empty)
+        nothing = scores.detach().sum(-1)
+        return scores, Stats(nothing - torch.inf, nothing)
     peak = columns.detach().amax(-1, keepdim=True)
     exponentials = torch.exp(columns - peak.masked_fill(peak == -torch.inf, 0.0))
     total = exponentials.sum(-1, keepdim=True)
     weights = exponentials[..., : scores.shape[-1]] / total.masked_fill(total == 0, 1.0)
-    return weights, Stats(peak.squeeze(-1), total.squeeze(-1))
+    return weights, Stats(peak.squeeze(-1), total.detach().squeeze(-1))
 
 
 def _allowed(
@@ -120,7 +120,7 @@ def _allowed(
     if sequence is None:
         return mask.materialize(q_len, kv_len, mask.batches or 1, heads, device)
     planes = [
-        mask._cells(q_len, kv_len, sequence if mask.batches else 0, h, device) for h in range(heads)
+        mask._plane(q_len, kv_len, sequence if mask.batches else 0, h, device) for h in range(heads)
     ]
     return torch.stack(planes)[None]
 

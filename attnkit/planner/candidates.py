@@ -4,12 +4,17 @@ A *form* is a way to hand the score matrices to the kernel: in the request's own
 with the diagonal blocks of a dense layout packed into one TND call. For each form and each
 sparse mode the arguments follow from the target regions by inspection (a window's ends from
 its bounds, a prefix from the first row). They are guesses: proving them is not done here.
+
+The candidates of a form come from the cheapest on, so that once one is proven the rest need
+not be looked at. Masks of one entry per cell are apart: they are for requests that nothing
+else computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +29,8 @@ from attnkit.planner.request import BiasTerm, Request
 
 __all__ = ["Candidate", "Form", "candidates", "forms"]
 
+Arguments = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Form:
@@ -34,24 +41,29 @@ class Form:
     targets: tuple[Region, ...]
     packs: bool
     """Whether the request's layout is dense and the call is not: tensors are packed around it."""
+    partial: bool = False
+    """Whether the call answers pieces of the rows, so that outputs are gathered and merged."""
+    heads: tuple[int, ...] | None = None
+    """The query heads of the call, where it does not have all of them, and its key heads."""
+    kv_heads: tuple[int, ...] | None = None
 
     @property
     def packed(self) -> bool:
         """Whether the call's layout is TND."""
         return self.layout == "TND"
 
-    @property
+    @cached_property
     def has_empty_rows(self) -> bool:
         """Whether some row of a block with keys allows none of them."""
         return any(
             kv_len > 0 and target.empty_rows(q_len) for (q_len, kv_len), target in self.distinct
         )
 
-    @property
-    def distinct(self) -> set[tuple[tuple[int, int], Region]]:
+    @cached_property
+    def distinct(self) -> frozenset[tuple[tuple[int, int], Region]]:
         """The different ``((q_len, kv_len), target)`` pairs of the blocks."""
         sizes = (block.sizes for block in self.blocks)
-        return set(zip(sizes, self.targets, strict=True))
+        return frozenset(zip(sizes, self.targets, strict=True))
 
 
 @dataclass(frozen=True)
@@ -78,34 +90,36 @@ def forms(request: Request) -> Iterator[Form]:
         yield Form("TND", tuple(chain), targets, packs=True)
 
 
-def candidates(request: Request) -> Iterator[Candidate | Refusal]:
-    """Yield every candidate call, and a refusal for each family that does not apply."""
-    known = matrices(request)
-    for form in forms(request):
-        if request.sink and any(q and not kv for q, kv in (k.sizes for k in form.blocks)):
-            reason = "the kernel leaves the sink out where a packed sequence has no keys"
-            yield Refusal("sink-no-keys", reason, f"{_where(form)}any mode")
+def candidates(request: Request, form: Form, full_masks: bool) -> Iterator[Candidate | Refusal]:
+    """Yield the candidates of one form, the cheapest first; refusals for what cannot apply.
+
+    With `full_masks`, those that read a mask of one entry per cell; without, all others.
+    """
+    if request.sink and any(q and not kv for q, kv in (k.sizes for k in form.blocks)):
+        reason = "the kernel leaves the sink out where a packed sequence has no keys"
+        yield Refusal("sink-no-keys", reason, f"{_where(form)}any mode")
+        return
+    masks = _full_mask_arguments if full_masks else _compressed_arguments
+    for how, bias in _bias_arguments(request, form):
+        if isinstance(bias, Refusal):
+            yield replace(bias, subject=f"{_where(form)}any mode{how}")
             continue
-        for how, bias in _bias_arguments(request, form):
-            if isinstance(bias, Refusal):
-                yield replace(bias, subject=f"{_where(form)}any mode{how}")
-                continue
-            base = _base_call(request, form, bias)
-            for mode, arguments in _mask_arguments(request, form, known):
-                label = f"{_where(form)}{mode}{how}"
-                if isinstance(arguments, Refusal):
-                    yield replace(arguments, subject=label)
-                else:
-                    yield Candidate(label, replace(base, **arguments), form)
+        base = _base_call(request, form, bias)
+        for mode, arguments in masks(request, form):
+            label = f"{_where(form)}{mode}{how}"
+            if isinstance(arguments, Refusal):
+                yield replace(arguments, subject=label)
+            else:
+                yield Candidate(label, replace(base, **arguments), form)
 
 
 def _where(form: Form) -> str:
     return "packed as TND, " if form.packs else ""
 
 
-def _base_call(request: Request, form: Form, bias: dict[str, Any]) -> KernelCall:
+def _base_call(request: Request, form: Form, bias: Arguments) -> KernelCall:
     query, key, value = (TensorSpec(s, request.dtype) for s in request.shapes(form.layout))
-    cu: dict[str, Any] = {}
+    cu: Arguments = {}
     if form.packed:
         cu = {
             "actual_seq_qlen": tuple(accumulate(block.sizes[0] for block in form.blocks)),
@@ -129,35 +143,41 @@ def _base_call(request: Request, form: Form, bias: dict[str, Any]) -> KernelCall
 # -- masks ---------------------------------------------------------------------------------
 
 
-def _mask_arguments(
-    request: Request, form: Form, known: Matrices
-) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
-    """Yield (label, arguments) for every sparse mode, from what the targets look like."""
+def _compressed_arguments(
+    request: Request, form: Form
+) -> Iterator[tuple[str, Arguments | Refusal]]:
+    """Yield (label, arguments) for no mask and each mode with a compressed one, by price."""
+    known = matrices(request)
+    if known.per_head or not known.exact:
+        return
     rows = {"inner_precise": 2} if form.has_empty_rows else {}
+    yield "no mask", rows
+    compressed = {"atten_mask": AttenMask.causal(), **rows}
+    yield "mode 3", {**compressed, "sparse_mode": 3}
+    yield "mode 2", {**compressed, "sparse_mode": 2}
+    pre, next_ = _window(form, bottom_right=True)
+    yield "mode 4", {**compressed, "sparse_mode": 4, "pre_tokens": pre, "next_tokens": next_}
+    prefix = {"atten_mask": AttenMask.prefix(), "prefix": _prefix(form)}
+    yield "mode 6", {**prefix, "sparse_mode": 6, **rows}
+
+
+def _full_mask_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
+    """Yield (label, arguments) for the modes that read a mask of one entry per cell."""
+    known = matrices(request)
     if not known.exact:
         yield from _opaque_arguments(request, form)
         return
     if known.per_head:
         yield from _per_head_arguments(request, known)
         return
-    yield "no mask", rows
-    compressed = {"atten_mask": AttenMask.causal(), **rows}
-    yield "mode 3", {**compressed, "sparse_mode": 3}
-    yield "mode 2", {**compressed, "sparse_mode": 2}
-    pre, next_ = _window(form, bottom_right=True)
-    band = {"pre_tokens": pre, "next_tokens": next_}
-    yield "mode 4", {**compressed, "sparse_mode": 4, **band}
-    yield "mode 6", _prefix_arguments(form, rows)
     full = _full_mask(form)
     if full is None:
         reason = "one [max q_len, max kv_len] mask serves all sequences, and theirs differ"
         yield "modes 0 and 1", Refusal("mask-shared", reason)
         return
+    rows = {"inner_precise": 2} if form.has_empty_rows else {}
     pre, next_ = _window(form, bottom_right=False)
-    yield (
-        "mode 0",
-        {"atten_mask": full, "pre_tokens": pre, "next_tokens": next_, **rows},
-    )
+    yield "mode 0", {"atten_mask": full, "pre_tokens": pre, "next_tokens": next_, **rows}
     yield "mode 1", {"atten_mask": full, "sparse_mode": 1, **rows}
 
 
@@ -183,7 +203,7 @@ def _window(form: Form, bottom_right: bool) -> tuple[int, int]:
     )
 
 
-def _prefix_arguments(form: Form, rows: dict[str, Any]) -> dict[str, Any] | Refusal:
+def _prefix(form: Form) -> tuple[int, ...]:
     """Read the prefix of each target off its first row."""
     lengths = []
     for block, target in zip(form.blocks, form.targets, strict=True):
@@ -191,8 +211,7 @@ def _prefix_arguments(form: Form, rows: dict[str, Any]) -> dict[str, Any] | Refu
         starts = first and first[0][0] == 0
         shortest = max(0, block.sizes[1] - block.sizes[0])
         lengths.append(max(first[0][1] if starts else 0, shortest))
-    mask = AttenMask.prefix()
-    return {"atten_mask": mask, "sparse_mode": 6, "prefix": tuple(lengths), **rows}
+    return tuple(lengths)
 
 
 def _full_mask(form: Form) -> AttenMask | None:
@@ -213,7 +232,7 @@ def _full_mask(form: Form) -> AttenMask | None:
 
 def _per_head_arguments(
     request: Request, known: Matrices
-) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+) -> Iterator[tuple[str, Arguments | Refusal]]:
     if request.layout_of.packed:
         reason = "heads have masks of their own; a packed call has one mask for all heads"
         yield "any mode", Refusal("mask-per-head", reason)
@@ -227,9 +246,7 @@ def _per_head_arguments(
     yield "mode 1, a mask per head", {"atten_mask": full, "sparse_mode": 1, **rows}
 
 
-def _opaque_arguments(
-    request: Request, form: Form
-) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+def _opaque_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
     """Yield the full mask built from the mask's own cells when the plan runs."""
     if form.packed and (len(form.blocks) > 1 or request.mask.heads is not None):
         reason = (
@@ -251,7 +268,7 @@ def _opaque_arguments(
 # -- biases --------------------------------------------------------------------------------
 
 
-def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, dict[str, Any] | Refusal]]:
+def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
     """Yield the ways in which the kernel might add the bias: by slopes, and as a matrix."""
     if not request.bias:
         yield "", {}
@@ -261,7 +278,7 @@ def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, dict[st
     yield ", bias matrix", _matrix_arguments(request, form)
 
 
-def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> dict[str, Any] | Refusal:
+def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> Arguments | Refusal:
     """Types 2 and 3: the kernel computes the distance itself, from each block's upper left."""
     shifts = set()
     for block in form.blocks:
@@ -276,14 +293,14 @@ def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> dict[str, 
             "the kernel takes one pair",
         )
     shift = shifts.pop() if shifts else 0
-    start = {"q_start_idx": (shift,), "kv_start_idx": (0,)} if shift else {}
+    start = {"q_start_idx": (max(shift, 0),), "kv_start_idx": (max(-shift, 0),)} if shift else {}
     spec = TensorSpec((request.num_heads,), torch.float32)
     if request.dtype == torch.float64:
         spec = TensorSpec((request.num_heads,), torch.float64)
     return {"pse": spec, "pse_type": 2 if term.power == 1.0 else 3, **start}
 
 
-def _matrix_arguments(request: Request, form: Form) -> dict[str, Any] | Refusal:
+def _matrix_arguments(request: Request, form: Form) -> Arguments | Refusal:
     """Types 0 and 1: a matrix in the query's dtype."""
     wide = request.dtype in (torch.float32, torch.float64)
     exact = len(request.bias) == 1 and request.bias[0].dtype == request.dtype

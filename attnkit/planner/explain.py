@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 
 from attnkit.errors import Refusal
 from attnkit.planner.lower import lower
 from attnkit.planner.matrices import matrices
-from attnkit.planner.plan import Launch, Plan
+from attnkit.planner.nearby import savings
+from attnkit.planner.plan import Launch, Plan, Solution
+from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.words import in_words
 
 __all__ = ["explain"]
 
 WIDTH = 80
-_LABEL = 11
+_LABEL = 12
+_MOST_REASONS = 8
 
 
 def explain(plan: Plan) -> str:
@@ -26,17 +28,19 @@ def explain(plan: Plan) -> str:
     lines = [f"attention on backend '{plan.backend}': {_what_runs(plan)}"]
     for label, text in _request_lines(request):
         lines += _entry(label, text)
-    lines += _list("passed over", list(plan.passed_over))
+    lines += _list("passed over", plan.passed_over)
     if plan.steps:
-        lines += _launch_lines(plan.steps[0], request, plan.alternatives)
-        lines += _list("refused", list(plan.refusals))
+        lines += _solution_lines(Solution(plan.steps), request, plan.alternatives)
+        lines += _cheaper(request)
+        lines += _list("refused", plan.refusals)
         return "\n".join(lines)
     lowering = lower(request)
     lines.append("on Ascend, the same composition is:")
     if lowering.best is None:
-        lines += _list("refused", list(lowering.refusals))
+        lines += _list("refused", lowering.refusals)
     else:
-        lines += _launch_lines(lowering.best, request, lowering.alternatives)
+        lines += _solution_lines(lowering.best, request, lowering.alternatives)
+        lines += _cheaper(request)
     return "\n".join(lines)
 
 
@@ -86,46 +90,74 @@ def _understood(request: Request) -> str:
     return f"{names}; {cells:,} of {whole:,} cells ({share}); {rows}"
 
 
-def _launch_lines(launch: Launch, request: Request, others: tuple[Launch, ...]) -> list[str]:
-    call, price = launch.call, launch.price
-    lines = _entry("call", f"npu_fusion_attention, {launch.label}")
-    given = call.non_default_arguments()
-    tensors = ", ".join(f"{name} {given.pop(name)}" for name in ("query", "key", "value"))
-    lines += _entry("tensors", tensors)
-    lines += _entry("arguments", ", ".join(f"{k}={_value(v)}" for k, v in given.items()))
-    heads = request.num_heads
-    whole = sum(q * kv for q, kv in request.sequences) * heads
-    dense = 2 * whole * (request.head_dim + request.value_dim)
-    needed = 2 * price.cells * (request.head_dim + request.value_dim)
-    lines += _entry(
-        "compute",
-        f"{_flops(needed)} on allowed cells, {_flops(price.flops)} in whole tiles; "
-        f"{_flops(dense)} if dense",
-    )
-    lines += _entry(
-        "mask bytes",
-        f"{_bytes(price.mask_bytes)}; a dense mask would be {_bytes(whole // heads)}",
-    )
-    lines += _entry("memory", f"{_bytes(price.peak_bytes)} beyond the inputs")
-    if price.copy_bytes:
-        lines += _entry("copies", f"{_bytes(price.copy_bytes)} to change the layout and back")
-    lines += _entry("rows", _rows(launch))
-    lines += _entry("proof", "the call's set equals the mask's, cell for cell")
+def _solution_lines(best: Solution, request: Request, others: tuple[Solution, ...]) -> list[str]:
+    lines: list[str] = []
+    several = len(best.launches) > 1
+    for k, launch in enumerate(best.launches, start=1):
+        given = launch.call.non_default_arguments()
+        tensors = ", ".join(f"{name} {given.pop(name)}" for name in ("query", "key", "value"))
+        count = len(launch.form.blocks)
+        sequences = f", {count} sequence{'s' * (count > 1)}" if launch.form.packed else ""
+        name = f"npu_fusion_attention, {launch.label}{sequences}"
+        lines += _entry(f"call {k}" if several else "call", name)
+        lines += _entry("", tensors)
+        lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
+    lines += _price_lines(best.price, request)
+    lines += _entry("empty rows", _rows(best))
+    if any(_opaque(launch) for launch in best.launches):
+        lines += _entry("proof", "none needed: the mask passed is the mask asked for")
+    else:
+        lines += _entry("proof", _proof(best))
     if others:
-        told = ", ".join(f"{o.label} ({_dearer(o, launch)})" for o in others)
-        lines += _entry("also right", told)
+        told = ", ".join(f"{o.label} ({_dearer(o, best)})" for o in others[:6])
+        more = f", and {len(others) - 6} more" if len(others) > 6 else ""
+        lines += _entry("also right", told + more)
     return lines
 
 
-def _rows(launch: Launch) -> str:
-    if launch.call.atten_mask is not None and launch.call.atten_mask.is_opaque:
+def _cheaper(request: Request) -> list[str]:
+    found = savings(request)
+    return _entry("cheaper", "; ".join(map(str, found))) if found else []
+
+
+def _price_lines(price: Price, request: Request) -> list[str]:
+    heads, size = request.num_heads, 2 * (request.head_dim + request.value_dim)
+    whole = sum(q * kv for q, kv in request.sequences)
+    lines = _entry(
+        "compute",
+        f"{_flops(size * price.cells)} on allowed cells, {_flops(price.flops)} in whole tiles; "
+        f"{_flops(size * whole * heads)} if dense",
+    )
+    mask = f"{_bytes(price.mask_bytes)}; a dense mask would be {_bytes(whole)}"
+    lines += _entry("mask bytes", mask)
+    lines += _entry("memory", f"{_bytes(price.peak_bytes)} beyond the inputs")
+    if price.copy_bytes:
+        lines += _entry("copies", f"{_bytes(price.copy_bytes)} to gather, pack and merge")
+    return lines
+
+
+def _proof(best: Solution) -> str:
+    if len(best.launches) == 1:
+        return "the call's set equals the mask's, cell for cell"
+    return "the calls' sets are disjoint, and their union equals the mask's, cell for cell"
+
+
+def _opaque(launch: Launch) -> bool:
+    mask = launch.call.atten_mask
+    return mask is not None and mask.is_opaque
+
+
+def _rows(best: Solution) -> str:
+    if any(_opaque(launch) for launch in best.launches):
         return "inner_precise=2, since rows may turn out to see no key"
-    if not launch.form.has_empty_rows:
-        return "no row is empty, so inner_precise stays 0 (the faster path)"
-    return "some rows are empty: inner_precise=2 makes them 0 instead of the mean of V"
+    if best.launches[0].form.partial:
+        return "no call sees one; rows that none answers are 0"
+    if not best.launches[0].form.has_empty_rows:
+        return "none, so inner_precise stays 0 (the faster path)"
+    return "inner_precise=2 makes them 0 instead of the mean of V"
 
 
-def _dearer(other: Launch, best: Launch) -> str:
+def _dearer(other: Solution, best: Solution) -> str:
     more = other.price.nanoseconds / best.price.nanoseconds - 1
     return "same price" if more < 0.0005 else f"+{100 * more:.3g} %"
 
@@ -136,11 +168,17 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _list(label: str, refusals: list[Refusal]) -> list[str]:
+def _list(label: str, refusals: Sequence[Refusal]) -> list[str]:
+    """List refusals, those for one reason together, as far as a reader will follow."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for refusal in refusals:
+        reasons.setdefault((refusal.reason, refusal.code), {})[refusal.subject] = None
     lines: list[str] = []
-    for reason, group in groupby(refusals, key=lambda r: (r.reason, r.code)):
-        subjects = ", ".join(dict.fromkeys(r.subject for r in group))
-        lines += _entry("" if lines else label, f"{subjects}: {reason[0]} [{reason[1]}]")
+    for (reason, code), subjects in list(reasons.items())[:_MOST_REASONS]:
+        told = ", ".join(subjects)
+        lines += _entry("" if lines else label, f"{told}: {reason} [{code}]")
+    if len(reasons) > _MOST_REASONS:
+        lines += _entry("", f"and for {len(reasons) - _MOST_REASONS} more reasons")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -11,11 +12,11 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.kernel.versions import expressing_versions
-from attnkit.planner.candidates import Candidate, candidates
+from attnkit.planner.candidates import Candidate, Form, candidates, forms
+from attnkit.planner.decompose import Part, decompositions
 from attnkit.planner.matrices import matrices
-from attnkit.planner.plan import Launch
-from attnkit.planner.price import price_call
-from attnkit.planner.proof import disprove
+from attnkit.planner.plan import Launch, Solution
+from attnkit.planner.proof import disprove, heads_of
 from attnkit.planner.request import BiasTerm, Request
 
 __all__ = ["Lowering", "lower"]
@@ -23,32 +24,99 @@ __all__ = ["Lowering", "lower"]
 
 @dataclass(frozen=True)
 class Lowering:
-    """The cheapest proven call, the dearer ones, and why the others were dropped."""
+    """The cheapest proven calls, the dearer ones, and why the others were dropped."""
 
-    best: Launch | None
-    alternatives: tuple[Launch, ...]
+    best: Solution | None
+    alternatives: tuple[Solution, ...]
     refusals: tuple[Refusal, ...]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
 def lower(request: Request) -> Lowering:
-    """Return how the fused kernel computes a request; a pure function, cached on the record."""
+    """Return how the fused kernel computes a request; a pure function, cached on the record.
+
+    One call without a mask of one entry per cell is looked for first, then several such calls
+    that are merged, and only then one with such a mask.
+    """
     lacks = lacking(request.softcap, request.bias)
     if lacks:
         return Lowering(None, (), tuple(lacks))
-    proven: list[Launch] = []
+    if not request.batch:
+        reason = "the kernel needs at least one batch element"
+        return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
     refusals: list[Refusal] = []
-    for candidate in candidates(request):
+    shapes = tuple(forms(request))
+    found: list[Solution] = []
+    for form in shapes:
+        found += _cheapest(request, candidates(request, form, full_masks=False), refusals)
+    if not found:
+        found = _merged(request, refusals)
+    if found:
+        reason = "calls without a mask of one entry per cell compute the same"
+        refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
+    else:
+        for form in shapes:
+            found += _cheapest(request, candidates(request, form, full_masks=True), refusals)
+    if len(found) > 1:  # a sort asks for the price of a single one, too
+        found.sort(key=lambda solution: solution.price.nanoseconds)
+    return Lowering(found[0] if found else None, tuple(found[1:]), tuple(refusals))
+
+
+def _merged(request: Request, refusals: list[Refusal]) -> list[Solution]:
+    """Return the sets of calls that compute the request together."""
+    found = []
+    for parts in decompositions(request):
+        if isinstance(parts, Refusal):
+            refusals.append(parts)
+            continue
+        reasons = [
+            replace(reason, subject=f"{len(parts)} calls, {part.label}")
+            for part in parts
+            for reason in _part_reasons(request, part)
+        ]
+        refusals += reasons
+        if parts and not reasons:
+            found.append(Solution(tuple(_launch(request, part) for part in parts)))
+    return found
+
+
+def _part_reasons(request: Request, part: Part) -> list[Refusal]:
+    wrong = disprove(part.call, part.targets)
+    return [wrong] if wrong is not None else _broken_rules(request, part.call)
+
+
+def _launch(request: Request, part: Part) -> Launch:
+    form = Form(
+        "TND",
+        part.blocks,
+        part.targets,
+        packs=False,
+        partial=True,
+        heads=part.heads,
+        kv_heads=part.kv_heads,
+    )
+    call = part.call
+    # Gathered once, answered once, merged once in float32: what the launch adds in traffic.
+    cells = sum(prod(spec.shape) for spec in (call.query, call.key, call.value, call.output))
+    copied = 2 * request.dtype.itemsize * cells + 2 * 4 * prod(call.output.shape)
+    return Launch(part.label, call, form, copied)
+
+
+def _cheapest(
+    request: Request, ordered: Iterator[Candidate | Refusal], refusals: list[Refusal]
+) -> list[Solution]:
+    """Return the first candidate that is proven, if any; what fell before it is refused."""
+    for candidate in ordered:
         if isinstance(candidate, Refusal):
             refusals.append(candidate)
             continue
         reasons = _reasons_against(request, candidate)
         refusals += [replace(reason, subject=candidate.label) for reason in reasons]
         if not reasons:
-            price = price_call(candidate.call, _copied_bytes(request, candidate))
-            proven.append(Launch(candidate.label, candidate.call, candidate.form, price))
-    proven.sort(key=lambda launch: launch.price.nanoseconds)
-    return Lowering(proven[0] if proven else None, tuple(proven[1:]), tuple(refusals))
+            copied = _copied_bytes(request, candidate)
+            launch = Launch(candidate.label, candidate.call, candidate.form, copied)
+            return [Solution((launch,))]
+    return []
 
 
 def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
@@ -69,11 +137,10 @@ def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
 
 def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:
     """Return why a candidate falls: what it would compute first, then what the op rejects."""
-    call = candidate.call
+    call, known = candidate.call, matrices(request)
     if call.atten_mask is None or not call.atten_mask.is_opaque:
-        per_head = matrices(request).per_head
-        for head in range(call.num_heads) if per_head else (None,):
-            targets = matrices(request).regions(head or 0) if per_head else candidate.form.targets
+        for head in heads_of(call):
+            targets = candidate.form.targets if head is None else known.regions(head)
             wrong = disprove(call, targets, head)
             if wrong is not None:
                 return [wrong]
@@ -96,8 +163,9 @@ def _broken_rules(request: Request, call: KernelCall) -> list[Refusal]:
 
 def _copied_bytes(request: Request, candidate: Candidate) -> int:
     """Return the bytes moved to bring a dense layout into packed order and back."""
-    if not candidate.form.packs or request.layout in ("BSH", "BSND") or request.batch == 1:
+    if not candidate.form.packs or request.layout in ("BSH", "BSND"):
         return 0
-    size = torch.empty((), dtype=request.dtype).element_size()
+    if request.layout == "SBH" and request.batch == 1:
+        return 0
     cells = sum(prod(shape) for shape in request.shapes())
-    return 2 * size * (cells + prod(candidate.call.output.shape))
+    return 2 * request.dtype.itemsize * (cells + prod(candidate.call.output.shape))

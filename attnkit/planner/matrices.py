@@ -37,7 +37,7 @@ class Matrices:
         return tuple(e.outer for e in plane)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
 def matrices(request: Request) -> Matrices:
     """Return the score matrices of a request; matrices of equal size and mask are shared."""
     mask = request.mask

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
 from attnkit.planner.candidates import Form
-from attnkit.planner.price import Price
-from attnkit.planner.proof import disprove_cover
+from attnkit.planner.price import Price, price_call
+from attnkit.planner.proof import disprove_cover, disprove_places
 from attnkit.planner.request import Request
 
-__all__ = ["Launch", "Plan"]
+__all__ = ["Launch", "Plan", "Solution"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call of a plan: what it is, where its sequences lie, what it costs."""
+    """One kernel call of a plan: what it is, where its sequences lie, what it costs.
+
+    `copied_bytes` are moved around the call to bring its tensors into order and back.
+    """
 
     label: str
     call: KernelCall
     form: Form
-    price: Price
+    copied_bytes: int = 0
+
+    @cached_property
+    def price(self) -> Price:
+        """What the call costs; counted when somebody asks, for a packed batch is many regions."""
+        return price_call(self.call, self.copied_bytes)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Kernel calls that compute a request together: one, or several whose outputs merge."""
+
+    launches: tuple[Launch, ...]
+
+    @property
+    def label(self) -> str:
+        """The calls' names."""
+        return " + ".join(launch.label for launch in self.launches)
+
+    @property
+    def price(self) -> Price:
+        """The sum of the calls' prices."""
+        return Price.total(launch.price for launch in self.launches)
 
 
 @dataclass(frozen=True)
@@ -37,7 +63,7 @@ class Plan:
     backend: str
     request: Request
     steps: tuple[Launch, ...] = ()
-    alternatives: tuple[Launch, ...] = ()
+    alternatives: tuple[Solution, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     passed_over: tuple[Refusal, ...] = ()
 
@@ -49,25 +75,20 @@ class Plan:
     @property
     def price(self) -> Price | None:
         """What the plan costs; None where no kernel call is made."""
-        return self.steps[0].price if self.steps else None
+        return Price.total(step.price for step in self.steps) if self.steps else None
 
     def verify(self) -> None:
-        """Check the certificate: disjoint sets, union equal to the request, nothing averaged.
+        """Check the certificate.
+
+        Every call is about this request and finds its sequences in place, their sets are
+        disjoint, their union is the request, and no row is averaged.
 
         Raises `KernelContractError` that names the cells. Cost follows slices, not cells.
         """
-        if not self.steps:
+        pieces = [(step.call, step.form) for step in self.steps]
+        if not pieces:
             return
-        wrong = disprove_cover(self.request, [(step.call, step.form.blocks) for step in self.steps])
-        averaged = any(
-            rows
-            for call in self.calls
-            if call.atten_mask is None or not call.atten_mask.is_opaque
-            for h in (range(call.num_heads) if _per_head(call) else (None,))
-            for rows in call.averaged_rows(h)
-        )
-        if wrong is None and averaged:
-            wrong = Refusal("mean-of-values", "rows without a key would get the mean of V")
+        wrong = disprove_places(self.request, pieces) or disprove_cover(self.request, pieces)
         if wrong is not None:
             raise KernelContractError(
                 f"this plan does not compute {self.request.mask!r}: {wrong.reason}; this is a "
@@ -83,8 +104,3 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
-
-
-def _per_head(call: KernelCall) -> bool:
-    mask = call.atten_mask
-    return mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1

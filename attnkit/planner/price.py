@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -58,6 +59,12 @@ class Price:
     launches: int
     peak_bytes: int
     nanoseconds: float
+
+    @classmethod
+    def total(cls, prices: Iterable[Price]) -> Price:
+        """Return the sum of several prices."""
+        rows = [list(price.to_dict().values()) for price in prices]
+        return cls(*(sum(column) for column in zip(*rows, strict=True)))
 
     def to_dict(self) -> dict[str, float]:
         """Return the items by name."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -42,26 +43,24 @@ class BiasTerm:
 
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
-        """Describe one addend."""
-        tensors = part.tensors
-        common = cls(
+        """Describe one addend. A gradient that is not recorded now is none that is asked for."""
+        if isinstance(part, Sloped):
+            return cls(
+                repr(part),
+                part.key(),
+                toeplitz=True,
+                slopes=part.slopes,
+                power=0.5 if part.kind == "sqrt_alibi" else 1.0,
+                align=part.align,
+            )
+        return cls(
             repr(part),
             part.key(),
             part.before_scale,
-            part.requires_grad,
+            part.requires_grad and torch.is_grad_enabled(),
             part.toeplitz,
-            dtype=tensors[0].dtype if tensors else None,
+            dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
-        )
-        if not isinstance(part, Sloped):
-            return common
-        return cls(
-            common.text,
-            common.key,
-            toeplitz=True,
-            slopes=part.slopes,
-            power=0.5 if part.kind == "sqrt_alibi" else 1.0,
-            align=part.align,
         )
 
 
@@ -92,18 +91,29 @@ class Composition:
                 "attnkit.pse (wrap a tensor: pse.Dense(t))"
             )
         layouts.get(self.layout)
-        _number("scale", self.scale, "finite, or None for 1/sqrt(head_dim)", -math.inf, math.inf)
-        _number("softcap", self.softcap, "above 0, or None for none", 0.0, math.inf)
-        _number("dropout", self.dropout, "at least 0 and below 1", -1e-300, 1.0)
+        number = _number("scale", self.scale)
+        if number is not None and not math.isfinite(number):
+            _refuse_number("scale", number, "finite, or None for 1/sqrt(head_dim)")
+        number = _number("softcap", self.softcap)
+        if number is not None and not 0 < number < math.inf:
+            _refuse_number("softcap", number, "above 0 and finite, or None for none")
+        number = _number("dropout", self.dropout)
+        if number is None or not 0 <= number < 1:
+            _refuse_number("dropout", number, "at least 0 and below 1: the share that is dropped")
 
 
-def _number(name: str, value: object, rule: str, low: float, high: float) -> None:
-    if value is None and name != "dropout":
-        return
+def _number(name: str, value: object) -> float | None:
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CompositionTypeError(f"{name}={value!r} is no number; it must be {rule}")
-    if not low < value < high:
-        raise CompositionError(f"{name}={value} is out of range; it must be {rule}")
+        raise CompositionTypeError(
+            f"{name}={value!r} is of type {type(value).__name__}; it must be an int or float"
+        )
+    return value
+
+
+def _refuse_number(name: str, value: float | None, rule: str) -> NoReturn:
+    raise CompositionError(f"{name}={value} is out of range; it must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -188,20 +198,9 @@ def read_request(
     _check_sizes(layout, q, k, v)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch
-    if sink is not None and tuple(sink.shape) != (q.heads,):
-        raise CompositionError(
-            f"sink {list(sink.shape)}: a learnable sink is one logit per query head, "
-            f"[{q.heads}] here"
-        )
-    for tensor in composition.pse.tensors if composition.pse is not None else ():
-        if tensor.device != query.device:
-            raise CompositionError(
-                f"{composition.pse!r} is on {tensor.device}, the query on {query.device}; move "
-                "the bias there once, when it is made"
-            )
+    carried = _check_carried(composition.pse, sink, query, q.heads)
     scale = composition.scale if composition.scale is not None else q.dim**-0.5
     pse = composition.pse
-    tensors = [query, key, value, *(pse.tensors if pse is not None else ())]
     request = Request(
         mask=composition.mask,
         bias=bias_terms(pse),
@@ -220,7 +219,8 @@ def read_request(
         sink=sink is not None,
         softcap=composition.softcap,
         seqlens=seqlens,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        needs_grad=torch.is_grad_enabled()
+        and any(t.requires_grad for t in (query, key, value, *carried)),
     )
     for q_len, kv_len in sorted(set(request.sequences)):
         composition.mask.check(q_len, kv_len, batch, q.heads)
@@ -246,6 +246,35 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise CompositionTypeError(f"{told}: the dtypes differ; cast them to one dtype first")
     if not query.device == key.device == value.device:
         raise CompositionError(f"{told}: the devices differ; move them to one device first")
+
+
+def _check_carried(
+    pse: Pse | None, sink: Tensor | None, query: Tensor, heads: int
+) -> tuple[Tensor, ...]:
+    """Check the tensors that are not query, key or value, and return them.
+
+    A query on the meta device is only planned for, so the others may stay where they are.
+    """
+    if sink is not None:
+        if not isinstance(sink, Tensor) or not sink.is_floating_point():
+            kind = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+            raise CompositionTypeError(
+                f"sink is of type {kind}; it must be a floating tensor [{heads}], one logit per "
+                "query head"
+            )
+        if tuple(sink.shape) != (heads,):
+            raise CompositionError(
+                f"sink {list(sink.shape)}: a sink is one logit per query head, [{heads}] here"
+            )
+    named = [(f"the bias {pse!r}", tensor) for tensor in (pse.tensors if pse is not None else ())]
+    named += [("sink", sink)] if sink is not None else []
+    for name, tensor in named:
+        if tensor.device != query.device and not query.is_meta:
+            raise CompositionError(
+                f"{name} is on {tensor.device}, the query on {query.device}; move it there once, "
+                "when it is made"
+            )
+    return tuple(tensor for _, tensor in named)
 
 
 def _check_sizes(layout: Layout, q: Sizes, k: Sizes, v: Sizes) -> None:

@@ -1,0 +1,269 @@
+"""Running several kernel calls as one attention: gather, launch, merge; and the way back.
+
+Forward: every call answers some rows over some keys, with its softmax maximum m_c and sum
+l_c. With ``m = max(m_c)`` and ``w_c = l_c exp(m_c - m)`` the merged row is
+``sum w_c out_c / sum w_c``; a learnable sink is one more part, of weight ``exp(sink - m)``
+and no value. Backward: each call's own grad op, given the merged maximum, sum and output,
+returns its exact share of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
+from attnkit.planner.blocks import Block
+from attnkit.planner.plan import Launch, Plan
+
+__all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "steps_of"]
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one forward call returned, and what its backward needs to repeat it."""
+
+    out: Tensor
+    peak: Tensor
+    total: Tensor
+    random: tuple[int, int, int] = (0, 0, 0)
+
+
+class Launcher(Protocol):
+    """The two things a fused backend can do with a call on packed tensors."""
+
+    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+        """Make the call."""
+
+    def backward(
+        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+    ) -> Gradients:
+        """Make the call's grad call, with statistics and output of the merged softmax."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which tokens the sequences of a call are, as ranges of the request's token axis."""
+
+    ranges: Ranges
+    length: int
+
+    @property
+    def everything(self) -> bool:
+        """Whether the call sees all tokens in order, so that nothing has to be gathered."""
+        ends = [0, *(stop for _, stop in self.ranges)]
+        in_order = all(a == end for (a, _), end in zip(self.ranges, ends, strict=False))
+        return in_order and ends[-1] == self.length
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """Return the tokens in the call's order: a view where that is possible."""
+        if self.everything:
+            return tokens
+        if len(self.ranges) == 1:
+            return tokens[self.ranges[0][0] : self.ranges[0][1]]
+        return tokens.index_select(0, _index(self.ranges, tokens.device))
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add rows in the call's order back to the tokens; a token may occur twice."""
+        if self.everything:
+            total += part
+        elif len(self.ranges) == 1:
+            total[self.ranges[0][0] : self.ranges[0][1]] += part
+        else:
+            total.index_add_(0, _index(self.ranges, total.device), part.to(total.dtype))
+
+
+@lru_cache(maxsize=256)
+def _index(ranges: Ranges, device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+
+
+def query_rows(blocks: Sequence[Block], starts: Sequence[int], length: int) -> Rows:
+    """Return which query tokens a call's blocks are; `starts` is where batch elements begin."""
+    ranges = tuple((starts[k.batch] + k.i0, starts[k.batch] + k.i1) for k in blocks)
+    return Rows(ranges, length)
+
+
+def key_rows(blocks: Sequence[Block], starts: Sequence[int], length: int) -> Rows:
+    """Return which key tokens a call's blocks are."""
+    ranges = tuple((starts[k.batch] + k.j0, starts[k.batch] + k.j1) for k in blocks)
+    return Rows(ranges, length)
+
+
+def layers(rows: Rows, offsets: Sequence[int]) -> list[tuple[Rows, list[tuple[int, int]]]]:
+    """Split a call's sequences into layers in which no token occurs twice.
+
+    Each layer comes with where its sequences are in the call's own rows.
+    """
+    out: list[tuple[list[tuple[int, int]], list[tuple[int, int]], int]] = []
+    order = sorted(range(len(rows.ranges)), key=lambda k: rows.ranges[k])
+    for k in order:
+        a, b = rows.ranges[k]
+        own = (offsets[k], offsets[k] + b - a)
+        for n, (taken, owns, end) in enumerate(out):
+            if end <= a:
+                out[n] = ([*taken, (a, b)], [*owns, own], b)
+                break
+        else:
+            out.append(([(a, b)], [own], b))
+    return [(Rows(tuple(taken), rows.length), owns) for taken, owns, _ in out]
+
+
+class _Merged(torch.autograd.Function):
+    """Merged attention over packed tensors ``[t n d]``; statistics are not differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, job: Job, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        rows, heads = query.shape[:2]
+        out = query.new_zeros(rows, heads, value.shape[-1], dtype=wide)
+        if sink is None:
+            peak = query.new_full((rows, heads), -torch.inf, dtype=wide)
+            total = torch.zeros_like(peak)
+        else:
+            peak = sink.to(wide).expand(rows, heads).clone()
+            total = torch.ones_like(peak)
+        random = []
+        for step in job.steps:
+            answer = job.launcher.forward(step.call, step.tensors(query, key, value, job.slopes))
+            random.append(answer.random)
+            _merge(step, answer, out, peak, total)
+        out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        result = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, sink, result, peak, total)
+        ctx.job, ctx.random = job, random
+        ctx.mark_non_differentiable(peak, total)
+        return result, peak, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _peak: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sink, out, peak, total = ctx.saved_tensors
+        wide = peak.dtype
+        grads = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value)]
+        empty = total == 0
+        # Rows that no call computes are never gathered; the values only have to be finite.
+        merged = (peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
+        for step, random in zip(ctx.job.steps, ctx.random, strict=True):
+            m_all, l_all = (pack_stats(step.call, step.queries.take(stat)) for stat in merged)
+            answer = Answer(step.queries.take(out), m_all, l_all, random)
+            tensors = step.tensors(query, key, value, ctx.job.slopes)
+            found = ctx.job.launcher.backward(
+                step.call, tensors, step.queries.take(dy).contiguous(), answer
+            )
+            step.queries.add(grads[0], found.query)
+            step.keys.add(grads[1], found.key)
+            step.keys.add(grads[2], found.value)
+        dsink = None
+        if sink is not None and ctx.needs_input_grad[4]:
+            share = (sink.to(wide) - peak).exp() / total
+            dsink = -(share * (dy * out).to(wide).sum(-1)).sum(0).to(sink.dtype)
+        dq, dk, dv = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
+        return None, dq, dk, dv, dsink
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call with its rows, laid out once per plan."""
+
+    call: KernelCall
+    queries: Rows
+    keys: Rows
+    layers: tuple[tuple[Rows, tuple[tuple[int, int], ...]], ...]
+
+    @classmethod
+    def of(cls, launch: Launch, q_starts: Sequence[int], kv_starts: Sequence[int]) -> Step:
+        """Lay out a launch; starts are those of batch elements, with the total last."""
+        blocks, call = launch.form.blocks, launch.call
+        queries = query_rows(blocks, q_starts, q_starts[-1])
+        keys = key_rows(blocks, kv_starts, kv_starts[-1])
+        offsets = (0, *(call.actual_seq_qlen or ()))[:-1]
+        split = tuple((rows, tuple(own)) for rows, own in layers(queries, offsets))
+        return cls(call, queries, keys, split)
+
+    def tensors(
+        self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Gather the tensors of the call."""
+        mask = self.call.atten_mask
+        return {
+            "query": self.queries.take(query),
+            "key": self.keys.take(key),
+            "value": self.keys.take(value),
+            "atten_mask": None if mask is None else mask.build(query.device),
+            "pse": slopes,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What `_Merged` needs beside tensors."""
+
+    steps: tuple[Step, ...]
+    launcher: Launcher
+    slopes: Tensor | None
+
+
+def _merge(step: Step, answer: Answer, out: Tensor, peak: Tensor, total: Tensor) -> None:
+    """Merge the rows of one call into the running maximum, sum and weighted output."""
+    call = step.call
+    peaks, totals = unpack_stats(call, answer.peak), unpack_stats(call, answer.total)
+    for rows, own in step.layers:
+        mine = Rows(own, answer.out.shape[0])
+        m_new, l_new, o_new = (mine.take(t) for t in (peaks, totals, answer.out))
+        m_old, l_old, o_old = (rows.take(t) for t in (peak, total, out))
+        m = torch.maximum(m_old, m_new)
+        # A row that nothing has answered yet has weight 0: exp(-inf - m) is 0, m is finite.
+        keep, weight = (m_old - m).exp(), l_new * (m_new - m).exp()
+        rows_put(rows, peak, m)
+        rows_put(rows, total, l_old * keep + weight)
+        rows_put(rows, out, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))
+
+
+def rows_put(rows: Rows, tokens: Tensor, values: Tensor) -> None:
+    """Write rows, none of which occurs twice, back to the tokens."""
+    if rows.everything:
+        tokens.copy_(values)
+    elif len(rows.ranges) == 1:
+        tokens[rows.ranges[0][0] : rows.ranges[0][1]] = values
+    else:
+        tokens.index_copy_(0, _index(rows.ranges, tokens.device), values.to(tokens.dtype))
+
+
+@lru_cache(maxsize=256)
+def steps_of(plan: Plan, heads: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+    """Lay out the calls of a plan that are for some heads; done once per plan."""
+    q_lens, kv_lens = zip(*plan.request.sequences, strict=True)
+    q_starts = tuple(accumulate(q_lens, initial=0))
+    kv_starts = tuple(accumulate(kv_lens, initial=0))
+    return tuple(
+        Step.of(launch, q_starts, kv_starts) for launch in plan.steps if launch.form.heads == heads
+    )
+
+
+def run_merged(
+    steps: tuple[Step, ...],
+    launcher: Launcher,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor | None,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend packed tensors ``[t n d]``; returns output ``[t n d]``, maximum and sum ``[t n]``.
+
+    A row that no call answers has output 0, maximum -inf and sum 0 (with a sink: the sink's).
+    """
+    out: tuple[Tensor, Tensor, Tensor] = _Merged.apply(  # type: ignore[no-untyped-call]
+        Job(steps, launcher, slopes), query, key, value, sink
+    )
+    return out

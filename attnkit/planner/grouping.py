@@ -1,0 +1,132 @@
+"""Packing pieces into as few kernel calls as their windows allow.
+
+Pieces share one TND call when one (sparse mode, pre, next) computes each of them. In its own
+rectangle of h rows and w keys, anchored bottom-right, a piece ``lo <= j - i <= hi`` asks for
+``pre = w - h - lo`` and ``next = hi - (w - h)``; an end that it does not feel asks only for
+"at least", so such pieces join others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from attnkit.kernel import UNBOUNDED
+from attnkit.planner.pieces import Piece
+
+__all__ = ["Window", "group"]
+
+_MOST_WINDOWS = 10
+_MOST_PREFIXES = 32
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one call's arguments are to be: a mode, its window, or a prefix per sequence."""
+
+    mode: int | None
+    pre: int = UNBOUNDED
+    next: int = UNBOUNDED
+
+    def computes(self, piece: Piece) -> bool:
+        """Whether a call with this window computes the piece, cell for cell."""
+        full = piece.lo is None and piece.hi is None
+        shift = piece.keys - piece.rows
+        if self.mode is None:
+            return full
+        if self.mode == 2:
+            return piece.lo is None and (piece.hi if piece.hi is not None else piece.keys) == 0
+        if self.mode == 6:
+            return full or (piece.lo is None and piece.hi == shift and shift >= 0)
+        pre_fits = self.pre >= piece.keys - 1 if piece.lo is None else self.pre == shift - piece.lo
+        next_fits = (
+            self.next >= piece.rows - 1 if piece.hi is None else self.next == piece.hi - shift
+        )
+        return pre_fits and next_fits and (self.mode == 4 or shift >= 0)
+
+    def prefix(self, piece: Piece) -> int:
+        """Return the prefix that mode 6 needs for a piece."""
+        full = piece.lo is None and piece.hi is None
+        return piece.keys if full else max(0, piece.keys - piece.rows)
+
+
+def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
+    """Return assignments of pieces (by index) to calls, each with the fewest calls possible.
+
+    Several are returned where several windows do; which is cheapest is for the price to say.
+    """
+    alike: dict[tuple[int, int, int | None, int | None], list[int]] = {}
+    for k, piece in enumerate(pieces):
+        alike.setdefault((piece.rows, piece.keys, piece.lo, piece.hi), []).append(k)
+    shapes = [pieces[members[0]] for members in alike.values()]
+    windows = _windows(shapes, len(pieces))
+    members = list(alike.values())
+    fits = [
+        frozenset(
+            k for shape, ks in zip(shapes, members, strict=True) if w.computes(shape) for k in ks
+        )
+        for w in windows
+    ]
+    everything = frozenset(range(len(pieces)))
+    for count in range(1, len(windows) + 1):
+        found = []
+        for chosen in combinations(range(len(windows)), count):
+            if frozenset().union(*(fits[w] for w in chosen)) == everything:
+                found.append(_assign([(windows[w], fits[w]) for w in chosen]))
+        if found:
+            return found
+    return []
+
+
+def _assign(
+    chosen: list[tuple[Window, frozenset[int]]],
+) -> list[tuple[Window, list[int]]]:
+    """Give every piece to the first window that computes it; calls keep the pieces' order."""
+    taken: set[int] = set()
+    out = []
+    for window, fits in chosen:
+        mine = sorted(fits - taken)
+        taken |= fits
+        if mine:
+            out.append((window, mine))
+    return out
+
+
+def _windows(pieces: Sequence[Piece], count: int) -> list[Window]:
+    """Return the windows worth considering: those that some piece asks for, commonest first."""
+    asked: dict[Window, int] = {}
+
+    def ask(window: Window, fits: Callable[[Piece], bool]) -> None:
+        fitting = sum(map(fits, pieces))
+        if fitting:
+            asked[window] = fitting
+
+    for plain in (Window(None), Window(3, UNBOUNDED, 0), Window(2)):
+        ask(plain, plain.computes)
+    pairs = {_wanted(piece) for piece in pieces} - {(None, None)}
+    pres = _commonest(pre for pre, _ in pairs) | {UNBOUNDED}
+    nexts = _commonest(next_ for _, next_ in pairs) | {UNBOUNDED}
+    for pre, next_ in product(pres, nexts):
+        if (pre, next_) != (UNBOUNDED, UNBOUNDED):
+            window = Window(4, pre, next_)
+            ask(window, window.computes)
+    if count <= _MOST_PREFIXES:
+        ask(Window(6), Window(6).computes)
+    best = sorted(asked, key=lambda window: -asked[window])
+    must = [w for w in best if w.mode in (None, 2, 3, 6)]
+    return must + [w for w in best if w.mode == 4][: max(_MOST_WINDOWS - len(must), 0)]
+
+
+def _commonest(ends: Iterable[int | None]) -> set[int]:
+    counts = Counter(end for end in ends if end is not None)
+    return {end for end, _ in counts.most_common(_MOST_WINDOWS)}
+
+
+def _wanted(piece: Piece) -> tuple[int | None, int | None]:
+    shift = piece.keys - piece.rows
+    return (
+        None if piece.lo is None else shift - piece.lo,
+        None if piece.hi is None else piece.hi - shift,
+    )

@@ -1,0 +1,156 @@
+"""Cutting a region into pieces that the kernel's modes compute, in several ways.
+
+Every closed slice is a band of its own bounding rectangle, so every slice is one sequence of
+a packed call in mode 4, and the finest cut always exists. Better cuts peel a whole band off
+first (a window, a causal triangle), so that what remains is a few rectangles and corners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from attnkit.geometry import Region, Slice, Strip
+from attnkit.planner.blocks import Block
+
+__all__ = ["Piece", "cuts"]
+
+_MOST_BANDS = 12
+_SHARE = 8  # a band below an eighth of the region is not worth a call of its own
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A slice of the score matrix of one batch element, as a sequence of a packed call.
+
+    In its own coordinates (rows and keys counted from its corner) it is the band
+    ``lo <= j - i <= hi``; None for an end that its rectangle does not feel.
+    """
+
+    batch: int
+    part: Slice
+
+    @property
+    def block(self) -> Block:
+        """Where its queries and keys are."""
+        part = self.part
+        return Block(self.batch, part.i0, part.i1, part.j0, part.j1)
+
+    @property
+    def rows(self) -> int:
+        """The number of queries."""
+        return self.part.i1 - self.part.i0
+
+    @property
+    def keys(self) -> int:
+        """The number of keys."""
+        return self.part.j1 - self.part.j0
+
+    @cached_property
+    def lo(self) -> int | None:
+        """The lower end of the band in its own coordinates."""
+        end = self.part.lo + self.part.i0 - self.part.j0
+        return end if end > 1 - self.rows else None
+
+    @cached_property
+    def hi(self) -> int | None:
+        """The upper end of the band in its own coordinates."""
+        end = self.part.hi + self.part.i0 - self.part.j0
+        return end if end < self.keys - 1 else None
+
+    @property
+    def target(self) -> Region:
+        """The region in its own coordinates."""
+        return Region.of(self.part.shift(-self.part.i0, -self.part.j0))
+
+
+def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
+    """Yield ways to partition a region into slices; the first is always there.
+
+    >>> sink_and_window = Region.of(
+    ...     Slice(0, 64, 0, 64, -7, 0), Slice(0, 64, 0, 2, hi=0))
+    >>> sorted(len(cut) for cut in cuts(sink_and_window))[0]
+    2
+    """
+    plain = _joined(region.slices)
+    yield plain
+    seen = {plain}
+    for band in _bands(region):
+        rest = region - Region.of(band)
+        cut = (band, *_joined(rest.slices))
+        if cut not in seen:
+            seen.add(cut)
+            yield cut
+        for second in _bands(rest):
+            cut = (band, second, *_joined((rest - Region.of(second)).slices))
+            if cut not in seen:
+                seen.add(cut)
+                yield cut
+
+
+def _joined(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """Join slices that stand on each other while their union is one slice."""
+    done: list[Slice] = []
+    open_: list[Slice] = []
+    for part in slices:
+        still = []
+        grown = part
+        for above in open_:
+            if above.i1 < part.i0:
+                done.append(above)
+            elif above.i1 == part.i0 and (hull := _hull(above, part)) is not None:
+                grown = hull
+            else:
+                still.append(above)
+        open_ = [*still, grown]
+    return tuple(sorted([*done, *open_], key=lambda s: (s.i0, s.j0)))
+
+
+def _hull(above: Slice, below: Slice) -> Slice | None:
+    """Return the union of two slices if it is a slice."""
+    hull = Slice(
+        above.i0,
+        below.i1,
+        min(above.j0, below.j0),
+        max(above.j1, below.j1),
+        min(above.lo, below.lo),
+        max(above.hi, below.hi),
+    )
+    return hull if hull.area == above.area + below.area else None
+
+
+def _bands(region: Region) -> list[Slice]:
+    """Return the largest bands that lie inside the region, over all of its rows and keys.
+
+    Their ends are diagonals that occur as edges of the region, the tightest that its corners
+    leave room for, or none.
+    """
+    hull = region.bounds
+    if hull is None:
+        return []
+    ends = [(row, strip) for strip in region.rows() for row in (strip.i0, strip.i1 - 1)]
+    rows = [(row, *_outer_ends(strip, row)) for row, strip in ends]
+    lows = {hull.lo, max(start - row for row, start, _ in rows)}
+    highs = {hull.hi, min(stop - 1 - row for row, _, stop in rows)}
+    for i0, _, runs in region.rows():
+        for start, start_slope, stop, stop_slope in runs:
+            if start_slope and len(lows) < _MOST_BANDS:
+                lows.add(start - i0)
+            if stop_slope and len(highs) < _MOST_BANDS:
+                highs.add(stop - 1 - i0)
+    found, area = [], region.area
+    for lo in lows:
+        for hi in highs:
+            band = Slice(hull.i0, hull.i1, hull.j0, hull.j1, lo, hi)
+            if _SHARE * band.area >= area and Region.of(band) <= region:
+                found.append(band)
+    largest = [b for b in found if not any(b != c and b <= c for c in found)]
+    return sorted(largest, key=lambda band: -band.area)[:3]
+
+
+def _outer_ends(strip: Strip, row: int) -> tuple[int, int]:
+    """Return where the first run starts and the last run stops, in one row of a strip."""
+    n = row - strip.i0
+    first, last = strip.runs[0], strip.runs[-1]
+    return first[0] + first[1] * n, last[2] + last[3] * n
