@@ -90,7 +90,7 @@ class Fused(Backend):
         rows = (unpack_stats(step.call, stats) for stats in (peak, total))
         peak, total = (_request_rows(request, step, stat) for stat in rows)
         if step.form.packs:
-            out = request.layout_of.from_tnd(out, request.batch)
+            out = request.layout_of.from_tnd(out, 1 if request.seqlens else request.batch)
         peak, total = peak.detach(), total.detach()
         empty = (peak <= MASKED) | (total == 0)
         return AttentionOutput(
@@ -211,6 +211,6 @@ def _pse_tensor(request: Request, call: KernelCall, operands: Operands) -> Tenso
 
 def _request_rows(request: Request, step: Launch, stat: Tensor) -> Tensor:
     """Return statistics as [B, N, Sq], or [T, N] for a packed request."""
-    if step.form.packs:
+    if step.form.packs and request.seqlens is None:
         return rearrange(stat, "(b s) n -> b n s", b=request.batch)
     return stat

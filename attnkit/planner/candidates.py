@@ -23,6 +23,7 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import UNBOUNDED, AttenMask, KernelCall, TensorSpec
+from attnkit.kernel.sizes import LAYOUTS
 from attnkit.planner.blocks import Block, diagonal_blocks, tile_whole
 from attnkit.planner.matrices import Matrices, matrices
 from attnkit.planner.request import BiasTerm, Request
@@ -40,7 +41,7 @@ class Form:
     blocks: tuple[Block, ...]
     targets: tuple[Region, ...]
     packs: bool
-    """Whether the request's layout is dense and the call is not: tensors are packed around it."""
+    """Whether the call's layout is TND and the request's is not: tensors are packed around it."""
     partial: bool = False
     """Whether the call answers pieces of the rows, so that outputs are gathered and merged."""
     heads: tuple[int, ...] | None = None
@@ -76,10 +77,14 @@ class Candidate:
 
 
 def forms(request: Request) -> Iterator[Form]:
-    """Yield the request's own layout, and its diagonal blocks packed where that differs."""
+    """Yield the request's own layout, and its diagonal blocks packed where that differs.
+
+    A layout that the kernel has never heard of is packed, too.
+    """
     known = matrices(request)
     whole = tile_whole(request.batch, request.sequences)
-    yield Form(request.layout, whole, known.regions(), packs=False)
+    foreign = request.layout not in LAYOUTS
+    yield Form("TND" if foreign else request.layout, whole, known.regions(), packs=foreign)
     if request.layout_of.packed or known.per_head or not known.exact:
         return
     chain: list[Block] = []
@@ -168,7 +173,7 @@ def _full_mask_arguments(request: Request, form: Form) -> Iterator[tuple[str, Ar
         yield from _opaque_arguments(request, form)
         return
     if known.per_head:
-        yield from _per_head_arguments(request, known)
+        yield from _per_head_arguments(request, form, known)
         return
     full = _full_mask(form)
     if full is None:
@@ -231,9 +236,9 @@ def _full_mask(form: Form) -> AttenMask | None:
 
 
 def _per_head_arguments(
-    request: Request, known: Matrices
+    request: Request, form: Form, known: Matrices
 ) -> Iterator[tuple[str, Arguments | Refusal]]:
-    if request.layout_of.packed:
+    if form.packed:
         reason = "heads have masks of their own; a packed call has one mask for all heads"
         yield "any mode", Refusal("mask-per-head", reason)
         return

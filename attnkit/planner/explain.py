@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from attnkit.errors import Refusal
 from attnkit.planner.lower import lower
@@ -15,7 +16,7 @@ from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.words import in_words
 
-__all__ = ["explain"]
+__all__ = ["as_data", "explain"]
 
 WIDTH = 80
 _LABEL = 12
@@ -42,6 +43,49 @@ def explain(plan: Plan) -> str:
         lines += _solution_lines(lowering.best, request, lowering.alternatives)
         lines += _cheaper(request)
     return "\n".join(lines)
+
+
+def as_data(plan: Plan) -> dict[str, Any]:
+    """Return the dictionary that `Plan.to_dict` documents."""
+    request = plan.request
+
+    def solution(found: Solution) -> dict[str, Any]:
+        return {
+            "calls": [
+                {
+                    "label": launch.label,
+                    "arguments": {
+                        name: _plain(value)
+                        for name, value in launch.call.non_default_arguments().items()
+                    },
+                    "blocks": [[k.batch, k.i0, k.i1, k.j0, k.j1] for k in launch.form.blocks],
+                    "heads": None if launch.form.heads is None else list(launch.form.heads),
+                }
+                for launch in found.launches
+            ],
+            "price": found.price.to_dict(),
+        }
+
+    def refusal(found: Refusal) -> dict[str, str]:
+        return {"subject": found.subject, "code": found.code, "reason": found.reason}
+
+    return {
+        "backend": plan.backend,
+        "request": dict(_request_lines(request)),
+        "plan": solution(Solution(plan.steps)) if plan.steps else None,
+        "alternatives": [
+            {"label": other.label, "price": other.price.to_dict()} for other in plan.alternatives
+        ],
+        "cheaper": [{"change": s.change, "share": s.share} for s in savings(request)],
+        "refusals": [refusal(r) for r in plan.refusals],
+        "passed_over": [refusal(r) for r in plan.passed_over],
+    }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
 
 
 def _what_runs(plan: Plan) -> str:

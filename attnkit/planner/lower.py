@@ -21,6 +21,9 @@ from attnkit.planner.request import BiasTerm, Request
 
 __all__ = ["Lowering", "lower"]
 
+# Three gathers before a part, and the elementwise kernels of the merge after it.
+_AROUND_A_PART = 9
+
 
 @dataclass(frozen=True)
 class Lowering:
@@ -99,7 +102,7 @@ def _launch(request: Request, part: Part) -> Launch:
     # Gathered once, answered once, merged once in float32: what the launch adds in traffic.
     cells = sum(prod(spec.shape) for spec in (call.query, call.key, call.value, call.output))
     copied = 2 * request.dtype.itemsize * cells + 2 * 4 * prod(call.output.shape)
-    return Launch(part.label, call, form, copied)
+    return Launch(part.label, call, form, copied, small_launches=_AROUND_A_PART)
 
 
 def _cheapest(
@@ -165,7 +168,7 @@ def _copied_bytes(request: Request, candidate: Candidate) -> int:
     """Return the bytes moved to bring a dense layout into packed order and back."""
     if not candidate.form.packs or request.layout in ("BSH", "BSND"):
         return 0
-    if request.layout == "SBH" and request.batch == 1:
+    if request.batch == 1 and request.layout_of.pattern.startswith("s "):
         return 0
     cells = sum(prod(shape) for shape in request.shapes())
     return 2 * request.dtype.itemsize * (cells + prod(candidate.call.output.shape))

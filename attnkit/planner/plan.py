@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
@@ -12,6 +13,9 @@ from attnkit.planner.price import Price, price_call
 from attnkit.planner.proof import disprove_cover, disprove_places
 from attnkit.planner.request import Request
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Launch", "Plan", "Solution"]
 
 
@@ -19,18 +23,20 @@ __all__ = ["Launch", "Plan", "Solution"]
 class Launch:
     """One kernel call of a plan: what it is, where its sequences lie, what it costs.
 
-    `copied_bytes` are moved around the call to bring its tensors into order and back.
+    `copied_bytes` are moved around the call to bring its tensors into order and back, by
+    `small_launches` elementwise kernels.
     """
 
     label: str
     call: KernelCall
     form: Form
     copied_bytes: int = 0
+    small_launches: int = 0
 
     @cached_property
     def price(self) -> Price:
         """What the call costs; counted when somebody asks, for a packed batch is many regions."""
-        return price_call(self.call, self.copied_bytes)
+        return price_call(self.call, self.copied_bytes, self.small_launches)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,16 @@ class Solution:
 
     @property
     def price(self) -> Price:
-        """The sum of the calls' prices."""
-        return Price.total(launch.price for launch in self.launches)
+        """The sum of the calls' prices; calls share one compressed mask."""
+        masks, prices = set(), []
+        for launch in self.launches:
+            price, mask = launch.price, launch.call.atten_mask
+            if mask in masks:
+                rest = price.peak_bytes - price.mask_bytes
+                price = replace(price, mask_bytes=0, peak_bytes=rest)
+            masks.add(mask)
+            prices.append(price)
+        return Price.total(prices)
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Plan:
     @property
     def price(self) -> Price | None:
         """What the plan costs; None where no kernel call is made."""
-        return Price.total(step.price for step in self.steps) if self.steps else None
+        return Solution(self.steps).price if self.steps else None
 
     def verify(self) -> None:
         """Check the certificate.
@@ -101,6 +115,18 @@ class Plan:
         from attnkit.planner.explain import explain
 
         return explain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `explain` tells as plain data: strings, numbers, lists and dicts."""
+        from attnkit.planner.explain import as_data
+
+        return as_data(self)
+
+    def plot(self, batch: int = 0, head: int = 0) -> Figure:
+        """Return a matplotlib figure of one score matrix, each call's cells in a colour."""
+        from attnkit.planner.picture import plot
+
+        return plot(self, batch, head)
 
     def __str__(self) -> str:
         return self.explain()

@@ -29,6 +29,7 @@ class Chip:
     flops_per_ns: float
     bytes_per_ns: float
     launch_ns: float
+    small_launch_ns: float
 
 
 @cache
@@ -57,6 +58,7 @@ class Price:
     bias_bytes: int
     copy_bytes: int
     launches: int
+    small_launches: int
     peak_bytes: int
     nanoseconds: float
 
@@ -71,8 +73,13 @@ class Price:
         return asdict(self)
 
 
-def price_call(call: KernelCall, copy_bytes: int = 0, weights: Chip | None = None) -> Price:
-    """Price one call; `copy_bytes` are moved around it to change layout."""
+def price_call(
+    call: KernelCall,
+    copy_bytes: int = 0,
+    small_launches: int = 0,
+    weights: Chip | None = None,
+) -> Price:
+    """Price one call, with what surrounds it: bytes moved, by so many elementwise kernels."""
     weights = weights or chip()
     cells = tile_cells = edge_cells = 0
     for h in range(call.num_heads) if _per_head(call) else (None,):
@@ -100,8 +107,12 @@ def price_call(call: KernelCall, copy_bytes: int = 0, weights: Chip | None = Non
         bias_bytes=bias_bytes,
         copy_bytes=copy_bytes,
         launches=1,
+        small_launches=small_launches,
         peak_bytes=mask_bytes + bias_bytes + copy_bytes + out_bytes + stats_bytes,
-        nanoseconds=flops / weights.flops_per_ns + moved / weights.bytes_per_ns + weights.launch_ns,
+        nanoseconds=flops / weights.flops_per_ns
+        + moved / weights.bytes_per_ns
+        + weights.launch_ns
+        + small_launches * weights.small_launch_ns,
     )
 
 

@@ -109,9 +109,13 @@ def _are_whole(request: Request, form: Form) -> bool:
 
 def _follow(request: Request, form: Form) -> bool:
     """Whether blocks follow each other in the order of the packed tokens."""
+    starts = [(0, 0)]
+    for q_len, kv_len in request.sequences:
+        starts.append((starts[-1][0] + q_len, starts[-1][1] + kv_len))
     row = key = 0
     for k in form.blocks:
-        if (k.batch * request.q_len + k.i0, k.batch * request.kv_len + k.j0) != (row, key):
+        q_start, kv_start = starts[k.batch]
+        if (q_start + k.i0, kv_start + k.j0) != (row, key):
             return False
         row, key = row + k.sizes[0], key + k.sizes[1]
     return True

@@ -18,8 +18,7 @@ from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
-from attnkit.pse import Align, Pse
-from attnkit.pse.sloped import Sloped
+from attnkit.pse import ALiBi, Align, Pse, SqrtALiBi
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -44,13 +43,13 @@ class BiasTerm:
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
         """Describe one addend. A gradient that is not recorded now is none that is asked for."""
-        if isinstance(part, Sloped):
+        if isinstance(part, ALiBi | SqrtALiBi) and type(part) in (ALiBi, SqrtALiBi):
             return cls(
                 repr(part),
                 part.key(),
                 toeplitz=True,
                 slopes=part.slopes,
-                power=0.5 if part.kind == "sqrt_alibi" else 1.0,
+                power=0.5 if isinstance(part, SqrtALiBi) else 1.0,
                 align=part.align,
             )
         return cls(
