@@ -1,0 +1,40 @@
+"""Where the sequences of a call lie, and what the planner keeps."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnkit import masks
+from attnkit.geometry import Region, Slice
+from attnkit.planner.blocks import diagonal_blocks
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes"),
+    [
+        (masks.Full(), [(6, 6)]),
+        (masks.Causal(), [(6, 6)]),
+        (masks.Documents([2, 4]), [(2, 2), (4, 4)]),
+        (masks.Documents([2, 4]) & masks.Causal(), [(2, 2), (4, 4)]),
+        (masks.Chunked(4), [(4, 4), (2, 2)]),
+        (masks.Columns(0, 2), [(6, 2), (0, 4)]),
+        (masks.Columns(4), [(0, 4), (6, 2)]),
+        (masks.Rows(4), [(4, 0), (2, 6)]),
+        (~masks.Full(), [(6, 0), (0, 6)]),
+    ],
+    ids=str,
+)
+def test_blocks_are_the_finest_chain(mask: masks.Mask, sizes: list[tuple[int, int]]) -> None:
+    assert [b.sizes for b in diagonal_blocks(mask.region(6, 6), 6, 6, 0)] == sizes
+
+
+def test_blocks_cover_every_cell_in_order() -> None:
+    staircase = Region.of(Slice(0, 3, 0, 2), Slice(5, 6, 4, 9), Slice(6, 9, 9, 10))
+    blocks = diagonal_blocks(staircase, 12, 12, 3)
+    row = key = 0
+    for block in blocks:
+        assert (block.batch, block.i0, block.j0) == (3, row, key)
+        row, key = block.i1, block.j1
+    assert (row, key) == (12, 12)
+    inside = Region.union(Region.of(Slice(b.i0, b.i1, b.j0, b.j1)) for b in blocks)
+    assert staircase <= inside
