@@ -24,6 +24,7 @@ from attnkit.kernel.scores import MASKED
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
 from attnkit.planner.request import bias_terms
+from attnkit.planner.residues import residue_order
 from attnkit.pse import Pse
 from attnkit.pse.sloped import Sloped
 
@@ -64,7 +65,14 @@ class Fused(Backend):
         """Return the cheapest proven call, its dearer rivals and what was refused."""
         lowering = lower(request)
         steps = lowering.best.launches if lowering.best is not None else ()
-        return Plan(self.name, request, steps, lowering.alternatives, lowering.refusals)
+        return Plan(
+            self.name,
+            request,
+            steps,
+            lowering.alternatives,
+            lowering.refusals,
+            in_order=lowering.request,
+        )
 
     @abstractmethod
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
@@ -82,6 +90,8 @@ class Fused(Backend):
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the plan's calls and bring their results into the request's form."""
+        if plan.in_order is not None:
+            return _run_in_order(self, plan, plan.in_order, operands)
         if plan.steps[0].form.partial:
             return _run_parts(self, plan, operands)
         (step,) = plan.steps
@@ -96,6 +106,38 @@ class Fused(Backend):
         return AttentionOutput(
             out, Stats(peak.masked_fill(empty, -torch.inf), total.masked_fill(empty, 0.0))
         )
+
+
+def _run_in_order(
+    backend: Fused, plan: Plan, request: Request, operands: Operands
+) -> AttentionOutput:
+    """Sort the tokens by residue, run the plan there, and put its rows back."""
+    axis = (
+        request.layout_of.pattern.replace("(n d)", "h")
+        .split()
+        .index("t" if request.layout_of.packed else "s")
+    )
+    queries, keys = (_positions(order, operands.query.device) for order in residue_order(request))
+    q, k, v = (
+        tensor.index_select(axis, order)
+        for tensor, order in (
+            (operands.query, queries),
+            (operands.key, keys),
+            (operands.value, keys),
+        )
+    )
+    inner = replace(plan, request=request, in_order=None)
+    out, stats = backend.run(inner, replace(operands, query=q, key=k, value=v))
+    back = queries.argsort()
+    rows = 0 if request.seqlens is not None else 2
+    peak, total = (stat.index_select(rows, back) for stat in (stats.max, stats.sum))
+    return AttentionOutput(out.index_select(axis, back), Stats(peak, total))
+
+
+@lru_cache(maxsize=64)
+def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([i for part in order for i in part], device=device)
 
 
 def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:

@@ -14,6 +14,7 @@ from attnkit.planner.nearby import savings
 from attnkit.planner.plan import Launch, Plan, Solution
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
+from attnkit.planner.residues import resort
 from attnkit.planner.words import in_words
 
 __all__ = ["as_data", "explain"]
@@ -119,6 +120,8 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
 def _understood(request: Request) -> str:
     """Say the mask's region in words, its density and its empty rows."""
     known = matrices(request)
+    if not known.exact and resort(request) is not None:
+        return "a region once positions are sorted by residue, as they are around the calls"
     if not known.exact:
         return "not a union of slices, so its cells are passed one by one"
     if known.per_head:

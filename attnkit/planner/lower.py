@@ -18,6 +18,7 @@ from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch, Solution
 from attnkit.planner.proof import disprove, heads_of
 from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.residues import resort
 
 __all__ = ["Lowering", "lower"]
 
@@ -32,6 +33,8 @@ class Lowering:
     best: Solution | None
     alternatives: tuple[Solution, ...]
     refusals: tuple[Refusal, ...]
+    request: Request | None = None
+    """What the calls compute, where positions are sorted before them and put back after."""
 
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
@@ -47,6 +50,10 @@ def lower(request: Request) -> Lowering:
     if not request.batch:
         reason = "the kernel needs at least one batch element"
         return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
+    if not matrices(request).exact:
+        in_order = resort(request)
+        if in_order is not None:
+            return replace(lower(in_order), request=in_order)
     refusals: list[Refusal] = []
     shapes = tuple(forms(request))
     found: list[Solution] = []

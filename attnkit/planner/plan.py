@@ -71,7 +71,8 @@ class Plan:
     `steps` are the kernel calls in order; a backend that computes the composition by itself
     (the reference) has none. `refusals` are the candidates that were dropped, `passed_over`
     the reasons of the backends that "auto" asked before this one; `alternatives` are calls
-    that would compute the same, but dearer.
+    that would compute the same, but dearer. `in_order` is what the calls compute where
+    positions are sorted before them (`residues`), and put back after.
     """
 
     backend: str
@@ -80,6 +81,7 @@ class Plan:
     alternatives: tuple[Solution, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     passed_over: tuple[Refusal, ...] = ()
+    in_order: Request | None = None
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:
@@ -102,7 +104,8 @@ class Plan:
         pieces = [(step.call, step.form) for step in self.steps]
         if not pieces:
             return
-        wrong = disprove_places(self.request, pieces) or disprove_cover(self.request, pieces)
+        computed = self.in_order or self.request
+        wrong = disprove_places(computed, pieces) or disprove_cover(computed, pieces)
         if wrong is not None:
             raise KernelContractError(
                 f"this plan does not compute {self.request.mask!r}: {wrong.reason}; this is a "
