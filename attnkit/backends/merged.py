@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -242,9 +241,7 @@ def rows_put(rows: Rows, tokens: Tensor, values: Tensor) -> None:
 @lru_cache(maxsize=256)
 def steps_of(plan: Plan, heads: tuple[int, ...] | None = None) -> tuple[Step, ...]:
     """Lay out the calls of a plan that are for some heads; done once per plan."""
-    q_lens, kv_lens = zip(*plan.request.sequences, strict=True)
-    q_starts = tuple(accumulate(q_lens, initial=0))
-    kv_starts = tuple(accumulate(kv_lens, initial=0))
+    q_starts, kv_starts = plan.request.token_starts
     return tuple(
         Step.of(launch, q_starts, kv_starts) for launch in plan.steps if launch.form.heads == heads
     )

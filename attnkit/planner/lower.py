@@ -22,8 +22,8 @@ from attnkit.planner.residues import resort
 
 __all__ = ["Lowering", "lower"]
 
-# Three gathers before a part, and the elementwise kernels of the merge after it.
-_AROUND_A_PART = 9
+# The elementwise kernels that merge the rows of one part.
+_MERGE_LAUNCHES = 6
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,26 @@ def _launch(request: Request, part: Part) -> Launch:
         kv_heads=part.kv_heads,
     )
     call = part.call
-    # Gathered once, answered once, merged once in float32: what the launch adds in traffic.
-    cells = sum(prod(spec.shape) for spec in (call.query, call.key, call.value, call.output))
-    copied = 2 * request.dtype.itemsize * cells + 2 * 4 * prod(call.output.shape)
-    return Launch(part.label, call, form, copied, small_launches=_AROUND_A_PART)
+    q_starts, kv_starts = request.token_starts
+    queries = [(q_starts[k.batch] + k.i0, q_starts[k.batch] + k.i1) for k in part.blocks]
+    keys = [(kv_starts[k.batch] + k.j0, kv_starts[k.batch] + k.j1) for k in part.blocks]
+    gathered = [] if _is_everything(queries, q_starts[-1]) else [call.query]
+    gathered += [] if _is_everything(keys, kv_starts[-1]) else [call.key, call.value]
+    # Gathered tokens are read and written; every part's rows are merged in float32.
+    copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
+    copied += (request.dtype.itemsize + 2 * 4) * prod(call.output.shape)
+    around = len(gathered) + _MERGE_LAUNCHES
+    return Launch(part.label, call, form, copied, small_launches=around)
+
+
+def _is_everything(ranges: list[tuple[int, int]], length: int) -> bool:
+    """Whether ranges are all tokens in order, so that a view of them will do."""
+    end = 0
+    for start, stop in ranges:
+        if start != end:
+            return False
+        end = stop
+    return end == length
 
 
 def _cheapest(

@@ -83,6 +83,14 @@ class Plan:
     passed_over: tuple[Refusal, ...] = ()
     in_order: Request | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Plans are keys of caches on the call path, and a packed one has many blocks.
+        return hash((self.backend, self.request, tuple(step.call for step in self.steps)))
+
     @property
     def calls(self) -> tuple[KernelCall, ...]:
         """The kernel calls in order."""

@@ -109,13 +109,10 @@ def _are_whole(request: Request, form: Form) -> bool:
 
 def _follow(request: Request, form: Form) -> bool:
     """Whether blocks follow each other in the order of the packed tokens."""
-    starts = [(0, 0)]
-    for q_len, kv_len in request.sequences:
-        starts.append((starts[-1][0] + q_len, starts[-1][1] + kv_len))
+    q_starts, kv_starts = request.token_starts
     row = key = 0
     for k in form.blocks:
-        q_start, kv_start = starts[k.batch]
-        if (q_start + k.i0, kv_start + k.j0) != (row, key):
+        if (q_starts[k.batch] + k.i0, kv_starts[k.batch] + k.j0) != (row, key):
             return False
         row, key = row + k.sizes[0], key + k.sizes[1]
     return True

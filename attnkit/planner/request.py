@@ -9,6 +9,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NoReturn
 
 import torch
@@ -153,6 +154,13 @@ class Request:
         if self.seqlens is None:
             return ((self.q_len, self.kv_len),) * self.batch
         return tuple(zip(self.seqlens.q, self.seqlens.kv, strict=True))
+
+    @cached_property
+    def token_starts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where each score matrix's queries and keys start when packed, the totals last."""
+        lengths = zip(*self.sequences, strict=True) if self.sequences else ((), ())
+        queries, keys = (tuple(accumulate(one, initial=0)) for one in lengths)
+        return queries, keys
 
     def shapes(self, layout: str | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of query, key and value in a layout: by default the request's."""

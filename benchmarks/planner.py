@@ -1,0 +1,133 @@
+"""What planning costs beside the attention itself: ``python benchmarks/planner.py``.
+
+A *first plan* reads the shapes, walks the candidates, proves, prices and verifies; a *cached
+call* is what every later call of a module pays before its backend runs. Medians; the
+attention is timed in the same process. Writes benchmarks/results/planner.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import attnkit as ak
+from attnkit import masks, pse
+
+RESULTS = Path(__file__).parent / "results" / "planner.md"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One composition at sizes that grow by `k`, so that no two first plans are alike."""
+
+    name: str
+    make: Callable[[int], tuple[ak.Attention, torch.Tensor, ak.SeqLens | None]]
+
+
+def dense(mask: masks.Mask, length: int, bias: pse.Pse | None = None) -> Case:
+    """A BSND request with one batch element."""
+
+    def make(k: int) -> tuple[ak.Attention, torch.Tensor, ak.SeqLens | None]:
+        layer = ak.Attention(8, 64, mask=mask, pse=bias, backend="emulated")
+        return layer, torch.empty(1, length + k, 8, 64, device="meta"), None
+
+    return Case(f"{mask!r}{' with ALiBi' if bias else ''}, {length:,} tokens", make)
+
+
+def packed(count: int, length: int) -> Case:
+    """A packed batch with ALiBi, as in training: lengths never repeat."""
+
+    def make(k: int) -> tuple[ak.Attention, torch.Tensor, ak.SeqLens | None]:
+        lengths = [length + (i * 7) % 31 for i in range(count - 1)] + [length + k]
+        layer = ak.Attention(
+            8, 64, mask=masks.Causal(), pse=pse.ALiBi(8), layout="TND", backend="emulated"
+        )
+        tokens = torch.empty(sum(lengths), 8, 64, device="meta")
+        return layer, tokens, ak.SeqLens(lengths)
+
+    return Case(f"{count:,} packed sequences of about {length}, causal with ALiBi", make)
+
+
+CASES = (
+    dense(masks.Causal(), 2048),
+    dense(masks.SlidingWindow(1024), 16384),
+    dense(masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4)), 2048),
+    dense(masks.Causal() & masks.Documents([2**20 // 1000] * 999 + [2**20 - 999 * 1048]), 2**20),
+    packed(16, 128),
+    packed(64, 128),
+    packed(1000, 128),
+)
+
+
+def microseconds(run: Callable[[], object], repeat: int) -> float:
+    """Return the median time of one call."""
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter_ns()
+        run()
+        times.append(time.perf_counter_ns() - start)
+    return statistics.median(times) / 1000
+
+
+def first_plan(case: Case) -> float:
+    """Return the median time of plans that nobody has made before."""
+    times = []
+    for k in range(7):
+        try:
+            layer, x, lens = case.make(k if "Documents" not in case.name else 0)
+        except ak.CompositionError:
+            continue
+        start = time.perf_counter_ns()
+        layer.plan(x, x, x, seqlens=lens)
+        times.append(time.perf_counter_ns() - start)
+        if "Documents" in case.name:
+            break
+    return statistics.median(times) / 1000
+
+
+def cached_call(case: Case) -> float:
+    """Return the median time of finding the plan again."""
+    layer, x, lens = case.make(100 if "Documents" not in case.name else 0)
+    layer.plan(x, x, x, seqlens=lens)
+    return microseconds(lambda: layer.plan(x, x, x, seqlens=lens), 2000)
+
+
+def attention_itself() -> float:
+    """Return the time of torch's fused causal attention at 2,048 tokens, 8 heads of 64."""
+    x = torch.randn(1, 8, 2048, 64)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return microseconds(lambda: sdpa(x, x, x, is_causal=True), 11)
+
+
+def main() -> None:
+    """Time every case, print the table and write it."""
+    rows = [(case.name, first_plan(case), cached_call(case)) for case in CASES]
+    lines = [
+        "# What planning costs",
+        "",
+        "Made by `python benchmarks/planner.py`. Microseconds, medians.",
+        "",
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+        "",
+        "| request | first plan | cached call |",
+        "|---|---:|---:|",
+        *(f"| {name} | {first:,.0f} | {cached:.1f} |" for name, first, cached in rows),
+        "",
+        f"For comparison, torch's fused causal attention itself, 2,048 tokens, 8 heads of 64, "
+        f"float32, forward: {attention_itself():,.0f}",
+        "",
+    ]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Draw the gallery: ``python docs/make_gallery.py`` writes docs/gallery.md and its pictures."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import attnkit as ak
+from attnkit import masks
+from attnkit.geometry import Region, Slice
+
+HERE = Path(__file__).parent
+LENGTH = 2048
+
+
+@dataclass(frozen=True, repr=False)
+class BlockDiffusion(masks.Mask):
+    """The training mask of block diffusion (Arriola et al., BD3-LM, ICLR 2025).
+
+    The sequence is a noisy half and a clean half, both in blocks of `size`. A noisy block sees
+    itself and the clean blocks before it; a clean block sees itself and the clean ones before.
+    """
+
+    size: int
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        half = q_len // 2
+        parts = []
+        for a in range(0, half, self.size):
+            b = min(a + self.size, half)
+            parts.append(Slice(a, b, a, b))
+            parts.append(Slice(a, b, half, half + a))
+            parts.append(Slice(half + a, half + b, half, half + b))
+        return Region.of(*parts)
+
+
+def document_prefixes(length: int, every: int, count: int) -> masks.Mask:
+    """Return the first `length` keys of each of `count` documents of `every` tokens."""
+    starts = range(0, every * count, every)
+    out: masks.Mask = masks.Columns(0, length)
+    for start in starts[1:]:
+        out = out | masks.Columns(start, start + length)
+    return out
+
+
+def spans(*ends: tuple[int, int]) -> masks.Mask:
+    """Return spans of tokens that see each other in both directions."""
+    squares = [masks.Rows(a, b) & masks.Columns(a, b) for a, b in ends]
+    out = squares[0]
+    for square in squares[1:]:
+        out = out | square
+    return out
+
+
+CAUSAL = masks.Causal()
+DOCUMENTS = masks.Documents([128] * 16)
+
+GALLERY: dict[str, masks.Mask] = {
+    "Causal": CAUSAL,
+    "Sliding window": masks.SlidingWindow(256),
+    "Sink and window": CAUSAL & (masks.SlidingWindow(256) | masks.Prefix(4)),
+    "Prefix LM": masks.PrefixLM(512),
+    "Packed documents, causal": DOCUMENTS & CAUSAL,
+    "Packed documents, windowed": DOCUMENTS & masks.SlidingWindow(64),
+    "Packed documents, prefix LM": DOCUMENTS & (CAUSAL | document_prefixes(32, 128, 16)),
+    "Chunked": masks.Chunked(256) & CAUSAL,
+    "Block causal": masks.BlockCausal(128),
+    "Longformer": masks.Band(128, 128) | masks.Columns(0, 16) | masks.Rows(0, 16),
+    "Block diffusion": BlockDiffusion(64),
+    "Shared prefix": CAUSAL & (masks.Columns(0, 256) | masks.Documents([256] * 8)),
+    "Bidirectional spans": CAUSAL | spans((100, 300), (500, 600), (900, 1300), (1700, 1800)),
+    "Dilated window": masks.SlidingWindow(256) & masks.Dilated(2),
+}
+
+
+def plan_of(mask: masks.Mask) -> ak.Plan:
+    """Return the plan of a mask for a training step in bfloat16."""
+    x = torch.empty(1, LENGTH, 8, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    return ak.plan(x, x, x, mask=mask, backend="emulated")
+
+
+def section(name: str, mask: masks.Mask) -> str:
+    """Return the page's section on one mask."""
+    plan = plan_of(mask)
+    file = name.lower().replace(",", "").replace(" ", "-")
+    return "\n".join(
+        [
+            f"## {name}",
+            "",
+            f"![{name}](images/gallery/{file}.png)",
+            "",
+            "```text",
+            plan.explain(),
+            "```",
+            "",
+        ]
+    )
+
+
+def page() -> str:
+    """Return the whole page."""
+    rows = []
+    for name, mask in GALLERY.items():
+        plan = plan_of(mask)
+        calls = " + ".join(step.label for step in plan.steps)
+        rows.append(f"| {name} | {len(plan.steps)} | {calls} |")
+    head = [
+        "# Gallery",
+        "",
+        f"What attnkit makes of the masks people ask for: {LENGTH:,} tokens, 8 heads of 64,",
+        "bfloat16, training. Every plan is proven equal to its mask, cell for cell, by",
+        "`Plan.verify()`. Made by `python docs/make_gallery.py`.",
+        "",
+        "| mask | kernel calls | sparse modes |",
+        "|---|---:|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(head + [section(name, mask) for name, mask in GALLERY.items()])
+
+
+def main() -> None:
+    """Write the page, and the pictures unless told ``--text``."""
+    (HERE / "gallery.md").write_text(page(), encoding="utf-8")
+    if "--text" in sys.argv:
+        return
+    folder = HERE / "images" / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, mask in GALLERY.items():
+        file = name.lower().replace(",", "").replace(" ", "-")
+        figure = plan_of(mask).plot()
+        figure.savefig(folder / f"{file}.png", dpi=70, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
