@@ -47,6 +47,8 @@ class Form:
     heads: tuple[int, ...] | None = None
     """The query heads of the call, where it does not have all of them, and its key heads."""
     kv_heads: tuple[int, ...] | None = None
+    level: int | None = None
+    """The row of a bias's table that every cell of the call adds, at the merge (see `routes`)."""
 
     @property
     def packed(self) -> bool:

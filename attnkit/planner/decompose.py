@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -64,10 +64,13 @@ def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
         return
     groups = _head_groups(request)
     seen = set()
-    for depth in range(_MOST_CUTS):
-        pieces = tuple(_pieces(request, heads[0], depth) for heads in groups)
+    # The grad op takes no packed window of width 1, so such bands are single cells in training.
+    for depth, cells in product(
+        range(_MOST_CUTS), (True,) if request.needs_grad else (False, True)
+    ):
+        pieces = tuple(_pieces(request, heads[0], depth, cells) for heads in groups)
         if pieces in seen or not any(pieces):
-            break
+            continue
         seen.add(pieces)
         choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
         for n in range(max(map(len, choices))):
@@ -100,7 +103,7 @@ def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
     return distinct if wanted == even else wanted
 
 
-def _pieces(request: Request, head: int, depth: int) -> tuple[Piece, ...]:
+def _pieces(request: Request, head: int, depth: int, cells: bool) -> tuple[Piece, ...]:
     """Cut every score matrix in its `depth`-th way (the last one, where it has fewer)."""
     out: list[Piece] = []
     for b, region in enumerate(matrices(request).regions(head)):
@@ -109,14 +112,14 @@ def _pieces(request: Request, head: int, depth: int) -> tuple[Piece, ...]:
             if block.sizes[0] and block.sizes[1]:
                 inside = region.cut((block.i0, block.i1), (block.j0, block.j1))
                 parts = (s.shift(block.i0, block.j0) for s in _cut(inside, depth))
-                out += (Piece(b, cell) for part in parts for cell in _legal(request, part))
+                out += (Piece(b, cell) for part in parts for cell in _split(part, cells))
     return tuple(out)
 
 
-def _legal(request: Request, part: Slice) -> Iterator[Slice]:
-    """Split a band of width 1 into single cells: the grad op takes no such window when packed."""
+def _split(part: Slice, cells: bool) -> Iterator[Slice]:
+    """Split a band of width 1 into its cells, where that is wanted and they are not too many."""
     rows = part.i1 - part.i0
-    if part.lo < part.hi or rows == 1 or rows > _MOST_CELLS or not request.needs_grad:
+    if part.lo < part.hi or rows == 1 or rows > _MOST_CELLS or not cells:
         yield part
         return
     for i in range(part.i0, part.i1):

@@ -17,6 +17,7 @@ from attnkit.planner.blocks import Block
 __all__ = ["Piece", "cuts"]
 
 _MOST_BANDS = 12
+_FEW_RUNS = 64
 _SHARE = 8  # a band below an eighth of the region is not worth a call of its own
 
 
@@ -76,6 +77,14 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
     plain = _joined(region.slices)
     yield plain
     seen = {plain}
+    rows = _row_by_row(region)
+    if rows is not None and rows not in seen:
+        seen.add(rows)
+        yield rows
+    stairs = tuple(part for chain in _chains(region) for part in _peeled(chain))
+    if stairs not in seen:
+        seen.add(stairs)
+        yield stairs
     for band in _bands(region):
         rest = region - Region.of(band)
         cut = (band, *_joined(rest.slices))
@@ -87,6 +96,56 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
             if cut not in seen:
                 seen.add(cut)
                 yield cut
+
+
+def _chains(region: Region) -> list[Region]:
+    """Split a region into staircases: runs that overlap the one above and never step back."""
+    chains: list[list[Slice]] = []
+    ends: dict[int, tuple[int, int, int]] = {}  # chain -> (next row, start, stop) of its last row
+    for i0, i1, runs in region.rows():
+        n = i1 - i0 - 1
+        for run in runs:
+            start, stop = run[0], run[2]
+            lo = start - i0 if run[1] else None
+            hi = stop - 1 - i0 if run[3] else None
+            part = Slice(i0, i1, start, stop + run[3] * n, lo, hi)
+            home = next(
+                (
+                    k
+                    for k, (row, a, b) in ends.items()
+                    if row == i0 and a <= start <= b and b <= stop
+                ),
+                len(chains),
+            )
+            if home == len(chains):
+                chains.append([])
+            chains[home].append(part)
+            ends[home] = (i1, start + run[1] * n, stop + run[3] * n)
+        ends = {k: end for k, end in ends.items() if end[0] == i1}
+    return [Region.of(*parts) for parts in chains]
+
+
+def _peeled(chain: Region) -> tuple[Slice, ...]:
+    """Return the largest band inside a staircase, and what it leaves, if that is fewer windows."""
+    if len(chain.slices) > 1:
+        for band in _bands(chain)[:1]:
+            return (band, *_joined((chain - Region.of(band)).slices))
+    return _joined(chain.slices)
+
+
+def _row_by_row(region: Region) -> tuple[Slice, ...] | None:
+    """Return every run of every row as a slice, for a region of a few rows.
+
+    Each is a full rectangle, so one call without a mask computes them all.
+    """
+    if sum((i1 - i0) * len(runs) for i0, i1, runs in region.rows()) > _FEW_RUNS:
+        return None
+    return tuple(
+        Slice(i, i + 1, start, stop)
+        for i0, i1, _ in region.rows()
+        for i in range(i0, i1)
+        for start, stop in region.row(i)
+    )
 
 
 def _joined(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:

@@ -12,6 +12,7 @@ from attnkit.planner.candidates import Form
 from attnkit.planner.price import Price, price_call
 from attnkit.planner.proof import disprove_cover, disprove_places
 from attnkit.planner.request import Request
+from attnkit.planner.routes import Route, disprove_route
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,8 @@ class Plan:
     (the reference) has none. `refusals` are the candidates that were dropped, `passed_over`
     the reasons of the backends that "auto" asked before this one; `alternatives` are calls
     that would compute the same, but dearer. `in_order` is what the calls compute where
-    positions are sorted before them (`residues`), and put back after.
+    positions are sorted before them (`residues`), and put back after. `route` says how biases
+    reach the calls that cannot reach them as biases (`routes`).
     """
 
     backend: str
@@ -82,6 +84,7 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     passed_over: tuple[Refusal, ...] = ()
     in_order: Request | None = None
+    route: Route | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -112,8 +115,10 @@ class Plan:
         pieces = [(step.call, step.form) for step in self.steps]
         if not pieces:
             return
-        computed = self.in_order or self.request
+        computed = self.in_order or (self.route.request if self.route else self.request)
         wrong = disprove_places(computed, pieces) or disprove_cover(computed, pieces)
+        if wrong is None and self.route is not None:
+            wrong = disprove_route(self.request, self.route, pieces)
         if wrong is not None:
             raise KernelContractError(
                 f"this plan does not compute {self.request.mask!r}: {wrong.reason}; this is a "

@@ -19,7 +19,7 @@ from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
-from attnkit.pse import ALiBi, Align, Pse, SqrtALiBi
+from attnkit.pse import ALiBi, Align, LearnableALiBi, Pse, SqrtALiBi, Structure
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -28,7 +28,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class BiasTerm:
-    """What a plan may know of one addend of the bias; values are bound when the plan runs."""
+    """What a plan may know of one addend of the bias; values are bound when the plan runs.
+
+    `slopes` are there where the kernel can compute the bias from one number per head, empty
+    where those numbers are a tensor; `structure` where the bias follows from a small tensor.
+    """
 
     text: str
     key: Hashable
@@ -40,6 +44,7 @@ class BiasTerm:
     align: Align = "bottom_right"
     dtype: torch.dtype | None = None
     batch: int | None = None
+    structure: Structure | None = None
 
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
@@ -53,14 +58,19 @@ class BiasTerm:
                 power=0.5 if isinstance(part, SqrtALiBi) else 1.0,
                 align=part.align,
             )
+        trains = part.requires_grad and torch.is_grad_enabled()
+        sloped = isinstance(part, LearnableALiBi) and not trains
         return cls(
             repr(part),
             part.key(),
             part.before_scale,
-            part.requires_grad and torch.is_grad_enabled(),
+            trains,
             part.toeplitz,
+            slopes=() if sloped else None,
+            align=part.align if isinstance(part, LearnableALiBi) else "bottom_right",
             dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
+            structure=part.structure,
         )
 
 
