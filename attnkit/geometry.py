@@ -17,30 +17,30 @@ however they were built. Costs follow the number of strips and runs, never the c
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
-from math import gcd
+from itertools import pairwise
 from typing import NamedTuple
 
 from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.strips import (
+    AND,
+    OR,
+    SUB,
+    XOR,
+    Canonical,
+    Strip,
+    advance,
+    combine,
+    strip_area,
+    union_all,
+)
+from attnkit.tiles import TileCount, tile_rows
 
 __all__ = ["Region", "RowCount", "Slice", "Strip", "TileCount"]
 
 _BOUNDS = ("i0", "i1", "j0", "j1", "lo", "hi")
-
-# A run of allowed keys in the first row of a strip, and how its ends move per row:
-# (start, start_slope, stop, stop_slope), slopes 0 or 1.
-Run = tuple[int, int, int, int]
-
-
-class Strip(NamedTuple):
-    """Rows ``i0 <= i < i1`` whose runs start at ``start + start_slope * (i - i0)``, and so on."""
-
-    i0: int
-    i1: int
-    runs: tuple[Run, ...]
 
 
 class RowCount(NamedTuple):
@@ -50,14 +50,6 @@ class RowCount(NamedTuple):
     i1: int
     first: int
     step: int
-
-
-class TileCount(NamedTuple):
-    """How many tiles hold only allowed, some allowed, and no allowed cells."""
-
-    full: int
-    partial: int
-    empty: int
 
 
 @dataclass(frozen=True, init=False)
@@ -141,7 +133,7 @@ class Slice:
     @property
     def area(self) -> int:
         """The number of cells."""
-        return sum(_strip_area(strip) for strip in _strips_of(self))
+        return sum(strip_area(strip) for strip in _strips_of(self))
 
     @property
     def is_rectangle(self) -> bool:
@@ -182,171 +174,6 @@ def _strips_of(part: Slice) -> list[Strip]:
     return strips
 
 
-def _advance(runs: tuple[Run, ...], rows: int) -> tuple[Run, ...]:
-    """Return the runs `rows` rows further down."""
-    if not rows:
-        return runs
-    return tuple((a + da * rows, da, b + db * rows, db) for a, da, b, db in runs)
-
-
-def _strip_area(strip: Strip) -> int:
-    n = strip.i1 - strip.i0
-    steps = n * (n - 1) // 2
-    return sum((b - a) * n + (db - da) * steps for a, da, b, db in strip.runs)
-
-
-class _Canonical:
-    """Collects strips from the top and keeps them maximal, as if row by row."""
-
-    def __init__(self) -> None:
-        self.strips: list[Strip] = []
-
-    def add(self, i0: int, i1: int, runs: tuple[Run, ...]) -> None:
-        """Append rows below all rows so far; runs are maximal and ordered in every row."""
-        if i0 >= i1 or not runs:
-            return
-        last = self.strips[-1] if self.strips else None
-        joined = _join(last, i0, runs) if last is not None and last.i1 == i0 else None
-        if joined is None:
-            self._start(i0, i1, runs)
-        elif i1 - i0 == 1 or _slopes(joined.runs) == _slopes(runs):
-            self.strips[-1] = Strip(joined.i0, i1, joined.runs)
-        else:  # the first row belongs to the strip above, the others move another way
-            self.strips[-1] = joined
-            self._start(i0 + 1, i1, _advance(runs, 1))
-
-    def _start(self, i0: int, i1: int, runs: tuple[Run, ...]) -> None:
-        if i1 - i0 == 1:  # slopes of a single row mean nothing: keep them unique
-            runs = tuple((a, 0, b, 0) for a, _, b, _ in runs)
-        self.strips.append(Strip(i0, i1, runs))
-
-
-def _slopes(runs: tuple[Run, ...]) -> list[tuple[int, int]]:
-    return [(da, db) for _, da, _, db in runs]
-
-
-def _join(last: Strip, i0: int, runs: tuple[Run, ...]) -> Strip | None:
-    """Extend `last` by row `i0`, which holds `runs`, if its ends move as they must."""
-    if len(last.runs) != len(runs):
-        return None
-    rows = i0 - last.i0
-    if rows > 1:
-        for (a, da, b, db), (c, _, d, _) in zip(last.runs, runs, strict=True):
-            if a + da * rows != c or b + db * rows != d:
-                return None
-        return Strip(last.i0, i0 + 1, last.runs)
-    moved = []
-    for (a, _, b, _), (c, _, d, _) in zip(last.runs, runs, strict=True):
-        if c - a not in (0, 1) or d - b not in (0, 1):
-            return None
-        moved.append((a, c - a, b, d - b))
-    return Strip(last.i0, i0 + 1, tuple(moved))
-
-
-# A boolean operation as its truth table: the result for a cell in neither operand, in the
-# first only, in the second only, and in both.
-_Table = tuple[bool, bool, bool, bool]
-_AND: _Table = (False, False, False, True)
-_OR: _Table = (False, True, True, True)
-_SUB: _Table = (False, True, False, False)
-_XOR: _Table = (False, True, True, False)
-
-
-def _combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: _Table) -> tuple[Strip, ...]:
-    """Apply a boolean operation by one sweep over the rows of both operands."""
-    _, keep_a, keep_b, _ = table
-    if not keep_a:
-        a = _between(a, b)
-    if not keep_b:
-        b = _between(b, a)
-    out = _Canonical()
-    for i0, i1, x, y in _overlay(a, b):
-        if x and y:
-            for r0, r1 in pairwise(_crossings(x, y, i0, i1)):
-                runs = _combine_rows(_advance(x, r0 - i0), _advance(y, r0 - i0), table)
-                out.add(r0, r1, runs)
-        elif (x and keep_a) or (y and keep_b):
-            out.add(i0, i1, x or y)
-    return tuple(out.strips)
-
-
-def _between(strips: tuple[Strip, ...], others: tuple[Strip, ...]) -> tuple[Strip, ...]:
-    """Return the strips that share a row with the span of the others; the rest cannot matter."""
-    if not others:
-        return ()
-    first = bisect_right(strips, others[0].i0, key=lambda strip: strip.i1)
-    return strips[first : bisect_left(strips, others[-1].i1, key=lambda strip: strip.i0)]
-
-
-def _overlay(
-    a: tuple[Strip, ...], b: tuple[Strip, ...]
-) -> Iterator[tuple[int, int, tuple[Run, ...], tuple[Run, ...]]]:
-    """Yield ``(i0, i1, runs of a, runs of b)`` for the row ranges that no strip border cuts."""
-    rows = sorted({row for i0, i1, _ in a + b for row in (i0, i1)})
-    k = l = 0  # noqa: E741
-    for i0, i1 in pairwise(rows):
-        x = _advance(a[k].runs, i0 - a[k].i0) if k < len(a) and a[k].i0 <= i0 else ()
-        y = _advance(b[l].runs, i0 - b[l].i0) if l < len(b) and b[l].i0 <= i0 else ()
-        yield i0, i1, x, y
-        k += k < len(a) and a[k].i1 == i1
-        l += l < len(b) and b[l].i1 == i1  # noqa: E741
-
-
-def _crossings(a: tuple[Run, ...], b: tuple[Run, ...], i0: int, i1: int) -> list[int]:
-    """Return the rows at which order changes: where a moving end meets a standing one, and after.
-
-    Ends of one operand never meet each other, so only pairs across operands count.
-    """
-    rows = {i0, i1}
-    for one, other in ((a, b), (b, a)):
-        moving = [x for p, dp, q, dq in one for x, dx in ((p, dp), (q, dq)) if dx]
-        if not moving:
-            continue
-        standing = [x for p, dp, q, dq in other for x, dx in ((p, dp), (q, dq)) if not dx]
-        for x in moving:
-            reach = bisect_left(standing, x), bisect_left(standing, x + i1 - i0)
-            for y in standing[slice(*reach)]:
-                rows |= {i0 + y - x, i0 + y - x + 1}
-    return sorted(rows)
-
-
-def _combine_rows(a: tuple[Run, ...], b: tuple[Run, ...], table: _Table) -> tuple[Run, ...]:
-    """Combine two run lists whose ends keep their order over the rows in question."""
-    if table is _AND:
-        return _intersect_rows(a, b)
-    events = [(x, dx, 1) for p, dp, q, dq in a for x, dx in ((p, dp), (q, dq))]
-    events += [(x, dx, 2) for p, dp, q, dq in b for x, dx in ((p, dp), (q, dq))]
-    events.sort()
-    inside = 0  # which operands hold the keys between two events, as an index into the table
-    opened: tuple[int, int] | None = None
-    out: list[Run] = []
-    for (pos, slope, which), following in zip(events, (*events[1:], None), strict=True):
-        inside ^= which
-        if following is not None and following[0] == pos:
-            continue
-        if table[inside] and opened is None:
-            opened = (pos, slope)
-        elif not table[inside] and opened is not None:
-            out.append((*opened, pos, slope))
-            opened = None
-    return tuple(out)
-
-
-def _intersect_rows(a: tuple[Run, ...], b: tuple[Run, ...]) -> tuple[Run, ...]:
-    """Return what `_combine_rows` does for "and", the commonest case, at a third of the time."""
-    out: list[Run] = []
-    k = l = 0  # noqa: E741
-    while k < len(a) and l < len(b):
-        p, dp, q, dq = a[k]
-        r, dr, s, ds = b[l]
-        start = (p, dp) if p >= r else (r, dr)
-        stop = (q, dq) if q <= s else (s, ds)
-        if start[0] < stop[0]:
-            out.append((*start, *stop))
-        k, l = (k + 1, l) if q <= s else (k, l + 1)  # noqa: E741
-    return tuple(out)
-
-
 @dataclass(frozen=True, repr=False)
 class Region:
     """A finite union of slices: value-equal, hashable, closed under ``& | - ^``.
@@ -379,19 +206,19 @@ class Region:
     @classmethod
     def of(cls, *slices: Slice) -> Region:
         """Return the union of slices; they may overlap, and come in any order."""
-        chains = [_Canonical()]
+        chains = [Canonical()]
         for part in sorted(slices, key=lambda s: s.i0):
             strips = chains[-1].strips
             if strips and part.i0 < strips[-1].i1:
-                chains.append(_Canonical())
+                chains.append(Canonical())
             for strip in _strips_of(part) if part else ():
                 chains[-1].add(*strip)
-        return cls(_merge_all([tuple(chain.strips) for chain in chains if chain.strips]))
+        return cls(union_all([tuple(chain.strips) for chain in chains if chain.strips]))
 
     @classmethod
     def union(cls, regions: Iterable[Region]) -> Region:
         """Return the union of many regions, merged pairwise so that n of them cost n log n."""
-        return cls(_merge_all([r.strips for r in regions if r.strips]))
+        return cls(union_all([r.strips for r in regions if r.strips]))
 
     @classmethod
     def from_rows(cls, rows: Iterable[Iterable[tuple[int, int]]]) -> Region:
@@ -402,7 +229,7 @@ class Region:
         >>> Region.from_rows([[(0, 1)], [(0, 2)], [(0, 3)]]) == Region.of(Slice(0, 3, 0, 3, hi=0))
         True
         """
-        out = _Canonical()
+        out = Canonical()
         for i, runs in enumerate(rows):
             row = tuple((a, 0, b, 0) for a, b in runs)
             ends = [end for a, _, b, _ in row for end in (a, b)]
@@ -419,22 +246,22 @@ class Region:
     def __and__(self, other: Region) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        return Region(_combine(self.strips, other.strips, _AND))
+        return Region(combine(self.strips, other.strips, AND))
 
     def __or__(self, other: Region) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        return Region(_combine(self.strips, other.strips, _OR))
+        return Region(combine(self.strips, other.strips, OR))
 
     def __sub__(self, other: Region) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        return Region(_combine(self.strips, other.strips, _SUB))
+        return Region(combine(self.strips, other.strips, SUB))
 
     def __xor__(self, other: Region) -> Region:
         if not isinstance(other, Region):
             return NotImplemented
-        return Region(_combine(self.strips, other.strips, _XOR))
+        return Region(combine(self.strips, other.strips, XOR))
 
     def complement(self, q_len: int, kv_len: int) -> Region:
         """Return the cells of a `q_len` x `kv_len` score matrix that are not in this region."""
@@ -487,7 +314,7 @@ class Region:
         if k < 0 or i >= self.strips[k].i1:
             return ()
         strip = self.strips[k]
-        return tuple((a, b) for a, _, b, _ in _advance(strip.runs, i - strip.i0))
+        return tuple((a, b) for a, _, b, _ in advance(strip.runs, i - strip.i0))
 
     def rows(self) -> Iterator[Strip]:
         """Iterate over the strips ``(i0, i1, runs)`` from the top; empty rows have none."""
@@ -508,7 +335,7 @@ class Region:
     @property
     def area(self) -> int:
         """The number of cells."""
-        return sum(_strip_area(strip) for strip in self.strips)
+        return sum(strip_area(strip) for strip in self.strips)
 
     @property
     def bounds(self) -> Slice | None:
@@ -562,7 +389,7 @@ class Region:
             )
         inside = self if self.fits(q_len, kv_len) else self & Region.full(q_len, kv_len)
         touched = full = 0
-        for t, f in _tile_rows(inside.strips, block_q, block_kv, q_len, kv_len):
+        for t, f in tile_rows(inside.strips, block_q, block_kv, q_len, kv_len):
             touched, full = touched + t, full + f
         total = -(-q_len // block_q) * -(-kv_len // block_kv)
         return TileCount(full, touched - full, total - touched)
@@ -586,126 +413,3 @@ class Region:
         hull = self.bounds
         where = f", rows {hull.i0}:{hull.i1}, keys {hull.j0}:{hull.j1}" if hull else ""
         return f"<Region of {len(parts)} slices, {self.area} cells{where}>"
-
-
-def _merge_all(parts: list[tuple[Strip, ...]]) -> tuple[Strip, ...]:
-    while len(parts) > 1:
-        merged = [_union(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)]
-        parts = merged + parts[len(parts) - len(parts) % 2 :]
-    return parts[0] if parts else ()
-
-
-def _union(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> tuple[Strip, ...]:
-    if a[-1].i1 > b[0].i0:
-        return _combine(a, b, _OR)
-    out = _Canonical()
-    out.strips = list(a)
-    for k, strip in enumerate(b):
-        out.add(*strip)
-        if out.strips[-1] == strip:  # the seam has no further effect
-            return (*out.strips, *b[k + 1 :])
-    return tuple(out.strips)
-
-
-# -- tiles -------------------------------------------------------------------------------------
-
-
-def _tile_rows(
-    strips: tuple[Strip, ...], bq: int, bkv: int, q_len: int, kv_len: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (touched, full) for one row of tiles, or summed over several, from the top."""
-    for _, group in groupby(_tile_pieces(strips, bq), key=lambda piece: piece.i0 // bq):
-        pieces = list(group)
-        rows = pieces[0].i1 - pieces[0].i0
-        if rows > bq:  # several whole rows of tiles, so the only piece of its group
-            yield _affine_rows(pieces[0].runs, rows // bq, bq, bkv, kv_len)
-        else:
-            yield _one_tile_row(pieces, bq, bkv, q_len, kv_len)
-
-
-def _tile_pieces(strips: tuple[Strip, ...], bq: int) -> Iterator[Strip]:
-    """Cut strips so that a piece stays in one row of tiles, or is several whole ones.
-
-    The last whole row of tiles of a strip stays alone: see `_affine_rows`.
-    """
-    for i0, i1, runs in strips:
-        first, last = -(-i0 // bq) * bq, (i1 // bq - 1) * bq
-        cuts = sorted({i0, i1, *(row for row in (first, last, last + bq) if i0 < row < i1)})
-        for a, b in pairwise(cuts):
-            yield Strip(a, b, _advance(runs, a - i0))
-
-
-def _one_tile_row(
-    pieces: list[Strip], bq: int, bkv: int, q_len: int, kv_len: int
-) -> tuple[int, int]:
-    """Count the touched and the full tiles of one row of tiles, given its strip pieces."""
-    touched: list[tuple[int, int]] = []
-    full: list[tuple[int, int]] | None = None
-    for i0, i1, runs in pieces:
-        n = i1 - i0 - 1
-        here = []
-        for a, da, b, db in runs:
-            touched.append((a // bkv, -(-(b + db * n) // bkv)))
-            stop = -(-b // bkv) if b >= kv_len else b // bkv
-            here.append((-(-(a + da * n) // bkv), stop))
-        full = here if full is None else _intersect_intervals(full, here)
-    top = pieces[0].i0 // bq * bq
-    whole = sum(p.i1 - p.i0 for p in pieces) == min(bq, q_len - top)
-    covered, end = 0, -1
-    for a, b in sorted(touched):
-        covered += max(0, b - max(a, end))
-        end = max(end, b)
-    return covered, sum(max(0, b - a) for a, b in full or ()) if whole else 0
-
-
-def _intersect_intervals(
-    a: list[tuple[int, int]], b: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    out = [(max(p, r), min(q, s)) for p, q in a for r, s in b]
-    return [(p, q) for p, q in out if p < q]
-
-
-def _affine_rows(
-    runs: tuple[Run, ...], count: int, bq: int, bkv: int, kv_len: int
-) -> tuple[int, int]:
-    """Count tiles over `count` whole rows of tiles inside one strip, in closed form.
-
-    The first tile that run r touches is ``floor(start / bkv)`` in the block's first row, and
-    so on; a moving end advances by `bq` keys per tile row. Over tile rows k = p + period * m
-    every such floor is affine in m, so every count is a sum of max(0, affine) terms.
-    The caller leaves the strip's last whole tile row out: there alone can a moving end
-    reach `kv_len`, where a ragged border tile counts as full.
-    """
-    period = min(bkv // gcd(bq, bkv), count)
-    step = period * bq // bkv if period < count else 0
-    touched = full = 0
-    for p in range(period):
-        terms = len(range(p, count, period))
-        previous: tuple[int, int] | None = None
-        for a, da, b, db in runs:
-            a, b = a + da * bq * p, b + db * bq * p
-            low = (a // bkv, da * step)
-            high = (-(-(b + db * (bq - 1)) // bkv), db * step)
-            touched += _sum_positive(high[0] - low[0], high[1] - low[1], terms)
-            if previous is not None:  # runs are ordered, so neighbours alone can share tiles
-                touched -= _sum_positive(previous[0] - low[0], previous[1] - low[1], terms)
-            previous = high
-            inner = -(-b // bkv) if b >= kv_len else b // bkv
-            first = -(-(a + da * (bq - 1)) // bkv)
-            full += _sum_positive(inner - first, (db - da) * step, terms)
-    return touched, full
-
-
-def _sum_positive(first: int, step: int, terms: int) -> int:
-    """Return the sum of ``max(0, first + step * m)`` for m = 0 ... terms - 1."""
-    last = first + step * (terms - 1)
-    if first <= 0 and last <= 0:
-        return 0
-    if first < 0 or last < 0:  # keep the positive end of the progression
-        if step > 0:
-            skip = -(first // step)
-            first, terms = first + step * skip, terms - skip
-        else:
-            terms = first // -step + 1
-        last = first + step * (terms - 1)
-    return (first + last) * terms // 2

@@ -1,0 +1,211 @@
+"""Strips: rows whose runs of keys have ends that move by 0 or 1 per row, and their algebra.
+
+The machinery below `geometry.Region`. A set of cells is a tuple of strips from the top; taken
+greedily (`Canonical`) they are a function of the set alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+# A run of allowed keys in the first row of a strip, and how its ends move per row:
+# (start, start_slope, stop, stop_slope), slopes 0 or 1.
+Run = tuple[int, int, int, int]
+
+
+class Strip(NamedTuple):
+    """Rows ``i0 <= i < i1`` whose runs start at ``start + start_slope * (i - i0)``, and so on."""
+
+    i0: int
+    i1: int
+    runs: tuple[Run, ...]
+
+
+def advance(runs: tuple[Run, ...], rows: int) -> tuple[Run, ...]:
+    """Return the runs `rows` rows further down."""
+    if not rows:
+        return runs
+    return tuple((a + da * rows, da, b + db * rows, db) for a, da, b, db in runs)
+
+
+def strip_area(strip: Strip) -> int:
+    """Return the number of cells of a strip."""
+    n = strip.i1 - strip.i0
+    steps = n * (n - 1) // 2
+    return sum((b - a) * n + (db - da) * steps for a, da, b, db in strip.runs)
+
+
+class Canonical:
+    """Collects strips from the top and keeps them maximal, as if row by row."""
+
+    def __init__(self) -> None:
+        self.strips: list[Strip] = []
+
+    def add(self, i0: int, i1: int, runs: tuple[Run, ...]) -> None:
+        """Append rows below all rows so far; runs are maximal and ordered in every row."""
+        if i0 >= i1 or not runs:
+            return
+        last = self.strips[-1] if self.strips else None
+        joined = _join(last, i0, runs) if last is not None and last.i1 == i0 else None
+        if joined is None:
+            self._start(i0, i1, runs)
+        elif i1 - i0 == 1 or _slopes(joined.runs) == _slopes(runs):
+            self.strips[-1] = Strip(joined.i0, i1, joined.runs)
+        else:  # the first row belongs to the strip above, the others move another way
+            self.strips[-1] = joined
+            self._start(i0 + 1, i1, advance(runs, 1))
+
+    def _start(self, i0: int, i1: int, runs: tuple[Run, ...]) -> None:
+        if i1 - i0 == 1:  # slopes of a single row mean nothing: keep them unique
+            runs = tuple((a, 0, b, 0) for a, _, b, _ in runs)
+        self.strips.append(Strip(i0, i1, runs))
+
+
+def _slopes(runs: tuple[Run, ...]) -> list[tuple[int, int]]:
+    return [(da, db) for _, da, _, db in runs]
+
+
+def _join(last: Strip, i0: int, runs: tuple[Run, ...]) -> Strip | None:
+    """Extend `last` by row `i0`, which holds `runs`, if its ends move as they must."""
+    if len(last.runs) != len(runs):
+        return None
+    rows = i0 - last.i0
+    if rows > 1:
+        for (a, da, b, db), (c, _, d, _) in zip(last.runs, runs, strict=True):
+            if a + da * rows != c or b + db * rows != d:
+                return None
+        return Strip(last.i0, i0 + 1, last.runs)
+    moved = []
+    for (a, _, b, _), (c, _, d, _) in zip(last.runs, runs, strict=True):
+        if c - a not in (0, 1) or d - b not in (0, 1):
+            return None
+        moved.append((a, c - a, b, d - b))
+    return Strip(last.i0, i0 + 1, tuple(moved))
+
+
+# A boolean operation as its truth table: the result for a cell in neither operand, in the
+# first only, in the second only, and in both.
+Table = tuple[bool, bool, bool, bool]
+AND: Table = (False, False, False, True)
+OR: Table = (False, True, True, True)
+SUB: Table = (False, True, False, False)
+XOR: Table = (False, True, True, False)
+
+
+def combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: Table) -> tuple[Strip, ...]:
+    """Apply a boolean operation by one sweep over the rows of both operands."""
+    _, keep_a, keep_b, _ = table
+    if not keep_a:
+        a = _between(a, b)
+    if not keep_b:
+        b = _between(b, a)
+    out = Canonical()
+    for i0, i1, x, y in _overlay(a, b):
+        if x and y:
+            for r0, r1 in pairwise(_crossings(x, y, i0, i1)):
+                runs = _combine_rows(advance(x, r0 - i0), advance(y, r0 - i0), table)
+                out.add(r0, r1, runs)
+        elif (x and keep_a) or (y and keep_b):
+            out.add(i0, i1, x or y)
+    return tuple(out.strips)
+
+
+def _between(strips: tuple[Strip, ...], others: tuple[Strip, ...]) -> tuple[Strip, ...]:
+    """Return the strips that share a row with the span of the others; the rest cannot matter."""
+    if not others:
+        return ()
+    first = bisect_right(strips, others[0].i0, key=lambda strip: strip.i1)
+    return strips[first : bisect_left(strips, others[-1].i1, key=lambda strip: strip.i0)]
+
+
+def _overlay(
+    a: tuple[Strip, ...], b: tuple[Strip, ...]
+) -> Iterator[tuple[int, int, tuple[Run, ...], tuple[Run, ...]]]:
+    """Yield ``(i0, i1, runs of a, runs of b)`` for the row ranges that no strip border cuts."""
+    rows = sorted({row for i0, i1, _ in a + b for row in (i0, i1)})
+    k = l = 0  # noqa: E741
+    for i0, i1 in pairwise(rows):
+        x = advance(a[k].runs, i0 - a[k].i0) if k < len(a) and a[k].i0 <= i0 else ()
+        y = advance(b[l].runs, i0 - b[l].i0) if l < len(b) and b[l].i0 <= i0 else ()
+        yield i0, i1, x, y
+        k += k < len(a) and a[k].i1 == i1
+        l += l < len(b) and b[l].i1 == i1  # noqa: E741
+
+
+def _crossings(a: tuple[Run, ...], b: tuple[Run, ...], i0: int, i1: int) -> list[int]:
+    """Return the rows at which order changes: where a moving end meets a standing one, and after.
+
+    Ends of one operand never meet each other, so only pairs across operands count.
+    """
+    rows = {i0, i1}
+    for one, other in ((a, b), (b, a)):
+        moving = [x for p, dp, q, dq in one for x, dx in ((p, dp), (q, dq)) if dx]
+        if not moving:
+            continue
+        standing = [x for p, dp, q, dq in other for x, dx in ((p, dp), (q, dq)) if not dx]
+        for x in moving:
+            reach = bisect_left(standing, x), bisect_left(standing, x + i1 - i0)
+            for y in standing[slice(*reach)]:
+                rows |= {i0 + y - x, i0 + y - x + 1}
+    return sorted(rows)
+
+
+def _combine_rows(a: tuple[Run, ...], b: tuple[Run, ...], table: Table) -> tuple[Run, ...]:
+    """Combine two run lists whose ends keep their order over the rows in question."""
+    if table is AND:
+        return _intersect_rows(a, b)
+    events = [(x, dx, 1) for p, dp, q, dq in a for x, dx in ((p, dp), (q, dq))]
+    events += [(x, dx, 2) for p, dp, q, dq in b for x, dx in ((p, dp), (q, dq))]
+    events.sort()
+    inside = 0  # which operands hold the keys between two events, as an index into the table
+    opened: tuple[int, int] | None = None
+    out: list[Run] = []
+    for (pos, slope, which), following in zip(events, (*events[1:], None), strict=True):
+        inside ^= which
+        if following is not None and following[0] == pos:
+            continue
+        if table[inside] and opened is None:
+            opened = (pos, slope)
+        elif not table[inside] and opened is not None:
+            out.append((*opened, pos, slope))
+            opened = None
+    return tuple(out)
+
+
+def _intersect_rows(a: tuple[Run, ...], b: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Return what `_combine_rows` does for "and", the commonest case, at a third of the time."""
+    out: list[Run] = []
+    k = l = 0  # noqa: E741
+    while k < len(a) and l < len(b):
+        p, dp, q, dq = a[k]
+        r, dr, s, ds = b[l]
+        start = (p, dp) if p >= r else (r, dr)
+        stop = (q, dq) if q <= s else (s, ds)
+        if start[0] < stop[0]:
+            out.append((*start, *stop))
+        k, l = (k + 1, l) if q <= s else (k, l + 1)  # noqa: E741
+    return tuple(out)
+
+
+def union_all(parts: list[tuple[Strip, ...]]) -> tuple[Strip, ...]:
+    """Return the union of many sets, pairwise, so that n of them cost n log n."""
+    while len(parts) > 1:
+        merged = [union(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)]
+        parts = merged + parts[len(parts) - len(parts) % 2 :]
+    return parts[0] if parts else ()
+
+
+def union(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> tuple[Strip, ...]:
+    """Return the union of two sets that are not empty; one below the other needs no sweep."""
+    if a[-1].i1 > b[0].i0:
+        return combine(a, b, OR)
+    out = Canonical()
+    out.strips = list(a)
+    for k, strip in enumerate(b):
+        out.add(*strip)
+        if out.strips[-1] == strip:  # the seam has no further effect
+            return (*out.strips, *b[k + 1 :])
+    return tuple(out.strips)
