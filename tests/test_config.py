@@ -35,6 +35,7 @@ MASKS_OF_EVERY_KIND = [
     masks.Causal(),
     masks.Causal(align="top_left"),
     masks.SlidingWindow(3),
+    masks.Slices([(0, 4, 0, 4, -3, 0)], 4, 4),
     masks.Band(None, 2, align="top_left"),
     masks.Columns(1),
     masks.Columns(1, 3),

@@ -101,7 +101,8 @@ class Ascend(Fused):
                 launch_grad(call, _Nothing(), {}, ops=_Rehearsal(self.ops))
         except KernelContractError as error:
             return [Refusal("op-version", str(error), self.name)]
-        product = device_product(torch.device(self.device)) if hasattr(torch, "npu") else "A2"
+        real = self.device == "npu" and hasattr(torch, "npu")
+        product = device_product(torch.device(self.device)) if real else "A2"
         if product == "A2":  # what the planner has judged the call for
             return []
         version = choose_version(call)

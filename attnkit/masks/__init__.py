@@ -8,10 +8,14 @@ from attnkit.masks.cut import Cut
 from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.lint import Finding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
+from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
+from attnkit.masks.slices import Slices
+from attnkit.masks.stack import StackReport, lint_stack
 
 register = MASKS.register
 
@@ -29,6 +33,7 @@ __all__ = [
     "Dilated",
     "Documents",
     "Enclosure",
+    "Finding",
     "Full",
     "Mask",
     "Not",
@@ -38,8 +43,13 @@ __all__ = [
     "Predicate",
     "Prefix",
     "PrefixLM",
+    "Recovered",
     "Rows",
+    "Slices",
     "SlidingWindow",
+    "StackReport",
+    "lint_stack",
     "parse",
+    "recover",
     "register",
 ]

@@ -8,21 +8,48 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, cast
 
-import numpy as np
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region
+from attnkit.masks.arguments import (
+    IntsLike,
+    check_align,
+    check_int,
+    check_ints,
+    describe,
+    holds_integers,
+    short,
+)
 from attnkit.registry import Registry
 from attnkit.textform import arguments_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MASKS", "Align", "Enclosure", "Full", "Mask", "anchor", "check_int", "check_ints"]
+    from attnkit.masks.lint import Finding
+
+__all__ = [
+    "MASKS",
+    "Align",
+    "Enclosure",
+    "Full",
+    "IntsLike",
+    "Mask",
+    "agree",
+    "anchor",
+    "check_align",
+    "check_int",
+    "check_ints",
+    "describe",
+    "full_text",
+    "holds_integers",
+    "paint",
+    "refuse_operand",
+    "short",
+]
 
 Align = Literal["bottom_right", "top_left"]
-IntsLike = Sequence[int] | torch.Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
 
 
 class Enclosure(NamedTuple):
@@ -237,6 +264,40 @@ class Mask(ABC):
 
         return plot(self, q_len, kv_len, batch, head)
 
+    def simplify(self, q_len: int | None = None, kv_len: int | None = None) -> Mask:
+        """Return the simplest mask known with the same cells at these lengths.
+
+        Proven by equality of regions (a `Dense` or `Predicate` is read cell by cell); the mask
+        itself where nothing simpler is found. The lengths may be left out where the mask has its
+        own (`extent`). At other lengths the answer may be another set. `masks.recover(mask, q_len,
+        kv_len)` is the same with the reason.
+
+        >>> from attnkit import masks
+        >>> masks.Dense.keep(masks.SlidingWindow(4).materialize(16, 16)[0, 0]).simplify()
+        SlidingWindow(4)
+        >>> (masks.Causal() & masks.SlidingWindow(64)).simplify(32, 32)
+        Causal()
+        """
+        from attnkit.masks.recover import recover
+
+        return recover(self, q_len, kv_len).mask
+
+    def lint(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> tuple[Finding, ...]:
+        """Return what looks like a mistake in the mask at these lengths, with remedies.
+
+        `batch` and `heads`, if said, are checked against the mask. See `masks.Finding` for codes.
+
+        >>> from attnkit import masks
+        >>> for finding in masks.Causal().lint(3, 2):
+        ...     print(finding.code)
+        empty-rows
+        """
+        from attnkit.masks.lint import lint
+
+        return lint(self, q_len, kv_len, batch, heads)
+
     # -- value ---------------------------------------------------------------------------
 
     def _value(self) -> Hashable:
@@ -364,30 +425,6 @@ def _check_family(entry: object) -> None:
 MASKS = MaskRegistry("mask")
 
 
-def short(value: Any) -> str:
-    """Return a repr with long tuples cut in the middle.
-
-    >>> short(tuple(range(100)))
-    '(0, 1, 2, 3, ... 100 in all)'
-    """
-    if isinstance(value, tuple) and len(value) > 8:
-        return f"({', '.join(short(item) for item in value[:4])}, ... {len(value)} in all)"
-    return repr(value)
-
-
-def describe(value: object) -> str:
-    """Return what a wrong argument is, in a few words.
-
-    >>> describe(torch.zeros(2, 3))
-    'a tensor of shape (2, 3) and torch.float32'
-    """
-    if isinstance(value, torch.Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, torch.Tensor) else "numpy array"
-        return f"a {kind} of shape {tuple(value.shape)} and {value.dtype}"
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
-
-
 def refuse_operand(other: object) -> NoReturn:
     """Raise the error for ``mask & other`` where `other` is no mask."""
     raise CompositionTypeError(
@@ -440,58 +477,6 @@ def paint(
 def anchor(align: Align, q_len: int, kv_len: int) -> int:
     """Return the key position that query 0 stands at: 0, or kv_len - q_len."""
     return 0 if align == "top_left" else kv_len - q_len
-
-
-def check_align(owner: str, align: object) -> None:
-    """Raise `CompositionError` unless `align` is one of the two words."""
-    if align not in ("bottom_right", "top_left"):
-        raise CompositionError(
-            f"{owner} got align={align!r}; it is 'bottom_right' (the last query sees every "
-            "key) or 'top_left' (query 0 stands at key 0)"
-        )
-
-
-def check_int(name: str, value: object, minimum: int | None) -> int:
-    """Return `value` if it is an int of at least `minimum`.
-
-    Nothing is converted: a bool is a slip, and reading a tensor may wait for a device.
-    """
-    if type(value) is not int:
-        rule = "an int" if minimum is None else f"an int >= {minimum}"
-        number = type(value) is not bool and hasattr(value, "__index__")
-        raise CompositionTypeError(
-            f"{name}={value!r} is of type {type(value).__name__}; it must be {rule}"
-            + (f": write int({name.split()[-1]})" if number else "")
-        )
-    if minimum is not None and value < minimum:
-        raise CompositionError(f"{name}={value} is too small; it must be >= {minimum}")
-    return value
-
-
-def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
-    """Return a list, tensor or array of integers as a tuple, each at least `minimum`."""
-    if isinstance(values, torch.Tensor | np.ndarray):
-        if values.ndim != 1 or not holds_integers(values):
-            raise CompositionTypeError(
-                f"{name} is {describe(values)}; it must be a 1-D tensor of integers, or a list "
-                "of int"
-            )
-        values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise CompositionTypeError(f"{name} is {describe(values)}; it must be a sequence of int")
-    if not values:
-        raise CompositionError(f"{name} is empty; give at least one entry")
-    for k, value in enumerate(values):
-        if type(value) is not int or value < minimum:
-            check_int(f"{name}[{k}]", value, minimum)
-    return tuple(values)
-
-
-def holds_integers(values: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether a tensor or array has an integer dtype; bool is none."""
-    if isinstance(values, np.ndarray):
-        return bool(np.issubdtype(values.dtype, np.integer))
-    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -82,14 +82,15 @@ class Dense(Mask):
         b, n, _, _ = self._content[0]
         return (batch if b > 1 else 0, head if n > 1 else 0)
 
-    def _array(self, batch: int, head: int) -> _Cells:
-        """Unpack one score matrix; the others stay packed."""
+    def _array(self, batch: int, head: int, rows: tuple[int, int] | None = None) -> _Cells:
+        """Unpack one score matrix, or some rows of it; everything else stays packed."""
         (_, n, q_len, kv_len), bits = self._content
-        start = (batch * n + head) * q_len * kv_len
-        stop = start + q_len * kv_len
+        first, last = (0, q_len) if rows is None else rows
+        start = ((batch * n + head) * q_len + first) * kv_len
+        stop = start + (last - first) * kv_len
         piece = np.frombuffer(bits, dtype=np.uint8)[start // 8 : -(-stop // 8)]
         flat = np.unpackbits(piece)[start % 8 : start % 8 + stop - start]
-        return flat.reshape(q_len, kv_len).astype(bool)
+        return flat.reshape(last - first, kv_len).astype(bool)
 
     def _value(self) -> Hashable:
         return self._content  # not the text: another zlib packs the same cells differently

@@ -11,7 +11,7 @@ from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, check_int, describe
 
-__all__ = ["Predicate"]
+__all__ = ["MaskFunction", "Predicate", "evaluate", "function_name"]
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -54,20 +54,7 @@ class Predicate(Mask):
         i = torch.arange(q_len, device=device)[:, None]
         j = torch.arange(kv_len, device=device)[None, :]
         b, h = (torch.tensor(value, device=device) for value in (batch, head))
-        cells = self.fn(b, h, i, j)
-        if not isinstance(cells, torch.Tensor) or cells.dtype != torch.bool:
-            kind = cells.dtype if isinstance(cells, torch.Tensor) else type(cells).__name__
-            raise CompositionTypeError(
-                f"{self!r} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
-            )
-        try:
-            return cells.expand(q_len, kv_len)
-        except RuntimeError:
-            raise CompositionError(
-                f"{self!r} returned shape {tuple(cells.shape)}, which does not broadcast to "
-                f"[{q_len}, {kv_len}]; i comes as [{q_len}, 1], j as [1, {kv_len}], b and h as "
-                "scalars"
-            ) from None
+        return evaluate(self.fn, b, h, i, j)
 
     @property
     def batches(self) -> int | None:
@@ -88,4 +75,30 @@ class Predicate(Mask):
         return repr(self)
 
     def __repr__(self) -> str:
-        return f"<masks.Predicate {getattr(self.fn, '__qualname__', self.fn)!s}>"
+        return f"<masks.Predicate {function_name(self.fn)}>"
+
+
+def evaluate(
+    fn: MaskFunction, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+) -> torch.Tensor:
+    """Return ``fn(b, h, i, j)`` as a bool tensor, for rows i [R, 1] and keys j [1, K]."""
+    cells = fn(b, h, i, j)
+    name = f"the mask function {function_name(fn)}"
+    if not isinstance(cells, torch.Tensor) or cells.dtype != torch.bool:
+        kind = cells.dtype if isinstance(cells, torch.Tensor) else type(cells).__name__
+        raise CompositionTypeError(
+            f"{name} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
+        )
+    shape = (i.shape[0], j.shape[1])
+    try:
+        return cells.expand(shape)
+    except RuntimeError:
+        raise CompositionError(
+            f"{name} returned shape {tuple(cells.shape)}, which does not broadcast to "
+            f"{list(shape)}; i comes as {list(i.shape)}, j as {list(j.shape)}, b and h as scalars"
+        ) from None
+
+
+def function_name(fn: MaskFunction) -> str:
+    """Return the name by which messages call a function."""
+    return str(getattr(fn, "__qualname__", fn))

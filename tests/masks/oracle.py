@@ -136,6 +136,12 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
             masks.Documents(two_rows, two_keys),
             lambda c: number_of(c.i, two_rows[c.b]) == number_of(c.j, two_keys[c.b]),
         )
+    if q_len > 1 and kv_len > 1:
+        pieces = ((0, q_len, 0, kv_len, 1 - q_len, 0), (1, 2, 0, kv_len, None, None))
+        one = masks.Slices(pieces, q_len, kv_len)
+        yield Case(one, lambda c: c.j <= c.i or c.i == 1)
+        two = masks.Slices((pieces, ()), q_len, kv_len)
+        yield Case(two, lambda c: c.b == 0 and (c.j <= c.i or c.i == 1))
     lengths = (kv_len, kv_len // 2, 0)
     yield Case(masks.Padding(lengths), lambda c: c.j < lengths[c.b])
     yield Case(masks.Padding(lengths, "left"), lambda c: c.j >= c.kv_len - lengths[c.b])

@@ -1,0 +1,409 @@
+"""`Mask.lint`: what looks like a mistake in a mask, as data.
+
+A finding is not an error: every mask that it speaks of is computed as written. Cells are
+judged by regions, exactly, for each batch element and head. A mask that is no union of slices is
+read row by row, which is enough for its empty rows and unseen keys; the rest is then not
+checked, and a finding says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+
+from attnkit.geometry import Region, Slice
+from attnkit.masks.algebra import Not, _Joined
+from attnkit.masks.base import Full, Mask
+from attnkit.masks.blocks import BlockCausal, Chunked
+from attnkit.masks.causal import Band, Causal, SlidingWindow
+from attnkit.masks.composite import Composite
+from attnkit.masks.dense import Dense
+from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.per_head import PerHead
+from attnkit.masks.predicate import Predicate
+from attnkit.masks.recover import recover
+from attnkit.masks.rectangles import Columns
+from attnkit.masks.slices import Slices
+from attnkit.masks.trace import CHUNK_CELLS, mask_rows
+
+__all__ = ["Finding", "lint", "positive_leaves", "ranges"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a mask that its author may not have meant.
+
+    `code` is stable and meant for programs, `message` says what is so, `remedy` what to write.
+    Codes of `Mask.lint`:
+
+    - ``empty-rows``: queries that see no key
+    - ``unseen-keys``: keys that no query sees (those that `Padding` or `Columns` rule out aside)
+    - ``window-exceeds-sequence``: a window, band, chunk or block that cuts nothing off
+    - ``documents-leak``: queries that see keys of another document
+    - ``sees-the-future``: cells that look ahead, in a mask that has a causal part
+    - ``part-changes-nothing``: a part whose removal leaves the mask as it is
+    - ``equals-a-named-mask``: a dense mask, slices or a function that is a named composition
+    - ``not-a-region``: the mask is no union of slices, so some checks were not made
+
+    Codes of `masks.lint_stack`: ``stack-sees-the-future``, ``stack-documents-leak``,
+    ``stack-is-short-sighted``, ``stack-is-bounded``.
+    """
+
+    code: str
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy} [{self.code}]"
+
+
+class _View(NamedTuple):
+    """A mask at given lengths, and its cells in each score matrix; None where no region."""
+
+    mask: Mask
+    q_len: int
+    kv_len: int
+    regions: dict[tuple[int, int], Region] | None
+
+    @property
+    def planes(self) -> list[tuple[int, int]]:
+        return _planes(self.mask)
+
+    def where(self, planes: list[tuple[int, int]]) -> str:
+        """Say which score matrices are meant, when not all are."""
+        b, h = planes[0]
+        words = [f"batch element {b}"] * (self.mask.batches is not None)
+        words += [f"head {h}"] * (self.mask.heads is not None)
+        more = f" (and {len(planes) - 1} more)" if len(planes) > 1 else ""
+        return f" in {', '.join(words)}{more}" if words and planes != self.planes else ""
+
+
+def lint(
+    mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: int | None
+) -> tuple[Finding, ...]:
+    """Return what `Mask.lint` documents."""
+    mask.check(q_len, kv_len, batch, heads)
+    regions = _regions(mask, q_len, kv_len)
+    view = _View(mask, q_len, kv_len, regions)
+    found = [*_rows_and_keys(view), *_equal_to_named(view)]
+    wide = list(_too_wide(view))
+    found += [finding for _, finding in wide]
+    if regions is None:
+        found.append(_no_region(view))
+        return tuple(found)
+    found += _leaks(view)
+    found += _future(view)
+    found += _redundant(view, {part for part, _ in wide})
+    return tuple(found)
+
+
+def _regions(mask: Mask, q_len: int, kv_len: int) -> dict[tuple[int, int], Region] | None:
+    if min(q_len, kv_len) == 0:
+        return {plane: Region.empty() for plane in _planes(mask)}
+    known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in _planes(mask)}
+    if all(one.exact for one in known.values()):
+        return {plane: one.inner for plane, one in known.items()}
+    found = recover(mask, q_len, kv_len)
+    if not found.exact:
+        return None
+    # Equal planes are held once.
+    return {
+        (b, h): per_head[min(h, len(per_head) - 1)]
+        for b, h in known
+        for per_head in [found.regions[min(b, len(found.regions) - 1)]]
+    }
+
+
+def _planes(mask: Mask) -> list[tuple[int, int]]:
+    return [(b, h) for b in range(mask.batches or 1) for h in range(mask.heads or 1)]
+
+
+def ranges(spans: Iterable[tuple[int, int]]) -> str:
+    """Return ranges ``(start, stop)`` in words, the first few of them.
+
+    >>> ranges([(0, 1), (4, 8)])
+    '0, 4 to 7'
+    """
+    told = [str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in spans]
+    return ", ".join(told[:4]) + (f", ... {len(told)} ranges in all" if len(told) > 4 else "")
+
+
+def _no_region(view: _View) -> Finding:
+    return Finding(
+        "not-a-region",
+        f"{view.mask!r} is no small union of slices at {view.q_len} x {view.kv_len}: leaks, "
+        "redundant parts and cells ahead were not looked for",
+        "write its opaque parts as named masks where they have a name",
+    )
+
+
+# -- rows and keys -------------------------------------------------------------------------
+
+
+def _rows_and_keys(view: _View) -> Iterator[Finding]:
+    empty: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
+    unseen: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
+    for plane in view.planes:
+        rows, keys = _seen(view, plane)
+        empty.setdefault(rows, []).append(plane)
+        unseen.setdefault(_not_ruled_out(view, plane, keys), []).append(plane)
+    for spans, planes in empty.items():
+        if spans:
+            yield _empty_rows(view, spans, planes)
+    for spans, planes in unseen.items():
+        if spans and view.q_len:
+            count = sum(b - a for a, b in spans)
+            yield Finding(
+                "unseen-keys",
+                f"{view.mask!r} lets no query see {count} of {view.kv_len} keys: "
+                f"{ranges(spans)}{view.where(planes)}",
+                "leave these keys out of the call (they cost memory and time), or widen the mask",
+            )
+
+
+def _empty_rows(
+    view: _View, spans: tuple[tuple[int, int], ...], planes: list[tuple[int, int]]
+) -> Finding:
+    count = sum(b - a for a, b in spans)
+    remedy = "leave these rows out, or allow each of them a key (its own: mask | Band(0, 0))"
+    bottom = [
+        part
+        for part in positive_leaves(view.mask)
+        if getattr(part, "align", None) == "bottom_right" and view.q_len > view.kv_len
+    ]
+    if bottom:
+        remedy = (
+            f"there are more queries than keys, and {bottom[0]!r} lets the last query stand at "
+            "the last key: align='top_left' lets query 0 stand at key 0"
+        )
+    return Finding(
+        "empty-rows",
+        f"{view.mask!r} leaves {count} of {view.q_len} queries without a key: rows "
+        f"{ranges(spans)}{view.where(planes)}; their output and gradients are 0 and their lse "
+        "is -inf",
+        remedy,
+    )
+
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def _seen(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
+    """Return the rows without keys and the keys without rows, as ranges."""
+    if view.regions is not None:
+        region = view.regions[plane]
+        return region.empty_rows(view.q_len), _free_keys(region, view.kv_len)
+    read = mask_rows(view.mask, view.q_len, view.kv_len, *plane)
+    height = max(1, CHUNK_CELLS // max(1, view.kv_len))
+    rows = torch.zeros(view.q_len, dtype=torch.bool)
+    keys = torch.zeros(view.kv_len, dtype=torch.bool)
+    for i0 in range(0, view.q_len, height):
+        cells = read(i0, min(i0 + height, view.q_len)).cpu()
+        rows[i0 : i0 + height] = cells.any(dim=1)
+        keys |= cells.any(dim=0)
+    return _false(rows), _false(keys)
+
+
+def _false(flags: torch.Tensor) -> Spans:
+    region = Region.of(*(Slice(0, 1, j, j + 1) for j in (~flags).nonzero().flatten().tolist()))
+    return region.row(0)
+
+
+def _free_keys(region: Region, kv_len: int) -> Spans:
+    seen = Region.of(*(Slice(0, 1, s.j0, s.j1) for s in region.slices))
+    return seen.complement(1, kv_len).row(0)
+
+
+def _not_ruled_out(view: _View, plane: tuple[int, int], keys: Spans) -> Spans:
+    """Drop the keys that a part says are none: that is what the part is for."""
+    parts = view.mask.members if isinstance(view.mask, _Joined) and view.mask._sign == "&" else ()
+    free = Region.of(*(Slice(0, 1, a, b) for a, b in keys))
+    for part in (view.mask, *parts):
+        if isinstance(part, Padding | Columns):
+            free &= part.enclosure(1, view.kv_len, *plane).inner
+    return free.row(0)
+
+
+# -- parts ---------------------------------------------------------------------------------
+
+
+def positive_leaves(mask: Mask, positive: bool = True, head: int | None = None) -> Iterator[Mask]:
+    """Iterate over the masks that a composition adds cells from; not those it takes away.
+
+    `head`: of one head only.
+    """
+    if isinstance(mask, Not):
+        yield from positive_leaves(mask.part, not positive, head)
+    elif isinstance(mask, PerHead) and head is not None:
+        yield from positive_leaves(mask.masks[head], positive)
+    elif isinstance(mask, Composite):
+        for member in mask.members:
+            yield from positive_leaves(member, positive, head)
+    elif positive:
+        yield mask
+
+
+def _all_leaves(mask: Mask) -> list[Mask]:
+    both = [*positive_leaves(mask), *positive_leaves(mask, False)]
+    return list(dict.fromkeys(both))
+
+
+def _too_wide(view: _View) -> Iterator[tuple[Mask, Finding]]:
+    if min(view.q_len, view.kv_len) == 0:
+        return
+    for part in _all_leaves(view.mask):
+        widest, wider = part, _without_limit(part)
+        while wider is not None and _alike(part, wider, view):
+            widest, wider = wider, _without_limit(wider)
+        if widest is not part:
+            yield (
+                part,
+                Finding(
+                    "window-exceeds-sequence",
+                    f"{part!r} cuts nothing off at {view.q_len} x {view.kv_len}: it is {widest!r}",
+                    f"write {widest!r}, or a smaller size if a limit was meant",
+                ),
+            )
+
+
+def _alike(one: Mask, other: Mask, view: _View) -> bool:
+    a, b = (mask.enclosure(view.q_len, view.kv_len).inner for mask in (one, other))
+    return a == b
+
+
+def _without_limit(part: Mask) -> Mask | None:
+    """Return the mask that a window, band, chunk or block is without its limit."""
+    if isinstance(part, SlidingWindow):
+        return Causal(part.align)
+    if isinstance(part, Band) and part.left is not None and part.left > 0:
+        return Full() if part.right is None else Band(None, part.right, part.align)
+    if isinstance(part, Band) and part.right is not None and part.right > 0:
+        return Full()
+    if isinstance(part, Chunked | BlockCausal):
+        return Full()
+    return None
+
+
+def _equal_to_named(view: _View) -> Iterator[Finding]:
+    for part in _all_leaves(view.mask):
+        if not isinstance(part, Dense | Slices | Predicate):
+            continue
+        found = recover(part, view.q_len, view.kv_len)
+        if found.named:
+            yield Finding(
+                "equals-a-named-mask",
+                f"{part!r} equals {found.mask!r} at {view.q_len} x {view.kv_len}",
+                f"write {found.mask}" if len(str(found.mask)) < 200 else "call simplify()",
+            )
+
+
+def _exceeding(
+    view: _View, kinds: tuple[type[Mask], ...]
+) -> Iterator[tuple[Mask, tuple[int, int], Region]]:
+    """Yield each part of these kinds, and the cells of a score matrix that it does not have.
+
+    For a causal part, that it and all cells before it do not have.
+    """
+    told: set[Mask] = set()
+    for plane, region in cast(dict[tuple[int, int], Region], view.regions).items():
+        for part in positive_leaves(view.mask, head=plane[1]):
+            if part in told or not isinstance(part, kinds):
+                continue
+            whole = Causal(part.align) if isinstance(part, SlidingWindow) else part
+            beyond = region - whole.enclosure(view.q_len, view.kv_len, plane[0]).inner
+            if beyond:
+                told.add(part)
+                yield part, plane, beyond
+
+
+def _leaks(view: _View) -> Iterator[Finding]:
+    for part, (b, h), beyond in _exceeding(view, (Documents,)):
+        i = beyond.slices[0].i0
+        j = beyond.row(i)[0][0]
+        ends = [
+            _document(cast(Documents, part), b, index, axis) for axis, index in ((0, i), (1, j))
+        ]
+        yield Finding(
+            "documents-leak",
+            f"{view.mask!r} connects documents of {part!r}: {_number(beyond.area, 'cell')} "
+            f"between two of them{view.where([(b, h)])}, the first at query {i} ({ends[0]}) and "
+            f"key {j} ({ends[1]})",
+            "put the documents around everything, documents & (a | b); keep it if those keys are "
+            "meant to be shared",
+        )
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _document(documents: Documents, batch: int, index: int, axis: int) -> str:
+    for number, block in enumerate(documents.blocks(batch)):
+        start, stop = ((block.i0, block.i1), (block.j0, block.j1))[axis]
+        if start <= index < stop:
+            return f"document {number}"
+    return "no document"
+
+
+def _future(view: _View) -> Iterator[Finding]:
+    for part, plane, ahead in _exceeding(view, (Causal, SlidingWindow)):
+        i = ahead.slices[0].i0
+        j = ahead.row(i)[-1][1] - 1
+        yield Finding(
+            "sees-the-future",
+            f"{view.mask!r} has the causal part {part!r} and still allows "
+            f"{_number(ahead.area, 'cell')} ahead of the query{view.where([plane])}: query {i} "
+            f"sees key {j}",
+            f"{part!r} & (...) keeps all of it causal; with a prefix that is meant to be seen "
+            "whole, compute no next-token loss on its positions",
+        )
+
+
+# -- redundancy ----------------------------------------------------------------------------
+
+
+def _redundant(view: _View, known: set[Mask]) -> Iterator[Finding]:
+    told: set[Mask] = set()
+    for part, shorter in _removals(view.mask):
+        if part in known or part in told:
+            continue
+        if not shorter.is_region(view.q_len, view.kv_len):
+            continue
+        if _same_cells(view, shorter):
+            told.add(part)
+            yield Finding(
+                "part-changes-nothing",
+                f"{part!r} changes nothing in {view.mask!r} at {view.q_len} x {view.kv_len}",
+                f"{shorter!r} has the same cells; look for a bracket or a sign if it should differ",
+            )
+
+
+def _same_cells(view: _View, shorter: Mask) -> bool:
+    regions = cast(dict[tuple[int, int], Region], view.regions)
+    return all(
+        shorter.enclosure(
+            view.q_len,
+            view.kv_len,
+            b if shorter.batches is not None else 0,
+            h if shorter.heads is not None else 0,
+        ).inner
+        == region
+        for (b, h), region in regions.items()
+    )
+
+
+def _removals(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
+    """Yield each part of an intersection or union, and the whole mask without it."""
+    if isinstance(mask, Not):
+        for part, rest in _removals(mask.part):
+            yield part, ~rest
+    elif isinstance(mask, _Joined):
+        kind = type(mask)
+        for k, part in enumerate(mask.parts):
+            others = [*mask.parts[:k], *mask.parts[k + 1 :]]
+            yield part, kind.of(*others)
+            for inner, rest in _removals(part):
+                yield inner, kind.of(*mask.parts[:k], rest, *mask.parts[k + 1 :])

@@ -1,0 +1,222 @@
+"""`recover`: the structure of a tensor, a function or row bounds, found and proven.
+
+The source is read cell by cell, a few rows at a time, and its region is built from exactly the
+cells that were read: that is the proof. A name is then given only to a composition whose region
+is equal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnkit.errors import CompositionError
+from attnkit.geometry import Region
+from attnkit.masks.base import Full, Mask, check_int
+from attnkit.masks.dense import Dense
+from attnkit.masks.naming import complexity, leaves, name
+from attnkit.masks.per_head import PerHead
+from attnkit.masks.predicate import MaskFunction, Predicate
+from attnkit.masks.slices import Slices
+from attnkit.masks.sources import Source, source_of
+from attnkit.masks.trace import Traced, count_slices, trace
+
+__all__ = ["Recovered", "recover"]
+
+Sourcelike = Mask | torch.Tensor | np.ndarray[Any, Any] | MaskFunction | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What `recover` found: a mask with exactly the source's cells, and why it has this form.
+
+    `exact`: every cell was read and the cells form a small region; `regions[batch][head]` is it
+    (one entry where batch elements, or heads, are alike). `named`: the mask is a composition of
+    named families, so it is the shortest way to write that region that was found. Without
+    `exact` the mask holds the source as it was given. `reason` is the sentence for people.
+    The mask equals the source at these lengths; a named one also exists at others.
+    """
+
+    mask: Mask
+    regions: tuple[tuple[Region, ...], ...]
+    exact: bool
+    named: bool
+    reason: str
+    q_len: int
+    kv_len: int
+
+    @property
+    def region(self) -> Region:
+        """The region, where all batch elements and heads share one."""
+        found = {region for per_head in self.regions for region in per_head}
+        if len(found) == 1:
+            return found.pop()
+        told = (
+            f"{len(found)} regions differ by batch element or head; read regions[batch][head]"
+            if found
+            else f"the source is no small region: {self.reason}"
+        )
+        raise CompositionError(f"{self.mask!r} at {self.q_len} x {self.kv_len}: {told}")
+
+    def __str__(self) -> str:
+        return f"{self.mask!r}: {self.reason}"
+
+
+def recover(
+    source: Sourcelike,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    keep: bool = True,
+    batch: int | None = None,
+    heads: int | None = None,
+    q_offset: int = 0,
+    device: torch.device | str | None = None,
+    max_slices: int | None = None,
+) -> Recovered:
+    """Find the mask behind a tensor, a function, row bounds or another mask.
+
+    `source` is one of
+
+    - a bool tensor or array [Sq, Skv], [N, Sq, Skv] or [B, N, Sq, Skv];
+    - a function ``fn(b, h, i, j)``: FlexAttention's `mask_mod`, or a mask function of
+      transformers (the same four indices). `q_len` and `kv_len` are needed, and `batch` or `heads`
+      if it tells them apart. `q_offset` is added to i, as transformers does with a cache;
+      `device` is where its indices live;
+    - row bounds: for row i the keys ``start <= j < stop``, as a list with one (start, stop), or one
+      list of such pairs, per row; or an integer tensor [Sq, 2] or [Sq, R, 2]. `kv_len` is needed;
+      ``stop <= start`` is no keys;
+    - a mask, whose simplest equal form is then sought.
+
+    `keep` says what True means in a tensor or from a function: allowed (True, the default, as in
+    torch's SDPA, FlexAttention and transformers) or masked out (False, as in
+    `nn.MultiheadAttention` and the fused kernel).
+
+    Every cell is evaluated once, in chunks of rows of about a million cells. Where the region
+    needs more than `max_slices` (default 64 + 4 * max(q_len, kv_len)) the source stays as it
+    is, and `reason` says so.
+
+    >>> import torch
+    >>> from attnkit import masks
+    >>> print(masks.recover(torch.ones(8, 8).tril().bool()))
+    Causal(): all 64 cells read (True = allowed); the region (1 slice) equals Causal()
+    >>> masks.recover(lambda b, h, i, j: (i >= j) & ((i - j < 16) | (j < 4)), 96, 96).mask
+    Causal() & (Prefix(4) | SlidingWindow(16))
+    >>> masks.recover([(0, 2), (0, 2), (2, 4), (2, 4)], kv_len=4).mask
+    Chunked(2)
+    >>> masks.recover([[(0, 1), (3, 5)], [(2, 3)]], kv_len=5).mask
+    Slices(((0, 1, 0, 1, 0, 0), (0, 1, 3, 5, 3, 4), (1, 2, 2, 3, 1, 1)), 2, 5)
+    """
+    given = source_of(source, q_len, kv_len, keep, batch, heads, q_offset, device)
+    if max_slices is None:
+        max_slices = 64 + 4 * max(given.q_len, given.kv_len)
+    check_int("max_slices", max_slices, 1)
+    planes = [
+        [_plane(given, b, h, max_slices) for h in range(given.heads or 1)]
+        for b in range(given.batches or 1)
+    ]
+    for b, row in enumerate(planes):
+        for h, traced in enumerate(row):
+            if traced.region is None:
+                return _as_given(given, b, h, traced.reason)
+    regions = tuple(tuple(t.region for t in row if t.region is not None) for row in planes)
+    return _write(given, regions)
+
+
+def _plane(given: Source, b: int, h: int, max_slices: int) -> Traced:
+    known = given.region(b, h)
+    if known is None:
+        return trace(given.rows(b, h), given.q_len, given.kv_len, max_slices)
+    size = count_slices(known)
+    if size <= max_slices or given.mask is not None:
+        return Traced(known)
+    return Traced(None, f"the rows need {size} slices, and max_slices={max_slices}")
+
+
+def _as_given(given: Source, b: int, h: int, reason: str) -> Recovered:
+    where = [f"batch element {b}"] * (given.batches is not None)
+    where += [f"head {h}"] * (given.heads is not None)
+    told = f" of {', '.join(where)}" if where else ""
+    mask = given.fallback()
+    return Recovered(
+        mask,
+        (),
+        exact=False,
+        named=False,
+        reason=f"stays {mask!r}: the cells{told} are no small union of slices ({reason})",
+        q_len=given.q_len,
+        kv_len=given.kv_len,
+    )
+
+
+def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
+    """Choose the form: a name, else literal slices; of a mask, its own form if it is simpler."""
+    if len(set(regions)) == 1:
+        regions = regions[:1]
+    if all(len(set(row)) == 1 for row in regions):
+        regions = tuple(row[:1] for row in regions)
+    columns = list(zip(*regions, strict=True))  # for each head, the regions of the batch
+    found = {column: _one_head(column, given) for column in dict.fromkeys(columns)}
+    masks = [found[column] for column in columns]
+    mask = masks[0] if len(masks) == 1 else PerHead(masks)
+    if given.mask is not None and not _simpler(mask, given.mask):
+        mask = given.mask
+    if mask is not given.mask and not _same(mask, regions, given):  # a fault of the search
+        raise CompositionError(f"{mask!r} was found for a source, but its cells differ")
+    slices = sum(count_slices(region) for region in {r for row in regions for r in row})
+    named = not any(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask))
+    return Recovered(
+        mask,
+        regions,
+        exact=True,
+        named=named,
+        reason=_reason(given, mask, named, slices),
+        q_len=given.q_len,
+        kv_len=given.kv_len,
+    )
+
+
+def _one_head(regions: tuple[Region, ...], given: Source) -> Mask:
+    different = regions if len(set(regions)) > 1 else regions[0]
+    literal = Slices.of(different, given.q_len, given.kv_len)
+    named = name(regions, given.q_len, given.kv_len)
+    if named is None or (len(str(named)) > len(str(literal)) and not isinstance(named, Full)):
+        return literal
+    return named
+
+
+def _simpler(mask: Mask, other: Mask) -> bool:
+    opaque = [
+        sum(isinstance(part, Slices | Dense | Predicate) for part in leaves(one))
+        for one in (mask, other)
+    ]
+    if opaque[0] != opaque[1]:
+        return opaque[0] < opaque[1]
+    return complexity(mask) < complexity(other)
+
+
+def _same(mask: Mask, regions: tuple[tuple[Region, ...], ...], given: Source) -> bool:
+    return all(
+        mask.region(
+            given.q_len,
+            given.kv_len,
+            b if mask.batches is not None else 0,
+            h if mask.heads is not None else 0,
+        )
+        == region
+        for b, row in enumerate(regions)
+        for h, region in enumerate(row)
+    )
+
+
+def _reason(given: Source, mask: Mask, named: bool, slices: int) -> str:
+    size = f"{slices} slice{'s' * (slices != 1)}"
+    if given.mask is not None and mask == given.mask:
+        return f"the region ({size}) has no simpler form among those tried"
+    if named:
+        return f"{given.said}; the region ({size}) equals {mask!r}"
+    return f"{given.said}; the region ({size}) equals no named composition that was tried"

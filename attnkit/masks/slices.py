@@ -1,0 +1,126 @@
+"""`Slices`: a region held literally, as the value of a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.geometry import Region, Slice
+from attnkit.masks.base import MASKS, Mask, check_int, describe
+
+__all__ = ["Slices"]
+
+Piece = tuple[int, int, int, int, int, int]
+Pieces = tuple[Piece, ...] | tuple[tuple[Piece, ...], ...]
+
+if TYPE_CHECKING:
+    PieceLike = Sequence[int | None]
+    PiecesLike = Sequence[PieceLike] | Sequence[Sequence[PieceLike]]
+
+
+@MASKS.register("slices")
+@dataclass(frozen=True, repr=False, eq=False)
+class Slices(Mask):
+    """The union of slices ``(i0, i1, j0, j1, lo, hi)``, for one pair of lengths.
+
+    A slice is ``{(i, j): i0 <= i < i1, j0 <= j < j1, lo <= j - i <= hi}``; slices may overlap and
+    come in any order, and are kept in one canonical form, so that two `Slices` with the same
+    cells are equal. One tuple of slices serves every batch element, a tuple of such tuples
+    gives each its own. This is what `masks.recover` answers for a region that has no name.
+
+    >>> mask = Slices([(0, 4, 0, 4, -3, 0), (0, 1, 3, 4, 3, 3)], 4, 4)
+    >>> print(mask.show(4, 4))
+    #..#
+    ##..
+    ###.
+    ####
+    >>> Slices.of(Region.full(2, 2), 2, 2)
+    Slices(((0, 2, 0, 2, -1, 1),), 2, 2)
+    """
+
+    slices: Pieces
+    q_len: int
+    kv_len: int
+
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, slices: PiecesLike, q_len: int, kv_len: int) -> None: ...
+
+    def __post_init__(self) -> None:
+        check_int("Slices q_len", self.q_len, 0)
+        check_int("Slices kv_len", self.kv_len, 0)
+        if not isinstance(self.slices, tuple | list):
+            raise CompositionTypeError(
+                f"Slices takes a list of slices (i0, i1, j0, j1, lo, hi), got "
+                f"{describe(self.slices)}"
+            )
+        many = any(_is_list_of_pieces(entry) for entry in self.slices)
+        lists = self.slices if many else [self.slices]
+        regions = [_region(pieces, self.q_len, self.kv_len) for pieces in lists]
+        kept = tuple(_pieces(region) for region in regions)
+        object.__setattr__(self, "slices", kept if many else kept[0])
+
+    @classmethod
+    def of(cls, region: Region | Sequence[Region], q_len: int, kv_len: int) -> Slices:
+        """Hold a region, or one region for each batch element."""
+        if isinstance(region, Region):
+            return cls(_pieces(region), q_len, kv_len)
+        return cls(tuple(_pieces(one) for one in region), q_len, kv_len)
+
+    @cached_property
+    def _regions(self) -> tuple[Region, ...]:
+        lists = self.slices if self.batches is not None else (self.slices,)
+        return tuple(_region(pieces, self.q_len, self.kv_len) for pieces in lists)
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        region = self._regions[batch if self.batches is not None else 0]
+        # A cut may ask for fewer rows or keys than there are.
+        return region if region.fits(q_len, kv_len) else region & Region.full(q_len, kv_len)
+
+    @property
+    def batches(self) -> int | None:
+        """One list of slices per batch element, where they differ."""
+        many = bool(self.slices) and _is_list_of_pieces(self.slices[0])
+        return len(self.slices) if many else None
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """The lengths that were said."""
+        return self.q_len, self.kv_len
+
+
+def _is_list_of_pieces(entry: object) -> bool:
+    """Whether an entry of `slices` is a list of slices rather than a slice."""
+    return isinstance(entry, tuple | list) and (
+        not entry or isinstance(entry[0], tuple | list | Slice)
+    )
+
+
+def _region(pieces: object, q_len: int, kv_len: int) -> Region:
+    if not isinstance(pieces, tuple | list):
+        raise CompositionTypeError(
+            f"Slices got {describe(pieces)} beside lists of slices; give every batch element its "
+            "list of slices (i0, i1, j0, j1, lo, hi), or one list for all"
+        )
+    parts = []
+    for piece in pieces:
+        if not isinstance(piece, tuple | list) or len(piece) != 6:
+            raise CompositionTypeError(
+                f"Slices got {describe(piece)}; a slice is (i0, i1, j0, j1, lo, hi): rows, keys, "
+                "and the least and greatest j - i"
+            )
+        parts.append(Slice(*piece))
+    region = Region.of(*parts)
+    if not region.fits(q_len, kv_len):
+        raise CompositionError(
+            f"Slices got cells outside of the {q_len} x {kv_len} score matrix: {region!r}; bound "
+            "the slices by q_len and kv_len"
+        )
+    return region
+
+
+def _pieces(region: Region) -> tuple[Piece, ...]:
+    return tuple((s.i0, s.i1, s.j0, s.j1, s.lo, s.hi) for s in region.slices)

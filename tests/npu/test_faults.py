@@ -1,0 +1,103 @@
+"""Planted faults: what a wrong backend would do must make the comparison fail.
+
+A fault changes what attnkit sends, after the plan was proven right, and the real host code
+accepts it. Were the comparison blind to one of these, its passing would mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from attnkit.backends import Ascend
+from attnkit.backends.fused import CallTensors
+from attnkit.kernel import KernelCall
+from tests.npu.compare import check
+from tests.npu.compositions import by_name
+
+Fault = Callable[[KernelCall, CallTensors], tuple[KernelCall, CallTensors]]
+
+
+def scale_is_off(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    return replace(call, scale=1.01 * call.scale), tensors
+
+
+def mask_is_inverted(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    assert tensors.atten_mask is not None
+    return call, tensors._replace(atten_mask=tensors.atten_mask.logical_not())
+
+
+def window_is_longer(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    return replace(call, pre_tokens=call.pre_tokens + 1), tensors
+
+
+def window_is_shorter(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    return replace(call, pre_tokens=call.pre_tokens - 1), tensors
+
+
+def causal_is_top_left(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    return replace(call, sparse_mode=2), tensors
+
+
+def mask_is_left_out(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+    return replace(call, atten_mask=None, sparse_mode=0), tensors._replace(atten_mask=None)
+
+
+def bias_is_before_the_scale(
+    call: KernelCall, tensors: CallTensors
+) -> tuple[KernelCall, CallTensors]:
+    assert call.pse_type == 0
+    return replace(call, pse_type=1), tensors
+
+
+PLANTED = (
+    ("full", scale_is_off),
+    ("causal", scale_is_off),
+    ("packed causal", scale_is_off),
+    ("causal", mask_is_inverted),
+    ("dilated", mask_is_inverted),
+    ("causal", mask_is_left_out),
+    ("sliding window", window_is_longer),
+    ("sliding window", window_is_shorter),
+    ("packed window", window_is_longer),
+    ("causal, a chunk of queries", causal_is_top_left),
+    ("bias matrix", bias_is_before_the_scale),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), PLANTED, ids=[f"{fault.__name__} in {name}" for name, fault in PLANTED]
+)
+def test_is_seen(name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch):
+    case, launch, planted = by_name(name), Ascend.launch, []
+    check(case)
+
+    def faulty(self: Ascend, call: KernelCall, tensors: CallTensors) -> Any:
+        planted.append(fault.__name__)
+        return launch(self, *fault(call, tensors))
+
+    monkeypatch.setattr(Ascend, "launch", faulty)
+    # Wrong numbers, or arguments that the kernel's contract forbids.
+    with pytest.raises((AssertionError, RuntimeError), match=r"is off by|contract"):
+        check(case)
+    assert planted
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_is_seen_in_calls_that_are_merged(part: str, monkeypatch: pytest.MonkeyPatch):
+    case, run, planted = by_name("wide window and first keys"), getattr(Ascend, part), []
+    check(case)
+
+    def faulty(self: Ascend, call: KernelCall, *rest: Any) -> Any:
+        if not planted:
+            call = replace(call, scale=1.01 * call.scale)
+        planted.append(part)
+        return run(self, call, *rest)
+
+    monkeypatch.setattr(Ascend, part, faulty)
+    with pytest.raises(AssertionError, match="is off by"):
+        check(case)
+    assert planted
