@@ -1,0 +1,312 @@
+"""The conformance cases, as data: compositions, the sizes they run with, and forced calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit import layouts, masks, pse
+from attnkit.geometry import Region, Slice
+from attnkit.kernel import AttenMask
+from attnkit.layouts import SeqLens, Sizes
+from attnkit.masks import Mask
+from attnkit.pse import Pse
+
+__all__ = ["CASES", "Case", "Inputs", "Regions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a case: query, key, value, the output's gradient, and what joins them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad: Tensor
+    pse: Pse | None = None
+    sink: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One composition and the sizes it runs with.
+
+    - `pse` is a bias without tensors, `matrix` the shape of a random bias matrix beside it.
+    - `call` forces arguments of the kernel call, by name, where the planner would take others;
+      the composition is then whatever the kernel's contract says that this call computes.
+    - `dropout` above 0 makes it a case about dropout: its statistics and its backward.
+    - `quick` cases are those of the quick suite.
+    """
+
+    name: str
+    mask: Mask = masks.Full()  # noqa: RUF009 -- a frozen value
+    pse: Pse | None = None
+    matrix: tuple[int, ...] = ()
+    before_scale: bool = False
+    layout: str = "BSND"
+    batch: int = 2
+    q_len: int = 24
+    kv_len: int = 24
+    heads: int = 4
+    kv_heads: int = 4
+    dim: int = 16
+    value_dim: int = 16
+    seqlens: SeqLens | None = None
+    sink: bool = False
+    scale: float | None = None
+    call: tuple[tuple[str, Any], ...] = ()
+    dropout: float = 0.0
+    group: str = ""
+    quick: bool = True
+
+    @property
+    def composition(self) -> str:
+        """The composition in one line, for people."""
+        parts = ["a forced call" if self.call else repr(self.mask)]
+        parts += [f"{name}={value}" for name, value in self.call]
+        parts += [repr(self.pse)] if self.pse is not None else []
+        if self.matrix:
+            when = " before the scale" if self.before_scale else ""
+            parts.append(f"bias matrix {list(self.matrix)}{when}")
+        parts += ["sink"] if self.sink else []
+        parts += [f"scale {self.scale:g}"] if self.scale is not None else []
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        sizes = f"batch {self.batch}, {self.q_len} x {self.kv_len}"
+        if self.seqlens is not None:
+            sizes = f"{self.seqlens}"
+        heads = f"{self.heads}" + (f" on {self.kv_heads}" if self.kv_heads != self.heads else "")
+        return f"{', '.join(parts)}; {self.layout}, {sizes}, {heads} heads of {self.dim}"
+
+    def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+        """Return the case's tensors on the CPU: drawn in float64, rounded to `dtype`."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        lens = self.seqlens
+        batch = self.batch if lens is None else 1
+        q_len = self.q_len if lens is None else lens.total_q
+        kv_len = self.kv_len if lens is None else lens.total_kv
+        layout = layouts.get(self.layout)
+        query, key, value, grad = (
+            draw(*layout.shape(Sizes(batch, length, heads, dim)))
+            for length, heads, dim in (
+                (q_len, self.heads, self.dim),
+                (kv_len, self.kv_heads, self.dim),
+                (kv_len, self.kv_heads, self.value_dim),
+                (q_len, self.heads, self.value_dim),
+            )
+        )
+        bias = self.pse
+        if self.matrix:
+            matrix = pse.Dense(draw(*self.matrix), before_scale=self.before_scale)
+            bias = matrix if bias is None else bias + matrix
+        sink = draw(self.heads) if self.sink else None
+        return Inputs(query, key, value, grad, bias, sink)
+
+
+@dataclass(frozen=True, repr=False)
+class Regions(Mask):
+    """The cells that a forced call computes: a region, or one per batch element or sequence."""
+
+    parts: tuple[Region, ...]
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        return self.parts[batch if len(self.parts) > 1 else 0]
+
+    @property
+    def batches(self) -> int | None:
+        """One entry per region, where there are several."""
+        return len(self.parts) if len(self.parts) > 1 else None
+
+    def __repr__(self) -> str:
+        return "the set of the forced call"
+
+
+def _checkers(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return (i + j) % 3 != 1
+
+
+_CAUSAL = masks.Causal()
+_WINDOW = _CAUSAL & masks.SlidingWindow(5)
+_DOCUMENTS = masks.Documents([7, 11, 6])
+_EVEN = SeqLens([9, 4, 11])
+_LONGER = SeqLens([50, 64, 30])
+_UNEVEN = SeqLens([5, 0, 12, 7], [5, 3, 12, 9])
+_PIECES = _WINDOW | (_CAUSAL & masks.Columns(0, 2))
+_HEADS = masks.PerHead([_CAUSAL, masks.Full(), masks.Band(2, 2), _CAUSAL])
+_SQUARE = AttenMask.full((24, 24), [Region.of(Slice(0, 24, 0, 24, lo=-9, hi=4))])
+_PREFIXED = AttenMask.full(
+    (2, 1, 24, 24),
+    [Region.of(Slice(0, 24, 0, 24, hi=0)) | Region.of(Slice(0, 24, 0, n)) for n in (6, 11)],
+)
+
+
+def _grouped(group: str, *cases: Case) -> tuple[Case, ...]:
+    return tuple(replace(case, group=group) for case in cases)
+
+
+_MODES = _grouped(
+    "sparse modes",
+    Case("full"),
+    Case("mode-0-mask", call=(("atten_mask", _SQUARE), ("pre_tokens", 9), ("next_tokens", 4))),
+    Case("mode-1", call=(("atten_mask", _SQUARE), ("sparse_mode", 1))),
+    Case("mode-2", masks.Causal(align="top_left"), q_len=16, kv_len=40),
+    Case("mode-3", _CAUSAL),
+    Case("mode-3-chunk", _CAUSAL, q_len=8, kv_len=40),
+    Case("mode-3-one-query", _CAUSAL, q_len=1, kv_len=40),
+    Case("mode-4-window", _WINDOW),
+    Case("mode-4-chunk", _WINDOW, q_len=8, kv_len=40),
+    Case("mode-4-band", masks.Band(3, 4)),
+    Case("mode-5", call=(("atten_mask", _PREFIXED), ("sparse_mode", 5), ("prefix", (6, 11)))),
+    Case("mode-6", masks.PrefixLM(6)),
+    Case("mode-6-per-batch", masks.PrefixLM((6, 11))),
+    Case(
+        "mode-7",
+        layout="TND",
+        seqlens=SeqLens([9, 4, 11], [9, 4, 14]),
+        call=(
+            ("atten_mask", AttenMask.causal()),
+            ("sparse_mode", 7),
+            ("pre_tokens", 24),
+            ("next_tokens", -2),
+        ),
+    ),
+    Case(
+        "mode-8",
+        layout="TND",
+        seqlens=_EVEN,
+        call=(
+            ("atten_mask", AttenMask.causal()),
+            ("sparse_mode", 8),
+            ("pre_tokens", 24),
+            ("next_tokens", 2),
+        ),
+    ),
+    Case(
+        "mode-3-tiles",
+        _CAUSAL,
+        batch=1,
+        q_len=400,
+        kv_len=400,
+        heads=2,
+        kv_heads=1,
+        dim=64,
+        value_dim=64,
+        quick=False,
+    ),
+    Case(
+        "mode-4-tiles",
+        _CAUSAL & masks.SlidingWindow(150),
+        batch=1,
+        q_len=400,
+        kv_len=400,
+        heads=2,
+        kv_heads=1,
+        dim=64,
+        value_dim=64,
+        quick=False,
+    ),
+    Case(
+        "mode-6-tiles",
+        masks.PrefixLM(170),
+        batch=1,
+        q_len=400,
+        kv_len=400,
+        heads=2,
+        kv_heads=1,
+        dim=64,
+        value_dim=64,
+        quick=False,
+    ),
+)
+_MASKS = _grouped(
+    "masks",
+    Case("chunked", _CAUSAL & masks.Chunked(8)),
+    Case("block-causal", masks.BlockCausal(6)),
+    Case("documents", _DOCUMENTS & _CAUSAL),
+    Case("documents-per-batch", masks.Documents([[7, 17], [12, 12]]) & _CAUSAL),
+    Case("padding", masks.Padding((24, 13))),
+    Case("padding-left", masks.Padding((24, 13), side="left") & _CAUSAL),
+    Case("dilated", masks.Dilated(2) & _CAUSAL),
+    Case("predicate", masks.Predicate(_checkers)),
+)
+_EMPTY = _grouped(
+    "empty rows",
+    Case("empty-rows", masks.Rows(3, 9)),
+    Case("empty-rows-causal", _CAUSAL, q_len=40, kv_len=24),
+    Case(
+        "empty-rows-mask",
+        call=(
+            ("atten_mask", AttenMask.full((24, 24), [Region.of(Slice(4, 24, 0, 24, hi=-4))])),
+            ("sparse_mode", 1),
+            ("inner_precise", 2),
+        ),
+    ),
+    Case("empty-sequences", _CAUSAL, layout="TND", seqlens=_UNEVEN),
+    Case("sequence-without-keys", layout="TND", seqlens=SeqLens([3, 4], [0, 9])),
+)
+_MERGES = _grouped(
+    "merged calls",
+    Case("merge-two-calls", _PIECES, q_len=64, kv_len=64),
+    Case("merge-two-calls-sink", _PIECES, q_len=64, kv_len=64, sink=True),
+    Case("merge-packed", _PIECES, layout="TND", seqlens=_LONGER),
+    Case("merge-heads", _HEADS),
+    Case(
+        "merge-tiles",
+        (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
+        batch=1,
+        q_len=400,
+        kv_len=400,
+        heads=2,
+        kv_heads=2,
+        dim=64,
+        value_dim=64,
+        quick=False,
+    ),
+)
+_BIASES = _grouped(
+    "biases",
+    Case("alibi", _CAUSAL, pse.ALiBi(4)),
+    Case("alibi-chunk", _CAUSAL, pse.ALiBi(4), q_len=8, kv_len=40),
+    Case("alibi-window", _WINDOW, pse.ALiBi(4)),
+    Case("alibi-packed", _CAUSAL, pse.ALiBi(4), layout="TND", seqlens=_EVEN),
+    Case("sqrt-alibi", _CAUSAL, pse.SqrtALiBi(4)),
+    Case("matrix", _CAUSAL, matrix=(4, 24, 24)),
+    Case("matrix-before-scale", _CAUSAL, matrix=(4, 24, 24), before_scale=True),
+    Case("matrix-per-batch", matrix=(2, 4, 24, 24)),
+    Case("sink", _CAUSAL, sink=True),
+    Case("sink-packed", _CAUSAL, layout="TND", seqlens=_EVEN, sink=True),
+)
+_LAYOUTS = _grouped(
+    "layouts and heads",
+    *(Case(name.lower(), _CAUSAL, layout=name, kv_heads=2) for name in ("BSH", "SBH", "BNSD")),
+    Case("bsnd", _CAUSAL, kv_heads=2),
+    Case("tnd", _CAUSAL, layout="TND", seqlens=_EVEN, kv_heads=2),
+    Case("tnd-full", layout="TND", seqlens=_EVEN),
+    Case("tnd-window", _CAUSAL & masks.SlidingWindow(3), layout="TND", seqlens=_UNEVEN),
+    Case("tnd-prefix", masks.PrefixLM(3), layout="TND", seqlens=_EVEN),
+    Case("one-key-head", _CAUSAL, kv_heads=1),
+    Case("smaller-values", _CAUSAL, value_dim=8),
+    Case("scale", _CAUSAL, scale=0.37),
+)
+# Value heads as wide as there are keys: with the unit matrix for values, weights can be read.
+_DROP: dict[str, Any] = {"dropout": 0.25, "dim": 64, "value_dim": 64, "q_len": 64, "kv_len": 64}
+_DROPOUT = _grouped(
+    "dropout",
+    Case("dropout-full", **_DROP),
+    Case("dropout-causal", _CAUSAL, **_DROP),
+    Case("dropout-heads", _CAUSAL, layout="BNSD", kv_heads=2, **_DROP),
+    Case("dropout-sbh", _CAUSAL, layout="SBH", **_DROP),
+    Case("dropout-packed", _CAUSAL, layout="TND", seqlens=_LONGER, **_DROP),
+    Case("dropout-merge", _PIECES, **_DROP),
+)
+
+CASES: tuple[Case, ...] = (
+    *_MODES, *_MASKS, *_EMPTY, *_MERGES, *_BIASES, *_LAYOUTS, *_DROPOUT,
+)  # fmt: skip
+"""Every case of the suite, in the order in which it runs."""

@@ -1,0 +1,216 @@
+"""``python -m attnkit doctor``: look, test, time, fit, and write one report."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from attnkit.doctor import report as reports
+from attnkit.doctor.cases import CASES, Case
+from attnkit.doctor.findings import Target, find_target, findings, npu_absence
+from attnkit.doctor.fit import fit_weights, samples_of
+from attnkit.doctor.report import Report
+from attnkit.doctor.screen import Screen
+from attnkit.doctor.suite import DTYPES, Result, run_case
+from attnkit.doctor.timing import Timing, make_timing_cases, run_timings
+from attnkit.doctor.usage import FAILED, GOOD, INTERRUPTED, NoNpu, UsageError
+
+__all__ = ["add_arguments", "run"]
+
+DEFAULT_FILE = "attnkit-doctor.json"
+Job = tuple[Case, torch.dtype]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON, and nothing else"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path,
+        help=f"where the report goes (default {DEFAULT_FILE}; with --json no file)",
+    )  # fmt: skip
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument(
+        "--quick", action="store_true", help="small cases, float32 only (default without an NPU)"
+    )
+    level.add_argument(
+        "--full", action="store_true", help="all cases in all dtypes (default on an NPU)"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEV",
+        help="npu, npu:1: that device or exit code 3; cpu, cuda: the emulator there; "
+        "default: an NPU if there is one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", default=[],
+        help="just the cases of this name, or NAME@DTYPE; * stands for anything; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the cases and leave")
+
+
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Run the command and return its exit code."""
+    if arguments.list:
+        for case in CASES:
+            screen.line(f"{case.name:<24} {case.composition}")
+        return GOOD
+    target = _target(arguments.device)
+    quick = arguments.quick or not (arguments.full or target.is_hardware)
+    jobs = _jobs(quick, arguments.only)
+    out = arguments.out or (None if arguments.json else Path(DEFAULT_FILE))
+    level = "selected" if arguments.only else "quick" if quick else "full"
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    report = Report(target, level, started, expected=len(jobs))
+    _save(report, out)  # a file that cannot be written is known now, not in an hour
+    screen.quiet = arguments.json
+    try:
+        with _threads(1 if not target.is_hardware else torch.get_num_threads()):
+            _examine(report, jobs, out, screen, timings=not arguments.only, quick=quick)
+        report.status = "complete"
+    except KeyboardInterrupt:
+        report.status = "interrupted"
+    except BaseException:
+        report.status = "broken"  # a defect of the doctor itself; what it found until then stays
+        _save(report, out)
+        raise
+    _save(report, out)
+    if arguments.json:
+        screen.data(report.text())
+    _summarise(report, out, screen)
+    if report.status == "interrupted":
+        return INTERRUPTED
+    return FAILED if report.failures else GOOD
+
+
+def _target(device: str) -> Target:
+    absence = npu_absence()
+    if device == "auto":
+        return find_target("cpu" if absence else "npu:0")
+    if device.partition(":")[0] == "npu" and absence:
+        raise NoNpu(f"--device {device}: {absence}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"--device {device}: no such device; try npu, npu:1, cpu") from None
+    if kind == "npu":
+        return find_target(device if ":" in device else "npu:0")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
+    return find_target(device)
+
+
+def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
+    """Return what to run: the level's cases, or those whose names are given."""
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+    if not only:
+        every = DTYPES[:1] if quick else DTYPES
+        return [(case, d) for case in CASES if case.quick or not quick for d in every]
+    jobs = []
+    for wanted in only:
+        name, _, dtype = wanted.partition("@")
+        found = [case for case in CASES if fnmatchcase(case.name, name)]
+        if not found:
+            close = difflib.get_close_matches(name, [case.name for case in CASES], n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UsageError(f"--only {wanted}: no case has this name; {hint}--list shows them")
+        if dtype and dtype not in names.values():
+            raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(names.values())}")
+        dtypes = tuple(d for d in DTYPES if names[d] == dtype) or DTYPES
+        jobs += [(case, d) for case in found for d in dtypes]
+    return jobs
+
+
+def _save(report: Report, out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        report.write(out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror or error}") from None
+
+
+def _examine(
+    report: Report, jobs: list[Job], out: Path | None, screen: Screen, *, timings: bool, quick: bool
+) -> None:
+    """Fill the report; whoever interrupts this keeps what is in it."""
+    target = report.target
+    screen.line(f"attnkit doctor: {target.label}")
+    report.findings = findings(target)
+    for label, text in reports.told_findings(report.findings):
+        screen.line(f"  {label:<24} {text}")
+    with screen.progress("conformance", len(jobs)) as bar:
+        for case, dtype in jobs:
+            result = run_case(case, backend=target.backend, device=target.device, dtype=dtype)
+            report.results.append(result)
+            bar.advance(result.name)
+            _save(report, out)  # a device that takes the process down leaves this much
+    if not timings:
+        return
+    total = len(list(make_timing_cases(target, quick)))
+    with screen.progress("timing", total) as bar:
+        dtype = torch.bfloat16 if target.is_hardware else torch.float32
+
+        def keep(timing: Timing) -> None:
+            report.timings.append(timing)
+            bar.advance(timing.name)
+            _save(report, out)
+
+        run_timings(target, quick, dtype, keep)
+    if target.is_hardware:
+        report.fit = fit_weights(samples_of(report.timings))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Set torch's threads: the emulator's tensors are so small that threads only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
+    if report.results:
+        screen.line(f"conformance, on {report.target.label}:")
+        screen.table(("cases", "passed", "failed", "refused"), report.rows())
+    if report.timings:
+        screen.line(f"forward pass, on {report.target.label}:")
+        titles = ("composition", "plan, us", "dense mask", "torch SDPA")
+        screen.table(titles, report.timing_rows())
+    if report.fit is not None:
+        weights = ", ".join(f"{name} {value:.4g}" for name, value in report.fit.weights.items())
+        screen.line(f"fitted weights: {weights}")
+        screen.line(
+            f"  they explain {report.fit.samples} times to {100 * report.fit.median_error:.0f} % "
+            f"(median), {100 * report.fit.worst_error:.0f} % (worst)"
+            + (f"; not told by them: {', '.join(report.fit.kept)}" if report.fit.kept else "")
+        )
+    for text in reports.told_refusals(report.results):
+        screen.line(text)
+    for result in report.failures:
+        for text in reports.told_failure(result, _rerun(result, report.target)):
+            screen.line(text)
+    counts = report.counts
+    failed = counts["failed"] + counts["error"]
+    screen.line(
+        f"{report.status}: {counts['passed']} passed, {failed} failed, {counts['refused']} "
+        f"refused of {report.expected} cases on {report.target.label}"
+    )
+    if out is not None:
+        screen.line(f"report: {out}")
+
+
+def _rerun(result: Result, target: Target) -> str:
+    name = shlex.quote(result.name)
+    return f"python -m attnkit doctor --device {target.device} --only {name}"

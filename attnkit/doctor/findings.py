@@ -1,0 +1,147 @@
+"""What a machine has: versions, devices, the installed ops' arguments, backends' refusals."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from attnkit.backends import BACKENDS
+from attnkit.doctor.usage import NoNpu
+from attnkit.errors import Refusal
+from attnkit.kernel import OP_VERSIONS
+from attnkit.masks import Causal, SlidingWindow
+from attnkit.planner import Composition, Request, read_request
+
+__all__ = ["Target", "find_target", "findings", "npu_absence"]
+
+EMULATOR = "emulator, not hardware"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the suite runs on: a backend, a device, and a name that says whether it is real."""
+
+    backend: str
+    device: str
+    label: str
+
+    @property
+    def is_hardware(self) -> bool:
+        """Whether an NPU computes, and not the emulator."""
+        return self.backend == "ascend"
+
+
+def npu_absence() -> str | None:
+    """Return why there is no NPU to be used; None where there is one."""
+    try:
+        importlib.import_module("torch_npu")
+    except ModuleNotFoundError:
+        return "torch_npu is not installed (pip install attnkit[npu])"
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"torch_npu does not import: {_first_line(error)}"
+    npu: Any = getattr(torch, "npu", None)
+    try:
+        if npu is None or not npu.is_available() or not npu.device_count():
+            return "torch_npu sees no device (npu-smi info lists those that the driver sees)"
+    except (RuntimeError, OSError) as error:
+        return f"torch_npu cannot reach its driver: {_first_line(error)}"
+    return None
+
+
+def find_target(device: str) -> Target:
+    """Return the target on a device: an NPU is tested, everything else emulates one.
+
+    Raises `NoNpu` for an NPU beyond those that there are; `npu_absence` says if there is any.
+    """
+    if torch.device(device).type != "npu":
+        return Target("emulated", device, f"{EMULATOR} (on {device})")
+    npu: Any = getattr(torch, "npu", None)
+    count = npu.device_count()
+    if (torch.device(device).index or 0) >= count:
+        raise NoNpu(f"{device} is not there; this machine has npu:0 to npu:{count - 1}")
+    return Target("ascend", device, f"{device}, {npu.get_device_name(torch.device(device))}")
+
+
+def findings(target: Target) -> dict[str, Any]:
+    """Return what is installed and what each backend would say, as plain data."""
+    absence = npu_absence()
+    return {
+        "attnkit": _version("attnkit"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_npu": _version("torch_npu"),
+        "cann": None if absence else _cann_version(),
+        "npu": absence or "usable",
+        "devices": _devices(absence is None),
+        "ops": {name: _arguments(op.op) for name, op in OP_VERSIONS.items() if "." not in op.op},
+        "backends": _backends(target.device),
+    }
+
+
+def canonical_request(device: str) -> Request:
+    """Return what nearly every model asks for: a causal window in bfloat16, for training."""
+    x = torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
+    composed = Composition(Causal() & SlidingWindow(256))
+    request = read_request(composed, x, x, x, training=True)
+    return replace(request, device=torch.device(device).type)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None if package != "attnkit" else str(importlib.import_module(package).__version__)
+
+
+def _cann_version() -> str | None:
+    """Ask torch_npu, which has moved the question around between releases."""
+    for module in ("torch_npu.npu.utils", "torch_npu.utils.collect_env"):
+        try:
+            found = importlib.import_module(module).get_cann_version()
+        except (ImportError, AttributeError, RuntimeError, OSError):
+            continue
+        if found and found != "not known":  # collect_env's words for nothing
+            return str(found)
+    return None
+
+
+def _devices(has_npu: bool) -> list[dict[str, str]]:
+    found = []
+    npu: Any = getattr(torch, "npu", None)
+    for k in range(npu.device_count() if has_npu and npu is not None else 0):
+        found.append({"device": f"npu:{k}", "name": str(npu.get_device_name(k))})
+    for k in range(torch.cuda.device_count()):
+        found.append({"device": f"cuda:{k}", "name": torch.cuda.get_device_name(k)})
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    return [*found, {"device": "cpu", "name": cpu}]
+
+
+def _arguments(op: str) -> list[str] | None:
+    """Return the arguments of an installed op; None where it is not installed."""
+    found = getattr(torch.ops.npu, op, None)
+    if found is None:
+        return None
+    return [argument.name for argument in found.default._schema.arguments]
+
+
+def _backends(device: str) -> dict[str, list[dict[str, str]]]:
+    request = canonical_request(device)
+    found = {}
+    for name, backend in BACKENDS.items():
+        try:
+            reasons = backend.refusals(request)
+        except Exception as error:  # a backend that cannot even be asked is a finding
+            reasons = [Refusal("broken", f"{type(error).__name__}: {_first_line(error)}")]
+        found[name] = [{"code": r.code, "reason": r.reason} for r in reasons]
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

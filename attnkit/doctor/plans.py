@@ -1,0 +1,171 @@
+"""``python -m attnkit plan``: the plan of a configuration, without tensors and without code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from attnkit import layouts
+from attnkit.backends import BACKENDS, make_plan
+from attnkit.config import AttentionConfig
+from attnkit.doctor.findings import npu_absence
+from attnkit.doctor.screen import Screen
+from attnkit.doctor.usage import GOOD, UsageError
+from attnkit.errors import BackendRefused
+from attnkit.layouts import SeqLens, Sizes
+from attnkit.planner import Plan, Request, read_request
+
+__all__ = ["add_arguments", "run"]
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, required=True,
+        help="an AttentionConfig in YAML; its layout decides which sizes are needed",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=_count, metavar="B", help="batch elements (default 1)")
+    parser.add_argument("--q-len", type=_count, metavar="N", help="queries of each")
+    parser.add_argument("--kv-len", type=_count, metavar="M", help="keys of each (default: N)")
+    parser.add_argument(
+        "--lengths", type=_lengths, metavar="3,5,8", help="packed: queries of each sequence"
+    )
+    parser.add_argument(
+        "--kv-lengths", type=_lengths, metavar="3,5,8",
+        help="packed: keys of each sequence (default: as many as queries)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), help="default: what the file says"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="plan for training: dropout, and a backward"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the calls' cells")
+
+
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Run the command and return its exit code."""
+    config = _read(arguments.config)
+    if arguments.backend is not None:
+        config = config.model_copy(update={"backend": arguments.backend})
+    request = _request(config, arguments)
+    plan, note = _plan(request, config.backend)
+    if arguments.json:
+        screen.data(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1) + "\n")
+    else:
+        screen.line(plan.explain())
+        if note:
+            head, rest = f"  {'note':<12}", " " * 16
+            lines = textwrap.wrap(note, 80, initial_indent=head, subsequent_indent=rest)
+            screen.line("\n".join(lines))
+    if arguments.plot is not None:
+        _plot(plan, arguments.plot)
+    return GOOD
+
+
+def _read(path: Path) -> AttentionConfig:
+    try:
+        return AttentionConfig.from_yaml(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
+        raise UsageError(f"--config {path}: {reason}") from None
+
+
+def _request(config: AttentionConfig, arguments: argparse.Namespace) -> Request:
+    """Return the request that a module of this configuration would make of such tensors."""
+    layout = layouts.get(config.layout)
+    seqlens = _seqlens(config.layout, layout.packed, arguments)
+    if seqlens is not None:
+        batch, q_len, kv_len = 1, seqlens.total_q, seqlens.total_kv
+    else:
+        batch, q_len = arguments.batch or 1, arguments.q_len
+        kv_len = arguments.kv_len or q_len
+    module = config.model_copy(update={"backend": "auto"}).build()
+    kv_heads = module.num_kv_heads
+    shapes = ((q_len, module.num_heads), (kv_len, kv_heads), (kv_len, kv_heads))
+    tensors = (
+        torch.empty(
+            layout.shape(Sizes(batch, length, heads, module.head_dim)),
+            dtype=getattr(torch, arguments.dtype),
+            device="meta",
+            requires_grad=arguments.train,
+        )
+        for length, heads in shapes
+    )
+    with torch.set_grad_enabled(arguments.train):
+        return read_request(
+            module.composition,
+            *tensors,
+            num_heads=module.num_heads,
+            num_kv_heads=kv_heads,
+            seqlens=seqlens,
+            sink=module.sink,
+            training=arguments.train,
+        )
+
+
+def _seqlens(name: str, packed: bool, arguments: argparse.Namespace) -> SeqLens | None:
+    """Return the lengths of packed sequences; complain about sizes that do not belong."""
+    dense = {"--batch": arguments.batch, "--q-len": arguments.q_len, "--kv-len": arguments.kv_len}
+    given = [option for option, value in dense.items() if value is not None]
+    if packed:
+        if arguments.lengths is None:
+            raise UsageError(f"layout {name} packs sequences: say --lengths 3,5,8")
+        if given:
+            raise UsageError(f"layout {name} takes --lengths, not {', '.join(given)}")
+        return SeqLens(arguments.lengths, arguments.kv_lengths)
+    if arguments.lengths is not None or arguments.kv_lengths is not None:
+        raise UsageError(f"layout {name} takes --batch, --q-len and --kv-len, not --lengths")
+    if arguments.q_len is None:
+        raise UsageError(f"layout {name} needs --q-len N (and --batch B, --kv-len M)")
+    return None
+
+
+def _plan(request: Request, name: str) -> tuple[Plan, str]:
+    """Return the plan for this machine's device, and what could not be asked here."""
+    absence = npu_absence()
+    if name != "ascend":
+        device = "cpu" if absence else "npu"
+        return make_plan(replace(request, device=device), name), ""
+    request = replace(request, device="npu")
+    if absence is None:
+        return make_plan(request, name), ""
+    # The calls follow from the kernel's contract alone; only the installed op is not asked.
+    reasons = [r for r in BACKENDS[name].refusals(request) if r.code != "torch-npu"]
+    if reasons:
+        told = "; ".join(str(reason) for reason in dict.fromkeys(reasons))
+        raise BackendRefused(f"backend 'ascend' cannot run this composition: {told}", reasons)
+    plan = BACKENDS[name].plan(request)
+    plan.verify()
+    return plan, f"{absence}, so no installed op was asked whether it takes these calls"
+
+
+def _plot(plan: Plan, path: Path) -> None:
+    figure = plan.plot()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: {error}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _lengths(text: str) -> Sequence[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 3,5,8")
+    return [int(part) for part in parts]

@@ -1,0 +1,153 @@
+"""The report: one JSON file with everything, valid at every moment, and its summary in words."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from attnkit.doctor.findings import Target
+from attnkit.doctor.fit import Fit
+from attnkit.doctor.suite import Result
+from attnkit.doctor.timing import Timing
+
+__all__ = ["FORMAT", "Report"]
+
+FORMAT = 1
+"""The version of the report's keys."""
+
+_MOST_REASONS = 3
+
+
+@dataclass
+class Report:
+    """What the doctor has found so far; `status` is "running" until it says otherwise."""
+
+    target: Target
+    level: str
+    started: str
+    expected: int
+    findings: dict[str, Any] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    fit: Fit | None = None
+    status: Literal["running", "complete", "interrupted", "broken"] = "running"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many results have each status."""
+        found = Counter(result.status for result in self.results)
+        return {status: found[status] for status in ("passed", "failed", "error", "refused")}
+
+    @property
+    def failures(self) -> list[Result]:
+        """The results that make the run fail."""
+        return [r for r in self.results if r.status in ("failed", "error")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        note = "" if self.target.is_hardware else "timings of an emulator; no weights follow"
+        return {
+            "format": FORMAT,
+            "report": "attnkit doctor",
+            "status": self.status,
+            "target": self.target.label,
+            "hardware": self.target.is_hardware,
+            "backend": self.target.backend,
+            "device": self.target.device,
+            "level": self.level,
+            "started": self.started,
+            "findings": self.findings,
+            "summary": {"expected": self.expected, **self.counts},
+            "cases": [result.to_dict() for result in self.results],
+            "timings": {
+                "target": self.target.label,
+                "note": note,
+                "unit": "ns, median of a forward pass",
+                "rows": [timing.to_dict() for timing in self.timings],
+            },
+            "weights": None if self.fit is None else self.fit.to_dict(),
+        }
+
+    def text(self) -> str:
+        """Return the report as JSON, which has no word for infinity or NaN: they are text."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the report; a reader sees the old file or the new one, never half of one."""
+        draft = path.with_name(f"{path.name}.part")
+        draft.write_text(self.text(), encoding="utf-8")
+        os.replace(draft, path)
+
+    # -- in words ------------------------------------------------------------------------
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield the summary table: a group of cases and its counts."""
+        for group in dict.fromkeys(result.group for result in self.results):
+            found = Counter(r.status for r in self.results if r.group == group)
+            failed = found["failed"] + found["error"]
+            yield group, *(str(n) for n in (found["passed"], failed, found["refused"]))
+
+    def timing_rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield the table of times: microseconds of the plan, and the others' as ratios."""
+        for timing in self.timings:
+            taken = "-" if timing.plan is None else f"{timing.plan / 1000:,.0f}"
+            others = (timing.dense, timing.sdpa)
+            yield timing.name, taken, *(_ratio(other, timing.plan) for other in others)
+
+
+def told_findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) for what was found."""
+    for name in ("attnkit", "python", "torch", "torch_npu", "cann", "npu"):
+        yield name, str(found[name] or "not found")
+    for device in found["devices"]:
+        yield device["device"], device["name"]
+    for op, arguments in found["ops"].items():
+        told = "not installed" if arguments is None else f"{len(arguments)} arguments"
+        special = [a for a in ("pse_type", "sink", "softmax_layout") if a in (arguments or ())]
+        yield f"op {op}", told + (f", with {', '.join(special)}" if special else "")
+    for name, refusals in found["backends"].items():
+        reasons = "; ".join(dict.fromkeys(r["reason"] for r in refusals))
+        yield f"backend {name}", f"refuses: {reasons}" if refusals else "ready"
+
+
+def told_failure(result: Result, rerun: str) -> Iterator[str]:
+    """Yield the lines about a case that failed."""
+    yield f"{result.status.upper()} {result.name}"
+    yield f"  composition: {result.composition}"
+    for call in result.calls[:_MOST_REASONS]:
+        yield f"  call: {call[:200]}"
+    for check in result.failures:
+        yield f"  {check}"
+    for reason in result.reasons[:_MOST_REASONS]:
+        yield f"  {reason}"
+    yield f"  rerun: {rerun}"
+
+
+def told_refusals(results: Sequence[Result]) -> Iterator[str]:
+    """Yield a line per reason for which cases were refused."""
+    cases: dict[str, list[str]] = {}
+    for result in results:
+        if result.status == "refused":
+            cases.setdefault(result.reasons[0], []).append(result.name)
+    for reason, names in cases.items():
+        more = f" and {len(names) - _MOST_REASONS} more" if len(names) > _MOST_REASONS else ""
+        yield f"refused {', '.join(names[:_MOST_REASONS])}{more}: {reason}"
+
+
+def _ratio(other: float | None, own: float | None) -> str:
+    return "-" if other is None or not own else f"{other / own:.2f}x"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+        return str(value)
+    return value

@@ -1,0 +1,195 @@
+"""How long plans take, beside the same call with a dense mask and beside torch's own function.
+
+The contestants take turns, so that a machine that slows down slows all of them; the device is
+synchronised around each run, and medians are told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnkit.backends import Operands, run_plan
+from attnkit.doctor.cases import Case
+from attnkit.doctor.findings import Target
+from attnkit.doctor.suite import make_case_plan
+from attnkit.errors import BackendRefused
+from attnkit.kernel import AttenMask
+from attnkit.masks import Causal, Columns, Documents, Full, Mask, PrefixLM, SlidingWindow
+from attnkit.planner import Plan, Price
+from attnkit.planner.plan import Solution
+
+__all__ = ["Timing", "make_timing_cases", "run_timings", "time_case"]
+
+_CAUSAL = Causal()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median nanoseconds of a forward pass in each form, and what the plans count.
+
+    `plan`, `dense` and `sdpa` are medians; None where a form could not run. `plan_counts` and
+    `dense_counts` are the items of the planner's price.
+    """
+
+    name: str
+    length: int
+    rounds: int
+    plan: float | None
+    dense: float | None
+    sdpa: float | None
+    plan_counts: dict[str, float]
+    dense_counts: dict[str, float]
+    calls: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def make_timing_cases(target: Target, quick: bool) -> Iterator[Case]:
+    """Yield the compositions to time, at lengths that suit the target."""
+    if not target.is_hardware:
+        lengths: tuple[int, ...] = (128,) if quick else (256,)
+    else:
+        lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
+    for length in lengths:
+        window = _CAUSAL & SlidingWindow(length // 8)
+        named: dict[str, Mask] = {
+            "full": Full(),
+            "causal": _CAUSAL,
+            "window": window,
+            "prefix": PrefixLM(length // 4),
+            "documents": _CAUSAL & Documents([length // 4] * 4),
+            "window-and-first-keys": window | (_CAUSAL & Columns(0, 64)),
+        }
+        heads, dim = (8, 128) if target.is_hardware else (2, 32)
+        for name, mask in named.items():
+            yield Case(
+                f"{name}-{length}",
+                mask,
+                batch=1,
+                q_len=length,
+                kv_len=length,
+                heads=heads,
+                kv_heads=heads,
+                dim=dim,
+                value_dim=dim,
+            )
+
+
+def run_timings(
+    target: Target,
+    quick: bool,
+    dtype: torch.dtype,
+    on_timing: Callable[[Timing], None] = lambda timing: None,
+) -> list[Timing]:
+    """Time every case, and tell each as soon as it is known."""
+    found = []
+    for case in make_timing_cases(target, quick):
+        rounds = 20 if target.is_hardware else 3
+        try:
+            found.append(time_case(case, target, dtype, rounds))
+        except Exception as error:  # such as a device out of memory: the next may fit again
+            note = f"{type(error).__name__}: {error}"
+            found.append(Timing(case.name, case.q_len, 0, None, None, None, {}, {}, (), (note,)))
+        on_timing(found[-1])
+    return found
+
+
+def time_case(case: Case, target: Target, dtype: torch.dtype, rounds: int) -> Timing:
+    """Time a composition as planned, with a dense mask, and with torch's own function."""
+    given = case.inputs(dtype)
+    q, k, v = (t.to(target.device) for t in (given.query, given.key, given.value))
+    plan = make_case_plan(case, given, target.backend, target.device)
+    dense = _dense_plan(case, plan, target)
+    allowed = case.mask.materialize(case.q_len, case.kv_len).to(target.device)
+    forms: dict[str, Callable[[], object]] = {"plan": partial(_run, plan, q, k, v)}
+    if dense is not None:
+        forms["dense"] = partial(_run, dense, q, k, v)
+    forms["sdpa"] = partial(_sdpa, q, k, v, allowed)
+    times, notes = _alternate(forms, target.device, rounds)
+    return Timing(
+        case.name,
+        case.q_len,
+        rounds,
+        times.get("plan"),
+        times.get("dense"),
+        times.get("sdpa"),
+        _counts(plan),
+        {} if dense is None else _counts(dense),
+        tuple(step.label for step in plan.steps),
+        notes,
+    )
+
+
+def _dense_plan(case: Case, plan: Plan, target: Target) -> Plan | None:
+    """Return the plan of one call that reads a mask of one entry per cell."""
+    region = case.mask.region(case.q_len, case.kv_len)
+    rows = {"inner_precise": 2} if region.empty_rows(case.q_len) else {}
+    mask = AttenMask.full((case.q_len, case.kv_len), [region])
+    forced = replace(
+        case, mask=Full(), call=(("atten_mask", mask), ("sparse_mode", 1), *rows.items())
+    )
+    try:
+        return make_case_plan(
+            forced, case.inputs(plan.request.dtype), target.backend, target.device
+        )
+    except BackendRefused:
+        return None
+
+
+def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> object:
+    with torch.no_grad():
+        return run_plan(plan, Operands(q, k, v))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    with torch.no_grad():
+        query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+
+
+def _alternate(
+    forms: dict[str, Callable[[], object]], device: str, rounds: int
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Return medians in nanoseconds, after one run each to warm up, and what did not run."""
+    times: dict[str, list[int]] = {}
+    notes = []
+    for name, run in forms.items():
+        try:
+            run()
+            synchronize(device)
+            times[name] = []
+        except RuntimeError as error:
+            notes.append(f"{name} did not run: {str(error).splitlines()[0]}")
+    for _ in range(rounds):
+        for name, taken in times.items():
+            synchronize(device)
+            started = time.perf_counter_ns()
+            forms[name]()
+            synchronize(device)
+            taken.append(time.perf_counter_ns() - started)
+    return {name: float(median(taken)) for name, taken in times.items()}, tuple(notes)
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done everything that it was given."""
+    kind = torch.device(device).type
+    module: Any = getattr(torch, kind, None)
+    if kind != "cpu" and module is not None:
+        module.synchronize()
+
+
+def _counts(plan: Plan) -> dict[str, float]:
+    price: Price = Solution(plan.steps).price
+    return price.to_dict()

@@ -1,0 +1,283 @@
+"""The command line, run in this process: reports, exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attnkit.__main__ import main
+from attnkit.backends import emulated
+from attnkit.doctor import CASES, Result, command
+from attnkit.doctor.screen import Screen
+
+FEW = ("--only", "mode-3@float32", "--only", "alibi@float32")
+NO_TORCH_NPU = "attnkit.doctor.findings.npu_absence"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes its report into the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "model.yaml"
+    file.write_text("{num_heads: 4, head_dim: 32, mask: Causal() & SlidingWindow(256)}")
+    return file
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    file = tmp_path / "packed.yaml"
+    file.write_text("{num_heads: 4, head_dim: 32, mask: Causal(), layout: TND, dropout: 0.1}")
+    return file
+
+
+# -- doctor --------------------------------------------------------------------------------
+
+
+def test_the_quick_suite_passes_on_the_emulator_and_prints_json(capsys: Any):
+    assert main(["doctor", "--quick", "--json", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert err == ""
+    assert report["status"] == "complete"
+    assert report["target"].startswith("emulator, not hardware")
+    assert report["hardware"] is False
+    quick = [case.name for case in CASES if case.quick]
+    assert [case["case"] for case in report["cases"]] == quick
+    assert report["summary"]["passed"] == report["summary"]["expected"] == len(quick)
+    assert report["timings"]["target"].startswith("emulator, not hardware")
+    assert all(row["plan"] > 0 and row["dense"] > 0 for row in report["timings"]["rows"])
+    assert report["weights"] is None
+    assert report["findings"]["backends"]["emulated"] == []
+    assert report["findings"]["backends"]["ascend"][0]["code"] == "device"
+    assert not list(Path().iterdir())
+
+
+def test_a_report_file_and_a_summary_that_says_what_it_is_of(capsys: Any):
+    assert main(["doctor", *FEW, "--device", "cpu", "--out", "found.json"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["found.json"]
+    report = json.loads(Path("found.json").read_text())
+    assert report["summary"] == {
+        "expected": 2,
+        "passed": 2,
+        "failed": 0,
+        "error": 0,
+        "refused": 0,
+    }
+    out = capsys.readouterr().out
+    assert out.count("emulator, not hardware") >= 3
+    assert "complete: 2 passed, 0 failed, 0 refused of 2 cases" in out
+
+
+def test_a_planted_fault_is_reported_with_the_line_that_reruns_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    right = emulated.emulate
+
+    def scaled(*given: Any, **more: Any) -> Any:
+        out, peak, total = right(*given, **more)
+        return out * 1.01, peak, total
+
+    monkeypatch.setattr(emulated, "emulate", scaled)
+    assert main(["doctor", *FEW, "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED mode-3@float32" in out
+    assert "composition: Causal(); BSND, batch 2, 24 x 24, 4 heads of 16" in out
+    assert "output, mean error" in out
+    (line,) = (text for text in out.splitlines() if "rerun" in text and "mode-3" in text)
+    again = shlex.split(line.partition("python -m attnkit ")[2])
+    assert main(again) == 1
+    report = json.loads(Path(command.DEFAULT_FILE).read_text())
+    assert [case["name"] for case in report["cases"]] == ["mode-3@float32"]
+    assert report["cases"][0]["status"] == "failed"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_interrupt_leaves_a_valid_partial_report(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    right, seen = command.run_case, []
+
+    def stopped(case: Any, **given: Any) -> Result:
+        seen.append(case.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return right(case, **given)
+
+    monkeypatch.setattr(command, "run_case", stopped)
+    options = ["--json"] if as_json else []
+    assert main(["doctor", "--quick", "--device", "cpu", *options, "--out", "found.json"]) == 130
+    out = capsys.readouterr().out
+    report = json.loads(Path("found.json").read_text())
+    assert report["status"] == "interrupted"
+    assert [case["case"] for case in report["cases"]] == seen[:2]
+    assert report["summary"]["expected"] > 2
+    if as_json:
+        assert json.loads(out) == report
+    else:
+        assert "interrupted: 2 passed" in out
+
+
+def test_the_file_is_valid_while_the_suite_runs(monkeypatch: pytest.MonkeyPatch):
+    right, states = command.run_case, []
+
+    def watched(case: Any, **given: Any) -> Result:
+        report = json.loads(Path("found.json").read_text())
+        states.append((report["status"], len(report["cases"])))
+        return right(case, **given)
+
+    monkeypatch.setattr(command, "run_case", watched)
+    assert main(["doctor", *FEW, "--device", "cpu", "--out", "found.json"]) == 0
+    assert states == [("running", 0), ("running", 1)]
+
+
+def test_a_defect_of_the_doctor_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch):
+    def defect(case: Any, **given: Any) -> Result:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "run_case", defect)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor", *FEW, "--device", "cpu", "--out", "found.json"])
+    assert json.loads(Path("found.json").read_text())["status"] == "broken"
+
+
+def test_no_npu_where_one_was_demanded(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(command, "npu_absence", lambda: "torch_npu is not installed")
+    assert main(["doctor", "--device", "npu:1"]) == 3
+    assert capsys.readouterr().err == "error: --device npu:1: torch_npu is not installed\n"
+
+
+def test_an_npu_beyond_those_that_there_are(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    npu = SimpleNamespace(device_count=lambda: 2, get_device_name=lambda device: "a name")
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    monkeypatch.setattr(torch, "device", lambda name: SimpleNamespace(type="npu", index=2))
+    monkeypatch.setattr(command, "npu_absence", lambda: None)
+    assert main(["doctor", "--device", "npu:2"]) == 3
+    assert "npu:2 is not there; this machine has npu:0 to npu:1" in capsys.readouterr().err
+
+
+def test_a_refused_case_is_told_and_is_no_failure(capsys: Any):
+    assert main(["doctor", "--device", "cpu", "--only", "alibi-chunk@bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "0 passed, 0 failed, 1 refused" in out
+    assert "refused alibi-chunk@bfloat16: emulated: " in out
+
+
+def test_cases_are_listed(capsys: Any):
+    assert main(["doctor", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [case.name for case in CASES]
+
+
+def test_without_rich_tables_are_plain(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    assert main(["doctor", *FEW, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "cases         passed  failed  refused" in out
+    assert "biases             1       0        0" in out
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_terminal_gets_a_progress_bar(rich: bool, monkeypatch: pytest.MonkeyPatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    if not rich:
+        monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    err = Terminal()
+    with Screen(io.StringIO(), err).progress("conformance", 2) as bar:
+        bar.advance("mode-3@float32")
+    assert rich or "conformance [###############...............] 1/2 mode-3@float32" in (
+        err.getvalue()
+    )
+
+
+# -- plan ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["emulated", "ascend", "auto", "reference"])
+def test_a_plan_for_every_backend(backend: str, config: Path, capsys: Any):
+    command_line = ["plan", "--config", str(config), "--batch", "2", "--q-len", "4096"]
+    assert main([*command_line, "--kv-len", "4096", "--backend", backend]) == 0
+    out = capsys.readouterr().out
+    assert "sparse_mode=4" in out
+    assert "BSND, batch 2, 4,096 queries x 4,096 keys, 4 heads of 32" in out
+    assert ("note" in out) == (backend == "ascend")
+
+
+def test_a_plan_for_packed_sequences(packed: Path, capsys: Any):
+    command_line = ["plan", "--config", str(packed), "--lengths", "3,5,8", "--backend", "emulated"]
+    assert main([*command_line, "--train", "--dtype", "float16"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "TND, 3 sequences, 16 queries x 16 keys in all" in out
+    assert "actual_seq_qlen=(3, 8, 16)" in out
+    assert "keep_prob=0.9" in out
+    assert main([*command_line, "--kv-lengths", "4,5,9"]) == 0
+    assert "actual_seq_kvlen=(4, 9, 18)" in capsys.readouterr().out
+
+
+def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
+    command_line = ["plan", "--config", str(config), "--q-len", "512", "--backend", "emulated"]
+    assert main([*command_line, "--json", "--plot", "plan.png"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["backend"] == "emulated"
+    assert plan["plan"]["calls"][0]["arguments"]["sparse_mode"] == 4
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("command_line", "told"),
+    [
+        ([], "the following arguments are required: command"),
+        (["operate"], "invalid choice: 'operate'"),
+        (["doctor", "--fast"], "unrecognized arguments: --fast"),
+        (["doctor", "--quick", "--full"], "not allowed with argument"),
+        (["doctor", "--only", "mode-33"], "did you mean 'mode-3'"),
+        (["doctor", "--only", "mode-3@int8"], "the dtype is one of float32, float16, bfloat16"),
+        (["doctor", "--device", "abacus"], "no such device"),
+        (["doctor", "--device", "cpu", "--out", "no/such/folder.json"], "No such file"),
+        (["plan"], "the following arguments are required: --config"),
+        (["plan", "--config", "none.yaml", "--q-len", "8"], "none.yaml: No such file"),
+        (["plan", "--config", "model.yaml"], "layout BSND needs --q-len N"),
+        (["plan", "--config", "model.yaml", "--q-len", "none"], "is no whole number above 0"),
+        (["plan", "--config", "model.yaml", "--lengths", "3,5"], "takes --batch, --q-len"),
+        (["plan", "--config", "packed.yaml", "--q-len", "8"], "say --lengths 3,5,8"),
+        (["plan", "--config", "packed.yaml", "--lengths", "3;5"], "is no list of lengths"),
+        (["plan", "--config", "packed.yaml", "--lengths", "3", "--batch", "2"], "not --batch"),
+        (["plan", "--config", "broken.yaml", "--q-len", "8"], "did you mean 'mask'"),
+        (
+            ["plan", "--config", "capped.yaml", "--q-len", "8", "--backend", "emulated"],
+            "softcap=3.0 is a term the fused kernel does not have",
+        ),
+        (
+            ["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "plan.doc"],
+            "--plot plan.doc: ",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("config", "packed")
+def test_a_mistake_is_one_line_and_exit_code_2(command_line: list[str], told: str, capsys: Any):
+    Path("broken.yaml").write_text("{num_heads: 4, head_dim: 32, maks: Causal(), layot: TND}")
+    Path("capped.yaml").write_text("{num_heads: 4, head_dim: 32, softcap: 3.0}")
+    assert main(command_line) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_help_is_no_mistake(capsys: Any):
+    assert main(["doctor", "--help"]) == 0
+    assert "--only NAME" in capsys.readouterr().out
