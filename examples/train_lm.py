@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step = run.progress.step
     if step < run.config.training.steps:
         console.print(f"stopped after step {step}; the same command with --resume goes on")
-        return OK if step == run.last_step else INTERRUPTED
+        return OK if step >= run.last_step else INTERRUPTED
     report(run)
     return OK
 
@@ -143,10 +143,15 @@ def prepare(arguments: argparse.Namespace) -> Run:
     name = arguments.config.stem
     out = arguments.out or Path("runs") / name
 
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
     corpus = load_corpus()
     model = LanguageModel(config.model, config.attention).to(device)
     optimizer = build_optimizer(model, training)
+    last_step = training.steps
+    if arguments.stop_at is not None:
+        last_step = min(arguments.stop_at, last_step)
     run = Run(
         config=config,
         name=name,
@@ -156,11 +161,11 @@ def prepare(arguments: argparse.Namespace) -> Run:
         model=model,
         optimizer=optimizer,
         progress=checkpoint.Progress(),
-        last_step=min(arguments.stop_at or training.steps, training.steps),
+        last_step=last_step,
     )
     if arguments.resume:
         run.progress = checkpoint.load(run.checkpoint_path, config, model, optimizer, device)
-    console.print(model.explain_attention(next(run.batches())), markup=False)
+    console.print(model.explain_attention(next(run.batches()).to(device)), markup=False)
     out.mkdir(parents=True, exist_ok=True)
     return run
 

@@ -42,6 +42,8 @@ class TrainingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Count = 100
     checkpoint_every: Count = 100
+    threads: Count | None = None
+    """CPU threads; none given: as many as torch likes. The last bits of sums depend on it."""
 
 
 class ModelConfig(Section):

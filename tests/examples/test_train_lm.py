@@ -302,3 +302,13 @@ def test_the_configs_really_differ() -> None:
     assert len({str(a.mask) for a in attentions}) >= 2
     assert any(a.dropout for a in attentions)
     assert any(a.num_kv_heads not in (None, a.num_heads) for a in attentions)
+
+
+def test_no_key_of_the_attention_section_is_lost_on_its_way(write_config: WriteConfig) -> None:
+    terms = {"scale": 0.3, "softcap": 20.0, "sink": True, "backend": "reference"}
+    config = load_config(write_config(attention=terms))
+    block = LanguageModel(config.model, config.attention).blocks[0]
+    got, asked = block.attention.attention, config.attention.build()
+    assert got.extra_repr() == asked.extra_repr()
+    assert got.composition == asked.composition
+    assert got.sink is not None
