@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, stats_dtype
+from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, run_merged, steps_of
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall, TensorSpec, unpack_stats
@@ -25,7 +26,7 @@ from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
 from attnkit.planner.request import bias_terms
 from attnkit.planner.residues import residue_order
-from attnkit.pse import Pse
+from attnkit.pse import LearnableALiBi, Pse
 from attnkit.pse.sloped import Sloped
 
 __all__ = ["CallTensors", "Fused"]
@@ -72,6 +73,7 @@ class Fused(Backend):
             lowering.alternatives,
             lowering.refusals,
             in_order=lowering.request,
+            route=lowering.route,
         )
 
     @abstractmethod
@@ -90,6 +92,8 @@ class Fused(Backend):
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the plan's calls and bring their results into the request's form."""
+        if plan.route is not None:
+            return run_on_route(self.run, plan, plan.route, operands)
         if plan.in_order is not None:
             return _run_in_order(self, plan, plan.in_order, operands)
         if plan.steps[0].form.partial:
@@ -175,6 +179,7 @@ def _run_heads(
     """Run the calls of one group of heads that share their regions."""
     launches = [launch for launch in plan.steps if launch.form.heads == heads]
     spec, sink = launches[0].call.pse if launches else None, operands.sink
+    logits = operands.logits if isinstance(operands, Leveled) else None
     slopes = None
     if spec is not None and operands.pse is not None:
         slopes = _slopes(operands.pse, spec, operands.query.device, heads)
@@ -189,13 +194,17 @@ def _run_heads(
             for t, which in zip(tensors, (own, kv_own, kv_own), strict=True)
         )
         sink = None if sink is None else sink.index_select(0, own)
-    return run_merged(steps_of(plan, heads), backend, *tensors, slopes, sink)
+        logits = None if logits is None else logits.index_select(1, own)
+    return run_merged(steps_of(plan, heads), backend, *tensors, slopes, sink, logits)
 
 
 def _slopes(
     pse: Pse, spec: TensorSpec, device: torch.device, heads: tuple[int, ...] | None = None
 ) -> Tensor:
     (sloped,) = pse.parts
+    if isinstance(sloped, LearnableALiBi):
+        weight = sloped.weight.detach().to(spec.dtype)
+        return weight if heads is None else weight[list(heads)]
     slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
     if heads is not None:
         slopes = tuple(slopes[head] for head in heads)

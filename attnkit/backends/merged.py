@@ -5,6 +5,11 @@ l_c. With ``m = max(m_c)`` and ``w_c = l_c exp(m_c - m)`` the merged row is
 ``sum w_c out_c / sum w_c``; a learnable sink is one more part, of weight ``exp(sink - m)``
 and no value. Backward: each call's own grad op, given the merged maximum, sum and output,
 returns its exact share of the gradients.
+
+A call may add a logit t per head to all of its scores (a level of a bias, `planner.routes`):
+its maximum becomes ``m_c + t``, and its grad op is given the merged maximum minus t. The
+logit's gradient is the sum of those of its scores, which over one row is
+``w_c / sum w * (dO . out_c - dO . O)``: what the part weighs, times how its answer differs.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +127,13 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, job: Job, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+        ctx: Any,
+        job: Job,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+        logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         rows, heads = query.shape[:2]
@@ -132,42 +144,66 @@ class _Merged(torch.autograd.Function):
         else:
             peak = sink.to(wide).expand(rows, heads).clone()
             total = torch.ones_like(peak)
-        random = []
+        random, kept = [], []
         for step in job.steps:
             answer = job.launcher.forward(step.call, step.tensors(query, key, value, job.slopes))
             random.append(answer.random)
-            _merge(step, answer, out, peak, total)
+            shift = step.shift(logits)
+            _merge(step, answer, out, peak, total, shift)
+            if shift is not None and ctx.needs_input_grad[5]:
+                kept += [
+                    answer.out,
+                    *(unpack_stats(step.call, t) for t in (answer.peak, answer.total)),
+                ]
         out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         result = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, sink, result, peak, total)
+        ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
         ctx.job, ctx.random = job, random
         ctx.mark_non_differentiable(peak, total)
         return result, peak, total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _peak: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sink, out, peak, total = ctx.saved_tensors
+        query, key, value, sink, logits, out, peak, total, *kept = ctx.saved_tensors
         wide = peak.dtype
         grads = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value)]
         empty = total == 0
         # Rows that no call computes are never gathered; the values only have to be finite.
         merged = (peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
+        dlogits = None if logits is None else torch.zeros_like(logits)
+        parts = iter(kept)
         for step, random in zip(ctx.job.steps, ctx.random, strict=True):
-            m_all, l_all = (pack_stats(step.call, step.queries.take(stat)) for stat in merged)
+            m_all, l_all = (step.queries.take(stat) for stat in merged)
+            shift = step.shift(logits)
+            if shift is not None:
+                m_all = m_all - shift
+                if kept and dlogits is not None:
+                    own = step.queries.take(dy).to(wide), step.queries.take(out).to(wide)
+                    dlogits[step.level] += _of_logit(*own, m_all, l_all, *islice(parts, 3))
+            m_all, l_all = (pack_stats(step.call, stat) for stat in (m_all, l_all))
             answer = Answer(step.queries.take(out), m_all, l_all, random)
             tensors = step.tensors(query, key, value, ctx.job.slopes)
             found = ctx.job.launcher.backward(
                 step.call, tensors, step.queries.take(dy).contiguous(), answer
             )
-            step.queries.add(grads[0], found.query)
-            step.keys.add(grads[1], found.key)
+            dim = step.call.head_dim
+            step.queries.add(grads[0][..., :dim], found.query)
+            step.keys.add(grads[1][..., :dim], found.key)
             step.keys.add(grads[2], found.value)
         dsink = None
         if sink is not None and ctx.needs_input_grad[4]:
             share = (sink.to(wide) - peak).exp() / total
             dsink = -(share * (dy * out).to(wide).sum(-1)).sum(0).to(sink.dtype)
         dq, dk, dv = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
-        return None, dq, dk, dv, dsink
+        return None, dq, dk, dv, dsink, dlogits
+
+
+def _of_logit(
+    dy: Tensor, out: Tensor, peak: Tensor, total: Tensor, own: Tensor, m: Tensor, sums: Tensor
+) -> Tensor:
+    """Return the gradient [n] of the logit that a call adds to all of its scores."""
+    weight = sums * (m - peak).exp() / total
+    return (weight * (dy * (own.to(dy.dtype) - out)).sum(-1)).sum(0)
 
 
 @dataclass(frozen=True)
@@ -178,6 +214,7 @@ class Step:
     queries: Rows
     keys: Rows
     layers: tuple[tuple[Rows, tuple[tuple[int, int], ...]], ...]
+    level: int | None = None
 
     @classmethod
     def of(cls, launch: Launch, q_starts: Sequence[int], kv_starts: Sequence[int]) -> Step:
@@ -187,16 +224,20 @@ class Step:
         keys = key_rows(blocks, kv_starts, kv_starts[-1])
         offsets = (0, *(call.actual_seq_qlen or ()))[:-1]
         split = tuple((rows, tuple(own)) for rows, own in layers(queries, offsets))
-        return cls(call, queries, keys, split)
+        return cls(call, queries, keys, split, launch.form.level)
+
+    def shift(self, logits: Tensor | None) -> Tensor | None:
+        """Return the logit [n] that the call adds to its scores; None where it adds none."""
+        return None if logits is None or self.level is None else logits[self.level]
 
     def tensors(
         self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Gather the tensors of the call."""
-        mask = self.call.atten_mask
+        mask, dim = self.call.atten_mask, self.call.head_dim
         return {
-            "query": self.queries.take(query),
-            "key": self.keys.take(key),
+            "query": self.queries.take(query[..., :dim]),
+            "key": self.keys.take(key[..., :dim]),
             "value": self.keys.take(value),
             "atten_mask": None if mask is None else mask.build(query.device),
             "pse": slopes,
@@ -212,10 +253,13 @@ class Job:
     slopes: Tensor | None
 
 
-def _merge(step: Step, answer: Answer, out: Tensor, peak: Tensor, total: Tensor) -> None:
+def _merge(
+    step: Step, answer: Answer, out: Tensor, peak: Tensor, total: Tensor, shift: Tensor | None
+) -> None:
     """Merge the rows of one call into the running maximum, sum and weighted output."""
     call = step.call
     peaks, totals = unpack_stats(call, answer.peak), unpack_stats(call, answer.total)
+    peaks = peaks if shift is None else peaks + shift
     for rows, own in step.layers:
         mine = Rows(own, answer.out.shape[0])
         m_new, l_new, o_new = (mine.take(t) for t in (peaks, totals, answer.out))
@@ -255,12 +299,13 @@ def run_merged(
     value: Tensor,
     slopes: Tensor | None,
     sink: Tensor | None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend packed tensors ``[t n d]``; returns output ``[t n d]``, maximum and sum ``[t n]``.
 
     A row that no call answers has output 0, maximum -inf and sum 0 (with a sink: the sink's).
     """
     out: tuple[Tensor, Tensor, Tensor] = _Merged.apply(  # type: ignore[no-untyped-call]
-        Job(steps, launcher, slopes), query, key, value, sink
+        Job(steps, launcher, slopes), query, key, value, sink, logits
     )
     return out

@@ -12,6 +12,7 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.kernel.versions import expressing_versions
+from attnkit.masks import Band
 from attnkit.planner.candidates import Candidate, Form, candidates, forms
 from attnkit.planner.decompose import Part, decompositions
 from attnkit.planner.matrices import matrices
@@ -19,11 +20,14 @@ from attnkit.planner.plan import Launch, Solution
 from attnkit.planner.proof import disprove, heads_of
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.planner.residues import resort
+from attnkit.planner.routes import Route, disprove_groups, routes
 
-__all__ = ["Lowering", "lower"]
+__all__ = ["Lowering", "lower", "on_route"]
 
 # The elementwise kernels that merge the rows of one part.
 _MERGE_LAUNCHES = 6
+# Those that make the channels of one bias: positions, pieces, two concatenations.
+_CHANNEL_LAUNCHES = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Lowering:
     refusals: tuple[Refusal, ...]
     request: Request | None = None
     """What the calls compute, where positions are sorted before them and put back after."""
+    route: Route | None = None
+    """How biases reach the calls that cannot reach them as biases."""
 
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
@@ -50,6 +56,13 @@ def lower(request: Request) -> Lowering:
     if not request.batch:
         reason = "the kernel needs at least one batch element"
         return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
+    if any(term.structure is not None for term in request.bias):
+        return _cheapest_way(request)
+    return _as_given(request)
+
+
+def _as_given(request: Request) -> Lowering:
+    """Return how the kernel computes a request whose biases reach it as biases."""
     if not matrices(request).exact:
         in_order = resort(request)
         if in_order is not None:
@@ -151,7 +164,7 @@ def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
     if softcap is not None:
         reason = f"softcap={softcap} is a term the fused kernel does not have"
         reasons.append(Refusal("softcap", reason))
-    learnable = [term.text for term in bias if term.requires_grad]
+    learnable = [term.text for term in bias if term.requires_grad and term.structure is None]
     if learnable:
         reason = (
             f"{' and '.join(learnable)} asks for a gradient, which the kernel never writes "
@@ -159,6 +172,76 @@ def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
         )
         reasons.append(Refusal("pse-gradient", reason))
     return reasons
+
+
+def _cheapest_way(request: Request) -> Lowering:
+    """Return the cheapest of the kernel's bias input, for what does not train, and the routes."""
+    learnable = [term.text for term in request.bias if term.requires_grad]
+    options = [] if learnable else [_as_given(request)]
+    refusals: list[Refusal] = []
+    if learnable:
+        told = " and ".join(learnable)
+        reason = f"{told} asks for a gradient, which the kernel never writes for its bias input"
+        refusals.append(Refusal("pse-gradient", reason, "the bias input"))
+    for route in routes(request):
+        if isinstance(route, Refusal):
+            refusals.append(route)
+        else:
+            options.append(on_route(request, route))
+    refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
+    known = [(option.best, option) for option in options if option.best is not None]
+    if not known:
+        return Lowering(None, (), tuple(refusals))
+    known.sort(key=lambda pair: pair[0].price.nanoseconds)
+    best, option = known[0]
+    others = [other for other, _ in known[1:]]
+    others += [other for _, some in known for other in some.alternatives]
+    others.sort(key=lambda solution: solution.price.nanoseconds)
+    return replace(option, best=best, alternatives=tuple(others), refusals=tuple(refusals))
+
+
+def on_route(request: Request, route: Route) -> Lowering:
+    """Return the calls that compute a request whose biases became channels and levels."""
+    option = _by_level(request, route) if route.levels else lower(route.request)
+    if option.best is None:
+        return option
+    first, *rest = option.best.launches
+    # Query and key are copied beside their channels, by a handful of elementwise kernels.
+    cells = sum(prod(shape) for shape in route.request.shapes()[:2])
+    first = replace(
+        first,
+        label=f"{first.label}, {route}",
+        copied_bytes=first.copied_bytes + 2 * request.dtype.itemsize * cells,
+        small_launches=first.small_launches + _CHANNEL_LAUNCHES * len(route.channels),
+    )
+    return replace(option, best=Solution((first, *rest)), route=route)
+
+
+def _by_level(request: Request, route: Route) -> Lowering:
+    """Return the cheapest calls of each level, and of the band that has channels."""
+    span, align = route.stepped.span, route.align
+    bands: list[tuple[tuple[int, int], int | None, int]] = []
+    bands += [(span, None, route.request.head_dim)] if span is not None else []
+    bands += [((lo, hi), row, route.plain_dim) for lo, hi, row in route.levels]
+    launches: list[Launch] = []
+    refusals: list[Refusal] = []
+    for (lo, hi), row, dim in bands:
+        inside = request.mask & Band(-lo, hi, align)
+        part = replace(route.request, mask=inside, head_dim=dim)
+        known = matrices(part)
+        if not any(region for head in range(len(known.planes)) for region in known.regions(head)):
+            continue
+        found = _merged(part, refusals)
+        if not found:
+            return Lowering(None, (), tuple(refusals))
+        best = min(found, key=lambda solution: solution.price.nanoseconds)
+        launches += (
+            replace(launch, form=replace(launch.form, level=row)) for launch in best.launches
+        )
+    mixed = disprove_groups([launch.form for launch in launches])
+    if mixed is not None:
+        return Lowering(None, (), (*refusals, replace(mixed, subject=str(route))))
+    return Lowering(Solution(tuple(launches)), (), tuple(refusals))
 
 
 def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:

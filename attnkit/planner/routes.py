@@ -34,17 +34,17 @@ from attnkit.planner.matrices import matrices
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.pse import Align, Linear, PerKey, Stepped
 
-__all__ = ["BASE", "Channels", "Route", "disprove_route", "routes"]
+__all__ = ["BASE", "Channels", "Route", "disprove_groups", "disprove_route", "routes"]
 
 BASE = 256
 """Digits below it are exact in bfloat16, which has 8 significant bits, and in float16."""
 
 _MOST_DIMS = 768
 _MOST_LEVELS = 20
-_MOST_POSITIONS = {torch.float64: 2**53, torch.float32: 2**24}
-# The sum of the channels is rounded to float32: 2**-24 of the largest product, slope * position.
-# Up to here, and for slopes below 1/2, that is less than half a unit of a bfloat16 weight.
-_MOST_POSITIONS_LOW = 2**16
+# The kernel sums channels in float32, so a score is rounded to 2**-24 of the largest product,
+# slope * position, where a distance of its own would be exact. For slopes up to 1/2 that is
+# 0.0001 at 4,096 positions, and here, 0.002, half a unit of a bfloat16 weight.
+_MOST_POSITIONS = 2**16
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,17 @@ class Route:
         """The stepped bias that has levels."""
         return self.channels[-1]
 
+    @property
+    def align(self) -> Align:
+        """Where distances are counted from, in a route that has levels."""
+        structure = self.stepped.structure
+        return structure.align if isinstance(structure, Stepped) else "bottom_right"
+
     def __str__(self) -> str:
         width = sum(channels.width for channels in self.channels)
         told = [f"bias as {width} channel{'s' * (width != 1)}"] if width else []
-        told += [f"bias as {len(self.levels)} logits at the merge"] if self.levels else []
+        count = len(self.levels)
+        told += [f"bias as {count} logit{'s' * (count != 1)} at the merge"] if count else []
         return ", ".join(told)
 
 
@@ -124,6 +131,8 @@ def routes(request: Request) -> Iterator[Route | Refusal]:
     if len(stepped) > 1:
         reason = "two biases by steps of distance do not fit into one head; add their tables"
         yield Refusal("steps-twice", reason, "channels")
+        return
+    if not (found or stepped):
         return
     if not stepped:
         yield from _fitting(request, tuple(found), ())
@@ -157,7 +166,7 @@ def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal
     if not request.scale:
         reason = "scale=0 leaves nothing of a channel"
         return Refusal("channels-scale", reason, "channels")
-    low = request.dtype not in _MOST_POSITIONS
+    low = request.dtype.itemsize == 2
     structure = term.structure
     if isinstance(structure, PerKey):
         group = request.num_heads // request.num_kv_heads if structure.per_head else 1
@@ -167,11 +176,10 @@ def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal
     if not isinstance(structure, Linear):
         return Refusal("pse-gradient", f"{term.text} has no known structure", "channels")
     longest = max((max(sizes) for sizes in request.sequences), default=0)
-    most = _MOST_POSITIONS.get(request.dtype, _MOST_POSITIONS_LOW)
-    if longest > most:
+    if longest > _MOST_POSITIONS and request.dtype != torch.float64:
         reason = (
-            f"{longest:,} positions times slopes lose more in float32 than a weight in "
-            f"{request.dtype} resolves; up to {most:,} they do not"
+            f"{longest:,} positions times slopes lose more in float32 sums than a bfloat16 weight "
+            f"resolves; up to {_MOST_POSITIONS:,} they do not"
         )
         return Refusal("channels-positions", reason, "channels")
     lo, hi = _distances(request, structure.align)
@@ -214,15 +222,11 @@ def _splits(
     single = [k for k, (lo, hi, _) in enumerate(steps) if lo == hi]
     first.add(min(single, default=0))
     stop.add(max(single, default=-1) + 1)
-    for a in sorted(first):
-        for b in sorted(stop, reverse=True):
-            near, far = steps[a:b], steps[:a] + steps[b:]
-            if len(far) > _MOST_LEVELS or any(lo == hi for lo, hi, _ in far):
-                continue
-            if near:
-                yield (near[0][0], near[-1][1]), far
-            elif a == b:
-                yield None, far
+    pairs = [(a, b) for a in sorted(first) for b in sorted(stop, reverse=True) if a < b]
+    for a, b in [*pairs, (0, 0)]:
+        near, far = steps[a:b], steps[:a] + steps[b:]
+        if len(far) <= _MOST_LEVELS and all(lo < hi for lo, hi, _ in far):
+            yield (near[0][0], near[-1][1]) if near else None, far
 
 
 # -- proof ---------------------------------------------------------------------------------
@@ -241,6 +245,9 @@ def disprove_route(
     dims = request.head_dim + sum(one.width for one in route.channels)
     if replace(request, bias=rest, head_dim=dims) != route.request:
         return Refusal("other-request", "the calls are for another request than asked for")
+    for call, form in pieces:
+        if call.head_dim != (dims if form.level is None else route.plain_dim):
+            return Refusal("other-dims", f"{call} has not the channels of its bias")
     for one in route.channels:
         term = request.bias[one.part]
         if term.structure != one.structure:
@@ -263,14 +270,14 @@ def _outside_steps(
     structure: Stepped,
     pieces: Sequence[tuple[KernelCall, Form]],
 ) -> Refusal | None:
+    mixed = disprove_groups([form for _, form in pieces if form.partial])
+    if mixed is not None:
+        return mixed
     hull = _distances(request, structure.align)
     spans: dict[int | None, list[tuple[int, int]]] = {None: [one.span] if one.span else []}
     for lo, hi, row in structure.steps(*hull):
         spans.setdefault(row, []).append((lo, hi))
     for call, form in pieces:
-        dims = route.request.head_dim if form.level is None else route.plain_dim
-        if call.head_dim != dims:
-            return Refusal("other-dims", f"{call} has not the channels of its bias")
         if form.level is None and one.span is not None and _within(hull, one.span):
             continue
         mask = call.atten_mask
@@ -283,6 +290,16 @@ def _outside_steps(
             bands = (Slice(0, rows, 0, keys, lo + at, hi + at) for lo, hi in spans[form.level])
             if not cells <= Region.of(*bands):
                 return Refusal("other-level", f"{call} has cells at distances of another step")
+    return None
+
+
+def disprove_groups(forms: Sequence[Form]) -> Refusal | None:
+    """Return why the calls of levels cannot merge: each group of heads is merged by itself."""
+    groups = {form.heads for form in forms}
+    heads = [head for group in groups for head in group or ()]
+    if (None in groups and len(groups) > 1) or len(set(heads)) < len(heads):
+        reason = "heads have masks of their own, which differ at some distances and not at others"
+        return Refusal("levels-per-head", reason)
     return None
 
 

@@ -4,18 +4,21 @@
 >>> print(pse.ALiBi(4) + pse.SqrtALiBi(slopes=(0.5, 0.25, 0.125, 0.0625)))
 ALiBi(4) + SqrtALiBi(slopes=(0.5, 0.25, 0.125, 0.0625))
 >>> list(pse.PSE)
-['alibi', 'sqrt_alibi']
+['alibi', 'learnable_alibi', 'sqrt_alibi', 't5_relative']
 """
 
 from __future__ import annotations
 
-from attnkit.pse.alibi import ALiBi
+from attnkit.pse.alibi import ALiBi, LearnableALiBi
 from attnkit.pse.base import PSE, Align, Pse, Sum
 from attnkit.pse.cut import Cut
 from attnkit.pse.dense import Dense
+from attnkit.pse.key_bias import KeyBias
 from attnkit.pse.parse import parse
 from attnkit.pse.sloped import Sloped, press_slopes
 from attnkit.pse.sqrt_alibi import SqrtALiBi
+from attnkit.pse.structure import Linear, PerKey, Stepped, Structure
+from attnkit.pse.t5_relative import T5Relative, t5_bucket
 
 __all__ = [
     "PSE",
@@ -23,10 +26,18 @@ __all__ = [
     "Align",
     "Cut",
     "Dense",
+    "KeyBias",
+    "LearnableALiBi",
+    "Linear",
+    "PerKey",
     "Pse",
     "Sloped",
     "SqrtALiBi",
+    "Stepped",
+    "Structure",
     "Sum",
+    "T5Relative",
     "parse",
     "press_slopes",
+    "t5_bucket",
 ]

@@ -1,15 +1,20 @@
-"""ALiBi: attention with linear biases."""
+"""ALiBi: attention with linear biases, its slopes fixed or learnable."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from attnkit.pse.base import PSE
-from attnkit.pse.sloped import Sloped
+from attnkit.errors import CompositionTypeError
+from attnkit.pse.base import PSE, Align, Pse
+from attnkit.pse.sloped import Sloped, press_slopes
+from attnkit.pse.structure import Linear
 
-__all__ = ["ALiBi"]
+__all__ = ["ALiBi", "LearnableALiBi"]
 
 
 @PSE.register("alibi")
@@ -19,8 +24,9 @@ class ALiBi(Sloped):
 
     ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"`` (the default: right for
     decoding), ``i' = i`` for ``"top_left"``. Slopes are those of Press et al. (`press_slopes`)
-    for a number of heads, or given, one per query head. No gradient. Materialises as
-    ``[1, n, q_len, kv_len]`` in any floating dtype.
+    for a number of heads, or given, one per query head: constants without a gradient.
+    With ``learnable=True`` they are where training starts, and the bias is a `LearnableALiBi`.
+    Materialises as ``[1, n, q_len, kv_len]`` in any floating dtype.
 
     Raises `CompositionError` for neither heads nor slopes, counts that disagree, slopes that
     are not finite, and at use for a query with another number of heads.
@@ -31,8 +37,145 @@ class ALiBi(Sloped):
     (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
     >>> ALiBi([0.5]).materialize(1, 3)
     tensor([[[[-1.0000, -0.5000, -0.0000]]]])
+    >>> ALiBi(2, learnable=True).weight
+    Parameter containing:
+    tensor([0.0625, 0.0039], requires_grad=True)
     """
+
+    learnable: bool = False
+
+    def __new__(
+        cls,
+        num_heads: int | Sequence[float] | None = None,
+        slopes: Sequence[float] = (),
+        align: Align = "bottom_right",
+        learnable: bool = False,
+    ) -> Any:
+        """Return a `LearnableALiBi` where the slopes are to be learned.
+
+        It is a class of its own, so that nobody who takes slopes for constants can meet one.
+        """
+        if not isinstance(learnable, bool):
+            raise CompositionTypeError(f"ALiBi: learnable is a bool, got {learnable!r}")
+        if learnable:
+            return LearnableALiBi(num_heads, slopes, align)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        num_heads: int | Sequence[float] | None = None,
+        slopes: Sequence[float] = (),
+        align: Align = "bottom_right",
+        learnable: bool = False,
+    ) -> None:
+        super().__init__(num_heads, slopes, align)
+        object.__setattr__(self, "learnable", False)
 
     def curve(self, distance: Tensor) -> Tensor:
         """Return the distance itself."""
         return distance
+
+
+@PSE.register("learnable_alibi")
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class LearnableALiBi(Pse):
+    """ALiBi whose slopes are a parameter: what ``ALiBi(..., learnable=True)`` makes.
+
+    ``bias[h, i, j] = -weight[h] * abs(i' - j)``; `weight` is an `nn.Parameter` [n] that starts at
+    the slopes given. Its gradient reaches it on the fused kernel too, where the mask lets each
+    query see keys on one side of it only: there the bias is linear in positions, and becomes
+    channels of query and key.
+
+    Equality compares the weights' content; text and configurations hold where they started.
+
+    >>> bias = ALiBi(2, learnable=True)
+    >>> bias
+    ALiBi(2, learnable=True)
+    >>> bias.materialize(1, 3)[0, 0].detach()
+    tensor([[-0.1250, -0.0625, -0.0000]])
+    """
+
+    num_heads: int | None = None
+    slopes: tuple[float, ...] = ()
+    align: Align = "bottom_right"
+    weight: Tensor = field(init=False)
+
+    def __init__(
+        self,
+        num_heads: int | Sequence[float] | None = None,
+        slopes: Sequence[float] = (),
+        align: Align = "bottom_right",
+    ) -> None:
+        fixed: Sloped = ALiBi(num_heads, slopes, align)
+        object.__setattr__(self, "num_heads", fixed.heads)
+        object.__setattr__(self, "slopes", fixed.slopes)
+        object.__setattr__(self, "align", align)
+        object.__setattr__(self, "weight", nn.Parameter(torch.tensor(fixed.slopes)))
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads: one slope each."""
+        return len(self.slopes)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The slopes."""
+        return (self.weight,)
+
+    @property
+    def toeplitz(self) -> bool:
+        """True: only the distance between query and key matters."""
+        return True
+
+    @property
+    def structure(self) -> Linear:
+        """A slope per head, times the distance."""
+        return Linear(self.align)
+
+    def key(self) -> Hashable:
+        """Return everything but the slopes, which are bound when a plan runs."""
+        return ("LearnableALiBi", self.heads, self.align, self.weight.requires_grad)
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return ``-weight[h] * abs(i' - j)``, computed in float32 (float64) and cast once."""
+        self.check(q_len, kv_len, batch, heads)
+        if not dtype.is_floating_point:
+            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        device = self.weight.device
+        at = kv_len - q_len if self.align == "bottom_right" else 0
+        query = torch.arange(q_len, device=device) + at
+        distance = (query[:, None] - torch.arange(kv_len, device=device)).abs().to(exact)
+        return (-self.weight.to(exact)[None, :, None, None] * distance).to(dtype)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LearnableALiBi):
+            return NotImplemented
+        if (self.key(), self.slopes) != (other.key(), other.slopes):
+            return False
+        same_device = self.weight.device == other.weight.device
+        return self.weight is other.weight or (
+            same_device and not self.weight.is_meta and torch.equal(self.weight, other.weight)
+        )
+
+    def __hash__(self) -> int:
+        return hash(("LearnableALiBi", self.slopes, self.align))
+
+    def __repr__(self) -> str:
+        align = "" if self.align == "bottom_right" else f", align={self.align!r}"
+        computed = self.slopes == press_slopes(self.heads)
+        inside = f"{self.heads}" if computed else f"slopes={self.slopes!r}"
+        return f"ALiBi({inside}{align}, learnable=True)"
+
+    def _misfit(self, what: str, own: int, given: int) -> str:
+        return f"{super()._misfit(what, own, given)}; give one slope per query head"

@@ -11,13 +11,16 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.registry import Registry
+
+if TYPE_CHECKING:
+    from attnkit.pse.structure import Structure
 
 __all__ = ["PSE", "Align", "Pse", "Range", "Sum", "check_range"]
 
@@ -71,6 +74,11 @@ class Pse(ABC):
     def toeplitz(self) -> bool:
         """Whether the bias depends on the distance ``j - i`` only (and on the head)."""
         return False
+
+    @property
+    def structure(self) -> Structure | None:
+        """What a planner may exploit of a single bias (`attnkit.pse.structure`); None: nothing."""
+        return None
 
     @property
     def parts(self) -> tuple[Pse, ...]:

@@ -23,7 +23,8 @@ def parse(text: str) -> Pse:
     Traceback (most recent call last):
     ...
     attnkit.errors.CompositionError: cannot read the positional bias 'ALiBy(8)': unknown \
-positional bias ALiBy; did you mean ALiBi? Known: ALiBi, SqrtALiBi
+positional bias ALiBy; did you mean ALiBi? Known: ALiBi, LearnableALiBi, SqrtALiBi, \
+T5Relative
     """
     constructors = {family.__name__: family for _, family in PSE.items()}
     bias = evaluate(text, constructors, "positional bias")

@@ -167,4 +167,4 @@ def test_a_new_family_is_one_class_and_one_registration():
             PSE.add("other", type("Constant", (Pse,), {}))
     finally:
         PSE.remove("constant")
-    assert list(PSE) == ["alibi", "sqrt_alibi"]
+    assert list(PSE) == ["alibi", "learnable_alibi", "sqrt_alibi", "t5_relative"]

@@ -1,0 +1,178 @@
+"""Biases as channels of query and key, and as logits at the merge: the tensors of a `Route`.
+
+Everything here is differentiable, so the gradients of query and key that the kernel writes
+become those of the bias. Where a value is split into pieces of the query's dtype, its gradient
+comes through the first: all pieces meet the same positions, and it is the first's to move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
+from attnkit.planner import Plan, Request
+from attnkit.planner.routes import BASE, Channels, Route
+from attnkit.pse import Linear, PerKey, Pse, Stepped, Sum
+
+__all__ = ["Leveled", "run_on_route"]
+
+# float16 ends at 65,504, so a channel that holds positions times slopes has a factor apart.
+_UNIT = 256.0
+
+
+@dataclass(frozen=True, eq=False)
+class Leveled(Operands):
+    """Operands with the logits ``[row n]`` that the calls of a level add at the merge."""
+
+    logits: Tensor | None = None
+
+
+def run_on_route(
+    run: Callable[[Plan, Operands], AttentionOutput], plan: Plan, route: Route, operands: Operands
+) -> AttentionOutput:
+    """Run the calls of a plan on query and key with the channels of its biases."""
+    request, layout = plan.request, plan.request.layout_of
+    parts = operands.pse.parts if operands.pse is not None else ()
+    wide = stats_dtype(request.dtype)
+    query = [layout.to_tnd(operands.query, request.num_heads)]
+    key = [layout.to_tnd(operands.key, request.num_kv_heads)]
+    for one in route.channels:
+        values = parts[one.part].tensors[0].to(wide)
+        if one.width:
+            u, w = _channels(request, one, values / request.scale)
+            query.append(u.to(request.dtype))
+            key.append(w.to(request.dtype))
+    batch = 1 if layout.packed else request.batch
+    widened = Leveled(
+        layout.from_tnd(torch.cat(query, -1), batch),
+        layout.from_tnd(torch.cat(key, -1), batch),
+        operands.value,
+        _rest(parts, route),
+        operands.sink,
+        parts[route.stepped.part].tensors[0].to(wide) if route.levels else None,
+    )
+    return run(_inside(plan), widened)
+
+
+@lru_cache(maxsize=64)
+def _inside(plan: Plan) -> Plan:
+    """Return the plan of the calls themselves; kept, since plans are keys of caches."""
+    return plan if plan.route is None else replace(plan, request=plan.route.request, route=None)
+
+
+def _rest(parts: tuple[Pse, ...], route: Route) -> Pse | None:
+    taken = {one.part for one in route.channels}
+    rest = tuple(part for k, part in enumerate(parts) if k not in taken)
+    return None if not rest else rest[0] if len(rest) == 1 else Sum(rest)
+
+
+def _channels(request: Request, one: Channels, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the channels ``[t n r]`` of the query tokens and of the key tokens.
+
+    `values` are those of the bias, over the scale that the kernel multiplies with.
+    """
+    if isinstance(one.structure, Linear):
+        return _linear(request, one, one.structure, values)
+    if isinstance(one.structure, PerKey):
+        return _per_key(request, one, values)
+    return _stepped(request, one, one.structure, values)
+
+
+def _linear(
+    request: Request, one: Channels, structure: Linear, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write ``slope * (j - i')`` as ``sum_d slope 256**d * digit_d(j)  -  slope i' * 1``.
+
+    Two channels where the dtype holds positions; else one for each piece of the slope and
+    digit of j, and one for each piece of ``slope i'``.
+    """
+    rows, keys = _positions(request.sequences, structure.align, slopes.device)
+    signed = one.sign * slopes
+    low = one.pieces > 1
+    unit = _UNIT if low else 1.0
+    per_row = rows.to(slopes.dtype)[:, None] * (signed / unit)
+    u = [rearrange(piece, "t n -> t n 1") for piece in _pieces(-per_row, one, request.dtype)]
+    w = [torch.full_like(keys, unit, dtype=slopes.dtype) for _ in u]
+    for piece in _pieces(signed, one, request.dtype):
+        for digit in range(one.digits):
+            place = BASE**digit
+            u.append(repeat(piece * place, "n -> t n 1", t=len(rows)))
+            last = digit == one.digits - 1
+            w.append((keys // place if last else keys // place % BASE).to(slopes.dtype))
+    per_key = repeat(torch.stack(w, -1), "t r -> t n r", n=request.num_kv_heads)
+    return torch.cat(u, -1), per_key
+
+
+def _per_key(request: Request, one: Channels, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Write a number per key as a channel for each query head that shares the key's head."""
+    full = values[(None,) * (3 - values.ndim)]
+    lengths = request.sequences[0][1]
+    tokens = rearrange(full.expand(request.batch, -1, lengths), "b n j -> (b j) n")
+    if one.group == 1:
+        tokens = tokens.expand(-1, request.num_kv_heads)
+    pieces = torch.stack(_pieces(tokens, one, request.dtype), -1)
+    w = rearrange(pieces, "t (n g) p -> t n (g p)", n=request.num_kv_heads)
+    own = torch.eye(one.group, dtype=values.dtype, device=values.device)
+    rows = sum(q_len for q_len, _ in request.sequences)
+    heads = request.num_heads // one.group
+    return repeat(own, "h g -> t (n h) (g p)", t=rows, n=heads, p=one.pieces), w
+
+
+def _stepped(
+    request: Request, one: Channels, structure: Stepped, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write ``f(j - i')`` for m distances as ``sum_b f(distance at which j = b mod m) [j = b]``."""
+    lo, hi = one.span or (0, -1)
+    count = hi - lo + 1
+    rows, keys = _positions(request.sequences, structure.align, table.device)
+    entries = table[_rows_of(structure, lo, hi, table.device)]
+    residue = torch.arange(count, device=table.device)
+    # Which distance, counted from lo, leads from a query in residue class a to keys in class b.
+    turned = (residue - residue[:, None] - lo) % count
+    classes = [rearrange(p, "d n -> n d")[:, turned] for p in _pieces(entries, one, request.dtype)]
+    per_class = rearrange(classes, "p n a b -> a n (p b)")
+    u = per_class[rows % count]
+    hot = (keys[:, None] % count == residue).to(table.dtype)
+    return u, repeat(hot, "t b -> t n (p b)", n=request.num_kv_heads, p=one.pieces)
+
+
+def _pieces(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:
+    """Split values into numbers of a dtype that add up to them; the first has the gradient."""
+    if one.pieces == 1:
+        return [values]
+    # Exactly the rounded values, with the gradient of values that were not.
+    first = values + (values.to(dtype).to(values.dtype) - values).detach()
+    pieces, left = [first], (values - first).detach()
+    for _ in range(one.pieces - 1):
+        pieces.append(left.to(dtype).to(values.dtype))
+        left = left - pieces[-1]
+    return pieces
+
+
+@lru_cache(maxsize=64)
+def _rows_of(structure: Stepped, lo: int, hi: int, device: torch.device) -> Tensor:
+    """Return the row of the table for each distance."""
+    with torch.inference_mode(False):
+        steps = structure.steps(lo, hi)
+        return torch.tensor([r for a, b, r in steps for _ in range(a, b + 1)], device=device)
+
+
+@lru_cache(maxsize=64)
+def _positions(
+    sequences: tuple[tuple[int, int], ...], align: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the position ``i'`` of each query token and that of each key token."""
+    with torch.inference_mode(False):
+        shifts = [kv - q if align == "bottom_right" else 0 for q, kv in sequences]
+        rows = [
+            torch.arange(at, at + q, device=device)
+            for at, (q, _) in zip(shifts, sequences, strict=True)
+        ]
+        keys = [torch.arange(kv, device=device) for _, kv in sequences]
+        return torch.cat(rows), torch.cat(keys)

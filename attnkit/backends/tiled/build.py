@@ -1,0 +1,440 @@
+"""Planning: from a request's regions to blocks of query rows over key runs.
+
+Rows are cut where the key runs jump (documents, chunks) and then into blocks of equal height;
+a block's keys are the union of its rows' runs. Inside a strip whose runs all move alike, one
+block stands for all its repetitions, so that a long window costs as little to plan as a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from attnkit.backends.tiled.columns import Pieces, chunks_of, pattern_of
+from attnkit.backends.tiled.schedule import Block, Chunk, Lane, Schedule, Tile, Whole
+from attnkit.geometry import Region, Strip
+from attnkit.masks import Enclosure
+from attnkit.planner import Request
+from attnkit.planner.matrices import matrices
+
+__all__ = ["schedule"]
+
+# What the batch elements (or packed sequences) of a range of heads allow.
+Plane = tuple[Enclosure, ...]
+
+# Measured on two AVX-512 cores, see benchmarks/attention.py: a score tile of this many cells stays
+# in the second-level caches, and a step costs as much as this many cells.
+TILE_CELLS = 512 * 1024
+STEP_CELLS = 24 * 1024
+# Heights of blocks: lower ones compute fewer masked cells, higher ones feed the products better.
+LOW, HIGH, NARROW_KEYS = 128, 256, 1280
+# Torch's fused kernel computes causal squares faster than blocks do where they are this small,
+# as one call, or this large.
+SMALL, LARGE = 256, 1024
+# Its tiles are this low at least, and as high as can be from so many rows on.
+LOWEST_TILE, FULL_TILES = 32, 768
+# A run that jumps by more keys than this between two rows starts a new block.
+JUMP = 32
+
+
+class Traits(NamedTuple):
+    """What of a request, beside its regions, shapes the blocks.
+
+    `matrices` counts the score matrices that share the blocks. Where `alike` is False, what is
+    done to the scores differs from one repetition of a block to the next. `wholes` allows pieces
+    on torch's fused kernel, `merges` the sum of two of its outputs.
+    """
+
+    q_len: int
+    kv_len: int
+    matrices: int
+    alike: bool
+    wholes: bool
+    merges: bool
+
+
+class Policy(NamedTuple):
+    """What of a request shapes the blocks of every lane: see `Traits`."""
+
+    alike: bool
+    wholes: bool
+    merges: bool
+
+
+@lru_cache(maxsize=256)
+def schedule(request: Request, wholes: bool = True) -> Schedule:
+    """Return the schedule of a request; `wholes=False` keeps torch's fused kernel out of it."""
+    policy = Policy(
+        alike=not (request.bias or request.dropout),
+        wholes=wholes and _fused_fits(request),
+        merges=request.dtype in (torch.float32, torch.float64),
+    )
+    lanes: list[Lane] = []
+    for heads, plane in _equal_heads(matrices(request).planes, request.num_heads):
+        if request.seqlens is not None:
+            lanes += _packed_lanes(request, plane, heads, policy)
+            continue
+        for start, stop in _equal_stretches(plane):
+            place = Lane((start, stop), heads, start, (0, 0), request.sequences[0], (), (), False)
+            lanes.append(_lane(place, plane[start], policy))
+    return Schedule(tuple(lanes))
+
+
+def _fused_fits(request: Request) -> bool:
+    """Whether torch's fused CPU kernel computes plain pieces of this request, and well."""
+    plain = not (request.bias or request.dropout or request.softcap)
+    # In bfloat16 a sink would round the kernel's output a second time.
+    sink = request.sink and request.dtype not in (torch.float32, torch.float64)
+    # Its float16 backward is many times slower than float32 blocks.
+    half = request.dtype == torch.float16
+    return plain and not sink and not half and request.head_dim == request.value_dim
+
+
+def _equal_stretches(plane: Plane) -> Iterator[tuple[int, int]]:
+    """Yield the maximal ranges of neighbouring batch elements with one region."""
+    starts = [b for b in range(len(plane)) if b == 0 or plane[b] != plane[b - 1]]
+    yield from pairwise([*starts, len(plane)])
+
+
+def _equal_heads(planes: Sequence[Plane], heads: int) -> Iterator[tuple[tuple[int, int], Plane]]:
+    """Yield the maximal ranges of neighbouring heads with one plane; one plane serves all heads."""
+    if len(planes) == 1:
+        yield (0, heads), planes[0]
+        return
+    starts = [h for h in range(heads) if h == 0 or planes[h] != planes[h - 1]]
+    for start, stop in pairwise([*starts, heads]):
+        yield (start, stop), planes[start]
+
+
+def _packed_lanes(
+    request: Request,
+    plane: Plane,
+    heads: tuple[int, int],
+    policy: Policy,
+) -> list[Lane]:
+    """Return one lane over all tokens; or one per sequence, where something is counted from it."""
+    seqlens = request.seqlens
+    if seqlens is None:
+        return []
+    origins = list(zip(seqlens.cu_q, seqlens.cu_kv, strict=True))[:-1]
+    if not request.bias and all(e.exact for e in set(plane)):
+        strips = [
+            strip
+            for (q0, k0), known in zip(origins, plane, strict=True)
+            for strip in known.outer.shift(q0, k0).strips
+        ]
+        place = Lane((0, 1), heads, 0, (0, 0), (request.q_len, request.kv_len), (), (), False)
+        joined = Region(tuple(strips))
+        return [_lane(place, Enclosure(joined, joined), policy)]
+    return [
+        _lane(
+            Lane((0, 1), heads, b, origin, lengths, (), (), False),
+            plane[b],
+            policy,
+        )
+        for b, (origin, lengths) in enumerate(zip(origins, request.sequences, strict=True))
+    ]
+
+
+def _lane(place: Lane, known: Enclosure, policy: Policy) -> Lane:
+    q_len, kv_len = place.lengths
+    heads = place.heads[1] - place.heads[0]
+    opaque = not known.exact
+    batch = place.batches[1] - place.batches[0]
+    if opaque:
+        policy = Policy(alike=False, wholes=False, merges=False)
+    traits = Traits(q_len, kv_len, heads * batch, *policy)
+    items = []
+    for item in _items(known.outer.strips, traits):
+        if isinstance(item, Block):
+            if opaque:
+                chunks = tuple(c._replace(patches=(), bare=True) for c in item.chunks)
+                item = item._replace(chunks=chunks)
+            tile = _tile(item, heads, 1 if opaque else batch)
+            item = item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
+        items.append(item)
+    blank = known.outer.empty_rows(q_len)
+    return place._replace(items=tuple(items), blank=blank, opaque=opaque)
+
+
+def _tile(block: Block, heads: int, batch: int) -> Tile:
+    """Share products between heads first, then batch elements, then repetitions of the block."""
+    room = max(2, TILE_CELLS // (block.rows * max(chunk.width for chunk in block.chunks)))
+    if room < heads:
+        share = _even_share(heads, room)
+        return Tile(1, 1, share + share % 2)  # matrices are dealt out to an even number of cores
+    room //= heads
+    if room < batch:
+        return Tile(_even_share(batch, room), 1, heads)
+    return Tile(batch, min(block.times, max(1, room // batch)), heads)
+
+
+def _even_share(total: int, most: int) -> int:
+    """Return the smallest size of equal shares that needs no more shares than `most` does."""
+    return -(-total // -(-total // most))
+
+
+@lru_cache(maxsize=256)
+def _items(strips: tuple[Strip, ...], traits: Traits) -> tuple[Block | Whole, ...]:
+    items: list[Block | Whole] = []
+    for segment in _segments(strips):
+        items += _wholes(segment, traits) or _blocks(segment, traits)
+    return tuple(_merge_small(_repeat(items), strips, traits))
+
+
+# -- rows --------------------------------------------------------------------------------------
+
+
+def _segments(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
+    """Split strips where rows are missing or the span of keys jumps."""
+    segment: list[Strip] = []
+    for strip in strips:
+        if segment and _jumps(segment[-1], strip):
+            yield segment
+            segment = []
+        segment.append(strip)
+    if segment:
+        yield segment
+
+
+def _jumps(above: Strip, below: Strip) -> bool:
+    rows = above.i1 - above.i0
+    first, last = above.runs[0], above.runs[-1]
+    return (
+        above.i1 != below.i0
+        or abs(first[0] + first[1] * rows - below.runs[0][0]) > JUMP
+        or abs(last[2] + last[3] * rows - below.runs[-1][2]) > JUMP
+    )
+
+
+def _wholes(segment: Sequence[Strip], traits: Traits) -> list[Whole]:
+    """Return a segment as calls of torch's fused kernel, where they compute it faster."""
+    if not traits.wholes:
+        return []
+    first, last = segment[0].i0, segment[-1].i1
+    if len(segment) > 1 or len(segment[0].runs) > 1:
+        small = _masked_whole(segment, first, last - first, traits)
+        if small is not None:
+            return [small]
+    wholes = []
+    for strip in segment:
+        whole = _whole(strip, traits) if len(strip.runs) == 1 else None
+        if whole is None:
+            small = _masked_whole(segment, first, last - first, traits)
+            return [small] if small is not None else []
+        wholes.append(whole)
+    return wholes
+
+
+def _whole(strip: Strip, traits: Traits) -> Whole | None:
+    i0, i1, ((a, da, b, db),) = strip
+    rows = i1 - i0
+    if _rounds_more(rows, traits):
+        return None
+    if (da, db) == (0, 0):
+        return Whole(i0, rows, a, b - a)
+    if (da, db) != (0, 1):
+        return None
+    before = b - a - 1
+    # In 16 bits the kernel is fast at every size, but its output is rounded: no sums of two.
+    if before and not (traits.merges and rows >= LARGE):
+        return None
+    if rows <= SMALL or rows >= LARGE or not traits.merges:
+        return Whole(i0, rows, a + before, rows, True, before=before)
+    return None
+
+
+def _rounds_more(rows: int, traits: Traits) -> bool:
+    """Whether torch's kernel would round 16-bit gradients more often here than on all rows.
+
+    It adds them up tile by tile in 16 bits, and its tiles are low where rows are few.
+    """
+    return not traits.merges and LOWEST_TILE < rows < FULL_TILES and rows != traits.q_len
+
+
+def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> Whole | None:
+    """Return rows over all of their keys as one small masked call, if they are few."""
+    if not traits.wholes or rows > SMALL or _rounds_more(rows, traits):
+        return None
+    pieces = _pieces(strips, row, rows)
+    start = min(runs[0][0] for _, _, runs in pieces)
+    stop = max(runs[-1][2] + runs[-1][3] * (n - 1) for _, n, runs in pieces)
+    if stop - start > SMALL or sum(n for _, n, _ in pieces) != rows:
+        return None
+    return Whole(row, rows, start, stop - start, pattern=pattern_of(pieces, rows, start, stop))
+
+
+def _blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[Block]:
+    """Cut a segment into blocks of equal height."""
+    first, last = segment[0].i0, segment[-1].i1
+    cells = sum(
+        (i1 - i0) * (runs[-1][2] - runs[0][0] + (runs[-1][3] - runs[0][1]) * (i1 - i0) / 2)
+        for i0, i1, runs in segment
+    )
+    height = LOW if cells <= NARROW_KEYS * (last - first) else HIGH
+    parts = -(-(last - first) // height)
+    if parts < 8:  # a short last block is a loss; among many it does not count
+        height = min(height, -(-(last - first) // parts // 16) * 16)
+    row, k = first, 0
+    while row < last:
+        while segment[k].i1 <= row:
+            k += 1
+        rows = min(height, last - row)
+        count = _same_below(segment[k], row, rows, traits)
+        block = _block(segment[k:], row, rows, traits)
+        if count > 1:
+            steps = _steps(segment[k])
+            chunks = tuple(
+                c._replace(runs=tuple((a, b, steps * rows) for a, b, _ in c.runs))
+                for c in block.chunks
+            )
+            block = block._replace(times=count, step=rows, chunks=chunks)
+        yield block
+        row += rows * count
+
+
+def _steps(strip: Strip) -> int:
+    return strip.runs[0][1]
+
+
+def _same_below(strip: Strip, row: int, rows: int, traits: Traits) -> int:
+    """Return how many blocks from `row` on look alike, but for one shift of all their keys.
+
+    Runs are widened by up to 64 keys, which must not meet the borders of the matrix.
+    """
+    runs = strip.runs
+    if any(da != runs[0][1] or db != runs[0][1] for _, da, _, db in runs):
+        return 1
+    count = (strip.i1 - row) // rows
+    if count > 1 and runs[0][1]:
+        past = row - strip.i0
+        if runs[0][0] + past < 64:
+            return 1
+        room = traits.kv_len - 64 - (runs[-1][2] + past)
+        count = min(count, max(1, room // rows))
+    return max(1, count)
+
+
+def _block(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> Block:
+    """Return the block of rows ``[row, row + rows)``; strips above them are left out already."""
+    pieces = _pieces(strips, row, rows)
+    return Block(row, rows, 1, 0, chunks_of(pieces, rows, traits.kv_len))
+
+
+def _pieces(strips: Sequence[Strip], row: int, rows: int) -> Pieces:
+    """Return the parts of the strips in rows ``[row, row + rows)``."""
+    pieces = []
+    for i0, i1, runs in strips:
+        if i0 >= row + rows:
+            break
+        top = max(i0, row)
+        shift = top - i0
+        if shift:
+            runs = tuple((a + da * shift, da, b + db * shift, db) for a, da, b, db in runs)
+        if i1 > top:
+            pieces.append((top - row, min(i1, row + rows) - top, runs))
+    return pieces
+
+
+# -- sharing -----------------------------------------------------------------------------------
+
+
+def _repeat(items: Iterable[Block | Whole]) -> list[Block | Whole]:
+    """Join neighbours that are equal but for a shift, such as documents of one length."""
+    out: list[Block | Whole] = []
+    for item in items:
+        joined = _joined(out[-1], item) if out else None
+        if joined is None:
+            out.append(item)
+        else:
+            out[-1] = joined
+    return out
+
+
+def _joined(above: Block | Whole, below: Block | Whole) -> Block | Whole | None:
+    if isinstance(above, Whole) and isinstance(below, Whole):
+        return _joined_wholes(above, below)
+    if not isinstance(above, Block) or not isinstance(below, Block) or below.times > 1:
+        return None
+    step = below.row - (above.row + (above.times - 1) * above.step)
+    if below.rows != above.rows or (above.times > 1 and step != above.step):
+        return None
+    if len(above.chunks) != len(below.chunks):
+        return None
+    chunks = []
+    for x, y in zip(above.chunks, below.chunks, strict=True):
+        if x._replace(runs=()) != y._replace(runs=()) or len(x.runs) != len(y.runs):
+            return None
+        moved = _moved(x, y, above.times)
+        if moved is None:
+            return None
+        chunks.append(moved)
+    return above._replace(times=above.times + 1, step=step, chunks=tuple(chunks))
+
+
+def _moved(above: Chunk, below: Chunk, count: int) -> Chunk | None:
+    """Return the chunk with the steps that lead to `below`, if its runs move evenly."""
+    runs = []
+    for (a, b, step), (c, d, _) in zip(above.runs, below.runs, strict=True):
+        move = c - (a + (count - 1) * step)
+        if d - c != b - a or move < 0 or (count > 1 and move != step):
+            return None
+        runs.append((a, b, move))
+    return above._replace(runs=tuple(runs))
+
+
+def _joined_wholes(above: Whole, below: Whole) -> Whole | None:
+    step = below.row - (above.row + (above.times - 1) * above.step)
+    if above._replace(row=0, key=0, times=1, step=0) != below._replace(row=0, key=0):
+        return None
+    if below.key - (above.key + (above.times - 1) * above.step) != step:
+        return None
+    if above.times > 1 and step != above.step:
+        return None
+    return above._replace(times=above.times + 1, step=step)
+
+
+def _merge_small(
+    items: list[Block | Whole], strips: tuple[Strip, ...], traits: Traits
+) -> Iterator[Block | Whole]:
+    """Put small neighbours into one piece where masked cells cost less than one more step."""
+    held: Block | Whole | None = None
+    at = 0
+    for item in items:
+        if held is not None and held.times == item.times == 1:
+            while strips[at].i1 <= held.row:
+                at += 1
+            joined = _union(strips, at, held, item, traits)
+            if joined is not None:
+                held = joined
+                continue
+        if held is not None:
+            yield held
+        held = item
+    if held is not None:
+        yield held
+
+
+def _union(
+    strips: tuple[Strip, ...], at: int, one: Block | Whole, other: Block | Whole, traits: Traits
+) -> Block | Whole | None:
+    """Return two neighbours as one piece, if that is cheaper; their strips begin at `at`."""
+    both = one.rows + other.rows
+    if both > HIGH or one.row + one.rows != other.row:
+        return None
+    here = strips[at : at + both]
+    joined = _masked_whole(here, one.row, both, traits) or _block(here, one.row, both, traits)
+    cheaper = _cost(joined, traits) < _cost(one, traits) + _cost(other, traits)
+    return joined if cheaper else None
+
+
+def _cost(item: Block | Whole, traits: Traits) -> float:
+    """Return the time of an item, in score cells."""
+    if isinstance(item, Whole):
+        return item.rows * (item.keys + item.before) * traits.matrices + STEP_CELLS / 4
+    cells = sum(chunk.width for chunk in item.chunks) * item.rows
+    return cells * traits.matrices + STEP_CELLS * len(item.chunks)

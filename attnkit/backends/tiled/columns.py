@@ -1,0 +1,159 @@
+"""The columns of a block: which key runs it reads, in which chunks, and where it masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from attnkit.backends.tiled.schedule import Chunk, Patch, Pattern, Piece
+from attnkit.strips import Run
+
+__all__ = ["Pieces", "chunks_of", "pattern_of"]
+
+Spans = list[tuple[int, int]]
+# Strip pieces of a block: (first row from the block's top, rows, runs at that row).
+Pieces = Sequence[tuple[int, int, tuple[Run, ...]]]
+
+# Score tiles are at most this wide, so that memory does not grow with the number of keys.
+WIDEST = 2048
+# Runs closer than this are one run: masked columns cost less than gathering keys.
+GAP = 64
+# Unmasked stretches narrower than this join the masked ones beside them.
+NARROW = 32
+
+
+def chunks_of(pieces: Pieces, rows: int, kv_len: int) -> tuple[Chunk, ...]:
+    """Return the chunks of key runs that hold every allowed cell of the pieces."""
+    full = _full(pieces, rows)
+    runs = _widened(_touched(pieces), full, kv_len)
+    chunks = []
+    for spans in _cut(runs):
+        patches, column = [], 0
+        for start, stop in spans:
+            for a, b in _edges(start, stop, full):
+                patches.append(Patch(column + a - start, pattern_of(pieces, rows, a, b)))
+            column += stop - start
+        moving = tuple((a, b, 0) for a, b in spans)
+        chunks.append(Chunk(moving, column, tuple(patches), _is_bare(pieces, spans, rows)))
+    return tuple(chunks)
+
+
+def pattern_of(pieces: Pieces, rows: int, start: int, stop: int) -> Pattern:
+    """Return the pattern of the pieces in key columns ``[start, stop)``."""
+    return Pattern(rows, stop - start, _clipped(pieces, start, stop))
+
+
+def _touched(pieces: Pieces) -> Spans:
+    """Return the union of the rows' runs; small gaps are closed."""
+    spans = sorted((a, b + db * (rows - 1)) for _, rows, runs in pieces for a, _, b, db in runs)
+    out: Spans = []
+    for a, b in spans:
+        if out and a <= out[-1][1] + GAP:
+            out[-1] = (out[-1][0], max(out[-1][1], b))
+        else:
+            out.append((a, b))
+    return out
+
+
+def _full(pieces: Pieces, rows: int) -> Spans:
+    """Return the keys that every row of the block sees."""
+    if sum(piece[1] for piece in pieces) != rows:
+        return []
+    common: Spans | None = None
+    for _, n, runs in pieces:
+        here = [(a + da * (n - 1), b) for a, da, b, _ in runs]
+        if common is None:
+            common = here
+        else:
+            common = [(max(p, r), min(q, s)) for p, q in common for r, s in here]
+        common = [(a, b) for a, b in common if b > a]
+    return [(a, b) for a, b in common or () if b - a >= NARROW]
+
+
+def _widened(spans: Spans, full: Spans, kv_len: int) -> Spans:
+    """Round the widths of runs up, on a side that is masked anyway, so that tiles are aligned."""
+    starts, stops = {a for a, _ in full}, {b for _, b in full}
+    out: Spans = []
+    for k, (start, stop) in enumerate(spans):
+        unit = 64 if stop - start > 192 else 16
+        lack = -(stop - start) % unit
+        low = out[-1][1] if out else 0
+        high = spans[k + 1][0] if k + 1 < len(spans) else kv_len
+        if start not in starts and start - lack >= low:
+            start -= lack
+        elif stop not in stops and stop + lack <= high:
+            stop += lack
+        out.append((start, stop))
+    return out
+
+
+def _cut(spans: Spans) -> list[Spans]:
+    """Cut runs into chunks of at most `WIDEST` columns; runs that fit together stay together."""
+    if sum(b - a for a, b in spans) <= WIDEST:
+        return [spans]
+    chunks: list[Spans] = [[]]
+    room = WIDEST
+    for start, stop in spans:
+        while stop - start > room:
+            if room:
+                chunks[-1].append((start, start + room))
+            start, room = start + room, WIDEST
+            chunks.append([])
+        chunks[-1].append((start, stop))
+        room -= stop - start
+    return [chunk for chunk in chunks if chunk]
+
+
+def _edges(start: int, stop: int, full: Spans) -> Spans:
+    """Return the stretches of ``[start, stop)`` that not every row sees."""
+    out: Spans = []
+    for a, b in full:
+        if b <= start or a >= stop:
+            continue
+        if a > start:
+            out.append((start, a))
+        start = max(start, b)
+    if start < stop:
+        out.append((start, stop))
+    return out
+
+
+def _clipped(pieces: Pieces, start: int, stop: int) -> tuple[Piece, ...]:
+    """Return the pieces inside key columns ``[start, stop)``, counted from `start`.
+
+    Ends outside are brought to the border and made to stand still, so that equal cells have
+    equal pieces in the cases that repeat.
+    """
+    width = stop - start
+    out = []
+    for row, rows, runs in pieces:
+        inside = []
+        for a, da, b, db in runs:
+            a, b = a - start, b - start
+            if b + db * (rows - 1) <= 0 or a >= width:
+                continue
+            if a + da * (rows - 1) <= 0:
+                a, da = 0, 0
+            if b >= width:
+                b, db = width, 0
+            inside.append((a, da, b, db))
+        out.append(Piece(row, rows, tuple(inside)))
+    return tuple(out)
+
+
+def _is_bare(pieces: Pieces, spans: Iterable[tuple[int, int]], rows: int) -> bool:
+    """Whether some row may see none of the keys; never False when one does not."""
+    if sum(piece[1] for piece in pieces) != rows:
+        return True
+    reach = list(spans)
+    return not all(
+        any(_always_meets(run, n, span) for run in runs for span in reach) for _, n, runs in pieces
+    )
+
+
+def _always_meets(run: Run, rows: int, span: tuple[int, int]) -> bool:
+    """Whether the run holds a key of the span in its first and last row, hence in all."""
+    a, da, b, db = run
+    last = rows - 1
+    return all(
+        max(x, span[0]) < min(y, span[1]) for x, y in ((a, b), (a + da * last, b + db * last))
+    )

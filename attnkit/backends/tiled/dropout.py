@@ -1,0 +1,61 @@
+"""Dropout without an S x S tensor: a counter hash of (batch, head, row, key).
+
+Every cell has a 16-bit number, made from one 64-bit key per row and one per four columns. The
+backward makes the same numbers again; nothing is kept but the seed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnkit.backends.tiled.schedule import Chunk
+from attnkit.backends.tiled.tiles import Source, Step, Workspace
+
+__all__ = ["Dropout"]
+
+# Odd constants with about half of their bits set (from splitmix64 and L'Ecuyer's tables).
+_ROW, _COLUMN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x5851F42D4C957F2D
+_LEVELS = 1 << 16
+
+
+class Dropout:
+    """Which weights of one call survive, as tiles of 0 and 1."""
+
+    def __init__(self, probability: float, seed: Tensor, sizes: tuple[int, int, int, int]) -> None:
+        batch, heads, rows, keys = sizes
+        level = min(_LEVELS - 1, round(probability * _LEVELS))
+        self.threshold = level - _LEVELS // 2
+        self.kept = 1.0 - level / _LEVELS
+        device = seed.device
+        count = torch.arange(batch * heads * rows, device=device)
+        self.rows = Source(_mixed(count * _ROW + seed).view(batch, heads, rows, 1))
+        quads = torch.arange(-(-keys // 4) + 1, device=device)
+        self.columns = _mixed((quads + 1) * _COLUMN)
+
+    def tile(self, work: Workspace, step: Step, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        """Return ``[g r w]`` in `dtype`: 1 where a weight survives, else 0."""
+        group, rows = step.products, step.members * step.block.rows
+        keep = work.take("keep", dtype, group, rows, chunk.width)
+        row_keys = self.rows.rows(step).reshape(group, rows, 1)
+        for column, first, count in step.runs(chunk):
+            first += step.lane.origin[1]
+            quad, skip = divmod(first, 4)
+            quads = -(-(skip + count) // 4)
+            bits = work.take("bits", torch.int64, group, rows, quads)
+            spare = work.take("spare bits", torch.int64, group, rows, quads)
+            torch.add(row_keys, self.columns[quad : quad + quads], out=bits)
+            torch.bitwise_right_shift(bits, 29, out=spare)
+            bits.bitwise_xor_(spare).mul_(_MIX)
+            torch.bitwise_right_shift(bits, 32, out=spare)
+            # torch shifts in copies of the sign: adding spreads them, a second xor would not.
+            lanes = bits.add_(spare).view(torch.int16)[..., skip : skip + count]
+            torch.ge(lanes, self.threshold, out=keep[..., column : column + count])
+        return keep
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Return 64-bit numbers whose every bit depends on every bit of `x`."""
+    for shift in (31, 29, 32):
+        x = (x ^ (x >> shift)) * _MIX
+    return x + (x >> 32)

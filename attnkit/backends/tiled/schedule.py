@@ -1,0 +1,154 @@
+"""What the tiled backend will do, as data: blocks of query rows and the key runs they need.
+
+A `Schedule` is a pure function of the `Request` (see `attnkit.backends.tiled.build`). It names
+row and key positions, never tensors; execution walks it and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from attnkit.strips import Run
+
+__all__ = ["Block", "Chunk", "Lane", "Patch", "Pattern", "Piece", "Schedule", "Tile", "Whole"]
+
+
+class Piece(NamedTuple):
+    """Rows ``[row, row + rows)`` of a pattern, whose allowed runs move as in a region's strip."""
+
+    row: int
+    rows: int
+    runs: tuple[Run, ...]
+
+
+class Pattern(NamedTuple):
+    """Which cells of a ``rows x width`` rectangle are allowed; equal patterns share a patch."""
+
+    rows: int
+    width: int
+    pieces: tuple[Piece, ...]
+
+
+class Patch(NamedTuple):
+    """A pattern laid over the columns of a chunk from `column` on; elsewhere nothing is masked."""
+
+    column: int
+    pattern: Pattern
+
+
+class Chunk(NamedTuple):
+    """Key runs ``(start, stop, step)`` that lie side by side in one score tile.
+
+    A run moves by `step` keys from one repetition of its block to the next. `bare` says that
+    some row finds no allowed key here.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    width: int
+    patches: tuple[Patch, ...]
+    bare: bool
+
+
+class Tile(NamedTuple):
+    """How many batch elements, repetitions and query heads share one matrix product."""
+
+    batch: int
+    repeats: int
+    heads: int
+
+
+class Block(NamedTuple):
+    """Query rows ``[row, row + rows)``, repeated `times` times, `step` rows apart.
+
+    The softmax runs over all chunks; rows meet their keys chunk by chunk.
+    """
+
+    row: int
+    rows: int
+    times: int
+    step: int
+    chunks: tuple[Chunk, ...]
+    tile: Tile = Tile(1, 1, 1)
+
+
+class Whole(NamedTuple):
+    """A piece that torch's own fused kernel computes in one call, repeated `times` times.
+
+    Rows and keys of one repetition and the next are `step` apart. The piece is a rectangle;
+    `causal` makes it a square, causal from its corner; a `pattern` masks a small one. All rows
+    see the `before` keys to the left of the piece as well: that takes a second call.
+    """
+
+    row: int
+    rows: int
+    key: int
+    keys: int
+    causal: bool = False
+    pattern: Pattern | None = None
+    before: int = 0
+    times: int = 1
+    step: int = 0
+
+
+class Lane(NamedTuple):
+    """What a range of batch elements and query heads runs, in the order of its rows.
+
+    Positions count from `origin`, where the score matrix of `lengths` begins: (0, 0), unless a
+    packed sequence has a lane of its own. `matrix` is the number of its first score matrix.
+    `blank` are the row ranges without any allowed key. With `opaque`, the mask itself is asked
+    for its cells: the runs only enclose them.
+    """
+
+    batches: tuple[int, int]
+    heads: tuple[int, int]
+    matrix: int
+    origin: tuple[int, int]
+    lengths: tuple[int, int]
+    items: tuple[Block | Whole, ...]
+    blank: tuple[tuple[int, int], ...]
+    opaque: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The lanes of a request."""
+
+    lanes: tuple[Lane, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.lanes)
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: every call looks its schedule up
+
+    @cached_property
+    def bare(self) -> bool:
+        """Whether some row may see nothing at all."""
+        return any(
+            lane.blank
+            or any(chunk.bare for item in lane.items for chunk in getattr(item, "chunks", ()))
+            for lane in self.lanes
+        )
+
+    @cached_property
+    def wholes(self) -> bool:
+        """Whether torch's fused kernel runs any part."""
+        return any(isinstance(item, Whole) for lane in self.lanes for item in lane.items)
+
+    @property
+    def computed(self) -> int:
+        """The number of cells computed, masked ones inside the tiles included."""
+        total = 0
+        for lane in self.lanes:
+            matrices = (lane.batches[1] - lane.batches[0]) * (lane.heads[1] - lane.heads[0])
+            for item in lane.items:
+                if isinstance(item, Whole):
+                    keys = item.keys / 2 if item.causal else item.keys
+                    cells = int(item.rows * (keys + item.before))
+                else:
+                    cells = item.rows * sum(chunk.width for chunk in item.chunks)
+                total += matrices * item.times * cells
+        return total

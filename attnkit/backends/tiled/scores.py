@@ -1,0 +1,117 @@
+"""Score tiles, the part that forward and backward share.
+
+    score = scale * q.k + bias;  score = c * tanh(score / c) with a soft-cap;  masked: -inf
+
+Tiles hold ``score * log2(e)``: powers of two are several times cheaper than powers of e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import log2
+
+import torch
+from torch import Tensor
+
+from attnkit.backends.tiled.bias import Bias, Distances, Given
+from attnkit.backends.tiled.dropout import Dropout
+from attnkit.backends.tiled.patches import put_cells, put_patches
+from attnkit.backends.tiled.schedule import Chunk, Lane, Schedule
+from attnkit.backends.tiled.tiles import Step, Workspace
+from attnkit.planner import Request
+
+__all__ = ["LN2", "LOG2E", "Job", "Scores"]
+
+LOG2E = log2(2.718281828459045)
+LN2 = 1.0 / LOG2E
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One call: what a request and its bias make of the operands."""
+
+    request: Request
+    schedule: Schedule
+    terms: tuple[Distances | Given, ...] = ()
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of scores and statistics."""
+        return torch.float64 if self.request.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Batch elements (1 if packed), query heads, rows, keys."""
+        request = self.request
+        batch = 1 if request.seqlens is not None else request.batch
+        return batch, request.num_heads, request.q_len, request.kv_len
+
+    @property
+    def group(self) -> int:
+        """How many query heads share a key head."""
+        return self.request.num_heads // self.request.num_kv_heads
+
+
+class Scores:
+    """Makes the score tiles of one call."""
+
+    def __init__(self, job: Job, seed: Tensor | None, device: torch.device) -> None:
+        request = job.request
+        self.job = job
+        self.wide = job.wide
+        self.work = Workspace(device)
+        self.cap = request.softcap
+        unit = LOG2E if self.cap is None else 1.0 / self.cap
+        self.alpha = request.scale * unit
+        self.bias = Bias(job.terms, unit, self.wide, device) if job.terms else None
+        self.dropout: Dropout | None = None
+        if request.dropout and seed is not None:
+            self.dropout = Dropout(request.dropout, seed, job.sizes)
+        self._planes: tuple[Lane | None, int, Tensor | None] = (None, -1, None)
+
+    def tile(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Return the masked scores of a tile, ``[g r w]``, times log2(e)."""
+        scores = self.capped(step, chunk, query, key)
+        if self.cap is not None:
+            scores.mul_(self.cap * LOG2E)
+        self.mask(scores, step, chunk)
+        return scores
+
+    def capped(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Return unmasked scores times log2(e); with a soft-cap, ``tanh(score / c)``."""
+        group, rows, _ = query.shape
+        scores = self.work.take("scores", self.wide, group, rows, chunk.width)
+        if self.bias is not None:
+            self.bias.fill(self.by_head(scores, step, chunk), step, chunk)
+        beta = 0.0 if self.bias is None else 1.0
+        scores.baddbmm_(query, key.transpose(1, 2), beta=beta, alpha=self.alpha)
+        return scores if self.cap is None else scores.tanh_()
+
+    def mask(self, scores: Tensor, step: Step, chunk: Chunk) -> None:
+        """Set the cells of a tile that are not allowed to -inf."""
+        if not step.lane.opaque:
+            put_patches(scores, chunk, step.block.rows)
+            return
+        put_cells(self.by_head(scores, step, chunk), self._cells(step), step, chunk)
+
+    def by_head(self, scores: Tensor, step: Step, chunk: Chunk) -> Tensor:
+        """View a ``[g r w]`` tile as ``[b h i j]``; its block is not repeated."""
+        return scores.view(step.batches, step.heads, step.block.rows, chunk.width)
+
+    def _cells(self, step: Step) -> Tensor:
+        """Return the cells ``[1 | n, i, j]`` of a mask that is no region, for one matrix."""
+        lane, matrix, planes = self._planes
+        wanted = step.lane.matrix + step.batch - step.lane.batches[0]
+        if planes is None or lane is not step.lane or matrix != wanted:
+            mask = self.job.request.mask
+            batch = wanted if mask.batches is not None else 0
+            sizes = step.lane.lengths
+            planes = torch.stack(
+                [
+                    mask._plane(*sizes, batch, head, self.work.device)
+                    for head in range(mask.heads or 1)
+                ]
+            )
+            self._planes = (step.lane, wanted, planes)
+        return planes

@@ -1,0 +1,231 @@
+"""`T5Relative`: a learnable logit per bucket of distances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.pse.base import PSE, Align, Pse
+from attnkit.pse.structure import Stepped
+
+__all__ = ["T5Relative", "t5_bucket"]
+
+
+def t5_bucket(
+    distance: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> Tensor:
+    """Return the bucket of each distance ``j - i'``, as T5 counts them.
+
+    Half of the buckets (of those of one direction, when `bidirectional`) hold one distance
+    each; the others grow by a constant factor up to `max_distance`, and the last one holds all
+    that is beyond. Without `bidirectional`, keys after the query share bucket 0.
+
+    >>> t5_bucket(torch.tensor([-500, -20, -3, 0, 3]), bidirectional=False).tolist()
+    [31, 17, 3, 0, 0]
+    """
+    base = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        base = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = -distance.clamp(max=0)
+    exact = num_buckets // 2
+    # float32 and this order of operations, as in T5: they decide where buckets end.
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    large = exact + (share * (num_buckets - exact)).long()
+    return base + torch.where(distance < exact, distance, large.clamp(max=num_buckets - 1))
+
+
+@PSE.register("t5_relative")
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class T5Relative(Pse):
+    """T5's relative bias: ``bias[h, i, j] = table[bucket(j - i'), h]``, added after the scale.
+
+    ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands on
+    the last key; ``i' = i`` for ``"top_left"``. `bidirectional` is T5's choice for encoders; a
+    decoder has it off. (T5 itself does not scale its scores: ``scale=1.0``.)
+
+    `table` is ``[num_buckets, n]``, the weight of T5's embedding: given, or zeros in an
+    `nn.Parameter` that trains. The gradient reaches it on the fused kernel too. Materialises
+    as ``[1, n, q_len, kv_len]`` in any floating dtype.
+
+    Equality compares the table's content; configurations hold everything but the table.
+
+    Raises `CompositionError` for buckets that cannot be formed or a table of another shape.
+
+    Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified
+    Text-to-Text Transformer" (JMLR 2020), and its published `_relative_position_bucket`.
+
+    >>> T5Relative(8, bidirectional=False)
+    T5Relative(8, bidirectional=False)
+    >>> table = torch.arange(4.0)[:, None]
+    >>> T5Relative(1, 4, 4, bidirectional=False, table=table).materialize(1, 6)
+    tensor([[[[3., 3., 3., 2., 1., 0.]]]])
+    """
+
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = True
+    align: Align = "bottom_right"
+    table: Tensor = field(init=False)
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        align: Align = "bottom_right",
+        *,
+        table: Tensor | None = None,
+    ) -> None:
+        _check_buckets(num_heads, num_buckets, max_distance, bidirectional)
+        if align not in get_args(Align):
+            raise CompositionError(
+                f"T5Relative: align={align!r}; choose 'bottom_right' (the last query stands on "
+                "the last key) or 'top_left' (the first on the first)"
+            )
+        shape = (num_buckets, num_heads)
+        if table is None:
+            table = nn.Parameter(torch.zeros(shape))
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            raise CompositionTypeError(
+                f"T5Relative: table is a floating tensor {list(shape)}, got {table!r}"
+            )
+        if tuple(table.shape) != shape:
+            raise CompositionError(
+                f"T5Relative: table {list(table.shape)}; it must be {list(shape)}, one logit per "
+                "bucket and query head"
+            )
+        for name, value in (
+            ("num_heads", num_heads),
+            ("num_buckets", num_buckets),
+            ("max_distance", max_distance),
+            ("bidirectional", bidirectional),
+            ("align", align),
+            ("table", table),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads: one column of the table each."""
+        return self.num_heads
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The table."""
+        return (self.table,)
+
+    @property
+    def toeplitz(self) -> bool:
+        """True: only the distance between query and key matters."""
+        return True
+
+    @property
+    def structure(self) -> Stepped:
+        """The distances at which buckets begin, and the bucket of each step."""
+        starts, rows = _steps(self.num_buckets, self.max_distance, self.bidirectional)
+        return Stepped(starts, rows, self.align)
+
+    def key(self) -> Hashable:
+        """Return everything but the table's content, which is bound when a plan runs."""
+        return (*self._numbers(), self.table.dtype, self.table.requires_grad)
+
+    def materialize(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return each cell's entry of the table: ``[1, n, q_len, kv_len]``."""
+        self.check(q_len, kv_len, batch, heads)
+        if not dtype.is_floating_point:
+            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        device = self.table.device
+        at = kv_len - q_len if self.align == "bottom_right" else 0
+        query = torch.arange(q_len, device=device) + at
+        distance = torch.arange(kv_len, device=device) - query[:, None]
+        buckets = t5_bucket(distance, self.num_buckets, self.max_distance, self.bidirectional)
+        return self.table.to(dtype)[buckets].permute(2, 0, 1)[None]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, T5Relative):
+            return NotImplemented
+        if self.key() != other.key():
+            return False
+        same_device = self.table.device == other.table.device
+        return self.table is other.table or (
+            same_device and not self.table.is_meta and torch.equal(self.table, other.table)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._numbers())
+
+    def __repr__(self) -> str:
+        parts = [str(self.num_heads)]
+        defaults = (("num_buckets", 32), ("max_distance", 128), ("bidirectional", True))
+        for name, default in (*defaults, ("align", "bottom_right")):
+            value = getattr(self, name)
+            parts += [f"{name}={value!r}"] if value != default else []
+        return f"T5Relative({', '.join(parts)})"
+
+    def _numbers(self) -> tuple[Hashable, ...]:
+        names = ("num_heads", "num_buckets", "max_distance", "bidirectional", "align")
+        return ("T5Relative", *(getattr(self, name) for name in names))
+
+
+@lru_cache
+def _steps(
+    num_buckets: int, max_distance: int, bidirectional: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where buckets begin, from the far past to the far future, and which they are."""
+    distances = torch.arange(-max_distance - 1, max_distance + 2)
+    buckets = t5_bucket(distances, num_buckets, max_distance, bidirectional).tolist()
+    starts, rows = [-max_distance - 1], [buckets[0]]
+    for k, bucket in enumerate(buckets):
+        if bucket != rows[-1]:
+            starts.append(k - max_distance - 1)
+            rows.append(bucket)
+    return tuple(starts), tuple(rows)
+
+
+def _check_buckets(
+    num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool
+) -> None:
+    for name, value in (
+        ("num_heads", num_heads),
+        ("num_buckets", num_buckets),
+        ("max_distance", max_distance),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CompositionTypeError(f"T5Relative: {name} is a positive int, got {value!r}")
+        if value < 1:
+            raise CompositionError(f"T5Relative: {name} is a positive int, got {value}")
+    if not isinstance(bidirectional, bool):
+        raise CompositionTypeError(f"T5Relative: bidirectional is a bool, got {bidirectional!r}")
+    unit = 4 if bidirectional else 2
+    if num_buckets % unit:
+        raise CompositionError(
+            f"T5Relative: num_buckets={num_buckets} with bidirectional={bidirectional}; give a "
+            f"multiple of {unit}: each direction has as many exact buckets as growing ones"
+        )
+    if max_distance <= num_buckets // unit:
+        raise CompositionError(
+            f"T5Relative: max_distance={max_distance} leaves nothing to the growing buckets, which "
+            f"begin at {num_buckets // unit}; give a larger one"
+        )

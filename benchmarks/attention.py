@@ -1,0 +1,306 @@
+"""Attention side by side: attnkit's tiled backend and torch's own ways to run the same mask.
+
+Everything runs in one process, competitors alternate, and what counts are ratios of medians:
+the machine's mood is the same for all. `python benchmarks/attention.py --help` lists the options;
+the result is written to benchmarks/results/attention.md. On a busy machine use ``--threads 1``,
+which measures processor time instead of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import attnkit as ak
+import attnkit.backends.tiled
+from attnkit import masks, pse
+
+RESULT = Path(__file__).parent / "results" / "attention.md"
+HEADS = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One composition, and the cells that it needs at a length."""
+
+    name: str
+    mask: Callable[[int], masks.Mask]
+    alibi: bool = False
+    dropout: float = 0.0
+
+
+CASES = (
+    Case("full", lambda s: masks.Full()),
+    Case("causal", lambda s: masks.Causal()),
+    Case("window 256", lambda s: masks.SlidingWindow(256)),
+    Case("window 1024", lambda s: masks.SlidingWindow(1024)),
+    Case("prefix 512 + causal", lambda s: masks.Prefix(512) | masks.Causal()),
+    Case("8 documents, causal", lambda s: masks.Documents([s // 8] * 8) & masks.Causal()),
+    Case("uneven documents, causal", lambda s: uneven(s) & masks.Causal()),
+    Case(
+        "sink 4 + window 1024",
+        lambda s: masks.Causal() & (masks.SlidingWindow(1024) | masks.Columns(0, 4)),
+    ),
+    Case("padding", lambda s: masks.Padding([s * 3 // 4])),
+    Case("causal, ALiBi", lambda s: masks.Causal(), alibi=True),
+    Case("window 256, dropout 0.1", lambda s: masks.SlidingWindow(256), dropout=0.1),
+)
+
+
+def uneven(length: int) -> masks.Mask:
+    """Documents of very different lengths."""
+    shares = (1, 16, 4, 2, 1, 8)
+    return masks.Documents([length * share // 32 for share in shares])
+
+
+def competitors(case: Case, length: int, tensors: list[Tensor]) -> dict[str, Run]:
+    """Return the ways to run a case; all compute the same numbers, dropout aside."""
+    mask = case.mask(length)
+    bias = pse.ALiBi(HEADS) if case.alibi else None
+    layer = ak.Attention(
+        HEADS,
+        tensors[0].shape[-1],
+        mask=mask,
+        pse=bias,
+        dropout=case.dropout,
+        layout="BNSD",
+        backend="tiled",
+    )
+    dense = mask.materialize(length, length)
+    if bias is not None:
+        added = bias.materialize(length, length, dtype=tensors[0].dtype)
+        dense = added.masked_fill_(~dense, -torch.inf)
+    ways: dict[str, Run] = {"tiled": lambda: layer(*tensors)}
+    if case.name == "full":
+        ways["dense mask"] = lambda: sdpa(*tensors, attn_mask=dense)
+        ways["torch's best"] = lambda: sdpa(*tensors)
+    else:
+        ways["dense mask"] = lambda: sdpa(*tensors, attn_mask=dense, dropout_p=case.dropout)
+        ways["torch's best"] = lambda: sdpa(*tensors, is_causal=True)
+    return ways
+
+
+def compiled_flex(case: Case, length: int, tensors: list[Tensor]) -> Run | None:
+    """Return compiled FlexAttention for a case; forward only, since it has no CPU backward."""
+    if case.dropout or case.alibi or case.name == "full":
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    cells = case.mask(length).materialize(length, length)[0, 0]
+    block_mask = create_block_mask(
+        lambda b, h, i, j: cells[i, j], None, None, length, length, device="cpu"
+    )
+    flex = torch.compile(flex_attention)
+    return lambda: flex(*tensors, block_mask=block_mask)
+
+
+def alternate(ways: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Return the median time of each way, measured in turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, run in ways.items():
+            start = clock()
+            run()
+            if turn:
+                times[name].append(clock() - start)
+    return {name: median(taken) for name, taken in times.items()}
+
+
+def forward_only(run: Run) -> Run:
+    def timed() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return timed
+
+
+def with_backward(run: Run, tensors: list[Tensor], slope: Tensor) -> Run:
+    def timed() -> Tensor:
+        return torch.autograd.grad(run(), tensors, slope)[0]
+
+    return timed
+
+
+def measure(
+    case: Case, length: int, dim: int, dtype: str, options: argparse.Namespace
+) -> list[str]:
+    """Return the table rows of one case at one size."""
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    shape = (1, HEADS, length, dim)
+    tensors = [torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for _ in range(3)]
+    slope = torch.randn(shape, dtype=DTYPES[dtype])
+    cells = HEADS * case.mask(length).region(length, length).area
+    ways = competitors(case, length, tensors)
+    rows = []
+    for what, products in (("forward", 4), ("forward + backward", 14)):
+        timed = {
+            name: forward_only(run) if products == 4 else with_backward(run, tensors, slope)
+            for name, run in ways.items()
+        }
+        if products == 4 and options.flex:
+            flex = compiled_flex(case, length, tensors)
+            if flex is not None:
+                timed["flex"] = forward_only(flex)
+        taken = alternate(timed, options.repeats, clock)
+        mine = taken["tiled"]
+        rate = products * cells * dim / mine / 1e9
+        ratios = [taken[name] / mine if name in taken else None for name in COLUMNS]
+        told = " | ".join("" if r is None else f"{r:.2f}" for r in ratios)
+        rows.append(
+            f"| {case.name} | {length} | {dim} | {dtype} | {what} | {mine * 1e3:.1f} | {told} "
+            f"| {rate:.0f} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+COLUMNS = ("dense mask", "torch's best", "flex")
+
+
+def peak_memory(name: str, way: str, length: int) -> None:
+    """Print the peak of resident memory that one forward and backward adds, in MB."""
+    (case,) = (case for case in CASES if case.name == name)
+    shape = (1, HEADS, length, 64)
+    tensors = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    slope = torch.randn(shape)
+    warm = [t[:, :, :512].detach().requires_grad_() for t in tensors]
+    torch.autograd.grad(competitors(case, 512, warm)[way](), warm, slope[:, :, :512])
+    # Gradients and output are the price of any method.
+    results = [torch.ones_like(t) for t in (*tensors, slope)]
+    before = resident_peak()
+    del results
+    gc.collect()
+    torch.autograd.grad(competitors(case, length, tensors)[way](), tensors, slope)
+    print((resident_peak() - before) / 1024)
+
+
+def resident_peak() -> int:
+    """Return the largest resident size so far in kB (Linux); `ru_maxrss` counts the parent's."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])
+
+
+def memory_rows(lengths: list[int]) -> Iterator[str]:
+    """Measure peak memory, each in a process of its own."""
+    for name in ("window 256", "causal", "8 documents, causal"):
+        for length in lengths:
+            for way in ("tiled", "dense mask"):
+                if way == "dense mask" and length > 16384:
+                    continue
+                command = [sys.executable, __file__, "--peak", name, way, str(length)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                row = f"| {name} | {length} | {way} | {max(0.0, float(done.stdout)):.0f} |"
+                print(row, flush=True)
+                yield row
+
+
+def growth_rows(options: argparse.Namespace) -> Iterator[str]:
+    """Time a window forward at growing lengths."""
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    length = 4096
+    while length <= options.longest:
+        tensors = [torch.randn(1, HEADS, length, 64) for _ in range(3)]
+        layer = ak.Attention(
+            HEADS, 64, mask=masks.SlidingWindow(256), layout="BNSD", backend="tiled"
+        )
+        start = time.perf_counter()
+        layer.plan(*tensors)
+        planned = time.perf_counter() - start
+        run = forward_only(lambda layer=layer, tensors=tensors: layer(*tensors))
+        taken = alternate({"tiled": run}, options.repeats, clock)["tiled"]
+        row = f"| {length} | {taken * 1e3:.1f} | {taken / length * 1e6:.2f} | {planned * 1e3:.2f} |"
+        print(row, flush=True)
+        yield row
+        length *= 2
+
+
+def machine(threads: int) -> str:
+    """Say what ran where."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    clock = "processor time" if threads == 1 else "wall time"
+    return (
+        f"{model}, {torch.backends.cpu.get_cpu_capability()}, threads: {threads}, {clock}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"attnkit {ak.__version__ if hasattr(ak, '__version__') else 'from source'}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--longest", type=int, default=65536, help="of the growth table")
+    parser.add_argument("--flex", action="store_true", help="compiled FlexAttention too (slow)")
+    parser.add_argument("--memory-lengths", type=int, nargs="*", default=[4096, 8192])
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if options.peak:
+        name, way, length = options.peak
+        peak_memory(name, way, int(length))
+        return
+    torch.set_num_threads(options.threads)
+    out = [
+        "# Attention on the CPU",
+        "",
+        machine(options.threads) + ".",
+        "",
+        f"Command: `python {shlex.join([Path(__file__).as_posix(), *sys.argv[1:]])}`. Batch 1, "
+        f"{HEADS} heads, layout BNSD; medians of {options.repeats} turns.",
+        "",
+        "Columns after the milliseconds say how many times longer the others took: torch's SDPA "
+        "with a dense mask; torch's best call without a mask tensor (`is_causal`, or none for the "
+        "full mask: where the mask is another, a wrong answer, and a mark of what is possible); "
+        "compiled FlexAttention. The rate counts the cells that the mask needs.",
+        "",
+        "| mask | length | head size | dtype | pass | tiled, ms | dense mask | torch's best "
+        "| flex | GFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for dtype in options.dtypes:
+        for dim in options.dims:
+            for length in options.lengths:
+                for case in CASES:
+                    if case.name in options.cases:
+                        out += measure(case, length, dim, dtype, options)
+    out += ["", "## Growth of a window of 256 keys, forward, float32", ""]
+    out += ["| length | ms | microseconds per token | first plan, ms |", "|---|---|---|---|"]
+    out += growth_rows(options)
+    if options.memory_lengths:
+        out += ["", "## Peak memory beyond inputs, output and gradients, forward + backward", ""]
+        out += ["| mask | length | way | MB |", "|---|---|---|---|"]
+        out += memory_rows(options.memory_lengths)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text("\n".join(out) + "\n")
+    print(f"written: {RESULT}")
+
+
+if __name__ == "__main__":
+    main()

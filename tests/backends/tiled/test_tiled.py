@@ -1,0 +1,273 @@
+"""The tiled backend beside its numbers: precision, statistics, views, plans, refusals, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit as ak
+import attnkit.backends.tiled
+from attnkit import masks, pse
+from attnkit.backends.tiled.bias import bind
+from attnkit.backends.tiled.build import schedule
+from attnkit.backends.tiled.function import attend
+from attnkit.backends.tiled.patches import patch
+from attnkit.backends.tiled.schedule import Block, Schedule, Whole
+from attnkit.backends.tiled.scores import Job
+from attnkit.planner import Composition, Request, read_request
+
+
+def operands(
+    rows: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.randn(1, heads, rows, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def request(
+    mask: masks.Mask, rows: int, dtype: torch.dtype = torch.float32, heads: int = 2
+) -> Request:
+    x = torch.empty(1, heads, rows, 16, dtype=dtype, device="meta")
+    return read_request(Composition(mask, layout="BNSD"), x, x, x)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def exact_and_sdpa(tensors: list[Tensor], mask: masks.Mask) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients in float64, and those of torch's own operator in the tensors' dtype."""
+    cells = mask.materialize(*[tensors[0].shape[2]] * 2)
+    out = []
+    for dtype in (torch.float64, tensors[0].dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        result = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=cells)
+        out.append([result, *torch.autograd.grad(result, leaves, slopes(result))])
+    return out[0], out[1]
+
+
+def slopes(output: Tensor) -> Tensor:
+    """A gradient that arrives at an output, the same in every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(output.shape, generator=generator).to(torch.bfloat16).to(output.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize(
+    "mask",
+    [masks.SlidingWindow(100), masks.Causal() | masks.Prefix(200), masks.Documents([64] * 10)],
+    ids=["window", "prefix", "documents"],
+)
+def test_no_less_precise_than_torch(dtype: torch.dtype, spread: float, mask: masks.Mask) -> None:
+    q, k, v = operands(640, dim=32)
+    tensors = [(q * spread**0.5).to(dtype), (k * spread**0.5).to(dtype), v.to(dtype)]
+    exact, torchs = exact_and_sdpa(tensors, mask)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = ak.attention(*leaves, mask=mask, layout="BNSD", backend="tiled")
+    assert isinstance(out, Tensor)
+    found = [out, *torch.autograd.grad(out, leaves, slopes(out))]
+    for name, mine, theirs, right in zip(
+        ("out", "dq", "dk", "dv"), found, torchs, exact, strict=True
+    ):
+        # In float32 errors are those of sums, which differ by their order; in 16 bits those of
+        # rounding, which do not.
+        slack = 1.75 if dtype == torch.float32 else 1.02
+        assert error(mine, right) <= slack * error(theirs, right), name
+
+
+@pytest.mark.parametrize("rows", [200, 1100], ids=["blocks", "two calls"])
+@pytest.mark.parametrize("before", [0, 40])
+def test_wide_pieces_are_merged(rows: int, before: int) -> None:
+    """Large prefixes take two calls of torch's kernel, whose outputs are added."""
+    tensors = operands(rows)
+    mask = masks.Causal() | masks.Prefix(before) if before else masks.Causal()
+    exact, _ = exact_and_sdpa(tensors, mask)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = ak.attention(*leaves, mask=mask, layout="BNSD", backend="tiled")
+    assert isinstance(out, Tensor)
+    found = [out, *torch.autograd.grad(out, leaves, slopes(out))]
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_many_chunks() -> None:
+    """Rows meet more keys than one score tile is wide."""
+    q, k, v = operands(5000, heads=1)
+    mask = masks.Full() - masks.Columns(2500, 2700)
+    cells = mask.materialize(20, 5000)
+    found = ak.attention(
+        q[:, :, :20], k, v, mask=mask, softcap=50.0, layout="BNSD", backend="tiled"
+    )
+    expected = ak.attention(
+        q[:, :, :20],
+        k,
+        v,
+        mask=masks.Dense.keep(cells),
+        softcap=50.0,
+        layout="BNSD",
+        backend="reference",
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.Causal(), masks.SlidingWindow(50), masks.Rows(0, 90)],
+    ids=["causal", "window", "rows"],
+)
+def test_gradient_through_the_statistics(mask: masks.Mask) -> None:
+    tensors = [t.requires_grad_() for t in operands(300)]
+    asked = request(mask, 300, torch.float64)
+    job = Job(asked, schedule(asked), bind(asked, None, torch.device("cpu")))
+    out, lse = attend(job, *tensors, None)
+    scores = torch.einsum("bnid,bnjd->bnij", *tensors[:2]) * asked.scale
+    scores = scores.masked_fill(~mask.materialize(300, 300), -torch.inf)
+    seen = mask.materialize(300, 300).any(-1).expand(lse.shape)
+    expected = scores[seen].logsumexp(-1)
+    torch.testing.assert_close(lse[seen], expected)
+    found = torch.autograd.grad((lse[seen] ** 2).sum() + out.sum(), tensors)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    total = (expected**2).sum() + (weights @ tensors[2]).sum()
+    # Rows that see nothing have no gradient; the softmax of -inf alone would make NaN of them.
+    right = [g.nan_to_num(0.0) for g in torch.autograd.grad(total, tensors)]
+    if seen.all():
+        torch.testing.assert_close(list(found), right)
+
+
+def test_strange_strides() -> None:
+    """Tensors whose last axis is not dense, expanded tensors, and packed projections."""
+    q, k, v = operands(300)
+    expected = ak.attention(q, k, v, mask=masks.Causal(), layout="BNSD", backend="reference")
+    for mask in (masks.Causal(), masks.Causal() - masks.Columns(400, 401)):
+        odd = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
+        found = ak.attention(*odd, mask=mask, layout="BNSD", backend="tiled")
+        torch.testing.assert_close(found, expected)
+    packed = torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2)
+    parts = packed.unbind(2)
+    found = ak.attention(*parts, mask=masks.Causal(), backend="tiled")
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+    wide = [t.expand(3, -1, -1, -1) for t in (q, k, v)]
+    found = ak.attention(*wide, mask=masks.SlidingWindow(20), layout="BNSD", backend="tiled")
+    right = ak.attention(q, k, v, mask=masks.SlidingWindow(20), layout="BNSD", backend="reference")
+    torch.testing.assert_close(found, right.expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_no_rows_or_no_keys(lengths: tuple[int, int]) -> None:
+    q, k = torch.ones(2, lengths[0], 2, 4), torch.ones(2, lengths[1], 2, 4)
+    found = ak.attention(q, k, k, mask=masks.Causal(), backend="tiled", return_stats=True)
+    assert not isinstance(found, Tensor)
+    assert found.output.shape == q.shape
+    assert not found.output.any()
+    assert (found.stats.lse == -torch.inf).all()
+
+
+def painted(found: Schedule, rows: int) -> Tensor:
+    """The cells that a schedule of one lane computes, with how often."""
+    cells = torch.zeros(rows, rows, dtype=torch.int)
+    (lane,) = found.lanes
+    for item in lane.items:
+        for k in range(item.times):
+            top = item.row + k * item.step
+            if isinstance(item, Whole):
+                left = item.key + k * item.step
+                inside = torch.ones(item.rows, item.keys)
+                if item.pattern is not None:
+                    inside = (patch(item.pattern, torch.float32, torch.device("cpu")) == 0).float()
+                inside = inside.tril() if item.causal else inside
+                cells[top : top + item.rows, left : left + item.keys] += inside.int()
+                cells[top : top + item.rows, left - item.before : left] += 1
+                continue
+            for chunk in item.chunks:
+                inside = torch.ones(item.rows, chunk.width)
+                for column, pattern in chunk.patches:
+                    part = patch(pattern, torch.float32, torch.device("cpu")) == 0
+                    inside[:, column : column + pattern.width] = part.float()
+                column = 0
+                for start, stop, step in chunk.runs:
+                    width = stop - start
+                    part = inside[:, column : column + width].int()
+                    at = start + k * step
+                    cells[top : top + item.rows, at : at + width] += part
+                    column += width
+    return cells
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.SlidingWindow(256),
+        masks.SlidingWindow(1000),
+        masks.Causal() | masks.Prefix(512),
+        masks.Causal() & (masks.SlidingWindow(300) | masks.Columns(0, 4)),
+        masks.Documents([5, 100, 700, 33, 12, 50, 1150]) & masks.Causal(),
+        masks.Documents([128] * 10 + [770]),
+        masks.BlockCausal(96),
+        ~masks.SlidingWindow(500),
+    ],
+    ids=str,
+)
+def test_a_schedule_computes_every_cell_once(mask: masks.Mask, dtype: torch.dtype) -> None:
+    for wholes in (True, False):
+        found = painted(schedule(request(mask, 2050, dtype), wholes), 2050)
+        assert torch.equal(found, mask.materialize(2050, 2050)[0, 0].int())
+
+
+def test_what_is_planned() -> None:
+    window = schedule(request(masks.SlidingWindow(256), 16384))
+    (lane,) = window.lanes
+    assert len(lane.items) <= 6  # blocks that look alike are one
+    assert window.computed <= 1.6 * 2 * masks.SlidingWindow(256).region(16384, 16384).area
+    (whole,) = schedule(request(masks.Causal(), 4096)).lanes[0].items
+    assert isinstance(whole, Whole)
+    documents = masks.Documents([2048] * 4) & masks.Causal()
+    (whole,) = schedule(request(documents, 8192)).lanes[0].items
+    assert isinstance(whole, Whole)
+    assert whole.times == 4
+    blocks = schedule(request(masks.Causal(), 4096), wholes=False).lanes[0].items
+    assert all(isinstance(item, Block) for item in blocks)
+
+
+def test_refuses_other_devices() -> None:
+    asked = request(masks.Causal(), 16)
+    moved = replace(asked, device="cuda")
+    (reason,) = ak.backends.BACKENDS["tiled"].refusals(moved)
+    assert reason.code == "tiled-device"
+    assert ak.backends.BACKENDS["tiled"].refusals(asked) == []
+
+
+def test_double_backward_is_refused() -> None:
+    tensors = [t.requires_grad_() for t in operands(20)]
+    out = ak.attention(*tensors, mask=masks.SlidingWindow(3), layout="BNSD", backend="tiled")
+    assert isinstance(out, Tensor)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad((weight * out).sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_inference_then_training() -> None:
+    """What is kept from a call under inference mode serves training."""
+    tensors = operands(150)
+    with torch.inference_mode():
+        ak.attention(*tensors, mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
+    leaves = [t.requires_grad_() for t in tensors]
+    out = ak.attention(*leaves, mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
+    out.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_a_trained_bias_of_a_module() -> None:
+    table = torch.nn.Parameter(torch.zeros(2, 40, 40))
+    layer = ak.Attention(
+        2, 16, mask=masks.Causal(), pse=pse.Dense(table), layout="BNSD", backend="tiled"
+    )
+    tensors = operands(40, dtype=torch.float32)
+    layer(*tensors).square().sum().backward()
+    assert table.grad is not None
+    assert table.grad.tril().any()
+    assert not table.grad.triu(1).any()

@@ -1,0 +1,458 @@
+"""Biases that train on the fused kernel: as channels, as levels, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnkit as ak
+from attnkit import masks, pse
+from attnkit.backends import Operands, run_plan
+from attnkit.backends.ascend import Ascend
+from attnkit.errors import KernelContractError
+from attnkit.planner import Plan, Request
+from attnkit.planner.lower import on_route
+from attnkit.planner.routes import Route, disprove_route, routes
+from tests.backends.standin import Ops
+
+EXACT = 1e-10
+BATCH, LENGTH, HEADS, KV_HEADS, DIM = 2, 24, 4, 2, 4
+
+
+def wide(bias: pse.Pse) -> pse.Pse:
+    """The same bias with float64 tensors of random content, so that nothing is rounded."""
+    for tensor in bias.tensors:
+        tensor.data = torch.randn(tensor.shape, dtype=torch.float64)
+    return bias
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+
+def alibi(align: Any = "bottom_right") -> pse.Pse:
+    return wide(pse.ALiBi(HEADS, align=align, learnable=True))
+
+
+def t5(bidirectional: bool = False, align: Any = "bottom_right") -> pse.Pse:
+    return wide(pse.T5Relative(HEADS, 8, 12, bidirectional, align))
+
+
+BIASES: dict[str, Callable[[], pse.Pse]] = {
+    "alibi": alibi,
+    "keys": lambda: pse.KeyBias(parameter(LENGTH)),
+    "keys per head": lambda: pse.KeyBias(parameter(HEADS, LENGTH)),
+    "keys per batch": lambda: pse.KeyBias(parameter(BATCH, 1, LENGTH)),
+    "keys per both": lambda: pse.KeyBias(parameter(BATCH, HEADS, LENGTH)),
+    "t5": t5,
+    "all of them": lambda: alibi() + pse.KeyBias(parameter(HEADS, LENGTH)) + t5() + pse.ALiBi(4),
+}
+CAUSAL = masks.Causal()
+MASKS: dict[str, masks.Mask] = {
+    "causal": CAUSAL,
+    "window": CAUSAL & masks.SlidingWindow(5),
+    "documents": CAUSAL & masks.Documents([7, 13, 4]),
+    "sink and window": masks.SlidingWindow(4) | (masks.Columns(0, 2) & CAUSAL),
+    "rows without keys": CAUSAL & masks.Rows(3, 20),
+    "no region": CAUSAL & masks.Dense.keep(torch.rand(LENGTH, LENGTH) < 0.7),
+    "dilated": CAUSAL & masks.Dilated(2),
+    "heads": masks.PerHead([CAUSAL, CAUSAL & masks.SlidingWindow(6)] * 2),
+}
+
+
+def tensors(
+    q_len: int = LENGTH, kv_len: int = LENGTH, layout: str = "BSND", sink: bool = False
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+
+    def make(length: int, heads: int) -> Tensor:
+        shape = {
+            "BSND": (BATCH, length, heads, DIM),
+            "BNSD": (BATCH, heads, length, DIM),
+            "BSH": (BATCH, length, heads * DIM),
+            "TND": (length, heads, DIM),
+        }[layout]
+        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    made = [make(q_len, HEADS), make(kv_len, KV_HEADS), make(kv_len, KV_HEADS)]
+    return [*made, parameter(HEADS)] if sink else made
+
+
+def gradients(result: Any, leaves: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    dy = torch.randn(result.output.shape, dtype=torch.float64, generator=generator)
+    found = torch.autograd.grad(result.output, leaves, dy.to(result.output.dtype))
+    return [result.output.detach(), result.stats.lse, *found]
+
+
+def run(backend: str, bias: pse.Pse, leaves: list[Tensor], **rest: Any) -> list[Tensor]:
+    sink = leaves[3] if len(leaves) > 3 else None
+    found = ak.attention(
+        *leaves[:3],
+        pse=bias,
+        sink=sink,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        backend=backend,
+        return_stats=True,
+        **rest,
+    )
+    return gradients(found, [*leaves, *bias.tensors])
+
+
+def agree(found: list[Tensor], meant: list[Tensor]) -> None:
+    for one, other in zip(found, meant, strict=True):
+        torch.testing.assert_close(one, other, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("bias", BIASES)
+def test_every_gradient_is_the_references(bias: str, mask: str) -> None:
+    torch.manual_seed(0)
+    made = BIASES[bias]()
+    leaves = tensors(sink=len(bias + mask) % 2 == 0)  # with and without, by no rule
+    meant = run("reference", made, leaves, mask=MASKS[mask])
+    agree(run("emulated", made, leaves, mask=MASKS[mask]), meant)
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSH"])
+def test_other_layouts(layout: str) -> None:
+    bias, leaves = BIASES["all of them"](), tensors(layout=layout)
+    rest = {"mask": CAUSAL, "layout": layout, "scale": 0.3}
+    agree(run("emulated", bias, leaves, **rest), run("reference", bias, leaves, **rest))
+
+
+@pytest.mark.parametrize("lengths", [([5, 9, 10], [5, 9, 10]), ([4, 1, 7], [6, 9, 7])])
+@pytest.mark.parametrize("bias", [alibi, t5, lambda: alibi() + t5()])
+def test_packed_sequences(bias: Any, lengths: tuple[list[int], list[int]]) -> None:
+    made, seqlens = bias(), ak.SeqLens(*lengths)
+    leaves = tensors(sum(lengths[0]), sum(lengths[1]), layout="TND", sink=True)
+    rest = {"mask": CAUSAL, "layout": "TND", "seqlens": seqlens}
+    agree(run("emulated", made, leaves, **rest), run("reference", made, leaves, **rest))
+
+
+@pytest.mark.parametrize(
+    ("mask", "align"),
+    [
+        (CAUSAL, "bottom_right"),
+        (masks.Causal(align="top_left"), "top_left"),
+        (~masks.Causal() | masks.Band(0, 0), "bottom_right"),
+        (masks.Band(-1, 9), "bottom_right"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(9, 24), (24, 9)])
+def test_slopes_on_either_side(mask: masks.Mask, align: Any, sizes: tuple[int, int]) -> None:
+    bias, leaves = alibi(align), tensors(*sizes)
+    agree(run("emulated", bias, leaves, mask=mask), run("reference", bias, leaves, mask=mask))
+
+
+# -- levels --------------------------------------------------------------------------------
+
+
+def request_of(bias: pse.Pse, leaves: list[Tensor], mask: masks.Mask, **rest: Any) -> Request:
+    sink = leaves[3] if len(leaves) > 3 else None
+    return ak.plan(*leaves[:3], mask=mask, pse=bias, sink=sink, backend="reference", **rest).request
+
+
+def plans_of(request: Request) -> list[Plan]:
+    """A plan of every route, whatever it costs."""
+    found = []
+    for route in routes(request):
+        if isinstance(route, Route):
+            option = on_route(request, route)
+            if option.best is not None:
+                found.append(Plan("emulated", request, option.best.launches, route=route))
+    return found
+
+
+@pytest.mark.parametrize(
+    "mask", [CAUSAL, masks.Full(), CAUSAL & masks.Documents([27, 9], [30, 10])]
+)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_every_split_into_channels_and_levels(mask: masks.Mask, bidirectional: bool) -> None:
+    bias = t5(bidirectional) + pse.KeyBias(parameter(HEADS, 40))
+    leaves = tensors(36, 40, sink=True)
+    meant = run("reference", bias, leaves, mask=mask)
+    plans = plans_of(request_of(bias, leaves, mask))
+    assert {bool(plan.route and plan.route.levels) for plan in plans} == {False, True}
+    for plan in plans:
+        plan.verify()
+        found = run_plan(plan, Operands(*leaves[:3], bias, leaves[3]))
+        agree(gradients(found, [*leaves, *bias.tensors]), meant)
+
+
+def test_levels_alone() -> None:
+    bias, leaves = wide(pse.T5Relative(HEADS, 8, 40, bidirectional=False)), tensors(40, 40)
+    far = masks.Band(None, -4)
+    plans = plans_of(request_of(bias, leaves, far))
+    alone = [plan for plan in plans if plan.route and plan.route.stepped.span is None]
+    assert alone
+    meant = run("reference", bias, leaves, mask=far)
+    for plan in alone:
+        plan.verify()
+        assert {call.head_dim for call in plan.calls} == {DIM}
+        agree(gradients(run_plan(plan, Operands(*leaves, bias)), [*leaves, *bias.tensors]), meant)
+
+
+def test_heads_with_masks_of_their_own_merge_where_their_groups_stay_the_same() -> None:
+    bias, leaves = t5(), tensors(40, 40)
+    mask = masks.PerHead([CAUSAL, CAUSAL & masks.Columns(1, 40)] * 2)
+    meant = run("reference", bias, leaves, mask=mask)
+    plans = plans_of(request_of(bias, leaves, mask))
+    assert any(plan.route and plan.route.levels for plan in plans)
+    for plan in plans:
+        plan.verify()
+        agree(gradients(run_plan(plan, Operands(*leaves, bias)), [*leaves, *bias.tensors]), meant)
+    mask = masks.PerHead([CAUSAL, CAUSAL & masks.Rows(5, 40)] * 2)
+    request = request_of(bias, leaves, mask)
+    (route,) = [r for r in routes(request) if isinstance(r, Route) and len(r.levels) == 1]
+    assert "levels-per-head" in {reason.code for reason in on_route(request, route).refusals}
+
+
+def test_the_gradient_of_a_level_counts_dropout() -> None:
+    bias, leaves = t5(), tensors(20, 20)
+    request = request_of(bias, leaves, CAUSAL, dropout=0.3)
+    (plan,) = [p for p in plans_of(request) if p.route and len(p.route.levels) == 1]
+
+    def loss() -> Tensor:
+        torch.manual_seed(5)
+        return run_plan(plan, Operands(*leaves, bias)).output.sin().sum()
+
+    (table,) = bias.tensors
+    (slope,) = torch.autograd.grad(loss(), [table])
+    step, change = torch.randn_like(table), []
+    for sign in (1, -1):
+        table.data += sign * 1e-5 * step
+        change.append(loss().item())
+        table.data -= sign * 1e-5 * step
+    assert (change[0] - change[1]) / 2e-5 == pytest.approx((slope * step).sum().item(), rel=1e-6)
+
+
+def test_a_long_t5_is_two_calls(planned: Callable[..., Plan]) -> None:
+    plan = planned(CAUSAL, 8192, pse=pse.T5Relative(4, bidirectional=False))
+    near, far = plan.calls
+    # the last bucket begins at distance 113: that many distances are channels, in two pieces
+    assert (near.head_dim, far.head_dim) == (64 + 2 * 113, 64)
+    assert all(call.pse is None for call in plan.calls)
+    assert plan.steps[0].label.endswith("bias as 226 channels, bias as 1 logit at the merge")
+    both = planned(masks.Full(), 8192, pse=pse.T5Relative(4))
+    assert len(both.calls) == 3
+
+
+# -- low precision -------------------------------------------------------------------------
+
+
+def low_errors(bias: pse.Pse | None, plan: Plan | None = None) -> list[float]:
+    """Errors of output, dq, dk, dv in bfloat16 at 4,096 positions, each of its largest value."""
+    torch.manual_seed(1)
+    low = [torch.randn(1, length, 4, 16).bfloat16() for length in (48, 4096, 4096)]
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "emulated")):
+        leaves = [t.to(dtype).requires_grad_() for t in low]
+        if plan is not None and backend == "emulated":
+            result = run_plan(plan, Operands(*leaves, bias))
+        else:
+            result = ak.attention(
+                *leaves, mask=CAUSAL, pse=bias, backend=backend, return_stats=True
+            )
+        found.append(gradients(result, leaves))
+    meant, low_found = found
+    return [
+        float((a.double() - b).abs().max() / b.abs().max())
+        for k, (a, b) in enumerate(zip(low_found, meant, strict=True))
+        if k != 1
+    ]
+
+
+@pytest.fixture(scope="module")
+def own_errors() -> list[float]:
+    """The kernel's own errors: the same without any bias."""
+    return low_errors(None)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        lambda: pse.ALiBi((0.5, 0.0617, 0.0041, 1e-4), learnable=True),
+        lambda: pse.KeyBias(nn.Parameter(10 * torch.randn(4, 4096))),
+        lambda: pse.T5Relative(4, bidirectional=False, table=5 * torch.randn(32, 4)),
+    ],
+)
+def test_in_bfloat16_channels_cost_no_precision(bias: Any, own_errors: list[float]) -> None:
+    torch.manual_seed(0)
+    made = bias()
+    for error, own in zip(low_errors(made), own_errors, strict=True):
+        # a bias concentrates the weights on few keys, so roundings average out less
+        assert error < 4 * own
+
+
+def test_in_float32_slopes_are_rounded_with_positions() -> None:
+    torch.manual_seed(1)
+    leaves = [torch.randn(1, length, 4, 16) for length in (48, 4096, 4096)]
+    bias = pse.ALiBi((0.5, 0.0617, 0.0041, 1e-4), learnable=True)
+    meant = ak.attention(*[t.double() for t in leaves], mask=CAUSAL, pse=bias)
+    found = ak.attention(
+        *(t.requires_grad_() for t in leaves), mask=CAUSAL, pse=bias, backend="emulated"
+    )
+    assert (found - meant).abs().max() < 4 * 2**-24 * 0.5 * 4096
+
+
+def test_raw_positions_in_bfloat16_would_lose_logits(own_errors: list[float]) -> None:
+    bias = pse.ALiBi((0.5, 0.0617, 0.0041, 1e-4), learnable=True)
+    leaves = [torch.empty(1, n, 4, 16, dtype=torch.bfloat16) for n in (48, 4096, 4096)]
+    (good,) = plans_of(request_of(bias, leaves, CAUSAL))
+    assert good.route is not None
+    raw = replace(good.route.channels[0], pieces=1, digits=1)
+    route = Route(replace(good.route.request, head_dim=16 + 2), (raw,))
+    best = on_route(good.request, route).best
+    assert best is not None
+    bad = Plan("emulated", good.request, best.launches, route=route)
+    assert low_errors(bias, bad)[0] > 50 * own_errors[0]
+
+
+def test_the_slope_gradient_in_bfloat16() -> None:
+    torch.manual_seed(2)
+    low = [torch.randn(1, length, 4, 16).bfloat16() for length in (48, 4096, 4096)]
+    bias = pse.ALiBi((0.5, 0.0617, 0.0041, 1e-4), learnable=True)
+    found = {}
+    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "emulated")):
+        leaves = [t.to(dtype) for t in low]
+        result = ak.attention(*leaves, mask=CAUSAL, pse=bias, backend=backend, return_stats=True)
+        found[backend] = gradients(result, list(bias.tensors))[-1].double()
+    # what the gradient is the sum of: dS_ij * (j - i'), read off a bias per cell
+    cells = bias.materialize(48, 4096, dtype=torch.float64).detach().requires_grad_()
+    leaves = [t.double() for t in low]
+    dense = ak.attention(*leaves, mask=CAUSAL, pse=pse.Dense(cells), return_stats=True)
+    each = gradients(dense, [cells])[-1] * bias.materialize(48, 4096).detach()
+    size = each.abs().sum((0, 2, 3)) / bias.tensors[0].detach().double()
+    # the kernel rounds each dS to 8 bits
+    assert ((found["emulated"] - found["reference"]).abs() < 2**-8 * size).all()
+
+
+# -- what is refused, and what is not ------------------------------------------------------
+
+
+def refused(bias: pse.Pse, mask: masks.Mask, **rest: Any) -> dict[str, str]:
+    leaves = tensors()
+    with pytest.raises(ak.BackendRefused) as caught:
+        ak.plan(*leaves, mask=mask, pse=bias, backend="emulated", **rest)
+    plan = ak.plan(*leaves, mask=mask, pse=bias, **rest)
+    assert plan.backend == "reference"
+    assert "pse-gradient" in plan.explain()
+    return {reason.code: reason.reason for reason in caught.value.refusals}
+
+
+def test_slopes_on_both_sides_of_a_query_are_refused() -> None:
+    reasons = refused(alibi(), masks.Full())
+    assert "before and after" in reasons["alibi-two-sided"]
+    assert "never writes" in reasons["pse-gradient"]
+
+
+def test_a_scale_of_zero_leaves_no_channel() -> None:
+    assert "channels-scale" in refused(alibi(), CAUSAL, scale=0.0)
+
+
+def test_two_tables_are_refused() -> None:
+    assert "steps-twice" in refused(t5() + t5(), CAUSAL)
+
+
+def test_a_learnable_matrix_is_refused_still() -> None:
+    assert set(refused(pse.Dense(parameter(LENGTH, LENGTH)), CAUSAL)) == {"pse-gradient"}
+
+
+def test_positions_past_float32_are_refused(planned: Callable[..., Plan]) -> None:
+    bias = pse.ALiBi(4, learnable=True)
+    with pytest.raises(ak.BackendRefused, match="channels-positions"):
+        planned(CAUSAL, 2**16 + 1, pse=bias)
+    assert planned(CAUSAL, 2**16, pse=bias).calls[0].head_dim == 64 + 9
+    assert planned(CAUSAL, 2**16, pse=bias, dtype=torch.float32).calls[0].head_dim == 64 + 2
+
+
+def test_heads_that_are_too_wide_are_refused(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(ak.BackendRefused, match="channels-too-many"):
+        planned(CAUSAL, 512, dim=766, pse=pse.ALiBi(4, learnable=True))
+
+
+def test_without_a_gradient_slopes_reach_the_kernel_as_slopes() -> None:
+    bias, leaves = alibi(), tensors()
+    with torch.no_grad():
+        plan = ak.plan(*leaves, mask=CAUSAL, pse=bias, backend="emulated")
+        assert plan.route is None
+        assert plan.calls[0].pse_type == 2
+        found, meant = (
+            ak.attention(*leaves, mask=CAUSAL, pse=bias, backend=backend)
+            for backend in ("emulated", "reference")
+        )
+    torch.testing.assert_close(found, meant)
+
+
+def test_a_bias_per_key_is_cheaper_than_its_matrix(planned: Callable[..., Plan]) -> None:
+    plan = planned(CAUSAL, 2048, pse=pse.KeyBias(torch.zeros(2048)), dtype=torch.float32)
+    assert plan.route is not None
+    assert any("bias matrix" in other.label for other in plan.alternatives)
+
+
+def test_a_wrong_route_is_found_out() -> None:
+    bias, leaves = t5(), tensors(40, 40)
+    request = request_of(bias, leaves, CAUSAL)
+    (plan,) = [p for p in plans_of(request) if p.route and len(p.route.levels) == 1]
+    first, *rest = plan.steps
+    moved = (replace(rest[0], form=replace(rest[0].form, level=1)), *rest[1:])
+    with pytest.raises(KernelContractError, match="another step"):
+        replace(plan, steps=(first, *moved)).verify()
+    (linear,) = plans_of(request_of(alibi(), tensors(), CAUSAL))
+    assert linear.route is not None
+    two_sided = replace(linear.request, mask=masks.Full())
+    route = replace(linear.route, request=replace(linear.route.request, mask=masks.Full()))
+    found = disprove_route(two_sided, route, [])
+    assert found is not None
+    assert found.code == "alibi-two-sided"
+    forgotten = replace(linear.route, channels=())
+    found = disprove_route(linear.request, forgotten, [])
+    assert found is not None
+    assert found.code == "other-request"
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_device_is_given_no_bias(calls: int) -> None:
+    torch.manual_seed(0)
+    ops = Ops()
+    backend = Ascend(ops, device="cpu")
+    table = nn.Parameter(torch.randn(8, HEADS))
+    bias = pse.ALiBi(HEADS, learnable=True) + pse.T5Relative(HEADS, 8, 12, False, table=table)
+    leaves = [t.detach().float().requires_grad_() for t in tensors()]
+    request = request_of(bias, leaves, CAUSAL)
+    assert not backend.refusals(request)
+    (plan,) = [plan for plan in plans_of(request) if len(plan.steps) == calls]
+    found = gradients(
+        backend.run(replace(plan, backend="ascend"), Operands(*leaves, bias)),
+        [*leaves, *bias.tensors],
+    )
+    assert len(ops.calls) >= calls
+    assert all(given.get("pse") is None for _, given in ops.calls)
+    meant = run("reference", bias, leaves, mask=CAUSAL)
+    for one, other in zip(found, meant, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_a_module_learns_them() -> None:
+    torch.manual_seed(0)
+    bias = pse.ALiBi(2, learnable=True) + pse.T5Relative(2, 8, 12, bidirectional=False)
+    layer = ak.Attention(2, 4, mask=CAUSAL, pse=bias, backend="emulated").double()
+    twin = ak.Attention(2, 4, mask=CAUSAL, pse=deepcopy(bias), backend="reference").double()
+    assert [name for name, _ in layer.named_parameters()] == ["pse_0", "pse_1"]
+    x = torch.randn(1, 16, 2, 4, dtype=torch.float64)
+    for module in (layer, twin):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x, x, x).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=EXACT, rtol=0)
