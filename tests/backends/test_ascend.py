@@ -165,8 +165,8 @@ def test_an_npu_without_torch_npu_is_refused() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_several_calls_are_trained_through_their_grad_ops(dropout: float) -> None:
-    ops, q = Ops(), x().requires_grad_()
-    mask = masks.Causal() & (masks.SlidingWindow(2) | masks.Columns(0, 1))
+    ops, q = Ops(), x(1, 48, 2, 4).requires_grad_()
+    mask = masks.Causal() & (masks.SlidingWindow(4) | masks.Columns(0, 1))
     out = attend(ops, q, mask=mask, dropout=dropout)
     dy = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, q, dy)
