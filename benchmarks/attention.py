@@ -272,7 +272,7 @@ def main() -> None:
         "",
         machine(options.threads) + ".",
         "",
-        f"Command: `python {shlex.join(["benchmarks/attention.py", *sys.argv[1:]])}`. Batch 1, "
+        f"Command: `python {shlex.join(['benchmarks/attention.py', *sys.argv[1:]])}`. Batch 1, "
         f"{HEADS} heads, layout BNSD; medians of {options.repeats} turns.",
         "",
         "Columns after the milliseconds say how many times longer the others took: torch's SDPA "

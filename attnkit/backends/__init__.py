@@ -12,6 +12,7 @@ from attnkit.backends.base import (
 from attnkit.backends.choose import AUTO_ORDER, make_plan, run_plan
 from attnkit.backends.emulated import Emulated
 from attnkit.backends.reference import Reference
+from attnkit.backends.tiled import Tiled
 
 __all__ = [
     "AUTO_ORDER",
@@ -23,6 +24,7 @@ __all__ = [
     "Operands",
     "Reference",
     "Stats",
+    "Tiled",
     "make_plan",
     "register",
     "run_plan",

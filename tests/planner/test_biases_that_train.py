@@ -343,7 +343,7 @@ def refused(bias: pse.Pse, mask: masks.Mask, **rest: Any) -> dict[str, str]:
     with pytest.raises(ak.BackendRefused) as caught:
         ak.plan(*leaves, mask=mask, pse=bias, backend="emulated", **rest)
     plan = ak.plan(*leaves, mask=mask, pse=bias, **rest)
-    assert plan.backend == "reference"
+    assert plan.backend == "tiled"
     assert "pse-gradient" in plan.explain()
     return {reason.code: reason.reason for reason in caught.value.refusals}
 
