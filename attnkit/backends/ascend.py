@@ -6,6 +6,8 @@ that is installed; a version that cannot express a call is a refusal, not a surp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
 from attnkit.planner import Launch, Request, lower
+from attnkit.planner.lower import lacking
 
 __all__ = ["Ascend"]
 
@@ -46,6 +49,13 @@ class Ascend(Fused):
             return None
         return torch.ops.npu
 
+    @cached_property
+    def _launch(self) -> Callable[..., tuple[Any, ...]]:
+        # Kept out of compiled graphs: what torch_npu 2.13.0 tells a tracer about the grad op of
+        # version 2 always raises. Not a decorator, which would load the compiler on import.
+        made: Callable[..., tuple[Any, ...]] = torch.compiler.disable(launch)  # type: ignore[no-untyped-call]
+        return made
+
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the device, the installed op or the kernel cannot run the request."""
         reasons = []
@@ -59,21 +69,25 @@ class Ascend(Fused):
         if request.dtype == torch.float64:
             reason = "the kernel computes float16, bfloat16 and float32, not float64"
             reasons.append(Refusal("dtype", reason, self.name))
+        if reasons:  # searching for calls that cannot be made would cost every plan on a CPU
+            lacks = lacking(request.softcap, request.bias)
+            return reasons + [replace(reason, subject=self.name) for reason in lacks]
         reasons += super().refusals(request)
         best = lower(request).best
         if not reasons and best is not None:
+            self._launch  # noqa: B018 -- made while planning, not while a graph is traced
             told = (self._against(step, request.needs_grad) for step in best.launches)
             reasons += dict.fromkeys(reason for some in told for reason in some)
         return reasons
 
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Make the call, arguments by keyword."""
-        out = launch(call, tensors._asdict(), ops=self.ops)
+        out = self._launch(call, tensors._asdict(), ops=self.ops)
         return out[0], out[1], out[2]
 
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
         """Make one call of several; the op draws its own dropout seed and tells it."""
-        out = launch(call, tensors, ops=self.ops)
+        out = self._launch(call, tensors, ops=self.ops)
         return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
 
     def backward(
