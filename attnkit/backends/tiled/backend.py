@@ -48,13 +48,23 @@ class Tiled(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        if request.device in ("cpu", "meta"):
-            return []
-        reason = (
-            f"the tensors are on device {request.device!r}, and the tiled backend is written for "
-            "the CPU"
-        )
-        return [Refusal("tiled-device", reason, self.name)]
+        reasons = []
+        if request.device not in ("cpu", "meta"):
+            reason = (
+                f"the tensors are on device {request.device!r}, and the tiled backend is written "
+                "for the CPU"
+            )
+            reasons.append(Refusal("tiled-device", reason, self.name))
+        if request.seqlens is not None and len(set(request.sequences)) > 1:
+            # A bias is bound at one size here; constant slopes alone are bound per sequence.
+            others = [term.text for term in request.bias if term.slopes is None]
+            if others:
+                reason = (
+                    f"{' + '.join(others)} would need a form of its own for each of the packed "
+                    "lengths, which differ; only constant slopes have one"
+                )
+                reasons.append(Refusal("tiled-packed-bias", reason, self.name))
+        return reasons
 
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
