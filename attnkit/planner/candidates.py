@@ -280,7 +280,7 @@ def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, Argumen
     if not request.bias:
         yield "", {}
         return
-    if len(request.bias) == 1 and request.bias[0].slopes is not None:
+    if len(request.bias) == 1 and request.bias[0].sloped:
         yield ", slopes", _slope_arguments(request, form, request.bias[0])
     yield ", bias matrix", _matrix_arguments(request, form)
 

@@ -58,7 +58,7 @@ def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
         yield Refusal("cut-region", reason, "several calls")
         return
     terms = request.bias
-    if len(terms) > 1 or (terms and terms[0].slopes is None):
+    if len(terms) > 1 or (terms and not terms[0].sloped):
         reason = "a bias matrix cannot go with the pieces of a packed call; slopes can"
         yield Refusal("cut-bias", reason, "several calls")
         return

@@ -19,7 +19,7 @@ from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
-from attnkit.pse import ALiBi, Align, LearnableALiBi, Pse, SqrtALiBi, Structure
+from attnkit.pse import ALiBi, Align, LearnableALiBi, Linear, Pse, SqrtALiBi, Structure
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -30,8 +30,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class BiasTerm:
     """What a plan may know of one addend of the bias; values are bound when the plan runs.
 
-    `slopes` are there where the kernel can compute the bias from one number per head, empty
-    where those numbers are a tensor; `structure` where the bias follows from a small tensor.
+    `slopes` are there where the bias is constants, one per head, times distances; `structure`
+    where it follows from a small tensor.
     """
 
     text: str
@@ -59,19 +59,23 @@ class BiasTerm:
                 align=part.align,
             )
         trains = part.requires_grad and torch.is_grad_enabled()
-        sloped = isinstance(part, LearnableALiBi) and not trains
         return cls(
             repr(part),
             part.key(),
             part.before_scale,
             trains,
             part.toeplitz,
-            slopes=() if sloped else None,
             align=part.align if isinstance(part, LearnableALiBi) else "bottom_right",
             dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
             structure=part.structure,
         )
+
+    @property
+    def sloped(self) -> bool:
+        """Whether the kernel can compute it from one number per head, which must not train."""
+        bound = isinstance(self.structure, Linear) and not self.requires_grad
+        return self.slopes is not None or bound
 
 
 @dataclass(frozen=True)

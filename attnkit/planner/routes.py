@@ -121,7 +121,7 @@ def routes(request: Request) -> Iterator[Route | Refusal]:
     found: list[Channels] = []
     stepped: list[Channels] = []
     for k, term in enumerate(request.bias):
-        if term.structure is None or (term.slopes is not None and not term.requires_grad):
+        if term.structure is None or term.sloped:
             continue
         one = _channels(request, k, term)
         if isinstance(one, Refusal):

@@ -389,7 +389,9 @@ def test_without_a_gradient_slopes_reach_the_kernel_as_slopes() -> None:
             ak.attention(*leaves, mask=CAUSAL, pse=bias, backend=backend)
             for backend in ("emulated", "reference")
         )
+        anywhere = ak.attention(*leaves, mask=CAUSAL, pse=bias)
     torch.testing.assert_close(found, meant)
+    torch.testing.assert_close(anywhere, meant)
 
 
 def test_a_bias_per_key_is_cheaper_than_its_matrix(planned: Callable[..., Plan]) -> None:
