@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attnkit.pse.alibi import ALiBi, LearnableALiBi
 from attnkit.pse.base import PSE, Align, Pse, Sum
+from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.cut import Cut
 from attnkit.pse.dense import Dense
 from attnkit.pse.key_bias import KeyBias
@@ -24,6 +25,7 @@ __all__ = [
     "PSE",
     "ALiBi",
     "Align",
+    "ByDistance",
     "Cut",
     "Dense",
     "KeyBias",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.errors import CompositionTypeError
-from attnkit.pse.base import PSE, Align, Pse
+from attnkit.pse.base import PSE, Align
+from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.sloped import Sloped, press_slopes
 from attnkit.pse.structure import Linear
 
@@ -78,7 +79,7 @@ class ALiBi(Sloped):
 
 @PSE.register("learnable_alibi")
 @dataclass(frozen=True, init=False, repr=False, eq=False)
-class LearnableALiBi(Pse):
+class LearnableALiBi(ByDistance):
     """ALiBi whose slopes are a parameter: what ``ALiBi(..., learnable=True)`` makes.
 
     ``bias[h, i, j] = -weight[h] * abs(i' - j)``; `weight` is an `nn.Parameter` [n] that starts at
@@ -123,11 +124,6 @@ class LearnableALiBi(Pse):
         return (self.weight,)
 
     @property
-    def toeplitz(self) -> bool:
-        """True: only the distance between query and key matters."""
-        return True
-
-    @property
     def structure(self) -> Linear:
         """A slope per head, times the distance."""
         return Linear(self.align)
@@ -136,27 +132,11 @@ class LearnableALiBi(Pse):
         """Return everything but the slopes, which are bound when a plan runs."""
         return ("LearnableALiBi", self.heads, self.align, self.weight.requires_grad)
 
-    def materialize(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        batch_index: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Return ``-weight[h] * abs(i' - j)``, computed in float32 (float64) and cast once."""
-        self.check(q_len, kv_len, batch, heads)
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+    def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``-weight[h] * abs(distance)``, computed in float32 (float64) and cast once."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        device = self.weight.device
-        at = kv_len - q_len if self.align == "bottom_right" else 0
-        query = torch.arange(q_len, device=device) + at
-        distance = (query[:, None] - torch.arange(kv_len, device=device)).abs().to(exact)
-        return (-self.weight.to(exact)[None, :, None, None] * distance).to(dtype)
+        weight = self.weight.to(exact).view(-1, *(1,) * distance.ndim)
+        return (-weight * distance.abs().to(exact)).to(dtype)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LearnableALiBi):

@@ -149,6 +149,34 @@ give one slope per query head
             )
         return Cut(self, q_range, kv_range, whole[0], whole[1])
 
+    def rectangle(
+        self,
+        q_range: Range,
+        kv_range: Range,
+        *,
+        q_len: int,
+        kv_len: int,
+        batch: int | None = None,
+        heads: int | None = None,
+        batch_index: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the part of `materialize` inside a rectangle ``[start, stop)``.
+
+        Families with a formula per cell override it, so that no other cell is ever made.
+        """
+        whole = self.materialize(
+            q_len,
+            kv_len,
+            batch=batch,
+            heads=heads,
+            batch_index=batch_index,
+            dtype=dtype,
+            device=device,
+        )
+        return whole[..., slice(*q_range), slice(*kv_range)]
+
     def key(self) -> Hashable:
         """Return what a plan may depend on: equal keys mean that one plan serves both biases."""
         return self

@@ -19,7 +19,7 @@ class Cut(Pse):
     """Rows and keys of another bias: ``bias[h, i, j] = part[h, i + q0, j + kv0]``.
 
     The whole score matrix has the lengths `q_len` x `kv_len`. Made by `Pse.cut` where a bias
-    has no closer form; materialising it materialises the whole matrix first.
+    has no closer form; `Pse.rectangle` says what materialising it costs.
 
     Raises `CompositionError` for ranges outside the matrix, and at use for other lengths.
 
@@ -98,18 +98,19 @@ class Cut(Pse):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Return the rectangle of the whole matrix, as a view of it."""
+        """Return the rectangle of the whole matrix."""
         self.check(q_len, kv_len, batch, heads)
-        whole = self.part.materialize(
-            self.q_len,
-            self.kv_len,
+        return self.part.rectangle(
+            self.q_range,
+            self.kv_range,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
             batch=batch,
             heads=heads,
             batch_index=batch_index,
             dtype=dtype,
             device=device,
         )
-        return whole[..., slice(*self.q_range), slice(*self.kv_range)]
 
     def __repr__(self) -> str:
         where = f"{self.q_range}, {self.kv_range}, q_len={self.q_len}, kv_len={self.kv_len}"

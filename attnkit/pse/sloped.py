@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.pse.base import Align, Pse, Range, check_range
+from attnkit.pse.by_distance import ByDistance
 
 __all__ = ["Sloped", "press_slopes"]
 
@@ -39,7 +40,7 @@ def press_slopes(num_heads: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Sloped(Pse):
+class Sloped(ByDistance):
     """A bias ``-slope[h] * f(distance)``, where ``distance = abs(i' - j)``.
 
     ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands
@@ -91,15 +92,6 @@ class Sloped(Pse):
         """The number of query heads: one slope each."""
         return len(self.slopes)
 
-    @property
-    def toeplitz(self) -> bool:
-        """True: only the distance between query and key matters."""
-        return True
-
-    def offset(self, q_len: int, kv_len: int) -> int:
-        """Return the key position that query 0 stands on: ``i' - i``."""
-        return kv_len - q_len if self.align == "bottom_right" else 0
-
     def cut(
         self,
         q_range: Range,
@@ -129,31 +121,16 @@ class Sloped(Pse):
     def curve(self, distance: Tensor) -> Tensor:
         """Return ``f(distance)`` for non-negative floating-point distances."""
 
-    def materialize(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        batch_index: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Return ``-slope[h] * f(abs(i' - j))`` as ``[1, n, q_len, kv_len]``.
+    def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``-slope[h] * f(abs(distance))``.
 
         Computed in float32 (float64 when asked for that) and cast once, since half
         precision cannot hold distances above a few hundred or thousand.
         """
-        self.check(q_len, kv_len, batch, heads)
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        query = torch.arange(q_len, device=device) + self.offset(q_len, kv_len)
-        key = torch.arange(kv_len, device=device)
-        distance = (query[:, None] - key).abs().to(exact)
-        slopes = torch.tensor(self.slopes, dtype=exact, device=device)
-        return (-slopes[None, :, None, None] * self.curve(distance)).to(dtype)
+        slopes = torch.tensor(self.slopes, dtype=exact, device=distance.device)
+        slopes = slopes.view(-1, *(1,) * distance.ndim)
+        return (-slopes * self.curve(distance.abs().to(exact))).to(dtype)
 
     def __repr__(self) -> str:
         computed = self.slopes == press_slopes(self.heads)

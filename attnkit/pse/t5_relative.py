@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.pse.base import PSE, Align, Pse
+from attnkit.pse.base import PSE, Align
+from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.structure import Stepped
 
 __all__ = ["T5Relative", "t5_bucket"]
@@ -46,7 +47,7 @@ def t5_bucket(
 
 @PSE.register("t5_relative")
 @dataclass(frozen=True, init=False, repr=False, eq=False)
-class T5Relative(Pse):
+class T5Relative(ByDistance):
     """T5's relative bias: ``bias[h, i, j] = table[bucket(j - i'), h]``, added after the scale.
 
     ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands on
@@ -127,11 +128,6 @@ class T5Relative(Pse):
         return (self.table,)
 
     @property
-    def toeplitz(self) -> bool:
-        """True: only the distance between query and key matters."""
-        return True
-
-    @property
     def structure(self) -> Stepped:
         """The distances at which buckets begin, and the bucket of each step."""
         starts, rows = _steps(self.num_buckets, self.max_distance, self.bidirectional)
@@ -141,27 +137,10 @@ class T5Relative(Pse):
         """Return everything but the table's content, which is bound when a plan runs."""
         return (*self._numbers(), self.table.dtype, self.table.requires_grad)
 
-    def materialize(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        batch_index: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Return each cell's entry of the table: ``[1, n, q_len, kv_len]``."""
-        self.check(q_len, kv_len, batch, heads)
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
-        device = self.table.device
-        at = kv_len - q_len if self.align == "bottom_right" else 0
-        query = torch.arange(q_len, device=device) + at
-        distance = torch.arange(kv_len, device=device) - query[:, None]
+    def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return each distance's entry of the table."""
         buckets = t5_bucket(distance, self.num_buckets, self.max_distance, self.bidirectional)
-        return self.table.to(dtype)[buckets].permute(2, 0, 1)[None]
+        return self.table.to(dtype)[buckets].movedim(-1, 0)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, T5Relative):
