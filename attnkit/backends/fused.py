@@ -17,17 +17,16 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, stats_dtype
+from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, run_merged, steps_of
 from attnkit.errors import Refusal
-from attnkit.kernel import Gradients, KernelCall, TensorSpec, unpack_stats
+from attnkit.kernel import Gradients, KernelCall, unpack_stats
 from attnkit.kernel.scores import MASKED
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
 from attnkit.planner.request import bias_terms
 from attnkit.planner.residues import residue_order
-from attnkit.pse import LearnableALiBi, Pse
-from attnkit.pse.sloped import Sloped
 
 __all__ = ["CallTensors", "Fused"]
 
@@ -178,13 +177,10 @@ def _run_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
     launches = [launch for launch in plan.steps if launch.form.heads == heads]
-    spec, sink = launches[0].call.pse if launches else None, operands.sink
+    device, sink = tensors[0].device, operands.sink
     logits = operands.logits if isinstance(operands, Leveled) else None
-    slopes = None
-    if spec is not None and operands.pse is not None:
-        slopes = _slopes(operands.pse, spec, operands.query.device, heads)
+    biases = tuple(call_bias(plan.request, launch, operands.pse, device) for launch in launches)
     if heads is not None:
-        device = tensors[0].device
         own = torch.tensor(heads, device=device)
         group = plan.request.num_heads // plan.request.num_kv_heads
         reads = launches[0].form.kv_heads if launches else tuple(h // group for h in heads)
@@ -195,28 +191,7 @@ def _run_heads(
         )
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
-    return run_merged(steps_of(plan, heads), backend, *tensors, slopes, sink, logits)
-
-
-def _slopes(
-    pse: Pse, spec: TensorSpec, device: torch.device, heads: tuple[int, ...] | None = None
-) -> Tensor:
-    (sloped,) = pse.parts
-    if isinstance(sloped, LearnableALiBi):
-        weight = sloped.weight.detach().to(spec.dtype)
-        return weight if heads is None else weight[list(heads)]
-    slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
-    if heads is not None:
-        slopes = tuple(slopes[head] for head in heads)
-    return _slopes_tensor(slopes, spec.dtype, device)
-
-
-@lru_cache(maxsize=64)
-def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, since a copy from the host makes it wait for the device; and made outside of
-    # inference mode, whose tensors a later training step could not save for its backward.
-    with torch.inference_mode(False):
-        return torch.tensor(slopes, dtype=dtype, device=device)
+    return run_merged(steps_of(plan, heads), backend, *tensors, biases, sink, logits)
 
 
 def _call_tensors(request: Request, step: Launch, operands: Operands) -> CallTensors:
@@ -228,7 +203,7 @@ def _call_tensors(request: Request, step: Launch, operands: Operands) -> CallTen
     return CallTensors(
         *tensors,
         _mask_tensor(request, step.call, operands.query.device),
-        _pse_tensor(request, step.call, operands),
+        call_bias(request, step, operands.pse, operands.query.device),
         None if operands.sink is None else operands.sink.to(stats_dtype(request.dtype)),
     )
 
@@ -243,21 +218,6 @@ def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Te
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     lengths = request.sequences[0]
     return request.mask.materialize(*lengths, batch, heads, device).logical_not().view(mask.shape)
-
-
-def _pse_tensor(request: Request, call: KernelCall, operands: Operands) -> Tensor | None:
-    pse, spec = operands.pse, call.pse
-    if pse is None or spec is None:
-        return None
-    device = operands.query.device
-    if call.pse_type in (2, 3):
-        return _slopes(pse, spec, device)
-    sizes = request.sequences[0]
-    if call.pse_type == 1:
-        bias = pse.materialize(*sizes, dtype=spec.dtype, device=device)
-    else:
-        bias = pse.term(*sizes, scale=request.scale, dtype=spec.dtype, device=device)
-    return bias.expand(spec.shape).contiguous()
 
 
 def _request_rows(request: Request, step: Launch, stat: Tensor) -> Tensor:

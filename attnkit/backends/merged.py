@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
@@ -144,17 +145,16 @@ class _Merged(torch.autograd.Function):
         else:
             peak = sink.to(wide).expand(rows, heads).clone()
             total = torch.ones_like(peak)
-        random, kept = [], []
-        for step in job.steps:
-            answer = job.launcher.forward(step.call, step.tensors(query, key, value, job.slopes))
+        random: list[tuple[int, int, int]] = []
+        kept: list[Tensor] = []
+        for step, bias in zip(job.steps, job.biases, strict=True):
+            answer = job.launcher.forward(step.call, step.tensors(query, key, value, bias))
             random.append(answer.random)
             shift = step.shift(logits)
-            _merge(step, answer, out, peak, total, shift)
+            own = step.by_token(answer)
+            _merge(step, own, out, peak, total, shift)
             if shift is not None and ctx.needs_input_grad[5]:
-                kept += [
-                    answer.out,
-                    *(unpack_stats(step.call, t) for t in (answer.peak, answer.total)),
-                ]
+                kept += own
         out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         result = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
@@ -172,7 +172,7 @@ class _Merged(torch.autograd.Function):
         merged = (peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
         dlogits = None if logits is None else torch.zeros_like(logits)
         parts = iter(kept)
-        for step, random in zip(ctx.job.steps, ctx.random, strict=True):
+        for step, bias, random in zip(ctx.job.steps, ctx.job.biases, ctx.random, strict=True):
             m_all, l_all = (step.queries.take(stat) for stat in merged)
             shift = step.shift(logits)
             if shift is not None:
@@ -180,16 +180,14 @@ class _Merged(torch.autograd.Function):
                 if kept and dlogits is not None:
                     own = step.queries.take(dy).to(wide), step.queries.take(out).to(wide)
                     dlogits[step.level] += _of_logit(*own, m_all, l_all, *islice(parts, 3))
-            m_all, l_all = (pack_stats(step.call, stat) for stat in (m_all, l_all))
-            answer = Answer(step.queries.take(out), m_all, l_all, random)
-            tensors = step.tensors(query, key, value, ctx.job.slopes)
-            found = ctx.job.launcher.backward(
-                step.call, tensors, step.queries.take(dy).contiguous(), answer
-            )
+            answer = step.of_call(step.queries.take(out), m_all, l_all, random)
+            tensors = step.tensors(query, key, value, bias)
+            slope = step.split(step.queries.take(dy), step.call.q_len).contiguous()
+            found = ctx.job.launcher.backward(step.call, tensors, slope, answer)
             dim = step.call.head_dim
-            step.queries.add(grads[0][..., :dim], found.query)
-            step.keys.add(grads[1][..., :dim], found.key)
-            step.keys.add(grads[2], found.value)
+            step.queries.add(grads[0][..., :dim], step.join(found.query))
+            step.keys.add(grads[1][..., :dim], step.join(found.key))
+            step.keys.add(grads[2], step.join(found.value))
         dsink = None
         if sink is not None and ctx.needs_input_grad[4]:
             share = (sink.to(wide) - peak).exp() / total
@@ -222,7 +220,7 @@ class Step:
         blocks, call = launch.form.blocks, launch.call
         queries = query_rows(blocks, q_starts, q_starts[-1])
         keys = key_rows(blocks, kv_starts, kv_starts[-1])
-        offsets = (0, *(call.actual_seq_qlen or ()))[:-1]
+        offsets = tuple(accumulate((q_len for q_len, _ in call.sequences), initial=0))[:-1]
         split = tuple((rows, tuple(own)) for rows, own in layers(queries, offsets))
         return cls(call, queries, keys, split, launch.form.level)
 
@@ -230,18 +228,46 @@ class Step:
         """Return the logit [n] that the call adds to its scores; None where it adds none."""
         return None if logits is None or self.level is None else logits[self.level]
 
+    def split(self, tokens: Tensor, length: int) -> Tensor:
+        """Return the call's tokens [t n d] in its layout: as they are, or [b s n d]."""
+        return (
+            tokens if self.call.is_packed else rearrange(tokens, "(b s) ... -> b s ...", s=length)
+        )
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in the call's layout as tokens [t n d]."""
+        return tensor if self.call.is_packed else tensor.flatten(0, 1)
+
     def tensors(
-        self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Gather the tensors of the call."""
         mask, dim = self.call.atten_mask, self.call.head_dim
+        q_len, kv_len = self.call.q_len, self.call.kv_len
         return {
-            "query": self.queries.take(query[..., :dim]),
-            "key": self.keys.take(key[..., :dim]),
-            "value": self.keys.take(value),
+            "query": self.split(self.queries.take(query[..., :dim]), q_len),
+            "key": self.split(self.keys.take(key[..., :dim]), kv_len),
+            "value": self.split(self.keys.take(value), kv_len),
             "atten_mask": None if mask is None else mask.build(query.device),
-            "pse": slopes,
+            "pse": bias,
         }
+
+    def by_token(self, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+        """Return output [t n d], maximum and sum [t n] of what the call answered."""
+        peak, total = (unpack_stats(self.call, stat) for stat in (answer.peak, answer.total))
+        if not self.call.is_packed:
+            peak, total = (rearrange(stat, "b n s -> (b s) n") for stat in (peak, total))
+        return self.join(answer.out), peak, total
+
+    def of_call(
+        self, out: Tensor, peak: Tensor, total: Tensor, random: tuple[int, int, int]
+    ) -> Answer:
+        """Return output [t n d], maximum and sum [t n] as the call would have answered."""
+        length = self.call.q_len
+        if not self.call.is_packed:
+            peak, total = (rearrange(s, "(b s) n -> b n s", s=length) for s in (peak, total))
+        peak, total = (pack_stats(self.call, stat) for stat in (peak, total))
+        return Answer(self.split(out, length), peak, total, random)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,19 +276,23 @@ class Job:
 
     steps: tuple[Step, ...]
     launcher: Launcher
-    slopes: Tensor | None
+    biases: tuple[Tensor | None, ...]
 
 
 def _merge(
-    step: Step, answer: Answer, out: Tensor, peak: Tensor, total: Tensor, shift: Tensor | None
+    step: Step,
+    part: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    shift: Tensor | None,
 ) -> None:
     """Merge the rows of one call into the running maximum, sum and weighted output."""
-    call = step.call
-    peaks, totals = unpack_stats(call, answer.peak), unpack_stats(call, answer.total)
+    answers, peaks, totals = part
     peaks = peaks if shift is None else peaks + shift
     for rows, own in step.layers:
-        mine = Rows(own, answer.out.shape[0])
-        m_new, l_new, o_new = (mine.take(t) for t in (peaks, totals, answer.out))
+        mine = Rows(own, answers.shape[0])
+        m_new, l_new, o_new = (mine.take(t) for t in (peaks, totals, answers))
         m_old, l_old, o_old = (rows.take(t) for t in (peak, total, out))
         m = torch.maximum(m_old, m_new)
         # A row that nothing has answered yet has weight 0: exp(-inf - m) is 0, m is finite.
@@ -297,15 +327,16 @@ def run_merged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slopes: Tensor | None,
+    biases: tuple[Tensor | None, ...],
     sink: Tensor | None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend packed tensors ``[t n d]``; returns output ``[t n d]``, maximum and sum ``[t n]``.
+    """Attend packed tensors ``[t n d]``, with a bias per step; returns output, maximum and sum.
 
-    A row that no call answers has output 0, maximum -inf and sum 0 (with a sink: the sink's).
+    The output is ``[t n d]``, the statistics are ``[t n]``. A row that no call answers has
+    output 0, maximum -inf and sum 0 (with a sink: the sink's).
     """
     out: tuple[Tensor, Tensor, Tensor] = _Merged.apply(  # type: ignore[no-untyped-call]
-        Job(steps, launcher, slopes), query, key, value, sink, logits
+        Job(steps, launcher, biases), query, key, value, sink, logits
     )
     return out

@@ -12,7 +12,7 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.legality import violations
-from attnkit.kernel.modes import COMPRESSED_MODES, mode_region
+from attnkit.kernel.modes import COMPRESSED_MODES, mode_region, prefix_causal, window
 from attnkit.kernel.rules import MaskFacts, Product, Target, Violation
 from attnkit.kernel.sizes import LayoutSizes, layout_sizes, sequence_lengths
 from attnkit.kernel.versions import arguments_for
@@ -234,6 +234,19 @@ class KernelCall:
                 ["mask-per-head"],
             )
         return found.pop()
+
+    def visited(self) -> tuple[Region, ...] | None:
+        """Return the cells outside of which a full mask's tiles may be skipped, per matrix.
+
+        The window of mode 0 and the prefix of mode 5 say so, and the mask must lie inside;
+        None where every tile is read.
+        """
+        if self.atten_mask is None or self.sparse_mode not in (0, 5):
+            return None
+        if self.sparse_mode == 0:
+            return tuple(window(*s, self.pre_tokens, self.next_tokens) for s in self.sequences)
+        pairs = zip(self.sequences, self.prefix or (), strict=False)
+        return tuple(prefix_causal(*sizes, length) for sizes, length in pairs)
 
     def _mode_arguments(self, b: int) -> tuple[int, int, int, bool]:
         prefix = self.prefix[b] if self.prefix is not None and b < len(self.prefix) else 0

@@ -12,7 +12,7 @@ else computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -24,9 +24,10 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import UNBOUNDED, AttenMask, KernelCall, TensorSpec
 from attnkit.kernel.sizes import LAYOUTS
+from attnkit.planner.biases import bias_arguments
 from attnkit.planner.blocks import Block, diagonal_blocks, tile_whole
 from attnkit.planner.matrices import Matrices, matrices
-from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.request import Request
 
 __all__ = ["Candidate", "Form", "candidates", "forms"]
 
@@ -107,7 +108,7 @@ def candidates(request: Request, form: Form, full_masks: bool) -> Iterator[Candi
         yield Refusal("sink-no-keys", reason, f"{_where(form)}any mode")
         return
     masks = _full_mask_arguments if full_masks else _compressed_arguments
-    for how, bias in _bias_arguments(request, form):
+    for how, bias in bias_arguments(request, form.blocks, form.packed):
         if isinstance(bias, Refusal):
             yield replace(bias, subject=f"{_where(form)}any mode{how}")
             continue
@@ -162,33 +163,51 @@ def _compressed_arguments(
     compressed = {"atten_mask": AttenMask.causal(), **rows}
     yield "mode 3", {**compressed, "sparse_mode": 3}
     yield "mode 2", {**compressed, "sparse_mode": 2}
-    pre, next_ = _window(form, bottom_right=True)
+    pre, next_ = _window(form)
     yield "mode 4", {**compressed, "sparse_mode": 4, "pre_tokens": pre, "next_tokens": next_}
-    prefix = {"atten_mask": AttenMask.prefix(), "prefix": _prefix(form)}
+    prefix = {"atten_mask": AttenMask.prefix(), "prefix": _prefix(form.blocks, form.targets)}
     yield "mode 6", {**prefix, "sparse_mode": 6, **rows}
+    if form.packed:
+        for mode in (7, 8):
+            yield f"mode {mode}", {**compressed, "sparse_mode": mode, **_cut_window(form, mode)}
 
 
 def _full_mask_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
-    """Yield (label, arguments) for the modes that read a mask of one entry per cell."""
-    known = matrices(request)
-    if not known.exact:
-        yield from _opaque_arguments(request, form)
+    """Yield (label, arguments) for the modes that read a mask of one entry per cell.
+
+    The mask decides; a window (mode 0) or a prefix (mode 5) around it lets tiles be skipped.
+    """
+    full = _full_mask(request, form)
+    if isinstance(full, Refusal):
+        yield "modes 0, 1 and 5", full
         return
-    if known.per_head:
-        yield from _per_head_arguments(request, form, known)
-        return
-    full = _full_mask(form)
-    if full is None:
-        reason = "one [max q_len, max kv_len] mask serves all sequences, and theirs differ"
-        yield "modes 0 and 1", Refusal("mask-shared", reason)
-        return
-    rows = {"inner_precise": 2} if form.has_empty_rows else {}
-    pre, next_ = _window(form, bottom_right=False)
-    yield "mode 0", {"atten_mask": full, "pre_tokens": pre, "next_tokens": next_, **rows}
-    yield "mode 1", {"atten_mask": full, "sparse_mode": 1, **rows}
+    given = {"atten_mask": full.mask, **({"inner_precise": 2} if full.may_be_empty else {})}
+    bounds = [box for target in full.targets if (box := target.bounds) is not None]
+    pre = max((-box.lo for box in bounds), default=0)
+    next_ = max((box.hi for box in bounds), default=0)
+    window = {"pre_tokens": max(pre, 0), "next_tokens": max(next_, 0)}
+    whole = all(pre >= q - 1 and next_ >= kv - 1 for q, kv in (k.sizes for k in form.blocks))
+    if whole:
+        yield f"mode 1{full.told}", {**given, "sparse_mode": 1}
+    yield f"mode 0{full.told}", {**given, **window}
+    if not form.packed:
+        prefix = _prefix(form.blocks, full.targets)
+        yield f"mode 5{full.told}", {**given, "sparse_mode": 5, "prefix": prefix}
+    if not whole:
+        yield f"mode 1{full.told}", {**given, "sparse_mode": 1}
 
 
-def _window(form: Form, bottom_right: bool) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _FullMask:
+    """A mask of one entry per cell, and the region that all of it lies in, block by block."""
+
+    mask: AttenMask
+    targets: tuple[Region, ...]
+    may_be_empty: bool
+    told: str = ""
+
+
+def _window(form: Form) -> tuple[int, int]:
     """Return the (pre, next) that would make every target a band, were it one.
 
     A target whose bound is that of its whole rectangle does not care, as long as the window
@@ -201,7 +220,7 @@ def _window(form: Form, bottom_right: bool) -> tuple[int, int]:
         bounds = target.bounds
         if bounds is None:
             continue
-        at = kv_len - q_len if bottom_right else 0
+        at = kv_len - q_len
         (pre if bounds.lo > 1 - q_len else wide_pre).append(at - bounds.lo)
         (next_ if bounds.hi < kv_len - 1 else wide_next).append(bounds.hi - at)
     return (
@@ -210,10 +229,21 @@ def _window(form: Form, bottom_right: bool) -> tuple[int, int]:
     )
 
 
-def _prefix(form: Form) -> tuple[int, ...]:
+def _cut_window(form: Form, mode: int) -> Arguments:
+    """Return the window of the sequence that modes 7 (the last) and 8 (the first) treat apart."""
+    order = range(len(form.blocks))[:: -1 if mode == 7 else 1]
+    own = next((k for k in order if form.blocks[k].sizes[0]), None)
+    bounds = form.targets[own].bounds if own is not None else None
+    if own is None or bounds is None:
+        return {}
+    q_len, kv_len = form.blocks[own].sizes
+    return {"next_tokens": bounds.hi - (kv_len - q_len)}
+
+
+def _prefix(blocks: Sequence[Block], targets: Sequence[Region]) -> tuple[int, ...]:
     """Read the prefix of each target off its first row."""
     lengths = []
-    for block, target in zip(form.blocks, form.targets, strict=True):
+    for block, target in zip(blocks, targets, strict=True):
         first = target.row(0)
         starts = first and first[0][0] == 0
         shortest = max(0, block.sizes[1] - block.sizes[0])
@@ -221,111 +251,50 @@ def _prefix(form: Form) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _full_mask(form: Form) -> AttenMask | None:
-    """Return the smallest full mask that holds every target; None where one cannot."""
+def _full_mask(request: Request, form: Form) -> _FullMask | Refusal:
+    """Return the smallest full mask that holds every target, or why none does."""
+    known = matrices(request)
+    if not known.exact:
+        return _opaque_mask(request, form, known)
+    if known.per_head:
+        return _mask_per_head(request, form, known)
     if not form.packed:
         sizes = form.blocks[0].sizes
-        if len(set(form.targets)) == 1:
-            return AttenMask.full(sizes, form.targets[:1])
-        return AttenMask.full((len(form.blocks), 1, *sizes), form.targets)
+        alike = len(set(form.targets)) == 1
+        shape = sizes if alike else (len(form.blocks), 1, *sizes)
+        mask = AttenMask.full(shape, form.targets[:1] if alike else form.targets)
+        return _FullMask(mask, form.targets, form.has_empty_rows)
     q_len = max(block.sizes[0] for block in form.blocks)
     kv_len = max(block.sizes[1] for block in form.blocks)
     union = Region.union(set(form.targets))
-    for (rows, keys), target in form.distinct:
-        if union.cut((0, rows), (0, keys)) != target:
-            return None
-    return AttenMask.full((q_len, kv_len), (union,))
+    if any(union.cut((0, q), (0, kv)) != target for (q, kv), target in form.distinct):
+        reason = "one [max q_len, max kv_len] mask serves all sequences, and theirs differ"
+        return Refusal("mask-shared", reason)
+    mask = AttenMask.full((q_len, kv_len), (union,))
+    return _FullMask(mask, form.targets, form.has_empty_rows)
 
 
-def _per_head_arguments(
-    request: Request, form: Form, known: Matrices
-) -> Iterator[tuple[str, Arguments | Refusal]]:
+def _mask_per_head(request: Request, form: Form, known: Matrices) -> _FullMask | Refusal:
     if form.packed:
         reason = "heads have masks of their own; a packed call has one mask for all heads"
-        yield "any mode", Refusal("mask-per-head", reason)
-        return
+        return Refusal("mask-per-head", reason)
     batch = request.batch if any(len(set(p)) > 1 for p in known.planes) else 1
     regions = [known.regions(h)[b] for b in range(batch) for h in range(request.num_heads)]
-    shape = (batch, request.num_heads, request.q_len, request.kv_len)
+    mask = AttenMask.full((batch, request.num_heads, request.q_len, request.kv_len), regions)
     empty = any(region.empty_rows(request.q_len) for region in set(regions))
-    rows = {"inner_precise": 2} if empty else {}
-    full = AttenMask.full(shape, regions)
-    yield "mode 1, a mask per head", {"atten_mask": full, "sparse_mode": 1, **rows}
+    return _FullMask(mask, known.over_heads(), empty, ", a mask per head")
 
 
-def _opaque_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
-    """Yield the full mask built from the mask's own cells when the plan runs."""
+def _opaque_mask(request: Request, form: Form, known: Matrices) -> _FullMask | Refusal:
+    """Describe the full mask that is built from the mask's own cells when the plan runs."""
     if form.packed and (len(form.blocks) > 1 or request.mask.heads is not None):
-        reason = (
+        return Refusal(
+            "mask-opaque-packed",
             f"{request.mask!r} is no union of slices, and a packed call reads one mask for all "
-            "sequences and heads; use a dense layout"
+            "sequences and heads; use a dense layout",
         )
-        yield "mode 1", Refusal("mask-opaque-packed", reason)
-        return
     lengths = form.blocks[0].sizes
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
-    shape = lengths if batch == heads == 1 else (batch, heads, *lengths)
+    mask = AttenMask.full(lengths if batch == heads == 1 else (batch, heads, *lengths))
     # Which rows are empty is not known without looking: make the kernel handle any.
-    yield (
-        "mode 1, a mask of unknown cells",
-        {"atten_mask": AttenMask.full(shape), "sparse_mode": 1, "inner_precise": 2},
-    )
-
-
-# -- biases --------------------------------------------------------------------------------
-
-
-def _bias_arguments(request: Request, form: Form) -> Iterator[tuple[str, Arguments | Refusal]]:
-    """Yield the ways in which the kernel might add the bias: by slopes, and as a matrix."""
-    if not request.bias:
-        yield "", {}
-        return
-    if len(request.bias) == 1 and request.bias[0].sloped:
-        yield ", slopes", _slope_arguments(request, form, request.bias[0])
-    yield ", bias matrix", _matrix_arguments(request, form)
-
-
-def _slope_arguments(request: Request, form: Form, term: BiasTerm) -> Arguments | Refusal:
-    """Types 2 and 3: the kernel computes the distance itself, from each block's upper left."""
-    shifts = set()
-    for block in form.blocks:
-        q_len, kv_len = request.sequences[block.batch]
-        at = kv_len - q_len if term.align == "bottom_right" else 0
-        if block.sizes[0] and block.sizes[1]:
-            shifts.add(block.i0 + at - block.j0)
-    if len(shifts) > 1:
-        return Refusal(
-            "alibi-anchor",
-            f"{term.text} needs start indices that differ between sequences ({sorted(shifts)}); "
-            "the kernel takes one pair",
-        )
-    shift = shifts.pop() if shifts else 0
-    start = {"q_start_idx": (max(shift, 0),), "kv_start_idx": (max(-shift, 0),)} if shift else {}
-    spec = TensorSpec((request.num_heads,), torch.float32)
-    if request.dtype == torch.float64:
-        spec = TensorSpec((request.num_heads,), torch.float64)
-    return {"pse": spec, "pse_type": 2 if term.power == 1.0 else 3, **start}
-
-
-def _matrix_arguments(request: Request, form: Form) -> Arguments | Refusal:
-    """Types 0 and 1: a matrix in the query's dtype."""
-    wide = request.dtype in (torch.float32, torch.float64)
-    exact = len(request.bias) == 1 and request.bias[0].dtype == request.dtype
-    if not (wide or exact):
-        return Refusal(
-            "pse-precision",
-            f"the kernel reads a bias matrix in the query's dtype, {request.dtype}, which would "
-            f"round {' + '.join(term.text for term in request.bias)}; give one bias of that dtype",
-        )
-    if form.packed:
-        reason = "a packed call takes slopes or a compressed bias, no full matrix"
-        return Refusal("pse-packed", reason)
-    sides = {term.before_scale for term in request.bias}
-    shape = (_bias_batch(request), request.num_heads, request.q_len, request.kv_len)
-    before = sides == {True}
-    return {"pse": TensorSpec(shape, request.dtype), "pse_type": 1 if before else 0}
-
-
-def _bias_batch(request: Request) -> int:
-    batches = [term.batch for term in request.bias if term.batch is not None]
-    return batches[0] if batches else 1
+    return _FullMask(mask, known.over_heads(), True, ", a mask of unknown cells")

@@ -9,16 +9,14 @@ chooses. A learnable sink takes part in the merge, not in the calls.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
-from typing import Any
-
-import torch
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec
+from attnkit.planner.biases import Arguments, anchor, matrix_arguments, slope_arguments
 from attnkit.planner.blocks import Block, diagonal_blocks
 from attnkit.planner.grouping import Window, group
 from attnkit.planner.matrices import matrices
@@ -26,8 +24,6 @@ from attnkit.planner.pieces import Piece, cuts
 from attnkit.planner.request import Request
 
 __all__ = ["Part", "decompositions"]
-
-_FLOAT32 = torch.float32
 
 _MOST_CUTS = 6
 _MOST_GROUPINGS = 4
@@ -57,11 +53,6 @@ def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
         reason = f"{request.mask!r} is no region that could be cut into pieces"
         yield Refusal("cut-region", reason, "several calls")
         return
-    terms = request.bias
-    if len(terms) > 1 or (terms and not terms[0].sloped):
-        reason = "a bias matrix cannot go with the pieces of a packed call; slopes can"
-        yield Refusal("cut-bias", reason, "several calls")
-        return
     groups = _head_groups(request)
     seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
@@ -74,12 +65,16 @@ def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
         seen.add(pieces)
         choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
         for n in range(max(map(len, choices))):
-            yield tuple(
+            parts = [
                 part
                 for heads, some, options in zip(groups, pieces, choices, strict=True)
                 for window, chosen in (options[min(n, len(options) - 1)] if options else [])
                 for part in _calls(request, heads, window, [some[k] for k in chosen])
-            )
+            ]
+            refused = [part for part in parts if isinstance(part, Refusal)]
+            yield from refused
+            if not refused:
+                yield tuple(part for part in parts if isinstance(part, Part))
 
 
 def _head_groups(request: Request) -> list[tuple[int, ...]]:
@@ -138,68 +133,97 @@ def _cut(region: Region, depth: int) -> tuple[Slice, ...]:
 
 def _calls(
     request: Request, heads: tuple[int, ...], window: Window, pieces: list[Piece]
-) -> Iterator[Part]:
-    """Pack pieces with one window into calls: one, unless a bias needs different start indices."""
+) -> Iterator[Part | Refusal]:
+    """Make the calls for pieces with one window: one packed call, unless a bias says otherwise.
+
+    Slopes go with packed pieces that have as many queries as keys and one start. A matrix goes
+    with pieces of equal sizes, as the batch elements of a dense call.
+    """
     if not request.bias:
-        yield _call(request, heads, window, pieces, None)
+        yield _packed_call(request, heads, window, pieces)
         return
     term = request.bias[0]
-    shifts: dict[int, list[Piece]] = {}
+    sloped: dict[int, list[Piece]] = {}
+    tables: dict[tuple[int, int], list[Piece]] = {}
     for piece in pieces:
-        q_len, kv_len = request.sequences[piece.batch]
-        at = kv_len - q_len if term.align == "bottom_right" else 0
-        shifts.setdefault(piece.part.i0 + at - piece.part.j0, []).append(piece)
-    for shift, some in shifts.items():
-        yield _call(request, heads, window, some, shift)
+        if len(request.bias) == 1 and term.sloped and piece.rows == piece.keys:
+            sloped.setdefault(anchor(request, piece.block, term), []).append(piece)
+        else:
+            tables.setdefault((piece.rows, piece.keys), []).append(piece)
+    for shift, some in sloped.items():
+        bias = slope_arguments(request, len(heads), shift)
+        yield _packed_call(request, heads, window, some, bias)
+    for some in tables.values():
+        yield _dense_call(request, heads, window, some)
 
 
-def _call(
+def _packed_call(
     request: Request,
     heads: tuple[int, ...],
     window: Window,
     pieces: list[Piece],
-    shift: int | None,
+    bias: Arguments | None = None,
 ) -> Part:
-    rows = list(accumulate(piece.rows for piece in pieces))
-    keys = list(accumulate(piece.keys for piece in pieces))
+    """Return the TND call whose sequences are the pieces."""
+    rows = tuple(accumulate(piece.rows for piece in pieces))
+    keys = tuple(accumulate(piece.keys for piece in pieces))
+    lengths = {"actual_seq_qlen": rows, "actual_seq_kvlen": keys}
+    arguments = {**lengths, **_mask_arguments(window, pieces), **(bias or {})}
+    return _part(request, heads, window, pieces, "TND", ((rows[-1],), (keys[-1],)), arguments)
+
+
+def _dense_call(
+    request: Request, heads: tuple[int, ...], window: Window, pieces: list[Piece]
+) -> Part | Refusal:
+    """Return the call whose batch elements are the pieces, which have equal sizes."""
+    (rows, keys), batch = pieces[0].block.sizes, len(pieces)
+    places = {(piece.block.i0, piece.block.j0) for piece in pieces}
+    shared = len(places) == 1 and all(term.batch in (None, 1) for term in request.bias)
+    shared &= len({request.sequences[piece.batch] for piece in pieces}) == 1
+    bias = matrix_arguments(request, (1 if shared else batch, len(heads), rows, keys))
+    if isinstance(bias, Refusal):
+        return bias
+    arguments = {**_mask_arguments(window, pieces), **bias}
+    return _part(request, heads, window, pieces, "BSND", ((batch, rows), (batch, keys)), arguments)
+
+
+def _part(
+    request: Request,
+    heads: tuple[int, ...],
+    window: Window,
+    pieces: list[Piece],
+    layout: str,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    arguments: Arguments,
+) -> Part:
     kv_heads, dtype = _kv_heads(request, heads), request.dtype
+    queries, keys = sizes
     call = KernelCall(
-        TensorSpec((rows[-1], len(heads), request.head_dim), dtype),
-        TensorSpec((keys[-1], len(kv_heads), request.head_dim), dtype),
-        TensorSpec((keys[-1], len(kv_heads), request.value_dim), dtype),
+        TensorSpec((*queries, len(heads), request.head_dim), dtype),
+        TensorSpec((*keys, len(kv_heads), request.head_dim), dtype),
+        TensorSpec((*keys, len(kv_heads), request.value_dim), dtype),
         head_num=len(heads),
-        input_layout="TND",
+        input_layout=layout,
         scale=request.scale,
         keep_prob=1.0 - request.dropout,
-        actual_seq_qlen=tuple(rows),
-        actual_seq_kvlen=tuple(keys),
+        **arguments,
     )
-    call = replace(call, **_mask_arguments(window, pieces))
-    if shift is not None:
-        call = replace(call, **_slopes(request, len(heads), shift))
     blocks = tuple(piece.block for piece in pieces)
     some = heads if len(heads) < request.num_heads else None
     targets = tuple(piece.target for piece in pieces)
     return Part(_label(window), call, blocks, targets, some, kv_heads)
 
 
-def _mask_arguments(window: Window, pieces: list[Piece]) -> dict[str, Any]:
+def _mask_arguments(window: Window, pieces: list[Piece]) -> Arguments:
     if window.mode is None:
         return {}
     if window.mode == 6:
         prefix = tuple(window.prefix(piece) for piece in pieces)
         return {"atten_mask": AttenMask.prefix(), "sparse_mode": 6, "prefix": prefix}
-    mask: dict[str, Any] = {"atten_mask": AttenMask.causal(), "sparse_mode": window.mode}
+    mask: Arguments = {"atten_mask": AttenMask.causal(), "sparse_mode": window.mode}
     if window.mode == 4:
         mask |= {"pre_tokens": window.pre, "next_tokens": window.next}
     return mask
-
-
-def _slopes(request: Request, heads: int, shift: int) -> dict[str, Any]:
-    wide = request.dtype.itemsize == 8
-    spec = TensorSpec((heads,), request.dtype if wide else _FLOAT32)
-    start = {"q_start_idx": (shift,), "kv_start_idx": (0,)} if shift else {}
-    return {"pse": spec, "pse_type": 2 if request.bias[0].power == 1.0 else 3, **start}
 
 
 def _label(window: Window) -> str:

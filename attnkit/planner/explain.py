@@ -222,7 +222,7 @@ def _list(label: str, refusals: Sequence[Refusal]) -> list[str]:
         reasons.setdefault((refusal.reason, refusal.code), {})[refusal.subject] = None
     lines: list[str] = []
     for (reason, code), subjects in list(reasons.items())[:_MOST_REASONS]:
-        told = ", ".join(subjects)
+        told = "; ".join(subjects)
         lines += _entry("" if lines else label, f"{told}: {reason} [{code}]")
     if len(reasons) > _MOST_REASONS:
         lines += _entry("", f"and for {len(reasons) - _MOST_REASONS} more reasons")

@@ -13,11 +13,12 @@ from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.kernel.versions import expressing_versions
 from attnkit.masks import Band
+from attnkit.planner.biases import disprove_bias
 from attnkit.planner.candidates import Candidate, Form, candidates, forms
 from attnkit.planner.decompose import Part, decompositions
 from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch, Solution
-from attnkit.planner.proof import disprove, heads_of
+from attnkit.planner.proof import disprove, disprove_opaque, heads_of, is_opaque
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route, disprove_groups, routes
@@ -87,11 +88,16 @@ def _as_given(request: Request) -> Lowering:
 
 def _merged(request: Request, refusals: list[Refusal]) -> list[Solution]:
     """Return the sets of calls that compute the request together."""
-    found = []
+    found: list[Solution] = []
+    seen: set[frozenset[object]] = set()
     for parts in decompositions(request):
         if isinstance(parts, Refusal):
             refusals.append(parts)
             continue
+        same = frozenset((part.call, part.blocks) for part in parts)
+        if same in seen:  # the same calls, in another order
+            continue
+        seen.add(same)
         reasons = [
             replace(reason, subject=f"{len(parts)} calls, {part.label}")
             for part in parts
@@ -110,7 +116,7 @@ def _part_reasons(request: Request, part: Part) -> list[Refusal]:
 
 def _launch(request: Request, part: Part) -> Launch:
     form = Form(
-        "TND",
+        part.call.layout,
         part.blocks,
         part.targets,
         packs=False,
@@ -247,13 +253,18 @@ def _by_level(request: Request, route: Route) -> Lowering:
 def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:
     """Return why a candidate falls: what it would compute first, then what the op rejects."""
     call, known = candidate.call, matrices(request)
-    if call.atten_mask is None or not call.atten_mask.is_opaque:
-        for head in heads_of(call):
-            targets = candidate.form.targets if head is None else known.regions(head)
-            wrong = disprove(call, targets, head)
-            if wrong is not None:
-                return [wrong]
-    return _broken_rules(request, call)
+    if is_opaque(call):
+        wrong = disprove_opaque(call, known.over_heads())
+    else:
+        wrongs = (
+            disprove(call, candidate.form.targets if h is None else known.regions(h), h)
+            for h in heads_of(call)
+        )
+        wrong = next((one for one in wrongs if one is not None), None)
+    if wrong is not None:
+        return [wrong]
+    wrong = disprove_bias(request, call, candidate.form.blocks)
+    return [wrong] if wrong is not None else _broken_rules(request, call)
 
 
 def _broken_rules(request: Request, call: KernelCall) -> list[Refusal]:

@@ -36,6 +36,11 @@ class Matrices:
         plane = self.planes[head if self.per_head else 0]
         return tuple(e.outer for e in plane)
 
+    def over_heads(self) -> tuple[Region, ...]:
+        """Return regions that hold what any head allows."""
+        columns = zip(*(self.regions(head) for head in range(len(self.planes))), strict=True)
+        return tuple(Region.union(set(column)) for column in columns)
+
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
 def matrices(request: Request) -> Matrices:

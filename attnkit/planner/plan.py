@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,9 @@ class Solution:
 
     @property
     def label(self) -> str:
-        """The calls' names."""
-        return " + ".join(launch.label for launch in self.launches)
+        """The calls' names, equal ones counted."""
+        counts = Counter(launch.label for launch in self.launches)
+        return " + ".join(f"{n} x {label}" if n > 1 else label for label, n in counts.items())
 
     @property
     def price(self) -> Price:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,7 +12,7 @@ from math import prod
 
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall
-from attnkit.kernel.modes import window
+from attnkit.kernel.modes import MASK_DECIDES
 
 __all__ = ["Chip", "Price", "chip", "price_call"]
 
@@ -84,9 +84,9 @@ def price_call(
     cells = tile_cells = edge_cells = 0
     for h in range(call.num_heads) if _per_head(call) else (None,):
         share = 1 if h is not None else call.num_heads
-        for (region, sizes), count in Counter(_matrices(call, h)).items():
+        for (region, visited, sizes), count in Counter(_matrices(call, h)).items():
             cells += region.area * count * share
-            computed, edges = _tile_cells(call, region, sizes, weights)
+            computed, edges = _tile_cells(visited, sizes, weights)
             tile_cells += computed * count * share
             edge_cells += edges * count * share
     flops = 2 * tile_cells * (call.head_dim + call.value_dim)
@@ -121,24 +121,23 @@ def _per_head(call: KernelCall) -> bool:
     return mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1
 
 
-def _matrices(call: KernelCall, head: int | None) -> list[tuple[Region, tuple[int, int]]]:
-    if call.atten_mask is not None and call.atten_mask.is_opaque:
-        return [(Region.full(*sizes), sizes) for sizes in call.sequences]
-    return list(zip(call.regions(head), call.sequences, strict=True))
+def _matrices(
+    call: KernelCall, head: int | None
+) -> Iterator[tuple[Region, Region, tuple[int, int]]]:
+    """Yield each matrix's allowed cells, the cells whose tiles are computed, and its sizes."""
+    whole = [Region.full(*sizes) for sizes in call.sequences]
+    reads = call.atten_mask is not None and call.sparse_mode in MASK_DECIDES
+    opaque = call.atten_mask is not None and call.atten_mask.is_opaque
+    # A full mask is read everywhere, but where a window or a prefix lets tiles be skipped.
+    visited = (call.visited() or whole) if reads else call.regions(head)
+    allowed = visited if opaque else call.regions(head) if reads else visited
+    yield from zip(allowed, visited, call.sequences, strict=True)
 
 
-def _tile_cells(
-    call: KernelCall, region: Region, sizes: tuple[int, int], chip: Chip
-) -> tuple[int, int]:
+def _tile_cells(region: Region, sizes: tuple[int, int], chip: Chip) -> tuple[int, int]:
     """Return the cells of the tiles that are computed, and of those among them with an edge."""
-    q_len, kv_len = sizes
-    if not q_len or not kv_len:
+    if not all(sizes):
         return 0, 0
-    if call.atten_mask is not None and call.sparse_mode in (0, 1, 5):
-        # the mask is read everywhere; only mode 0's declared window lets tiles be skipped
-        region = Region.full(q_len, kv_len)
-        if call.sparse_mode == 0:
-            region = window(q_len, kv_len, call.pre_tokens, call.next_tokens)
-    tiles = region.tiles(chip.tile_q, chip.tile_kv, q_len, kv_len)
+    tiles = region.tiles(chip.tile_q, chip.tile_kv, *sizes)
     one = chip.tile_q * chip.tile_kv
     return (tiles.full + tiles.partial) * one, tiles.partial * one

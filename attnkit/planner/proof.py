@@ -8,27 +8,32 @@ from functools import lru_cache
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall
-from attnkit.kernel.modes import window
+from attnkit.kernel.modes import MASK_DECIDES
+from attnkit.planner.biases import disprove_bias
 from attnkit.planner.candidates import Form
 from attnkit.planner.matrices import Matrices, matrices
 from attnkit.planner.request import Request
 
-__all__ = ["disprove", "disprove_cover", "disprove_places", "heads_of"]
+__all__ = [
+    "disprove",
+    "disprove_cover",
+    "disprove_opaque",
+    "disprove_places",
+    "heads_of",
+    "is_opaque",
+]
 
 Piece = tuple[KernelCall, Form]
 
 
 @lru_cache(maxsize=32)
 def _computed(call: KernelCall, head: int | None) -> tuple[Region, ...]:
-    """Return what a call computes; kept, since a plan is proven twice (found, then verified).
-
-    In mode 0 nothing outside the declared window is sure to be computed.
-    """
+    """Return what a call computes; kept, since a plan is proven twice (found, then verified)."""
     regions = call.regions(head)
-    if call.sparse_mode != 0 or call.atten_mask is None:
+    inside = call.visited()
+    if inside is None:
         return regions
-    windows = (window(*sizes, call.pre_tokens, call.next_tokens) for sizes in call.sequences)
-    return tuple(region & inside for region, inside in zip(regions, windows, strict=True))
+    return tuple(region & box for region, box in zip(regions, inside, strict=True))
 
 
 def heads_of(call: KernelCall) -> Sequence[int | None]:
@@ -90,6 +95,9 @@ def disprove_places(request: Request, pieces: Sequence[Piece]) -> Refusal | None
             return Refusal("other-numbers", f"{call} has another scale or dropout than asked for")
         if (call.pse is None) != (not request.bias):
             return Refusal("other-bias", f"{call} does not add the bias that was asked for")
+        wrong = disprove_bias(request, call, form.blocks)
+        if wrong is not None:
+            return wrong
         if form.partial:
             placed = call.sink is None and _gathers(request, call, form)
         else:
@@ -135,10 +143,13 @@ def disprove_cover(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
     the request's own mask when the plan runs, so it counts as that mask within its blocks.
     """
     known = matrices(request)
-    for call, _ in pieces:
-        if _is_opaque(call) and (call.sparse_mode != 1 or call.empty_row_output != "zero"):
-            reason = "a mask of unknown cells needs mode 1, and inner_precise=2 for empty rows"
-            return Refusal("mean-of-values", reason)
+    for call, form in pieces:
+        if is_opaque(call):
+            outer = known.over_heads()
+            boxes = [outer[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in form.blocks]
+            wrong = disprove_opaque(call, boxes)
+            if wrong is not None:
+                return wrong
     for head in range(len(known.planes)):
         parts: list[list[Region]] = [[] for _ in range(request.batch)]
         for call, form in pieces:
@@ -152,9 +163,9 @@ def disprove_cover(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
                 moved = region.shift(block.i0, block.j0) if block.i0 or block.j0 else region
                 parts[block.batch].append(moved)
         for b, (found, target) in enumerate(zip(parts, known.regions(head), strict=True)):
-            wrong = _uncovered(found, target)
-            if wrong:
-                return Refusal("cover", f"batch element {b}, head {head}: {wrong}")
+            missed = _uncovered(found, target)
+            if missed:
+                return Refusal("cover", f"batch element {b}, head {head}: {missed}")
     return None
 
 
@@ -173,12 +184,25 @@ def _uncovered(found: list[Region], target: Region) -> str:
     )
 
 
+def disprove_opaque(call: KernelCall, outer: Sequence[Region]) -> Refusal | None:
+    """Return why a mask of unknown cells inside `outer` might be computed wrongly, or None."""
+    if call.sparse_mode not in MASK_DECIDES or call.empty_row_output != "zero":
+        reason = "a mask of unknown cells needs mode 0, 1 or 5, and inner_precise=2 for empty rows"
+        return Refusal("mean-of-values", reason)
+    boxes = call.visited()
+    if boxes is not None and not all(a <= b for a, b in zip(outer, boxes, strict=True)):
+        reason = "a mask of unknown cells may have some where tiles are skipped"
+        return Refusal("wrong-cells", reason)
+    return None
+
+
 def _piece_regions(known: Matrices, head: int, call: KernelCall, form: Form) -> tuple[Region, ...]:
-    if _is_opaque(call):
+    if is_opaque(call):
         outer = known.regions(head)
         return tuple(outer[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in form.blocks)
     return _computed(call, None if heads_of(call) == (None,) else head)
 
 
-def _is_opaque(call: KernelCall) -> bool:
+def is_opaque(call: KernelCall) -> bool:
+    """Whether the cells of a call's mask are known only when it runs."""
     return call.atten_mask is not None and call.atten_mask.is_opaque

@@ -35,12 +35,7 @@ def registered() -> Iterator[None]:
 def test_a_dense_layout(mask: masks.Mask, bias: pse.Pse | None) -> None:
     q = torch.randn(6, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     rest = {"mask": mask, "pse": bias, "layout": "SBND", "return_stats": True}
-    try:
-        found = ak.attention(q, q, q, **rest, backend="emulated")
-    except ak.BackendRefused:  # a bias beside rows without keys
-        assert isinstance(mask, masks.Padding)
-        assert bias is not None
-        return
+    found = ak.attention(q, q, q, **rest, backend="emulated")
     meant = ak.attention(q, q, q, **rest, backend="reference")
     torch.testing.assert_close(found.output, meant.output)
     torch.testing.assert_close(found.stats.lse, meant.stats.lse)
@@ -48,7 +43,7 @@ def test_a_dense_layout(mask: masks.Mask, bias: pse.Pse | None) -> None:
     grads = (torch.autograd.grad(one.output, q, dy)[0] for one in (found, meant))
     torch.testing.assert_close(*grads)
     plan = ak.plan(q, q, q, mask=mask, pse=bias, layout="SBND", backend="emulated")
-    assert {call.input_layout for call in plan.calls} == {"TND"}
+    assert {call.input_layout for call in plan.calls} <= {"TND", "BSND"}
 
 
 def test_a_packed_layout() -> None:

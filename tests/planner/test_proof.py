@@ -85,7 +85,17 @@ def test_a_mask_of_unknown_cells_needs_its_empty_rows_handled(planned: Planned) 
     plan = planned(masks.Predicate(lambda b, h, i, j: i != j), 8)
     plan.verify()
     assert caught(tampered(plan, inner_precise=0)) == "mean-of-values"
-    assert caught(tampered(plan, sparse_mode=0, pre_tokens=1)) == "mean-of-values"
+    assert caught(tampered(plan, sparse_mode=2)) == "mean-of-values"
+    assert caught(tampered(plan, sparse_mode=0, pre_tokens=1)) == "wrong-cells"
+    assert caught(tampered(plan, sparse_mode=5, prefix=(0,))) == "wrong-cells"
+
+
+def test_tiles_around_a_mask_of_unknown_cells_are_skipped(planned: Planned) -> None:
+    odd = masks.Predicate(lambda b, h, i, j: (i + j) % 2 == 1)
+    plan = planned(odd & masks.SlidingWindow(9), 64)
+    (call,) = plan.calls
+    assert (call.sparse_mode, call.pre_tokens, call.next_tokens) == (0, 8, 0)
+    assert caught(tampered(plan, pre_tokens=7)) == "wrong-cells"
 
 
 def test_blocks_that_are_missing_swapped_or_overlap_are_caught(planned: Planned) -> None:

@@ -1,0 +1,91 @@
+"""The bias tensor of a kernel call: slopes, a matrix, pieces of one, or its last 1,024 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnkit.kernel import TensorSpec
+from attnkit.planner import Launch, Request
+from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
+from attnkit.planner.blocks import Block
+from attnkit.pse import LearnableALiBi, Pse
+from attnkit.pse.sloped import Sloped
+
+__all__ = ["call_bias"]
+
+
+def call_bias(
+    request: Request, launch: Launch, pse: Pse | None, device: torch.device
+) -> Tensor | None:
+    """Return the tensor that a call is given as its bias, as the call describes it."""
+    spec, heads = launch.call.pse, launch.form.heads
+    if pse is None or spec is None:
+        return None
+    if launch.call.pse_type in (2, 3):
+        return _slopes(pse, spec, device, heads)
+    before = launch.call.pse_type == 1
+    if is_compressed(launch.call):
+        (block, *_) = (block for block in launch.form.blocks if all(block.sizes))
+        rows = min(block.sizes[0], COMPRESSED_ROWS)
+        last = Block(block.batch, block.i1 - rows, block.i1, block.j0, block.j1)
+        # Rows above a short sequence are never read.
+        parts = [pad(_piece(request, pse, last, before, spec, device), (0, 0, 1024 - rows, 0))]
+    elif launch.form.partial:
+        blocks = launch.form.blocks[: spec.shape[0]]
+        parts = [_piece(request, pse, block, before, spec, device) for block in blocks]
+    else:
+        whole = Block(0, 0, request.q_len, 0, request.kv_len)
+        parts = [_piece(request, pse, whole, before, spec, device, every=True)]
+    if heads is not None:
+        own = torch.tensor(heads, device=device)
+        parts = [part if part.shape[1] == 1 else part.index_select(1, own) for part in parts]
+    whole_bias = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole_bias.expand(spec.shape).contiguous()
+
+
+def _piece(
+    request: Request,
+    pse: Pse,
+    block: Block,
+    before: bool,
+    spec: TensorSpec,
+    device: torch.device,
+    every: bool = False,
+) -> Tensor:
+    """Return a block's cells of the bias, ``[1 | b, 1 | n, i, j]``; `every`: of all the batch."""
+    q_len, kv_len = request.sequences[block.batch]
+    rows, keys = (block.i0, block.i1), (block.j0, block.j1)
+    if (rows, keys) != ((0, q_len), (0, kv_len)):
+        pse = pse.cut(rows, keys, q_len=q_len, kv_len=kv_len)
+    index = None if every else block.batch
+    if before:
+        return pse.materialize(*block.sizes, batch_index=index, dtype=spec.dtype, device=device)
+    return pse.term(
+        *block.sizes, scale=request.scale, batch_index=index, dtype=spec.dtype, device=device
+    )
+
+
+def _slopes(
+    pse: Pse, spec: TensorSpec, device: torch.device, heads: Sequence[int] | None
+) -> Tensor:
+    (sloped,) = pse.parts
+    if isinstance(sloped, LearnableALiBi):
+        weight = sloped.weight.detach().to(spec.dtype)
+        return weight if heads is None else weight[list(heads)]
+    slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
+    if heads is not None:
+        slopes = tuple(slopes[head] for head in heads)
+    return _slopes_tensor(slopes, spec.dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, since a copy from the host makes it wait for the device; and made outside of
+    # inference mode, whose tensors a later training step could not save for its backward.
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, dtype=dtype, device=device)

@@ -1,0 +1,130 @@
+"""The arguments with which a kernel call adds a bias, and the proof that it is the one asked for.
+
+By *slopes* (types 2 and 3) the kernel computes distances itself, from the corner of each of its
+sequences: start indices move that corner. By a *matrix* (types 0 and 1) it reads an entry per
+cell, in the query's dtype; of a bias that depends on the distance alone, the last 1,024 rows
+will do, where masks are causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from attnkit.errors import Refusal
+from attnkit.kernel import KernelCall, TensorSpec
+from attnkit.planner.blocks import Block
+from attnkit.planner.request import BiasTerm, Request
+
+__all__ = [
+    "COMPRESSED_ROWS",
+    "Arguments",
+    "anchor",
+    "bias_arguments",
+    "disprove_bias",
+    "is_compressed",
+    "matrix_arguments",
+    "slope_arguments",
+]
+
+Arguments = dict[str, Any]
+
+COMPRESSED_ROWS = 1024
+"""So many rows of a bias by distance hold all of it, for the kernel."""
+
+
+def bias_arguments(
+    request: Request, blocks: Sequence[Block], packed: bool
+) -> Iterator[tuple[str, Arguments | Refusal]]:
+    """Yield the ways in which one call on some blocks might add the bias, the cheapest first."""
+    terms = request.bias
+    if not terms:
+        yield "", {}
+        return
+    inside = [block for block in blocks if all(block.sizes)]
+    if len(terms) == 1 and terms[0].sloped:
+        shift = anchor(request, inside[0], terms[0]) if inside else 0
+        yield ", slopes", slope_arguments(request, request.num_heads, shift)
+    long = packed or request.q_len > COMPRESSED_ROWS
+    if long and inside and all(term.toeplitz for term in terms):
+        kv_len = max(block.sizes[1] for block in inside)
+        shape = (1, request.num_heads, COMPRESSED_ROWS, kv_len)
+        yield ", compressed bias", matrix_arguments(request, shape)
+    if packed:
+        reason = "a packed call takes slopes or a compressed bias, no full matrix"
+        yield ", bias matrix", Refusal("pse-packed", reason)
+        return
+    batch = next((term.batch for term in terms if term.batch is not None), 1)
+    shape = (batch, request.num_heads, request.q_len, request.kv_len)
+    yield ", bias matrix", matrix_arguments(request, shape)
+
+
+def slope_arguments(request: Request, heads: int, shift: int) -> Arguments:
+    """Return the arguments of a bias by slopes, whose query 0 stands on key `shift`."""
+    start = {"q_start_idx": (max(shift, 0),), "kv_start_idx": (max(-shift, 0),)} if shift else {}
+    dtype = torch.float64 if request.dtype == torch.float64 else torch.float32
+    kind = 2 if request.bias[0].power == 1.0 else 3
+    return {"pse": TensorSpec((heads,), dtype), "pse_type": kind, **start}
+
+
+def matrix_arguments(request: Request, shape: tuple[int, ...]) -> Arguments | Refusal:
+    """Return the arguments of a bias by entries, or why the query's dtype cannot hold them."""
+    terms = request.bias
+    wide = request.dtype in (torch.float32, torch.float64)
+    if not wide and not (len(terms) == 1 and terms[0].dtype == request.dtype):
+        return Refusal(
+            "pse-precision",
+            f"the kernel reads a bias matrix in the query's dtype, {request.dtype}, which would "
+            f"round {' + '.join(term.text for term in terms)}; give one bias of that dtype",
+        )
+    before = {term.before_scale for term in terms} == {True}
+    return {"pse": TensorSpec(shape, request.dtype), "pse_type": 1 if before else 0}
+
+
+def anchor(request: Request, block: Block, term: BiasTerm) -> int:
+    """Return the key, in a block's own numbering, that its query 0 stands on."""
+    q_len, kv_len = request.sequences[block.batch]
+    at = kv_len - q_len if term.align == "bottom_right" else 0
+    return block.i0 + at - block.j0
+
+
+def is_compressed(call: KernelCall) -> bool:
+    """Whether a call reads the last rows of its bias alone."""
+    if call.pse is None or call.pse_type not in (0, 1) or len(call.pse.shape) != 4:
+        return False
+    rows: int = call.pse.shape[2]
+    return rows == COMPRESSED_ROWS and (call.is_packed or call.q_len > rows)
+
+
+def disprove_bias(request: Request, call: KernelCall, blocks: Sequence[Block]) -> Refusal | None:
+    """Return why a call adds another bias than the one asked for; None if it does not.
+
+    The entries of a matrix are bound to its blocks when the plan runs; slopes and compressed
+    rows must mean the same distances in every block.
+    """
+    if call.pse is None:
+        return None
+    inside = [(k, block) for k, block in enumerate(blocks) if all(block.sizes)]
+    if call.pse_type in (2, 3):
+        starts = (call.q_start_idx or (0,))[0] - (call.kv_start_idx or (0,))[0]
+        for k, block in inside:
+            # Mode 8 knows start indices in its first sequence only.
+            given = starts if call.sparse_mode != 8 or k == 0 else 0
+            wanted = anchor(request, block, request.bias[0])
+            if given != wanted:
+                reason = (
+                    f"{request.bias[0].text} stands on key {wanted} of sequence {k} in its first "
+                    f"row, and the kernel would count from key {given}"
+                )
+                return Refusal("alibi-anchor", reason)
+    elif is_compressed(call):
+        if len({block.sizes for _, block in inside}) > 1:
+            reason = (
+                "compressed rows are counted from the end of a sequence, and the lengths differ"
+            )
+            return Refusal("pse-lengths", reason)
+        if len({anchor(request, block, term) for _, block in inside for term in request.bias}) > 1:
+            return Refusal("pse-anchor", "the distances in the blocks of the call differ")
+    return None
