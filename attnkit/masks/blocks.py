@@ -21,6 +21,9 @@ class _Blocks(Mask):
 
     def _block_region(self, q_len: int, kv_len: int, causal: bool) -> Region:
         at = anchor(self.align, q_len, kv_len)
+        if self.size == 1:  # one diagonal, not a slice per token
+            lo = None if causal else at
+            return Region.of(Slice(0, q_len, 0, kv_len, lo=lo, hi=at))
         first, last = at // self.size, (at + q_len - 1) // self.size
         return Region.of(
             *(

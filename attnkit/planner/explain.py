@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attnkit.errors import Refusal
+from attnkit.kernel import KernelCall
+from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.lower import lower
 from attnkit.planner.matrices import matrices
 from attnkit.planner.nearby import savings
@@ -15,6 +17,7 @@ from attnkit.planner.plan import Launch, Plan, Solution
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
+from attnkit.planner.routes import Route
 from attnkit.planner.words import in_words
 
 __all__ = ["as_data", "explain"]
@@ -32,7 +35,8 @@ def explain(plan: Plan) -> str:
         lines += _entry(label, text)
     lines += _list("passed over", plan.passed_over)
     if plan.steps:
-        lines += _solution_lines(Solution(plan.steps), request, plan.alternatives)
+        best = Solution(plan.steps)
+        lines += _solution_lines(best, request, plan.alternatives, plan.route)
         lines += _cheaper(request)
         lines += _list("refused", plan.refusals)
         return "\n".join(lines)
@@ -41,7 +45,8 @@ def explain(plan: Plan) -> str:
     if lowering.best is None:
         lines += _list("refused", lowering.refusals)
     else:
-        lines += _solution_lines(lowering.best, request, lowering.alternatives)
+        best, others = lowering.best, lowering.alternatives
+        lines += _solution_lines(best, request, others, lowering.route)
         lines += _cheaper(request)
     return "\n".join(lines)
 
@@ -74,6 +79,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "backend": plan.backend,
         "request": dict(_request_lines(request)),
         "plan": solution(Solution(plan.steps)) if plan.steps else None,
+        "route": None if plan.route is None else str(plan.route),
         "alternatives": [
             {"label": other.label, "price": other.price.to_dict()} for other in plan.alternatives
         ],
@@ -137,7 +143,9 @@ def _understood(request: Request) -> str:
     return f"{names}; {cells:,} of {whole:,} cells ({share}); {rows}"
 
 
-def _solution_lines(best: Solution, request: Request, others: tuple[Solution, ...]) -> list[str]:
+def _solution_lines(
+    best: Solution, request: Request, others: tuple[Solution, ...], route: Route | None
+) -> list[str]:
     lines: list[str] = []
     several = len(best.launches) > 1
     for k, launch in enumerate(best.launches, start=1):
@@ -150,6 +158,8 @@ def _solution_lines(best: Solution, request: Request, others: tuple[Solution, ..
         lines += _entry("", tensors)
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
     lines += _price_lines(best.price, request)
+    if request.bias:
+        lines += _entry("bias bytes", _bias(best, request, route))
     lines += _entry("empty rows", _rows(best))
     if any(_opaque(launch) for launch in best.launches):
         lines += _entry("proof", "none needed: the mask passed is the mask asked for")
@@ -181,6 +191,25 @@ def _price_lines(price: Price, request: Request) -> list[str]:
     if price.copy_bytes:
         lines += _entry("copies", f"{_bytes(price.copy_bytes)} to gather, pack and merge")
     return lines
+
+
+def _bias(best: Solution, request: Request, route: Route | None) -> str:
+    """Say how the bias reaches the calls, and what a matrix of it would be."""
+    ways = [str(route)] if route is not None else []
+    ways += dict.fromkeys(_way(launch.call) for launch in best.launches if launch.call.pse)
+    batch = next((term.batch for term in request.bias if term.batch is not None), 1)
+    cells = batch * max((q * kv for q, kv in request.sequences), default=0)
+    whole = cells * request.num_heads * request.dtype.itemsize
+    told = f"{_bytes(best.price.bias_bytes)}, {' and '.join(ways)}"
+    return f"{told}; a matrix of all cells would be {_bytes(whole)}"
+
+
+def _way(call: KernelCall) -> str:
+    if call.pse_type in (2, 3):
+        return "slopes"
+    if is_compressed(call):
+        return f"its last {COMPRESSED_ROWS:,} rows"
+    return "a matrix"
 
 
 def _proof(best: Solution) -> str:
