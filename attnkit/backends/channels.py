@@ -18,7 +18,7 @@ from torch import Tensor
 from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
 from attnkit.planner import Plan, Request
 from attnkit.planner.routes import BASE, Channels, Route
-from attnkit.pse import Linear, PerKey, Pse, Stepped, Sum
+from attnkit.pse import Linear, PerKey, Pse, Sloped, Stepped, Sum
 
 __all__ = ["Leveled", "run_on_route"]
 
@@ -43,8 +43,8 @@ def run_on_route(
     query = [layout.to_tnd(operands.query, request.num_heads)]
     key = [layout.to_tnd(operands.key, request.num_kv_heads)]
     for one in route.channels:
-        values = parts[one.part].tensors[0].to(wide)
         if one.width:
+            values = _values(parts[one.part], wide, operands.query.device)
             u, w = _channels(request, one, values / request.scale)
             query.append(u.to(request.dtype))
             key.append(w.to(request.dtype))
@@ -58,6 +58,20 @@ def run_on_route(
         parts[route.stepped.part].tensors[0].to(wide) if route.levels else None,
     )
     return run(_inside(plan), widened)
+
+
+def _values(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the small tensor that a bias follows from."""
+    if isinstance(part, Sloped):
+        return _constants(part.slopes, dtype, device)
+    return part.tensors[0].to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, since a copy from the host makes it wait for the device.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -184,12 +184,14 @@ def _cheapest_way(request: Request) -> Lowering:
     """Return the cheapest of the kernel's bias input, for what does not train, and the routes."""
     learnable = [term.text for term in request.bias if term.requires_grad]
     options = [] if learnable else [_as_given(request)]
+    if options and _is_plain(options[0].best):
+        return options[0]
     refusals: list[Refusal] = []
     if learnable:
         told = " and ".join(learnable)
         reason = f"{told} asks for a gradient, which the kernel never writes for its bias input"
         refusals.append(Refusal("pse-gradient", reason, "the bias input"))
-    for route in routes(request):
+    for route in dict.fromkeys((*routes(request), *routes(request, sloped=True))):
         if isinstance(route, Refusal):
             refusals.append(route)
         else:
@@ -198,12 +200,25 @@ def _cheapest_way(request: Request) -> Lowering:
     known = [(option.best, option) for option in options if option.best is not None]
     if not known:
         return Lowering(None, (), tuple(refusals))
-    known.sort(key=lambda pair: pair[0].price.nanoseconds)
+    known.sort(key=lambda pair: (_has_full_mask(pair[0]), pair[0].price.nanoseconds))
     best, option = known[0]
     others = [other for other, _ in known[1:]]
     others += [other for _, some in known for other in some.alternatives]
     others.sort(key=lambda solution: solution.price.nanoseconds)
     return replace(option, best=best, alternatives=tuple(others), refusals=tuple(refusals))
+
+
+def _is_plain(best: Solution | None) -> bool:
+    """Whether a solution is one call without a full mask or a matrix: nothing beats that."""
+    if best is None or len(best.launches) > 1 or _has_full_mask(best):
+        return False
+    pse = best.launches[0].call.pse
+    return pse is None or len(pse.shape) < 4
+
+
+def _has_full_mask(solution: Solution) -> bool:
+    masks = (launch.call.atten_mask for launch in solution.launches)
+    return any(mask is not None and mask.kind == "full" for mask in masks)
 
 
 def on_route(request: Request, route: Route) -> Lowering:

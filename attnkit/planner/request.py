@@ -57,6 +57,7 @@ class BiasTerm:
                 slopes=part.slopes,
                 power=0.5 if isinstance(part, SqrtALiBi) else 1.0,
                 align=part.align,
+                structure=Linear(part.align) if isinstance(part, ALiBi) else None,
             )
         trains = part.requires_grad and torch.is_grad_enabled()
         return cls(

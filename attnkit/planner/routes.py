@@ -112,16 +112,16 @@ class Route:
         return ", ".join(told)
 
 
-def routes(request: Request) -> Iterator[Route | Refusal]:
+def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
     """Yield the ways around the kernel's bias input, or why there is none; a pure function.
 
-    Every addend that trains must take one; an addend that could but need not stays a bias
-    where the kernel adds it by slopes, since that costs nothing.
+    Every addend that trains must take one. Constant slopes need not, and stay a bias unless
+    `sloped` says otherwise: one call adds them for nothing, pieces of odd sizes cannot.
     """
     found: list[Channels] = []
     stepped: list[Channels] = []
     for k, term in enumerate(request.bias):
-        if term.structure is None or term.sloped:
+        if term.structure is None or (term.sloped and not sloped):
             continue
         one = _channels(request, k, term)
         if isinstance(one, Refusal):

@@ -171,3 +171,36 @@ def test_slopes_from_another_key_are_caught() -> None:
     assert caught(tampered(plan, sparse_mode=3)) == "alibi-anchor"
     square = proven(masks.Causal(), pse.ALiBi(HEADS), 8)
     assert caught(tampered(square, q_start_idx=(1,), kv_start_idx=(0,))) == "alibi-anchor"
+
+
+# -- channels ----------------------------------------------------------------------------------
+
+
+def test_slopes_beside_ragged_pieces_are_channels_of_few_calls() -> None:
+    lengths = [37, 64, 12, 80, 55, 90, 41, 21]
+    plan = proven(SINK, pse.ALiBi(HEADS), sum(lengths), seqlens=ak.SeqLens(lengths))
+    assert len(plan.calls) == 2
+    assert plan.route is not None
+    assert all(call.pse is None for call in plan.calls)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+def test_channels_hold_slopes_in_bfloat16(align: Any) -> None:
+    bias = pse.ALiBi(HEADS, align=align)
+    tensors = [torch.randn(1, 600, HEADS, 16, dtype=torch.bfloat16) for _ in range(3)]
+    assert ak.plan(*tensors, mask=SINK, pse=bias, backend="emulated").route is not None
+
+    def error(bias: pse.Pse | None) -> float:
+        found = ak.attention(*tensors, mask=SINK, pse=bias, backend="emulated")
+        wide = [tensor.double() for tensor in tensors]
+        meant = ak.attention(*wide, mask=SINK, pse=bias, backend="reference")
+        assert isinstance(found, Tensor)
+        assert isinstance(meant, Tensor)
+        return float((found.double() - meant).abs().mean())
+
+    assert error(bias) <= 1.2 * error(None)  # the bias adds nothing to what bfloat16 loses
+
+
+def test_a_dilated_mask_keeps_its_slopes() -> None:
+    plan = proven(masks.SlidingWindow(9) & masks.Dilated(2), pse.ALiBi(HEADS), 40)
+    assert plan.route is not None

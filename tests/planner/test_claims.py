@@ -172,11 +172,19 @@ def test_alibi_on_a_square_goes_by_slopes(planned: Planned) -> None:
     assert (call.pse_type, call.pse.shape) == (3, (4,))
 
 
-def test_alibi_off_the_square_is_a_matrix_of_the_querys_dtype(planned: Planned) -> None:
+def test_alibi_off_the_square_is_a_small_matrix_or_channels(planned: Planned) -> None:
     (call,) = planned(masks.Causal(), 64, 128, pse=pse.ALiBi(4), dtype=torch.float32).calls
     assert (call.pse_type, call.pse.shape) == (0, (1, 4, 64, 128))
+    (call,) = planned(masks.Causal(), 8192, 16384, pse=pse.ALiBi(4), dtype=torch.float32).calls
+    assert (call.pse, call.head_dim) == (None, 66)
+    plan = planned(masks.Causal(), 64, 128, pse=pse.ALiBi(4))  # which bfloat16 would round
+    assert [call.head_dim > 64 for call in plan.calls] == [True]
+    assert "pse-precision" in {refusal.code for refusal in plan.refusals}
+
+
+def test_a_root_of_distances_in_bfloat16_is_refused_off_the_square(planned: Planned) -> None:
     with pytest.raises(ak.BackendRefused) as refused:
-        planned(masks.Causal(), 64, 128, pse=pse.ALiBi(4))
+        planned(masks.Causal(), 64, 128, pse=pse.SqrtALiBi(4))
     assert "pse-precision" in {r.code for r in refused.value.refusals}
 
 
