@@ -224,6 +224,21 @@ def test_a_configuration_is_a_value() -> None:
         one.num_heads = 2  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("kind", [AttentionConfig, MultiHeadAttentionConfig])
+def test_layers_of_one_config_train_apart(kind: Any):
+    """A bias that trains is no weight that the layers of a model share."""
+    width = {"head_dim": 8} if kind is AttentionConfig else {"dim": 16}
+    config = kind.model_validate({"num_heads": 2, "pse": "ALiBi(2, learnable=True)", **width})
+    one, other = config.build(), config.build()
+    slopes = [[p for name, p in m.named_parameters() if "pse" in name] for m in (one, other)]
+    assert len(slopes[0]) == len(slopes[1]) == 1
+    with torch.no_grad():
+        slopes[0][0].add_(1.0)
+    assert not torch.equal(slopes[0][0], slopes[1][0])
+    fresh = [p for name, p in config.build().named_parameters() if "pse" in name]
+    assert torch.equal(slopes[1][0], fresh[0])
+
+
 def test_build_passes_everything_on() -> None:
     config = AttentionConfig(
         num_heads=4,

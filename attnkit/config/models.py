@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -271,7 +272,7 @@ num_kv_heads, mask, pse, scale, dropout, sink, softcap, backend, layout; got 'Ca
             self.head_dim,
             num_kv_heads=self.num_kv_heads,
             mask=self.mask,
-            pse=self.pse,
+            pse=copy.deepcopy(self.pse),  # each module has weights of its own
             layout=self.layout,
             scale=self.scale,
             dropout=self.dropout,
@@ -332,7 +333,7 @@ class MultiHeadAttentionConfig(_Composition):
             bias=self.bias,
             rotary=self.rotary,
             mask=self.mask,
-            pse=self.pse,
+            pse=copy.deepcopy(self.pse),  # each module has weights of its own
             dropout=self.dropout,
             scale=self.scale,
             softcap=self.softcap,
