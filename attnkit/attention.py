@@ -17,6 +17,7 @@ from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.pse import Pse
+from attnkit.traced import attend_in_graph, interned, is_tracing
 
 __all__ = ["Attention", "attention", "plan"]
 
@@ -89,6 +90,7 @@ class Attention(nn.Module):
         if scale is None:
             scale = head_dim**-0.5
         self._composition = _composition(mask, pse, layout, scale, dropout, softcap)
+        self._composition = replace(self._composition, mask=interned(self._composition.mask))
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
         self.backend = backend
@@ -142,8 +144,12 @@ class Attention(nn.Module):
         With `return_stats`, returns `AttentionOutput(output, stats)`.
         """
         bias = self._bias(pse)
-        found = self._plan(bias, query, key, value, mask, pse, seqlens)
-        result = run_plan(found, Operands(query, key, value, bias, self.sink))
+        operands = Operands(query, key, value, bias, self.sink)
+        if is_tracing():
+            result = self._in_graph(operands, mask, pse, seqlens, return_stats)
+        else:
+            found = self._plan(bias, query, key, value, mask, pse, seqlens)
+            result = run_plan(found, operands)
         return result if return_stats else result.output
 
     def plan(
@@ -199,6 +205,32 @@ class Attention(nn.Module):
                 self._plans.pop(next(iter(self._plans)), None)
         return found
 
+    def _in_graph(
+        self,
+        operands: Operands,
+        mask: Mask | None,
+        pse: Pse | None,
+        seqlens: SeqLens | None,
+        return_stats: bool,
+    ) -> AttentionOutput:
+        own = self._composition
+        carried = [getattr(self, name) for name in self._pse_names]
+        return attend_in_graph(
+            (own.mask, mask),
+            (own.pse, pse),
+            own.layout,
+            (own.scale, own.dropout, own.softcap),
+            operands,
+            [*carried, *(pse.tensors if pse is not None else ())],
+            seqlens,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            training=self.training,
+            backend=self.backend,
+            return_stats=return_stats,
+        )
+
     def _key(
         self,
         bias: Pse | None,
@@ -237,23 +269,18 @@ class Attention(nn.Module):
         value: Tensor,
         seqlens: SeqLens | None,
     ) -> Request:
-        request = read_request(
+        return read_request(
             composed,
             query,
             key,
             value,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
             seqlens=seqlens,
             sink=self.sink,
             training=self.training,
         )
-        if request.head_dim != self.head_dim:
-            raise CompositionError(
-                f"query {list(query.shape)} has heads of {request.head_dim} dimensions; this "
-                f"module was built with head_dim={self.head_dim}"
-            )
-        return request
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found again; they need not travel with a copy or a checkpoint.
@@ -316,7 +343,8 @@ def _composition(
     dropout: float,
     softcap: float | None,
 ) -> Composition:
-    return Composition(Full() if mask is None else mask, pse, layout, scale, dropout, softcap)
+    whole = Full() if mask is None else mask
+    return Composition(whole, pse, layout, scale, dropout, softcap)
 
 
 def attention(
@@ -348,6 +376,24 @@ def attention(
     >>> attention(x, x, x, mask=masks.Causal(), layout="BSH", num_heads=4).shape
     torch.Size([1, 16, 32])
     """
+    operands = Operands(query, key, value, pse, sink)
+    if is_tracing():
+        result = attend_in_graph(
+            (mask, None),
+            (pse, None),
+            layout,
+            (scale, dropout, softcap),
+            operands,
+            list(pse.tensors) if pse is not None else [],
+            seqlens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=None,
+            training=True,
+            backend=backend,
+            return_stats=return_stats,
+        )
+        return result if return_stats else result.output
     found = plan(
         query,
         key,
@@ -364,7 +410,7 @@ def attention(
         softcap=softcap,
         backend=backend,
     )
-    result = run_plan(found, Operands(query, key, value, pse, sink))
+    result = run_plan(found, operands)
     return result if return_stats else result.output
 
 

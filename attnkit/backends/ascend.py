@@ -6,7 +6,6 @@ that is installed; a version that cannot express a call is a refusal, not a surp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -49,13 +48,6 @@ class Ascend(Fused):
             return None
         return torch.ops.npu
 
-    @cached_property
-    def _launch(self) -> Callable[..., tuple[Any, ...]]:
-        # Kept out of compiled graphs: what torch_npu 2.13.0 tells a tracer about the grad op of
-        # version 2 always raises. Not a decorator, which would load the compiler on import.
-        made: Callable[..., tuple[Any, ...]] = torch.compiler.disable(launch)  # type: ignore[no-untyped-call]
-        return made
-
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the device, the installed op or the kernel cannot run the request."""
         reasons = []
@@ -75,19 +67,18 @@ class Ascend(Fused):
         reasons += super().refusals(request)
         best = lower(request).best
         if not reasons and best is not None:
-            self._launch  # noqa: B018 -- made while planning, not while a graph is traced
             told = (self._against(step, request.needs_grad) for step in best.launches)
             reasons += dict.fromkeys(reason for some in told for reason in some)
         return reasons
 
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Make the call, arguments by keyword."""
-        out = self._launch(call, tensors._asdict(), ops=self.ops)
+        out = launch(call, tensors._asdict(), ops=self.ops)
         return out[0], out[1], out[2]
 
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
         """Make one call of several; the op draws its own dropout seed and tells it."""
-        out = self._launch(call, tensors, ops=self.ops)
+        out = launch(call, tensors, ops=self.ops)
         return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
 
     def backward(

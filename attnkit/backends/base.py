@@ -63,6 +63,8 @@ class Backend(ABC):
     """
 
     name: str
+    traceable: bool = False
+    """Whether `torch.compile` may trace `run`; otherwise a graph holds it as one operator."""
 
     @abstractmethod
     def refusals(self, request: Request) -> list[Refusal]:

@@ -202,6 +202,7 @@ def read_request(
     *,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    head_dim: int | None = None,
     seqlens: SeqLens | None = None,
     sink: Tensor | None = None,
     training: bool = False,
@@ -217,6 +218,11 @@ def read_request(
     merged_dim = q.dim if layout.merges_heads and num_kv_heads is None else None
     k = layout.sizes(key.shape, num_kv_heads, head_dim=merged_dim, what="key")
     v = layout.sizes(value.shape, k.heads if layout.merges_heads else None, what="value")
+    if head_dim is not None and q.dim != head_dim:
+        raise CompositionError(
+            f"query {list(query.shape)} has heads of {q.dim} dimensions; this module was built "
+            f"with head_dim={head_dim}"
+        )
     _check_sizes(layout, q, k, v)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch

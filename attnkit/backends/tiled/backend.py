@@ -45,6 +45,7 @@ class Tiled(Backend):
     """
 
     name = "tiled"
+    traceable = True
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
