@@ -1,4 +1,4 @@
-"""The README's examples run, and print what it says they print."""
+"""The examples of the README and of a page about backends run, and print what they promise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import io
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "backends.md"]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
 
 
@@ -19,20 +22,22 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
         if kind == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(body, str(README), "exec"), namespace)
+                exec(compile(body, "an example", "exec"), namespace)
             printed = out.getvalue()
         else:
             pairs.append((body, printed))
     return pairs
 
 
-def test_every_example_prints_what_the_readme_says() -> None:
-    pairs = run_blocks(README.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_example_prints_what_it_promises(page: Path) -> None:
+    pairs = run_blocks(page.read_text(encoding="utf-8"))
     assert pairs
     for promised, printed in pairs:
         assert printed.splitlines() == promised.splitlines()
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

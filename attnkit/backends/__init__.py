@@ -10,7 +10,9 @@ from attnkit.backends.base import (
     register,
 )
 from attnkit.backends.choose import AUTO_ORDER, make_plan, run_plan
+from attnkit.backends.cuda import Cuda
 from attnkit.backends.emulated import Emulated
+from attnkit.backends.flex import Flex
 from attnkit.backends.reference import Reference
 from attnkit.backends.tiled import Tiled
 
@@ -20,7 +22,9 @@ __all__ = [
     "Ascend",
     "AttentionOutput",
     "Backend",
+    "Cuda",
     "Emulated",
+    "Flex",
     "Operands",
     "Reference",
     "Stats",

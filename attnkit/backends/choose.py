@@ -13,7 +13,7 @@ from attnkit.planner import Plan, Request
 
 __all__ = ["AUTO_ORDER", "make_plan", "run_plan"]
 
-AUTO_ORDER = ("ascend", "tiled", "reference")
+AUTO_ORDER = ("ascend", "cuda", "tiled", "reference")
 """The order in which "auto" asks; the first without a refusal runs."""
 
 

@@ -1,0 +1,125 @@
+"""Random compositions through FlexAttention's eager code: equal to the reference, gradients too.
+
+What is shown is that the mask and score functions say what the author said. The compiled
+kernel is compared in test_compiled.py, on fewer cases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import attnkit as ak
+from attnkit import masks, pse
+from tests.backends.flex.eager import EagerFlex
+from tests.properties.compositions import Case, distance
+from tests.properties.strategies import cases
+
+EXACT = 1e-9
+
+
+def compare(case: Case) -> None:
+    tensors = case.tensors(torch.float64)
+    meant, found = case.run("reference", tensors), case.run(EagerFlex.name, tensors)
+    for name in set(meant) - {"max", "sum"}:
+        # Float32 constants: the kernels compute in float32 at most.
+        bound = EXACT if case.pse is None else 1e-5
+        assert distance(found[name], meant[name]) < bound, (name, case)
+
+
+def sweep(examples: int) -> None:
+    seen, codes = Counter(), set()
+
+    @settings(max_examples=examples)
+    @given(cases())
+    def go(case: Case) -> None:
+        plan, refusals = case.try_plan(EagerFlex.name)
+        seen[plan is not None] += 1
+        codes.update(r.code for r in refusals)
+        if plan is not None:
+            compare(case)
+
+    go()
+    assert seen[True] > 0.9 * seen.total(), (seen, codes)
+    assert codes <= {"flex-empty", "flex-packed-bias"}
+
+
+def test_random_compositions() -> None:
+    sweep(80)
+
+
+@pytest.mark.slow
+def test_many_random_compositions() -> None:
+    sweep(500)
+
+
+def make(*shape: int, grad: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    found = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return found.requires_grad_(grad)
+
+
+BIASES = {
+    "alibi": lambda q, kv: pse.ALiBi(4),
+    "alibi from the corner": lambda q, kv: pse.ALiBi(4, align="top_left"),
+    "learnable": lambda q, kv: pse.ALiBi(4, learnable=True),
+    "learnable from the corner": lambda q, kv: pse.ALiBi(4, align="top_left", learnable=True),
+    "square root": lambda q, kv: pse.SqrtALiBi(4),
+    "t5": lambda q, kv: pse.T5Relative(4, 8, 16, table=make(8, 4)),
+    "t5 decoder": lambda q, kv: pse.T5Relative(
+        4, 8, 16, bidirectional=False, align="top_left", table=make(8, 4)
+    ),
+    "key bias": lambda q, kv: pse.KeyBias(make(kv)),
+    "key bias per head": lambda q, kv: pse.KeyBias(make(2, 4, kv)),
+    "dense": lambda q, kv: pse.Dense(make(q, kv)),
+    "dense before the scale": lambda q, kv: pse.Dense(make(2, 4, q, kv), before_scale=True),
+    "dense per batch": lambda q, kv: pse.Dense(make(2, 1, q, kv)),
+    "a cut": lambda q, kv: pse.ALiBi(4).cut((3, 3 + q), (1, 1 + kv), q_len=q + 9, kv_len=kv + 2),
+    "a cut of t5": lambda q, kv: pse.T5Relative(4, 8, 16, table=make(8, 4)).cut(
+        (3, 3 + q), (1, 1 + kv), q_len=q + 9, kv_len=kv + 2
+    ),
+    "a sum": lambda q, kv: pse.ALiBi(4) + pse.KeyBias(make(kv)) + pse.Dense(make(4, q, kv), True),
+}
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 7), (7, 3), (1, 4)], ids=str)
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_and_their_gradients(name: str, lengths: tuple[int, int]) -> None:
+    q_len, kv_len = lengths
+    bias = BIASES[name](q_len, kv_len)
+    found = {}
+    for backend in ("reference", EagerFlex.name):
+        q, k, v = make(2, q_len, 4, 3), make(2, kv_len, 2, 3), make(2, kv_len, 2, 5)
+        out = ak.attention(
+            q, k, v, mask=masks.Causal() | masks.Prefix(2), pse=bias, softcap=3.0, backend=backend
+        )
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v, *bias.tensors))
+        found[backend] = (out, *grads)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["alibi", "learnable", "t5", "t5 decoder"])
+def test_biases_of_distances_in_a_packed_batch(name: str) -> None:
+    bias, lens = BIASES[name](0, 0), ak.SeqLens([3, 0, 5, 1], [4, 2, 5, 3])
+    found = {}
+    for backend in ("reference", EagerFlex.name):
+        q, k, v = make(9, 4, 3), make(14, 2, 3), make(14, 2, 5)
+        how = {"mask": masks.Causal(), "pse": bias, "layout": "TND", "seqlens": lens}
+        out = ak.attention(q, k, v, **how, backend=backend, return_stats=True)
+        grads = torch.autograd.grad(out.output.sin().sum(), (q, k, v, *bias.tensors))
+        found[backend] = (out.output, out.stats.lse, *grads)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_follow_the_rules_of_all_backends() -> None:
+    x = make(1, 4, 2, 3)
+    mask = masks.Causal() - masks.Rows(1, 2)
+    stats = ak.attention(x, x, x, mask=mask, backend=EagerFlex.name, return_stats=True).stats
+    assert not stats.lse.requires_grad
+    assert (stats.lse[:, :, 1] == -torch.inf).all()
+    assert stats.sum[0, 0].tolist() == [1.0, 0.0, 1.0, 1.0]
