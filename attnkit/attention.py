@@ -194,15 +194,15 @@ class Attention(nn.Module):
         seqlens: SeqLens | None,
     ) -> Plan:
         known = self._key(bias, query, key, value, mask, pse, seqlens)
-        found = self._plans.pop(known, None) if known is not None else None
+        found = self._plans.get(known)
         if found is None:
             both = self.mask if mask is None else self.mask & mask
             composed = replace(self.composition, mask=both, pse=bias)
             found = make_plan(self._request(composed, query, key, value, seqlens), self.backend)
-        if known is not None:
-            self._plans[known] = found  # the one used last stands last
-            if len(self._plans) > _MOST_PLANS:
-                self._plans.pop(next(iter(self._plans)), None)
+            if known is not None:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.pop(next(iter(self._plans)), None)  # the oldest
+                self._plans[known] = found
         return found
 
     def _in_graph(
@@ -242,23 +242,33 @@ class Attention(nn.Module):
         seqlens: SeqLens | None,
     ) -> Hashable:
         """Return everything that a plan of this module depends on; None for what is no key."""
-        given = (query, key, value)
-        known = all(isinstance(t, Tensor) for t in given)
-        known &= mask is None or isinstance(mask, Mask)
-        if not known or not (seqlens is None or isinstance(seqlens, SeqLens)):
+        if not _known_types(query, key, value, mask, seqlens):
             return None
+        given: tuple[Hashable, ...] = ()
+        if mask is not None or pse is not None or seqlens is not None:
+            given = (mask, pse.key() if pse is not None else None, seqlens)
         # A bias or sink may be frozen or moved between two calls.
         carried = bias.tensors if bias is not None else ()
         if self.sink is not None:
             carried = (*carried, self.sink)
+        if carried:
+            given += tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in carried)
         return (
-            *((t.shape, t.dtype, t.device, t.requires_grad) for t in given),
-            mask,
-            pse.key() if pse is not None else None,
-            seqlens,
-            *((t.shape, t.dtype, t.device, t.requires_grad) for t in carried),
+            query.shape,
+            query.dtype,
+            query.device,
+            query.requires_grad,
+            key.shape,
+            key.dtype,
+            key.device,
+            key.requires_grad,
+            value.shape,
+            value.dtype,
+            value.device,
+            value.requires_grad,
             self.training,
             torch.is_grad_enabled(),
+            given,
         )
 
     def _request(
@@ -301,6 +311,17 @@ class Attention(nn.Module):
         parts += [f"softcap={composed.softcap}"] if composed.softcap else []
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+def _known_types(query: object, key: object, value: object, mask: object, seqlens: object) -> bool:
+    """Return whether arguments are what they are declared to be; else reading them tells."""
+    return (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and (mask is None or isinstance(mask, Mask))
+        and (seqlens is None or isinstance(seqlens, SeqLens))
+    )
 
 
 def _register_tensors(module: nn.Module, pse: Pse | None) -> tuple[str, ...]:

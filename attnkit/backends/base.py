@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from attnkit.planner import Composition, Plan, Request
 from attnkit.pse import Pse
 from attnkit.registry import Registry
 
-__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Operands", "Stats", "register"]
+__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Deferred", "Operands", "Stats", "register"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,37 @@ class Stats:
     def lse(self) -> Tensor:
         """The log of the softmax denominator."""
         return self.max + self.sum.log()
+
+
+class Deferred(Stats):
+    """Statistics behind a function: a caller who wants the output alone does not pay for them.
+
+    >>> import torch
+    >>> later = Deferred(lambda: Stats(torch.zeros(1), torch.ones(1)))
+    >>> later.lse
+    tensor([0.])
+    """
+
+    def __init__(self, make: Callable[[], Stats]) -> None:
+        self.__dict__["_make"] = make
+
+    @cached_property
+    def _made(self) -> Stats:
+        make: Callable[[], Stats] = self.__dict__["_make"]
+        return make()
+
+    @property
+    def max(self) -> Tensor:
+        """The largest score of each row, or the log-sum-exp."""
+        return self._made.max
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum that goes with it."""
+        return self._made.sum
+
+    def __repr__(self) -> str:
+        return "Deferred(...)"
 
 
 class AttentionOutput(NamedTuple):

@@ -16,10 +16,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
+from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
 from attnkit.backends.flex import Flex
 from attnkit.backends.flex.backend import FlexPlan
-from attnkit.backends.flex.stats import Deferred
 from attnkit.backends.tiled.form import form
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.geometry import Region, Slice
@@ -141,8 +140,8 @@ def _fused(plan: CudaPlan, operands: Operands) -> Tensor:
     given = (operands.query, operands.key, operands.value)
     query, key, value = (layout.view(t, n) for t, n in zip(given, counts, strict=True))
     if layout.packed:  # sequences of one length: the token axis is batch and length
-        apart = partial(rearrange, pattern="1 n (b s) d -> b n s d", b=request.batch)
-        query, key, value = apart(query), apart(key), apart(value)
+        pattern = "1 n (b s) d -> b n s d"
+        query, key, value = (rearrange(t, pattern, b=request.batch) for t in (query, key, value))
     output = scaled_dot_product_attention(
         query,
         key,

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
+from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
 from attnkit.backends.flex.blocks import block_mask_of
 from attnkit.backends.flex.kernel import Call, Kernel, compiled
 from attnkit.backends.flex.planes import planes_of_request
 from attnkit.backends.flex.scores import scores_of
-from attnkit.backends.flex.stats import Deferred
 from attnkit.backends.flex.tables import mask_mod_of, tables_of
 from attnkit.backends.tiled.form import form
 from attnkit.errors import BackendRefused, Refusal

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
+from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
 from attnkit.backends.tiled.bias import bind, given_tensors, outline
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.compiled import HANDLES, tiled
@@ -82,10 +82,7 @@ class Tiled(Backend):
         if operands.pse is not None:
             job = replace(job, terms=bind(request, operands.pse, query.device))
         output, lse = attend(job, query, operands.key, operands.value, operands.sink)
-        lse = lse.detach()
-        if request.seqlens is not None:
-            lse = lse[0].transpose(0, 1)
-        return AttentionOutput(output, Stats(lse, _sums(lse, job)))
+        return AttentionOutput(output, Deferred(partial(_stats, lse, job)))
 
 
 def _run_in_graph(plan: TiledPlan, operands: Operands) -> AttentionOutput:
@@ -102,11 +99,14 @@ def _run_in_graph(plan: TiledPlan, operands: Operands) -> AttentionOutput:
     return AttentionOutput(output, Stats(lse, (lse > -torch.inf).to(lse.dtype)))
 
 
-def _sums(lse: Tensor, job: Job) -> Tensor:
-    """Return 1 for every row, 0 for rows that see nothing."""
+def _stats(lse: Tensor, job: Job) -> Stats:
+    """Return ``max = lse`` and a sum of 1 for every row, 0 for rows that see nothing."""
+    lse = lse.detach()
+    if job.request.seqlens is not None:
+        lse = lse[0].transpose(0, 1)
     if job.request.sink or not job.schedule.bare:
-        return _one(lse.dtype, lse.device).expand(lse.shape)
-    return (lse > -torch.inf).to(lse.dtype)
+        return Stats(lse, _one(lse.dtype, lse.device).expand(lse.shape))
+    return Stats(lse, (lse > -torch.inf).to(lse.dtype))
 
 
 @lru_cache(maxsize=16)

@@ -23,7 +23,7 @@ from attnkit.backends.tiled.tiles import (
     query_tile,
     steps,
 )
-from attnkit.backends.tiled.whole import Part, parts, run_whole_backward, sole_part
+from attnkit.backends.tiled.whole import Part, parts, run_whole_backward
 
 __all__ = ["Saved", "Slopes", "backward"]
 
@@ -78,7 +78,7 @@ def backward(job: Job, saved: Saved, slopes: Slopes) -> None:
 
 def backward_at_once(job: Job, saved: Saved) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the gradients as torch's kernel made them, where it makes all of them in one call."""
-    part = sole_part(job.schedule, job.sizes, job.group)
+    part = job.sole
     if part is None or part.before or not part.all_keys or saved.grad_lse is not None:
         return None
     return run_whole_backward(

@@ -20,10 +20,14 @@ class Form(NamedTuple):
 
     merged: int | None
     order: tuple[int, ...]
+    inverse: tuple[int, ...]
     packed: bool
+    turned: bool
 
     def view(self, tensor: Tensor, heads: int) -> Tensor:
         """Return the ``[b n s d]`` view."""
+        if self.turned:  # the axes are there; tiny calls feel every further question
+            return tensor.permute(self.order)
         if self.merged is not None:
             shape = tensor.shape
             width = shape[self.merged] // heads
@@ -35,8 +39,9 @@ class Form(NamedTuple):
 
     def restore(self, tensor: Tensor) -> Tensor:
         """Return a ``[b n s d]`` tensor in the layout: a view where strides allow one."""
-        inverse = [self.order.index(axis) for axis in range(4)]
-        tensor = tensor.permute(inverse)
+        tensor = tensor.permute(self.inverse)
+        if self.turned:
+            return tensor
         if self.packed:
             tensor = tensor[0]
         return tensor if self.merged is None else tensor.flatten(self.merged, self.merged + 1)
@@ -53,4 +58,7 @@ def form(name: str) -> Form:
     packed = "t" in axes
     if packed:
         axes = ["b", *("s" if axis == "t" else axis for axis in axes)]
-    return Form(merged, tuple(axes.index(axis) for axis in "bnsd"), packed)
+    order = tuple(axes.index(axis) for axis in "bnsd")
+    inverse = tuple(order.index(axis) for axis in range(4))
+    turned = merged is None and not packed and order != (0, 1, 2, 3)
+    return Form(merged, order, inverse, packed, turned)

@@ -18,10 +18,9 @@ from attnkit.backends.tiled.backward import (
 )
 from attnkit.backends.tiled.bias import Given
 from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.form import form
 from attnkit.backends.tiled.forward import forward
 from attnkit.backends.tiled.scores import Job
-from attnkit.backends.tiled.whole import run_whole, sole_part
+from attnkit.backends.tiled.whole import run_whole
 
 __all__ = ["attend", "gradients", "new_seed", "run"]
 
@@ -35,10 +34,11 @@ def attend(
     """
     seed = new_seed(query.device) if job.request.dropout else None
     given = [term.tensor for term in job.terms if isinstance(term, Given)]
-    inputs = (query, key, value, sink, *given)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        output, lse = _Tiled.apply(job, seed, *inputs)  # type: ignore[no-untyped-call]
-        return output, lse
+    if torch.is_grad_enabled():
+        inputs = (query, key, value, sink, *given)
+        if any(t is not None and t.requires_grad for t in inputs):
+            output, lse = _Tiled.apply(job, seed, *inputs)  # type: ignore[no-untyped-call]
+            return output, lse
     return run(job, seed, query, key, value, sink)
 
 
@@ -57,10 +57,10 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Compute the forward pass; no graph is recorded."""
     request = job.request
-    shape = form(request.layout)
+    shape = job.form
     heads, key_heads = request.num_heads, request.num_kv_heads
     q, k, v = shape.view(query, heads), shape.view(key, key_heads), shape.view(value, key_heads)
-    part = sole_part(job.schedule, job.sizes, job.group) if sink is None else None
+    part = job.sole if sink is None else None
     if part is not None:
         made, lse = run_whole(part, q, k, v, request.scale)
         return shape.restore(made), lse
@@ -132,7 +132,7 @@ def gradients(
     """Return the gradients of query, key, value and sink, and of the given bias tensors."""
     query, key, value, sink = operands
     request, wide = job.request, job.wide
-    shape, heads = form(request.layout), request.num_heads
+    shape, heads = job.form, request.num_heads
     views = tuple(shape.view(t, n) for t, n in _with_heads(job, query, key, value))
     saved = Saved(
         (views[0], views[1], views[2]),

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from attnkit.backends.tiled.bias import Bias, Distances, Given
 from attnkit.backends.tiled.dropout import Dropout
+from attnkit.backends.tiled.form import Form, form
 from attnkit.backends.tiled.patches import put_cells, put_patches
 from attnkit.backends.tiled.schedule import Chunk, Lane, Schedule
 from attnkit.backends.tiled.tiles import Step, Workspace
+from attnkit.backends.tiled.whole import Part, sole_part
 from attnkit.planner import Request
 
 __all__ = ["LN2", "LOG2E", "Job", "Scores"]
@@ -46,6 +48,16 @@ class Job:
         request = self.request
         batch = 1 if request.seqlens is not None else request.batch
         return batch, request.num_heads, request.q_len, request.kv_len
+
+    @cached_property
+    def form(self) -> Form:
+        """How the layout of the tensors is seen as ``[b n s d]``."""
+        return form(self.request.layout)
+
+    @cached_property
+    def sole(self) -> Part | None:
+        """The one call of torch's kernel that computes everything, if there is one."""
+        return sole_part(self.schedule, self.sizes, self.group)
 
     @property
     def group(self) -> int:

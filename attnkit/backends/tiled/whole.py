@@ -116,7 +116,8 @@ def run_whole(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log denominators of a part's rows, as new tensors."""
     if not part.before:
-        tensors, mask = _operands(part, query, key, value), _mask(part, query)
+        tensors = _operands(part, query, key, value)
+        mask = None if part.pattern is None else _mask(part, query)
         out, lse = _forward(*tensors, 0.0, part.causal, attn_mask=mask, scale=scale)
         return out, lse
     made = [run_whole(call, query, key, value, scale) for call in part.calls]
@@ -155,8 +156,8 @@ def _mask(part: Part, like: Tensor) -> Tensor | None:
 
 
 def _operands(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    tensors = part.rows(query), part.keys(key), part.keys(value)
-    return tuple(_dense_last(tensor) for tensor in tensors)
+    rows, keys, values = part.rows(query), part.keys(key), part.keys(value)
+    return _dense_last(rows), _dense_last(keys), _dense_last(values)
 
 
 def _dense_last(tensor: Tensor) -> Tensor:
