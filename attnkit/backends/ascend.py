@@ -19,8 +19,9 @@ from attnkit.backends.merged import Answer
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
-from attnkit.planner import Launch, Request, lower
+from attnkit.planner import Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
+from attnkit.planner.price import price_plainly
 
 __all__ = ["Ascend"]
 
@@ -70,6 +71,22 @@ class Ascend(Fused):
             told = (self._against(step, request.needs_grad) for step in best.launches)
             reasons += dict.fromkeys(reason for some in told for reason in some)
         return reasons
+
+    def yields(self, plan: Plan) -> Refusal | None:
+        """Return why the definition is cheaper than a bias on a route, if the estimates say so.
+
+        Channels and levels cost launches, which a small score matrix does not repay.
+        """
+        if plan.route is None or plan.price is None:
+            return None
+        ours, plainly = plan.price.nanoseconds, price_plainly(plan.request).nanoseconds
+        if ours <= plainly:
+            return None
+        reason = (
+            f"{plan.route} would take {ours / 1e3:,.0f} microseconds by estimate, and whole score "
+            f"matrices {plainly / 1e3:,.0f}; backend='ascend' runs it all the same"
+        )
+        return Refusal("dearer", reason, self.name)
 
     def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Make the call, arguments by keyword."""

@@ -111,6 +111,10 @@ class Backend(ABC):
         """Return the plan for a request that is not refused."""
         return Plan(self.name, request)
 
+    def yields(self, plan: Plan) -> Refusal | None:
+        """Return why "auto" should pass over a plan of this backend: the next one is cheaper."""
+        return None
+
     @abstractmethod
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run a plan of this backend."""

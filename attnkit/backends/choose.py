@@ -29,8 +29,11 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
         reasons = BACKENDS[name].refusals(request)
         if not reasons:
             plan = BACKENDS[name].plan(request)
-            plan.verify()
-            return replace(plan, passed_over=tuple(passed))
+            dearer = BACKENDS[name].yields(plan) if backend == "auto" else None
+            if dearer is None:
+                plan.verify()
+                return replace(plan, passed_over=tuple(passed))
+            reasons = [dearer]
         passed += reasons
     what = f"{request.mask!r} in layout {request.layout}"
     told = "\n".join(f"  {reason}" for reason in passed)

@@ -13,8 +13,9 @@ from math import prod
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall
 from attnkit.kernel.modes import MASK_DECIDES
+from attnkit.planner.request import Request
 
-__all__ = ["Chip", "Price", "chip", "price_call"]
+__all__ = ["Chip", "Price", "chip", "price_call", "price_plainly"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,40 @@ def price_call(
         + moved / weights.bytes_per_ns
         + weights.launch_ns
         + small_launches * weights.small_launch_ns,
+    )
+
+
+# What the definition does to a score matrix beside its two products: scale, bias, mask, maximum,
+# difference, exponential, sum, quotient. Each reads and writes it, in float32.
+_PASSES = 8
+
+
+def price_plainly(request: Request, weights: Chip | None = None) -> Price:
+    """Price the definition itself on the chip: whole score matrices, one operator at a time.
+
+    A packed batch runs sequence by sequence.
+    """
+    weights = weights or chip()
+    runs = request.sequences if request.seqlens is not None else request.sequences[:1]
+    cells = request.num_heads * sum(q_len * kv_len for q_len, kv_len in request.sequences)
+    flops = 2 * cells * (request.head_dim + request.value_dim)
+    moved = 2 * _PASSES * 4 * cells
+    launches, small = 2 * len(runs), _PASSES * len(runs)
+    return Price(
+        cells=cells,
+        tile_cells=cells,
+        flops=flops,
+        mask_bytes=0,
+        mask_traffic=0,
+        bias_bytes=0,
+        copy_bytes=moved,
+        launches=launches,
+        small_launches=small,
+        peak_bytes=3 * 4 * cells,
+        nanoseconds=flops / weights.flops_per_ns
+        + moved / weights.bytes_per_ns
+        + launches * weights.launch_ns
+        + small * weights.small_launch_ns,
     )
 
 

@@ -206,3 +206,33 @@ def test_whole_compositions_agree_with_the_reference(layout: str) -> None:
         meant = ak.attention(q, q, q, mask=mask, layout=layout, num_heads=2, backend="reference")
         torch.testing.assert_close(out, meant)
     assert BACKENDS["ascend"].name == "ascend"
+
+
+def test_auto_leaves_a_small_bias_on_a_route_to_the_definition() -> None:
+    """Channels and levels cost launches, which the estimates weigh against whole matrices."""
+    backend = Ascend(Ops(), device="cpu")
+
+    def dearer(length: int, bias: pse.Pse | None) -> ak.Refusal | None:
+        query = torch.empty(1, length, 2, 64, device="meta", requires_grad=True)
+        # Two calls that merge: the price of one is less than that of any dozen operators.
+        mask = masks.Causal() & (masks.SlidingWindow(3) | masks.Prefix(2))
+        request = read_request(Composition(mask, bias), query, query, query, training=True)
+        return backend.yields(backend.plan(request))
+
+    table = pse.T5Relative(2)
+    assert dearer(8192, table) is None
+    small = dearer(16, table)
+    assert small is not None
+    assert small.code == "dearer"
+    assert "microseconds by estimate" in small.reason
+    assert dearer(16, None) is None, "without a bias there is no such question"
+
+
+def test_auto_passes_over_what_yields(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ak.Refusal("dearer", "the next one is cheaper", "tiled")
+    monkeypatch.setattr(type(BACKENDS["tiled"]), "yields", lambda self, plan: told)
+    q = x(3, 17, 2, 4)  # plans are kept, and those of other tests are not to be found
+    plan = ak.plan(q, q, q)
+    assert plan.backend == "reference"
+    assert told in plan.passed_over
+    assert ak.plan(q, q, q, backend="tiled").backend == "tiled"
