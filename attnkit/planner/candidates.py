@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from attnkit.errors import Refusal
-from attnkit.geometry import Region
+from attnkit.geometry import Region, Slice
 from attnkit.kernel import UNBOUNDED, AttenMask, KernelCall, TensorSpec
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.planner.biases import bias_arguments
@@ -32,6 +32,8 @@ from attnkit.planner.request import Request
 __all__ = ["Candidate", "Form", "candidates", "forms"]
 
 Arguments = dict[str, Any]
+
+_MOST_CELLS = 1024
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,28 @@ def forms(request: Request) -> Iterator[Form]:
     chain: list[Block] = []
     for b, region in enumerate(known.regions()):
         chain += diagonal_blocks(region, request.q_len, request.kv_len, b)
+    targets = tuple(known.regions()[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in chain)
     if len(chain) > request.batch:
-        targets = tuple(known.regions()[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in chain)
         yield Form("TND", tuple(chain), targets, packs=True)
+    cells = tuple(cell for pair in zip(chain, targets, strict=True) for cell in _cells(*pair))
+    if len(cells) > len(chain):
+        blocks, parts = zip(*cells, strict=True)
+        yield Form("TND", blocks, parts, packs=True)
+
+
+def _cells(block: Block, target: Region) -> Iterator[tuple[Block, Region]]:
+    """Yield a block, or if it is a band of width 1 its cells, which fit any window."""
+    rows = block.sizes[0]
+    if target.area != rows or rows not in range(2, _MOST_CELLS) or target != _diagonal(rows):
+        yield block, target
+        return
+    for n in range(rows):
+        at = (block.i0 + n, block.i0 + n + 1, block.j0 + n, block.j0 + n + 1)
+        yield Block(block.batch, *at), Region.full(1, 1)
+
+
+def _diagonal(rows: int) -> Region:
+    return Region.of(Slice(0, rows, 0, rows, 0, 0))
 
 
 def candidates(request: Request, form: Form, full_masks: bool) -> Iterator[Candidate | Refusal]:
