@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, islice
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
-from attnkit.planner.blocks import Block
+from attnkit.planner.blocks import Block, span
 from attnkit.planner.plan import Launch, Plan
 
 __all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "steps_of"]
@@ -60,29 +60,23 @@ class Rows:
     """Which tokens the sequences of a call are, as ranges of the request's token axis."""
 
     ranges: Ranges
-    length: int
 
-    @property
-    def everything(self) -> bool:
-        """Whether the call sees all tokens in order, so that nothing has to be gathered."""
-        ends = [0, *(stop for _, stop in self.ranges)]
-        in_order = all(a == end for (a, _), end in zip(self.ranges, ends, strict=False))
-        return in_order and ends[-1] == self.length
+    @cached_property
+    def span(self) -> slice | None:
+        """Where the tokens lie if they follow each other, so that nothing has to be gathered."""
+        found = span(self.ranges)
+        return None if found is None else slice(*found)
 
     def take(self, tokens: Tensor) -> Tensor:
         """Return the tokens in the call's order: a view where that is possible."""
-        if self.everything:
-            return tokens
-        if len(self.ranges) == 1:
-            return tokens[self.ranges[0][0] : self.ranges[0][1]]
+        if self.span is not None:
+            return tokens[self.span]
         return tokens.index_select(0, _index(self.ranges, tokens.device))
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Add rows in the call's order back to the tokens; a token may occur twice."""
-        if self.everything:
-            total += part
-        elif len(self.ranges) == 1:
-            total[self.ranges[0][0] : self.ranges[0][1]] += part
+        if self.span is not None:
+            total[self.span] += part
         else:
             total.index_add_(0, _index(self.ranges, total.device), part.to(total.dtype))
 
@@ -92,16 +86,16 @@ def _index(ranges: Ranges, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
 
 
-def query_rows(blocks: Sequence[Block], starts: Sequence[int], length: int) -> Rows:
+def query_rows(blocks: Sequence[Block], starts: Sequence[int]) -> Rows:
     """Return which query tokens a call's blocks are; `starts` is where batch elements begin."""
     ranges = tuple((starts[k.batch] + k.i0, starts[k.batch] + k.i1) for k in blocks)
-    return Rows(ranges, length)
+    return Rows(ranges)
 
 
-def key_rows(blocks: Sequence[Block], starts: Sequence[int], length: int) -> Rows:
+def key_rows(blocks: Sequence[Block], starts: Sequence[int]) -> Rows:
     """Return which key tokens a call's blocks are."""
     ranges = tuple((starts[k.batch] + k.j0, starts[k.batch] + k.j1) for k in blocks)
-    return Rows(ranges, length)
+    return Rows(ranges)
 
 
 def layers(rows: Rows, offsets: Sequence[int]) -> list[tuple[Rows, list[tuple[int, int]]]]:
@@ -120,7 +114,7 @@ def layers(rows: Rows, offsets: Sequence[int]) -> list[tuple[Rows, list[tuple[in
                 break
         else:
             out.append(([(a, b)], [own], b))
-    return [(Rows(tuple(taken), rows.length), owns) for taken, owns, _ in out]
+    return [(Rows(tuple(taken)), owns) for taken, owns, _ in out]
 
 
 class _Merged(torch.autograd.Function):
@@ -218,8 +212,8 @@ class Step:
     def of(cls, launch: Launch, q_starts: Sequence[int], kv_starts: Sequence[int]) -> Step:
         """Lay out a launch; starts are those of batch elements, with the total last."""
         blocks, call = launch.form.blocks, launch.call
-        queries = query_rows(blocks, q_starts, q_starts[-1])
-        keys = key_rows(blocks, kv_starts, kv_starts[-1])
+        queries = query_rows(blocks, q_starts)
+        keys = key_rows(blocks, kv_starts)
         offsets = tuple(accumulate((q_len for q_len, _ in call.sequences), initial=0))[:-1]
         split = tuple((rows, tuple(own)) for rows, own in layers(queries, offsets))
         return cls(call, queries, keys, split, launch.form.level)
@@ -291,7 +285,7 @@ def _merge(
     answers, peaks, totals = part
     peaks = peaks if shift is None else peaks + shift
     for rows, own in step.layers:
-        mine = Rows(own, answers.shape[0])
+        mine = Rows(own)
         m_new, l_new, o_new = (mine.take(t) for t in (peaks, totals, answers))
         m_old, l_old, o_old = (rows.take(t) for t in (peak, total, out))
         m = torch.maximum(m_old, m_new)
@@ -304,10 +298,8 @@ def _merge(
 
 def rows_put(rows: Rows, tokens: Tensor, values: Tensor) -> None:
     """Write rows, none of which occurs twice, back to the tokens."""
-    if rows.everything:
-        tokens.copy_(values)
-    elif len(rows.ranges) == 1:
-        tokens[rows.ranges[0][0] : rows.ranges[0][1]] = values
+    if rows.span is not None:
+        tokens[rows.span] = values
     else:
         tokens.index_copy_(0, _index(rows.ranges, tokens.device), values.to(tokens.dtype))
 

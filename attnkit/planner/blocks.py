@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from attnkit.geometry import Region
 
-__all__ = ["Block", "diagonal_blocks", "tile_whole"]
+__all__ = ["Block", "diagonal_blocks", "span", "tile_whole"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class Block:
     def sizes(self) -> tuple[int, int]:
         """``(q_len, kv_len)`` of the rectangle."""
         return self.i1 - self.i0, self.j1 - self.j0
+
+
+def span(ranges: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the one range that ranges make up in order, so that a view will do; or None.
+
+    >>> span([(2, 5), (5, 5), (5, 7)]), span([(2, 5), (6, 7)])
+    ((2, 7), None)
+    """
+    filled = [one for one in ranges if one[0] < one[1]]
+    if any(a[1] != b[0] for a, b in pairwise(filled)):
+        return None
+    return (filled[0][0], filled[-1][1]) if filled else (0, 0)
 
 
 def tile_whole(batch: int, sequences: Sequence[tuple[int, int]]) -> tuple[Block, ...]:

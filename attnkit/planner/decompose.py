@@ -25,9 +25,12 @@ from attnkit.planner.request import Request
 
 __all__ = ["Part", "decompositions"]
 
-_MOST_CUTS = 6
+_MOST_CUTS = 8
 _MOST_GROUPINGS = 4
 _MOST_CELLS = 1024
+# What the contract takes (rules batch-limit and prefix-batch).
+_MOST_SEQUENCES = 2048
+_MOST_PREFIXES = 32
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,49 @@ def _packed_call(
     pieces: list[Piece],
     bias: Arguments | None = None,
 ) -> Part:
-    """Return the TND call whose sequences are the pieces."""
-    rows = tuple(accumulate(piece.rows for piece in pieces))
-    keys = tuple(accumulate(piece.keys for piece in pieces))
+    """Return the TND call whose sequences are the pieces.
+
+    Where no key occurs twice, the pieces come in the order of their keys, with a sequence
+    without queries for the keys between two of them: then keys and values need no copy.
+    """
+    # A bias does not go with an empty sequence.
+    blocks = None if bias else _in_place(request, [piece.block for piece in pieces])
+    if blocks is None or len(blocks) > (_MOST_PREFIXES if window.mode == 6 else _MOST_SEQUENCES):
+        blocks = [piece.block for piece in pieces]
+    known = {piece.block: piece for piece in pieces}
+    found = [known.get(block) for block in blocks]
+    rows = tuple(accumulate(block.sizes[0] for block in blocks))
+    keys = tuple(accumulate(block.sizes[1] for block in blocks))
     lengths = {"actual_seq_qlen": rows, "actual_seq_kvlen": keys}
-    arguments = {**lengths, **_mask_arguments(window, pieces), **(bias or {})}
-    return _part(request, heads, window, pieces, "TND", ((rows[-1],), (keys[-1],)), arguments)
+    prefix = [
+        window.prefix(piece) if piece else block.sizes[1]
+        for piece, block in zip(found, blocks, strict=True)
+    ]
+    arguments = {**lengths, **_mask_arguments(window, prefix), **(bias or {})}
+    targets = tuple(piece.target if piece else Region.empty() for piece in found)
+    sizes = ((rows[-1],), (keys[-1],))
+    return _part(request, heads, window, tuple(blocks), targets, "TND", sizes, arguments)
+
+
+def _in_place(request: Request, blocks: list[Block]) -> list[Block] | None:
+    """Return blocks in the order of their keys, those between them filled in.
+
+    None where a key occurs twice.
+    """
+    first, *rest = sorted(blocks, key=lambda block: (block.batch, block.j0, block.j1))
+    out = [first]
+    for block in rest:
+        last = out[-1]
+        if last.batch == block.batch and last.j1 > block.j0:
+            return None
+        for b in range(last.batch, block.batch + 1):
+            start = last.j1 if b == last.batch else 0
+            stop = block.j0 if b == block.batch else request.sequences[b][1]
+            row = last.i1 if b == last.batch else 0
+            if start < stop:
+                out.append(Block(b, row, row, start, stop))
+        out.append(block)
+    return out
 
 
 def _dense_call(
@@ -183,15 +223,19 @@ def _dense_call(
     bias = matrix_arguments(request, (1 if shared else batch, len(heads), rows, keys))
     if isinstance(bias, Refusal):
         return bias
-    arguments = {**_mask_arguments(window, pieces), **bias}
-    return _part(request, heads, window, pieces, "BSND", ((batch, rows), (batch, keys)), arguments)
+    arguments = {**_mask_arguments(window, [window.prefix(piece) for piece in pieces]), **bias}
+    blocks = tuple(piece.block for piece in pieces)
+    targets = tuple(piece.target for piece in pieces)
+    sizes = ((batch, rows), (batch, keys))
+    return _part(request, heads, window, blocks, targets, "BSND", sizes, arguments)
 
 
 def _part(
     request: Request,
     heads: tuple[int, ...],
     window: Window,
-    pieces: list[Piece],
+    blocks: tuple[Block, ...],
+    targets: tuple[Region, ...],
     layout: str,
     sizes: tuple[tuple[int, ...], tuple[int, ...]],
     arguments: Arguments,
@@ -208,18 +252,15 @@ def _part(
         keep_prob=1.0 - request.dropout,
         **arguments,
     )
-    blocks = tuple(piece.block for piece in pieces)
     some = heads if len(heads) < request.num_heads else None
-    targets = tuple(piece.target for piece in pieces)
     return Part(_label(window), call, blocks, targets, some, kv_heads)
 
 
-def _mask_arguments(window: Window, pieces: list[Piece]) -> Arguments:
+def _mask_arguments(window: Window, prefix: list[int]) -> Arguments:
     if window.mode is None:
         return {}
     if window.mode == 6:
-        prefix = tuple(window.prefix(piece) for piece in pieces)
-        return {"atten_mask": AttenMask.prefix(), "sparse_mode": 6, "prefix": prefix}
+        return {"atten_mask": AttenMask.prefix(), "sparse_mode": 6, "prefix": tuple(prefix)}
     mask: Arguments = {"atten_mask": AttenMask.causal(), "sparse_mode": window.mode}
     if window.mode == 4:
         mask |= {"pre_tokens": window.pre, "next_tokens": window.next}

@@ -14,6 +14,7 @@ from attnkit.kernel import KernelCall
 from attnkit.kernel.versions import expressing_versions
 from attnkit.masks import Band
 from attnkit.planner.biases import disprove_bias
+from attnkit.planner.blocks import span
 from attnkit.planner.candidates import Candidate, Form, candidates, forms
 from attnkit.planner.decompose import Part, decompositions
 from attnkit.planner.matrices import matrices
@@ -128,23 +129,13 @@ def _launch(request: Request, part: Part) -> Launch:
     q_starts, kv_starts = request.token_starts
     queries = [(q_starts[k.batch] + k.i0, q_starts[k.batch] + k.i1) for k in part.blocks]
     keys = [(kv_starts[k.batch] + k.j0, kv_starts[k.batch] + k.j1) for k in part.blocks]
-    gathered = [] if _is_everything(queries, q_starts[-1]) else [call.query]
-    gathered += [] if _is_everything(keys, kv_starts[-1]) else [call.key, call.value]
+    gathered = [] if span(queries) else [call.query]
+    gathered += [] if span(keys) else [call.key, call.value]
     # Gathered tokens are read and written; every part's rows are merged in float32.
     copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
     copied += (request.dtype.itemsize + 2 * 4) * prod(call.output.shape)
     around = len(gathered) + _MERGE_LAUNCHES
     return Launch(part.label, call, form, copied, small_launches=around)
-
-
-def _is_everything(ranges: list[tuple[int, int]], length: int) -> bool:
-    """Whether ranges are all tokens in order, so that a view of them will do."""
-    end = 0
-    for start, stop in ranges:
-        if start != end:
-            return False
-        end = stop
-    return end == length
 
 
 def _cheapest(

@@ -77,10 +77,11 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
     plain = _joined(region.slices)
     yield plain
     seen = {plain}
-    rows = _row_by_row(region)
-    if rows is not None and rows not in seen:
-        seen.add(rows)
-        yield rows
+    by_keys = tuple(part.transpose() for part in _joined(region.transpose().slices))
+    for cut in (*_box_cuts(region), by_keys):
+        if cut not in seen:
+            seen.add(cut)
+            yield cut
     stairs = tuple(part for chain in _chains(region) for part in _peeled(chain))
     if stairs not in seen:
         seen.add(stairs)
@@ -133,19 +134,30 @@ def _peeled(chain: Region) -> tuple[Slice, ...]:
     return _joined(chain.slices)
 
 
-def _row_by_row(region: Region) -> tuple[Slice, ...] | None:
-    """Return every run of every row as a slice, for a region of a few rows.
+def _box_cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
+    """Yield a region of a few rows as rectangles, by rows and by keys.
 
-    Each is a full rectangle, so one call without a mask computes them all.
+    One call without a mask computes them all. By keys, each key may occur just once, so that
+    keys and values need no copy.
     """
-    if sum((i1 - i0) * len(runs) for i0, i1, runs in region.rows()) > _FEW_RUNS:
-        return None
-    return tuple(
-        Slice(i, i + 1, start, stop)
-        for i0, i1, _ in region.rows()
-        for i in range(i0, i1)
-        for start, stop in region.row(i)
-    )
+    if sum((i1 - i0) * len(runs) for i0, i1, runs in region.rows()) <= _FEW_RUNS:
+        yield _boxes(region)
+        yield tuple(box.transpose() for box in _boxes(region.transpose()))
+
+
+def _boxes(region: Region) -> tuple[Slice, ...]:
+    """Return the runs of every row as rectangles, equal ones of consecutive rows joined."""
+    boxes: list[Slice] = []
+    grows: dict[tuple[int, int], tuple[int, int]] = {}  # run -> the rows that have it, so far
+    rows = [i for i0, i1, _ in region.rows() for i in range(i0, i1)]
+    for i, run in [(row, run) for row in rows for run in region.row(row)]:
+        first, end = grows.get(run, (i, i))
+        if end < i:
+            boxes.append(Slice(first, end, *run))
+            first = i
+        grows[run] = (first, i + 1)
+    boxes += (Slice(*rows_of, *run) for run, rows_of in grows.items())
+    return tuple(sorted(boxes, key=lambda box: (box.i0, box.j0)))
 
 
 def _joined(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:

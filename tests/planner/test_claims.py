@@ -253,3 +253,27 @@ def test_planning_is_a_function_of_the_record(planned: Planned) -> None:
     two = planned(masks.SlidingWindow(9) & masks.Causal(), 64)
     assert one is two  # equal requests share a plan
     assert one.request == two.request
+
+
+# -- what needs no copy --------------------------------------------------------------------
+
+
+def test_pieces_that_share_no_key_read_keys_where_they_are(planned: Planned) -> None:
+    """The strip of a sink has one range of keys; Longformer's two have keys between them."""
+    window = masks.SlidingWindow(8) | masks.Columns(0, 2)
+    for mask, sequences in (
+        (masks.Causal() & window, {1}),
+        (masks.Band(8, 8) | masks.Columns(0, 2) | masks.Rows(0, 2), {1, 3}),
+    ):
+        plan = planned(mask, 128)
+        assert {len(call.sequences) for call in plan.calls} == sequences
+        for step in plan.steps:
+            # Six launches merge a part; one more gathers its queries where they are several.
+            assert step.small_launches - 6 == (len(step.form.blocks) > 1)
+
+
+def test_one_token_documents_are_packed_with_longer_ones(planned: Planned) -> None:
+    """A band of single cells fits no other document's window; its cells fit any."""
+    for mask in (masks.Documents([1, 1, 30]), masks.Causal() & masks.Documents([1, 1, 30])):
+        (call,) = planned(mask, 32).calls
+        assert call.sequences == ((1, 1), (1, 1), (30, 30))
