@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
-from attnkit.backends.tiled.bias import bind, by_distance, given_tensors, outline
+from attnkit.backends.tiled.bias import bind, given_tensors, outline
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.compiled import HANDLES, tiled
 from attnkit.backends.tiled.function import attend, new_seed
@@ -57,11 +57,12 @@ class Tiled(Backend):
             )
             reasons.append(Refusal("tiled-device", reason, self.name))
         if request.seqlens is not None and len(set(request.sequences)) > 1:
-            others = [term.text for term in request.bias if not by_distance(term)]
+            # A bias is bound at one size here; constant slopes alone are bound per sequence.
+            others = [term.text for term in request.bias if term.slopes is None]
             if others:
                 reason = (
-                    f"{' + '.join(others)} would need a matrix for each of the packed lengths, "
-                    "which differ; biases that follow from distances (ALiBi, T5Relative) need none"
+                    f"{' + '.join(others)} would need a form of its own for each of the packed "
+                    "lengths, which differ; only constant slopes have one"
                 )
                 reasons.append(Refusal("tiled-packed-bias", reason, self.name))
         return reasons

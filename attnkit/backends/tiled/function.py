@@ -16,7 +16,7 @@ from attnkit.backends.tiled.backward import (
     backward_at_once,
     sink_gradient,
 )
-from attnkit.backends.tiled.bias import Distances
+from attnkit.backends.tiled.bias import Given
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.forward import forward
 from attnkit.backends.tiled.scores import Job
@@ -33,7 +33,7 @@ def attend(
     Tensors come in the request's layout. Random numbers are drawn here, from torch's generator.
     """
     seed = new_seed(query.device) if job.request.dropout else None
-    given = [term.tensor for term in job.terms if not isinstance(term, Distances)]
+    given = [term.tensor for term in job.terms if isinstance(term, Given)]
     if torch.is_grad_enabled():
         inputs = (query, key, value, sink, *given)
         if any(t is not None and t.requires_grad for t in inputs):

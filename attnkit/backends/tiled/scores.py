@@ -14,7 +14,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.bias import Bias, Term
+from attnkit.backends.tiled.bias import Bias, Distances, Given
 from attnkit.backends.tiled.dropout import Dropout
 from attnkit.backends.tiled.form import Form, form
 from attnkit.backends.tiled.patches import put_cells, put_patches
@@ -35,7 +35,7 @@ class Job:
 
     request: Request
     schedule: Schedule
-    terms: tuple[Term, ...] = ()
+    terms: tuple[Distances | Given, ...] = ()
 
     @property
     def wide(self) -> torch.dtype:
