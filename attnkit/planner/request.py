@@ -19,7 +19,17 @@ from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
-from attnkit.pse import ALiBi, Align, LearnableALiBi, Linear, Pse, SqrtALiBi, Structure
+from attnkit.pse import (
+    ALiBi,
+    Align,
+    ByDistance,
+    LearnableALiBi,
+    Linear,
+    Pse,
+    SqrtALiBi,
+    Structure,
+)
+from attnkit.pse.cut import uncut
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -31,7 +41,8 @@ class BiasTerm:
     """What a plan may know of one addend of the bias; values are bound when the plan runs.
 
     `slopes` are there where the bias is constants, one per head, times distances; `structure`
-    where it follows from a small tensor.
+    where it follows from a small tensor; `by_distance` says that ``j - i`` and the head are all
+    that its cells depend on, and that it gives itself as a vector.
     """
 
     text: str
@@ -45,6 +56,7 @@ class BiasTerm:
     dtype: torch.dtype | None = None
     batch: int | None = None
     structure: Structure | None = None
+    by_distance: bool = False
 
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
@@ -58,6 +70,7 @@ class BiasTerm:
                 power=0.5 if isinstance(part, SqrtALiBi) else 1.0,
                 align=part.align,
                 structure=Linear(part.align) if isinstance(part, ALiBi) else None,
+                by_distance=True,
             )
         trains = part.requires_grad and torch.is_grad_enabled()
         return cls(
@@ -70,6 +83,7 @@ class BiasTerm:
             dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
             structure=part.structure,
+            by_distance=isinstance(uncut(part)[0], ByDistance),
         )
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnkit.errors import CompositionError
 from attnkit.pse.base import Pse, Range, check_range
 
-__all__ = ["Cut"]
+__all__ = ["Cut", "uncut"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,3 +115,20 @@ class Cut(Pse):
     def __repr__(self) -> str:
         where = f"{self.q_range}, {self.kv_range}, q_len={self.q_len}, kv_len={self.kv_len}"
         return f"{self.part!r}.cut({where})"
+
+
+def uncut(part: Pse) -> tuple[Pse, int, tuple[int, int] | None]:
+    """Return the bias that a cut is of, how far ``j - i`` lies lower in it, and its lengths.
+
+    A bias that is no cut is its own, of any lengths: (itself, 0, None).
+
+    >>> from attnkit.pse import ALiBi
+    >>> uncut(ALiBi([1.0]).cut((5, 6), (0, 3), q_len=7, kv_len=9))
+    (ALiBi(slopes=(1.0,)), 5, (7, 9))
+    """
+    shift, lengths = 0, None
+    while isinstance(part, Cut):
+        shift += part.q_range[0] - part.kv_range[0]
+        lengths = part.q_len, part.kv_len
+        part = part.part
+    return part, shift, lengths

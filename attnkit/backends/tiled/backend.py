@@ -40,8 +40,9 @@ class Tiled(Backend):
     """Computes blocks of query rows over the key runs that hold allowed cells, and no others.
 
     Exact for every composition; memory beyond inputs and outputs is a few tiles, whatever the
-    length. Statistics come as ``max = lse`` and ``sum = 1`` (0 in a row without keys). Dropout
-    draws one number from torch's generator per call. Runs on the CPU.
+    length, unless the bias is of a family that is nothing but its matrix. Statistics come as
+    ``max = lse`` and ``sum = 1`` (0 in a row without keys). Dropout draws one number from torch's
+    generator per call. Runs on the CPU.
     """
 
     name = "tiled"
@@ -56,15 +57,6 @@ class Tiled(Backend):
                 "for the CPU"
             )
             reasons.append(Refusal("tiled-device", reason, self.name))
-        if request.seqlens is not None and len(set(request.sequences)) > 1:
-            # A bias is bound at one size here; constant slopes alone are bound per sequence.
-            others = [term.text for term in request.bias if term.slopes is None]
-            if others:
-                reason = (
-                    f"{' + '.join(others)} would need a form of its own for each of the packed "
-                    "lengths, which differ; only constant slopes have one"
-                )
-                reasons.append(Refusal("tiled-packed-bias", reason, self.name))
         return reasons
 
     def plan(self, request: Request) -> TiledPlan:

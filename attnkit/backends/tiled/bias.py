@@ -1,110 +1,160 @@
-"""What is added to the scores, tile by tile: slopes times distances, and given tensors."""
+"""What is added to the scores, tile by tile: slopes times distances, and carried tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.tiled.schedule import Chunk, Lane
-from attnkit.backends.tiled.tiles import Step
+from attnkit.backends.tiled.schedule import Chunk
+from attnkit.backends.tiled.terms import (
+    Carried,
+    Diagonals,
+    Distances,
+    Given,
+    Lengths,
+    Ragged,
+    Term,
+)
+from attnkit.backends.tiled.tiles import Step, Workspace
+from attnkit.errors import CompositionTypeError
 from attnkit.planner import Request
-from attnkit.pse import ALiBi, Pse, SqrtALiBi
-from attnkit.pse.cut import Cut
+from attnkit.planner.request import BiasTerm
+from attnkit.pse import ALiBi, ByDistance, PerKey, Pse, SqrtALiBi
+from attnkit.pse.cut import uncut
 from attnkit.pse.dense import Dense
 from attnkit.pse.sloped import Sloped
 
-__all__ = ["Bias", "Distances", "Given", "bind", "given_tensors", "outline", "with_tensors"]
+__all__ = ["Bias", "bind", "given_tensors", "outline", "with_tensors"]
 
 # Distances are kept for this many shapes of tiles: a window needs one, and memory stays bounded.
 KEPT = 4
 
 
-@dataclass(frozen=True, eq=False)
-class Distances:
-    """A bias ``-slope[h] * curve(abs(i' - j))``, from its own formula: no matrix is built."""
-
-    part: Sloped
-    shift: int = 0
-    lengths: tuple[int, int] | None = None
-
-    def anchor(self, lane: Lane) -> int:
-        """Return ``i' - i`` in a lane's score matrices."""
-        return self.shift + self.part.offset(*(self.lengths or lane.lengths))
+# -- terms -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A bias whose cells are a tensor ``[1 | b, 1 | n, i, j]``, times `factor`."""
-
-    tensor: Tensor
-    factor: float
-
-
-def bind(request: Request, pse: Pse | None, device: torch.device) -> tuple[Distances | Given, ...]:
-    """Return the addends of a bias in the forms that tiles can be read from.
-
-    Families that have no such form are materialised, which costs what they are: a matrix.
-    """
-    terms: list[Distances | Given] = []
-    wide = torch.float64 if request.dtype == torch.float64 else torch.float32
-    for part in pse.parts if pse is not None else ():
-        factor = request.scale if part.before_scale else 1.0
-        if isinstance(part, Sloped):
-            terms.append(Distances(part))
-        elif isinstance(part, Cut) and isinstance(part.part, Sloped):
-            shift = part.q_range[0] - part.kv_range[0]
-            terms.append(Distances(part.part, shift, (part.q_len, part.kv_len)))
-        elif isinstance(part, Dense):
-            terms.append(Given(part.tensor[(None,) * (4 - part.tensor.ndim)], factor))
+def bind(request: Request, pse: Pse | None, device: torch.device) -> tuple[Term, ...]:
+    """Return the addends of a bias in the forms that tiles can be read from."""
+    terms: list[Term] = []
+    for part, known in _described(request, pse):
+        whole, shift, lengths = uncut(part)
+        if isinstance(whole, Sloped) and not part.before_scale:
+            terms.append(Distances(whole, shift, lengths))
         else:
-            lengths = request.sequences[0]
-            terms.append(Given(part.materialize(*lengths, dtype=wide, device=device), factor))
+            terms.append(_carried(request, known, _tensor(request, part, known, device)))
     return tuple(terms)
 
 
-def outline(request: Request) -> tuple[Distances | Given, ...]:
-    """Return the terms that a request tells of, with nothing in place of given tensors."""
+def outline(request: Request) -> tuple[Term, ...]:
+    """Return the terms that a request tells of, with nothing in place of carried tensors."""
     families = {1.0: ALiBi, 0.5: SqrtALiBi}
     return tuple(
-        Given(torch.empty(0), request.scale if term.before_scale else 1.0)
-        if term.slopes is None
-        else Distances(families[term.power](slopes=term.slopes, align=term.align))
-        for term in request.bias
+        _carried(request, known, torch.empty(0))
+        if known.slopes is None
+        else Distances(families[known.power](slopes=known.slopes, align=known.align))
+        for known in request.bias
     )
 
 
 def given_tensors(request: Request, pse: Pse | None, device: torch.device) -> list[Tensor]:
     """Return the tensors that fill the places of an `outline`, in order."""
-    tensors = []
-    for part, term in zip(pse.parts if pse is not None else (), request.bias, strict=True):
-        if term.slopes is None and isinstance(part, Dense):
-            tensors.append(part.tensor[(None,) * (4 - part.tensor.ndim)])
-        elif term.slopes is None:
-            tensors.append(part.materialize(*request.sequences[0], device=device))
-    return tensors
+    return [
+        _tensor(request, part, known, device)
+        for part, known in _described(request, pse)
+        if known.slopes is None
+    ]
 
 
-def with_tensors(
-    terms: Sequence[Distances | Given], given: Sequence[Tensor]
-) -> tuple[Distances | Given, ...]:
+def with_tensors(terms: Sequence[Term], given: Sequence[Tensor]) -> tuple[Term, ...]:
     """Return the terms with other tensors in place of their own, in order."""
     tensors = iter(given)
     return tuple(
-        replace(term, tensor=next(tensors)) if isinstance(term, Given) else term for term in terms
+        replace(term, tensor=next(tensors)) if isinstance(term, Carried) else term for term in terms
     )
+
+
+def _described(request: Request, pse: Pse | None) -> list[tuple[Pse, BiasTerm]]:
+    """Return the addends of a bias, each with what the request knows of it."""
+    return list(zip(pse.parts if pse is not None else (), request.bias, strict=True))
+
+
+def _carried(request: Request, known: BiasTerm, tensor: Tensor) -> Carried:
+    """Return the term whose tensor is what `_tensor` makes."""
+    factor = request.scale if known.before_scale else 1.0
+    if known.by_distance:
+        return Diagonals(tensor, factor, _diagonal_starts(request))
+    if _is_ragged(request, known):
+        cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
+        return Ragged(tensor, factor, tuple(cells))
+    return Given(tensor, factor)
+
+
+def _tensor(request: Request, part: Pse, known: BiasTerm, device: torch.device) -> Tensor:
+    """Return what the cells of an addend follow from; gradients flow on to what it is made of."""
+    wide = torch.float64 if request.dtype == torch.float64 else torch.float32
+    if known.by_distance:
+        return _diagonals(request, part, wide, device)
+    if isinstance(part, Dense):
+        return part.tensor[(None,) * (4 - part.tensor.ndim)]
+    if isinstance(known.structure, PerKey):  # every row is the same: one is enough
+        tensor = part.tensors[0]
+        return tensor[(None,) * (3 - tensor.ndim)][:, :, None]
+    # A family that says no more of itself costs what it is: a matrix.
+    if not _is_ragged(request, known):
+        return part.materialize(*request.sequences[0], dtype=wide, device=device)
+    matrices = [
+        part.materialize(*lengths, batch_index=number, dtype=wide, device=device)
+        for number, lengths in enumerate(request.sequences)
+    ]
+    heads = max(matrix.shape[1] for matrix in matrices)
+    flat = [rearrange(matrix, "1 n i j -> n (i j)") for matrix in matrices]
+    return torch.cat([cells.expand(heads, -1) for cells in flat], dim=1)
+
+
+def _is_ragged(request: Request, known: BiasTerm) -> bool:
+    """Whether sequences of different lengths need a matrix each."""
+    return len(set(request.sequences)) > 1 and not isinstance(known.structure, PerKey)
+
+
+def _diagonal_starts(request: Request) -> dict[Lengths, int]:
+    """Return where the diagonals of each size of score matrix begin, in the order they have."""
+    starts, start = {}, 0
+    for q_len, kv_len in dict.fromkeys(request.sequences):
+        if q_len and kv_len:
+            starts[q_len, kv_len] = start
+            start += q_len + kv_len - 1
+    return starts
+
+
+def _diagonals(request: Request, part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the numbers ``[1 | n, diagonals]`` of a bias by distance, in that order."""
+    whole, shift, lengths = uncut(part)
+    if not isinstance(whole, ByDistance):
+        raise CompositionTypeError(f"{part!r} is planned as a bias by distance, and is none")
+    where = whole.tensors[0].device if whole.tensors else device
+    distances = [torch.arange(0, device=where)]
+    for q_len, kv_len in _diagonal_starts(request):
+        anchor = shift + whole.offset(*(lengths or (q_len, kv_len)))
+        distances.append(torch.arange(1 - q_len - anchor, kv_len - anchor, device=where))
+    return whole.at(torch.cat(distances), dtype).contiguous()
+
+
+# -- tiles -------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Bias:
     """The addends of one call. `unit` is what one unit of score is in the tiles."""
 
-    terms: Sequence[Distances | Given]
+    terms: Sequence[Term]
     unit: float
     dtype: torch.dtype
-    device: torch.device
+    work: Workspace
     _slopes: dict[int, Tensor] = field(default_factory=dict)
     _known: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
 
@@ -113,13 +163,9 @@ class Bias:
         for column, first, count in step.runs(chunk):
             target = scores[..., column : column + count]
             for k, term in enumerate(self.terms):
-                if isinstance(term, Given):
-                    cells = _cells(term.tensor, step, first, count).expand(target.shape)
-                    factor = term.factor * self.unit
-                    if k:
-                        target.add_(cells, alpha=factor)
-                    else:
-                        torch.mul(cells, factor, out=target)
+                if isinstance(term, Carried):
+                    cells = term.cells(step, first, count, self.work).expand(target.shape)
+                    _put(target, cells, term.factor * self.unit, more=k > 0)
                     continue
                 base = step.row + term.anchor(step.lane) - first
                 distance = self._distance(k, term.part, base, step.block.rows, count)
@@ -132,21 +178,17 @@ class Bias:
     def add_gradient(
         self, grads: Sequence[Tensor | None], slope: Tensor, step: Step, chunk: Chunk
     ) -> None:
-        """Add ``[b h i j]`` gradients of the scores to those of the given tensors, in order."""
-        given = [term for term in self.terms if isinstance(term, Given)]
-        for term, grad in zip(given, grads, strict=True):
+        """Add ``[b h i j]`` gradients of the scores to those of the carried tensors, in order."""
+        carried = [term for term in self.terms if isinstance(term, Carried)]
+        for term, grad in zip(carried, grads, strict=True):
             if grad is None:
                 continue
             for column, first, count in step.runs(chunk):
-                part = slope[..., column : column + count]
-                shared = [axis for axis in (0, 1) if grad.shape[axis] == 1 < part.shape[axis]]
-                if shared:
-                    part = part.sum(shared, keepdim=True)
-                _cells(grad, step, first, count).add_(part, alpha=term.factor)
+                term.add(grad, slope[..., column : column + count], step, first, self.work)
 
     def _slope(self, k: int, part: Sloped) -> Tensor:
         if k not in self._slopes:
-            slopes = torch.tensor(part.slopes, dtype=self.dtype, device=self.device)
+            slopes = torch.tensor(part.slopes, dtype=self.dtype, device=self.work.device)
             self._slopes[k] = (-self.unit * slopes)[:, None, None]
         return self._slopes[k]
 
@@ -156,23 +198,16 @@ class Bias:
         if key not in self._known:
             if len(self._known) >= KEPT:
                 self._known.clear()
-            i = torch.arange(base, base + rows, dtype=self.dtype, device=self.device)
-            j = torch.arange(keys, dtype=self.dtype, device=self.device)
+            device = self.work.device
+            i = torch.arange(base, base + rows, dtype=self.dtype, device=device)
+            j = torch.arange(keys, dtype=self.dtype, device=device)
             self._known[key] = part.curve((i[:, None] - j).abs_())
         return self._known[key]
 
 
-def _cells(tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
-    """Return the part of a ``[1 | b, 1 | n, i, j]`` tensor that a tile reads."""
-    index = list(_ranges(step))
-    for axis in (0, 1):
-        if tensor.shape[axis] == 1:
-            index[axis] = slice(None)
-    index += [slice(step.row, step.row + step.block.rows), slice(first, first + count)]
-    return tensor[tuple(index)]
-
-
-def _ranges(step: Step) -> Iterator[slice]:
-    matrix = step.lane.matrix + step.batch - step.lane.batches[0]
-    yield slice(matrix, matrix + step.batches)
-    yield slice(step.head, step.head + step.heads)
+def _put(target: Tensor, cells: Tensor, factor: float, *, more: bool) -> None:
+    """Write cells times a factor, or add them if there is `more` in the target already."""
+    if more:
+        target.add_(cells, alpha=factor)
+    else:
+        torch.mul(cells, factor, out=target)

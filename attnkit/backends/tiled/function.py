@@ -16,10 +16,10 @@ from attnkit.backends.tiled.backward import (
     backward_at_once,
     sink_gradient,
 )
-from attnkit.backends.tiled.bias import Given
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.forward import forward
 from attnkit.backends.tiled.scores import Job
+from attnkit.backends.tiled.terms import Carried
 from attnkit.backends.tiled.whole import run_whole
 
 __all__ = ["attend", "gradients", "new_seed", "run"]
@@ -33,7 +33,7 @@ def attend(
     Tensors come in the request's layout. Random numbers are drawn here, from torch's generator.
     """
     seed = new_seed(query.device) if job.request.dropout else None
-    given = [term.tensor for term in job.terms if isinstance(term, Given)]
+    given = [term.tensor for term in job.terms if isinstance(term, Carried)]
     if torch.is_grad_enabled():
         inputs = (query, key, value, sink, *given)
         if any(t is not None and t.requires_grad for t in inputs):

@@ -14,11 +14,12 @@ from math import log2
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.bias import Bias, Distances, Given
+from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.dropout import Dropout
 from attnkit.backends.tiled.form import Form, form
 from attnkit.backends.tiled.patches import put_cells, put_patches
 from attnkit.backends.tiled.schedule import Chunk, Lane, Schedule
+from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.backends.tiled.whole import Part, sole_part
 from attnkit.planner import Request
@@ -35,7 +36,7 @@ class Job:
 
     request: Request
     schedule: Schedule
-    terms: tuple[Distances | Given, ...] = ()
+    terms: tuple[Term, ...] = ()
 
     @property
     def wide(self) -> torch.dtype:
@@ -76,7 +77,7 @@ class Scores:
         self.cap = request.softcap
         unit = LOG2E if self.cap is None else 1.0 / self.cap
         self.alpha = request.scale * unit
-        self.bias = Bias(job.terms, unit, self.wide, device) if job.terms else None
+        self.bias = Bias(job.terms, unit, self.wide, self.work) if job.terms else None
         self.dropout: Dropout | None = None
         if request.dropout and seed is not None:
             self.dropout = Dropout(request.dropout, seed, job.sizes)

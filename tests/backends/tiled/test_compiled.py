@@ -22,6 +22,9 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     "alibi": {"mask": masks.SlidingWindow(9), "pse": pse.ALiBi(2)},
     "sqrt alibi": {"mask": masks.SlidingWindow(9), "pse": pse.SqrtALiBi(2)},
     "sink": {"mask": masks.Causal(), "sink": torch.zeros(2, requires_grad=True)},
+    "learnable alibi": {"pse": pse.ALiBi(2, learnable=True), "mask": masks.Causal()},
+    "t5": {"pse": pse.T5Relative(2, align="top_left"), "mask": masks.SlidingWindow(9)},
+    "key bias": {"pse": pse.KeyBias(torch.zeros(2, 48, requires_grad=True))},
     "dense bias": {"pse": pse.Dense(torch.zeros(2, 48, 48, requires_grad=True))},
 }
 
@@ -38,6 +41,7 @@ def test_one_graph(name: str) -> None:
         found = BACKENDS["tiled"].run(plan, Operands(x * 2, x, x, bias, sink))
         return found.output + found.stats.lse[..., None]
 
+    torch.compiler.reset()  # each case is a graph of the same function, and few are kept
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found, expected = compiled(x), call(x)
     assert torch.equal(found, expected)

@@ -1,0 +1,169 @@
+"""The addends of a bias, in the forms that the cells of a tile can be read from.
+
+A term is a formula (`Distances`), or it carries a tensor that its cells follow from: the cells
+themselves (`Given`, `Ragged`), or one number per distance (`Diagonals`). A carried tensor is
+what the operator takes, and what gets a gradient, which is added up tile by tile.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor
+
+from attnkit.backends.tiled.schedule import Lane
+from attnkit.backends.tiled.tiles import Step, Workspace
+from attnkit.pse.sloped import Sloped
+
+__all__ = ["Carried", "Diagonals", "Distances", "Given", "Lengths", "Ragged", "Term"]
+
+Lengths = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """A bias ``-slope[h] * curve(abs(i' - j))``, from its own formula: no tensor is carried."""
+
+    part: Sloped
+    shift: int = 0
+    lengths: Lengths | None = None
+
+    def anchor(self, lane: Lane) -> int:
+        """Return ``i' - i`` in a lane's score matrices."""
+        return self.shift + self.part.offset(*(self.lengths or lane.lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class Carried(ABC):
+    """A bias whose cells follow from a tensor, times `factor`."""
+
+    tensor: Tensor
+    factor: float
+
+    @abstractmethod
+    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        """Return the cells of a tile's rows and of `count` keys from `first` on.
+
+        They are ``[1 | b, 1 | h, 1 | i, j]``, and hold until a buffer of `work` is next taken.
+        """
+
+    @abstractmethod
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        """Add ``[b h i j]`` gradients of such scores to the gradient of the tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Carried):
+    """A bias whose cells are a tensor ``[1 | b, 1 | n, 1 | i, j]``."""
+
+    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        return _window(self.tensor, step, first, count)
+
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        target = _window(grad, step, first, part.shape[3])
+        target.add_(_reduced(part, target), alpha=self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Carried):
+    """A bias whose cells are the matrices of packed sequences, end to end: ``[1 | n, cells]``.
+
+    The matrix number m begins at ``starts[m]``.
+    """
+
+    starts: tuple[int, ...]
+
+    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        return self._own(self.tensor, step, first, count)
+
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        target = self._own(grad, step, first, part.shape[3])
+        target.add_(_reduced(part, target), alpha=self.factor)
+
+    def _own(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
+        """Return the tile's part of the matrix of its sequence, as a view."""
+        q_len, kv_len = step.lane.lengths
+        own = tensor.narrow(1, self.starts[step.lane.matrix], q_len * kv_len)
+        matrix = rearrange(own, "n (i j) -> 1 n i j", i=q_len, j=kv_len)
+        return _window(matrix, step, first, count)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonals(Carried):
+    """A bias with one number per diagonal of a score matrix: ``[1 | n, diagonals]``.
+
+    Matrices of the same lengths have the same numbers. Those of the lengths ``(q_len, kv_len)``
+    begin at ``starts[q_len, kv_len]``, in the order of ``j - i``: from ``1 - q_len`` on.
+    """
+
+    starts: Mapping[Lengths, int]
+
+    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        values = self._stretch(self.tensor, step, first, count)
+        (heads, width), rows = values.shape, step.block.rows
+        # Torch has no negative strides, which rows that move left would take. So each row gets
+        # a copy of all numbers, and strides that are one short of a row move over the copies.
+        skew = work.take("diagonals", values.dtype, heads, rows, width)
+        skew.copy_(values[:, None])
+        strides = (0, rows * width, width - 1, 1)
+        return skew.as_strided((1, heads, rows, count), strides, rows - 1)
+
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        target = self._stretch(grad, step, first, part.shape[3])
+        sums = _sums_of_diagonals(part, work)
+        if target.shape[0] == 1 < sums.shape[0]:
+            sums = sums.sum(0, keepdim=True)
+        target.add_(sums, alpha=self.factor)
+
+    def _stretch(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
+        """Return the numbers of the tile's diagonals, from its lowest left cell on."""
+        rows, (q_len, _) = step.block.rows, step.lane.lengths
+        lowest = first - (step.row + rows - 1)
+        start = self.starts[step.lane.lengths] + q_len - 1 + lowest
+        return _own_heads(tensor, step).narrow(1, start, rows + count - 1)
+
+
+Term = Distances | Carried
+
+
+def _sums_of_diagonals(part: Tensor, work: Workspace) -> Tensor:
+    """Return the sums of ``[b h i j]`` over b and over each diagonal, the lowest left one first."""
+    _, heads, rows, count = part.shape
+    width = rows + count - 1
+    # Zeros before every row, and strides one longer than a row: cells of one diagonal come to
+    # lie in one column, and what a row's last columns meet are the zeros of the next row.
+    flat = work.take("diagonals", part.dtype, heads * rows * width + rows - 1)
+    skew = flat[: heads * rows * width].view(heads, rows, width)
+    skew[:, :, : rows - 1] = 0.0
+    flat[heads * rows * width :] = 0.0
+    target = skew[:, :, rows - 1 :]
+    target.copy_(part[0])
+    for more in part[1:]:  # several times faster than sum(0) into rows that are not dense
+        target.add_(more)
+    return flat.as_strided((heads, rows, width), (rows * width, width + 1, 1), 0).sum(1)
+
+
+def _window(tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
+    """Return the part of a ``[1 | b, 1 | n, 1 | i, j]`` tensor that a tile reads, as a view."""
+    matrix = step.lane.matrix + step.batch - step.lane.batches[0]
+    starts = (matrix, step.head, step.row, first)
+    sizes = (step.batches, step.heads, step.block.rows, count)
+    index = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    for axis in (0, 1, 2):
+        if tensor.shape[axis] == 1:
+            index[axis] = slice(None)
+    return tensor[tuple(index)]
+
+
+def _own_heads(tensor: Tensor, step: Step) -> Tensor:
+    """Return the rows of a ``[1 | n, d]`` tensor that belong to a tile's heads."""
+    return tensor if tensor.shape[0] == 1 else tensor.narrow(0, step.head, step.heads)
+
+
+def _reduced(part: Tensor, target: Tensor) -> Tensor:
+    """Return the gradients summed over the axes that the target does not have."""
+    shared = [axis for axis in (0, 1, 2) if target.shape[axis] == 1 < part.shape[axis]]
+    return part.sum(shared, keepdim=True) if shared else part
