@@ -209,5 +209,7 @@ def _put(target: Tensor, cells: Tensor, factor: float, *, more: bool) -> None:
     """Write cells times a factor, or add them if there is `more` in the target already."""
     if more:
         target.add_(cells, alpha=factor)
-    else:
+    elif cells.dtype == target.dtype:
         torch.mul(cells, factor, out=target)
+    else:  # a product of 16-bit cells would be rounded to 16 bits
+        target.copy_(cells).mul_(factor)

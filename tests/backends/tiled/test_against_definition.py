@@ -178,6 +178,18 @@ def test_dense_biases_have_gradients(shape: tuple[int, ...], before_scale: bool)
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dense_biases_in_16_bits_are_scaled_in_32(dtype: torch.dtype) -> None:
+    operands = [t.to(dtype) for t in tensors("BSND", 1, 64, 64, 4, 2, 16, 16)]
+    bias = pse.Dense((8 * torch.randn(4, 64, 64)).to(dtype), before_scale=True)
+    how: dict[str, Any] = {"pse": bias, "return_stats": True}
+    found, expected = (
+        ak.attention(*operands, backend=backend, **how).stats.lse
+        for backend in ("tiled", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "rows", "full", "nothing"])
 def test_sinks_and_softcap(name: str) -> None:
     operands = tensors("BSND", 2, 300, 300, 4, 2, 8, 8)
