@@ -6,7 +6,10 @@ l_c. With ``m = max(m_c)`` and ``w_c = l_c exp(m_c - m)`` the merged row is
 and no value. Backward: each call's own grad op, given the merged maximum, sum and output,
 returns its exact share of the gradients.
 
-A call may add a logit t per head to all of its scores (a level of a bias, `planner.routes`):
+Calls may differ in what they are given of a bias (`planner.routes`). Where the bias has
+another sign, so have some dimensions of the call's query, and of its gradient.
+
+A call may add a logit t per head to all of its scores (a level of the bias):
 its maximum becomes ``m_c + t``, and its grad op is given the merged maximum minus t. The
 logit's gradient is the sum of those of its scores, which over one row is
 ``w_c / sum w * (dO . out_c - dO . O)``: what the part weighs, times how its answer differs.
@@ -26,11 +29,14 @@ from torch import Tensor
 
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner.blocks import Block, span
+from attnkit.planner.candidates import Zone
 from attnkit.planner.plan import Launch, Plan
 
 __all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "steps_of"]
 
 Ranges = tuple[tuple[int, int], ...]
+
+_WHOLE = Zone(())
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +90,19 @@ class Rows:
 @lru_cache(maxsize=256)
 def _index(ranges: Ranges, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+
+
+@lru_cache(maxsize=256)
+def _signs(
+    dim: int, turned: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return -1 for the dimensions in some ranges, 1 for the others."""
+    with torch.inference_mode(False):
+        there = torch.arange(dim, device=device)
+        signs = torch.ones(dim, dtype=dtype, device=device)
+        for start, stop in turned:
+            signs = torch.where((start <= there) & (there < stop), -signs, signs)
+        return signs
 
 
 def query_rows(blocks: Sequence[Block], starts: Sequence[int]) -> Rows:
@@ -173,13 +192,13 @@ class _Merged(torch.autograd.Function):
                 m_all = m_all - shift
                 if kept and dlogits is not None:
                     own = step.queries.take(dy).to(wide), step.queries.take(out).to(wide)
-                    dlogits[step.level] += _of_logit(*own, m_all, l_all, *islice(parts, 3))
+                    dlogits[step.zone.row] += _of_logit(*own, m_all, l_all, *islice(parts, 3))
             answer = step.of_call(step.queries.take(out), m_all, l_all, random)
             tensors = step.tensors(query, key, value, bias)
             slope = step.split(step.queries.take(dy), step.call.q_len).contiguous()
             found = ctx.job.launcher.backward(step.call, tensors, slope, answer)
             dim = step.call.head_dim
-            step.queries.add(grads[0][..., :dim], step.join(found.query))
+            step.queries.add(grads[0][..., :dim], step.turn(step.join(found.query)))
             step.keys.add(grads[1][..., :dim], step.join(found.key))
             step.keys.add(grads[2], step.join(found.value))
         dsink = None
@@ -206,7 +225,7 @@ class Step:
     queries: Rows
     keys: Rows
     layers: tuple[tuple[Rows, tuple[tuple[int, int], ...]], ...]
-    level: int | None = None
+    zone: Zone = _WHOLE
 
     @classmethod
     def of(cls, launch: Launch, q_starts: Sequence[int], kv_starts: Sequence[int]) -> Step:
@@ -216,11 +235,18 @@ class Step:
         keys = key_rows(blocks, kv_starts)
         offsets = tuple(accumulate((q_len for q_len, _ in call.sequences), initial=0))[:-1]
         split = tuple((rows, tuple(own)) for rows, own in layers(queries, offsets))
-        return cls(call, queries, keys, split, launch.form.level)
+        return cls(call, queries, keys, split, launch.form.zone or _WHOLE)
 
     def shift(self, logits: Tensor | None) -> Tensor | None:
         """Return the logit [n] that the call adds to its scores; None where it adds none."""
-        return None if logits is None or self.level is None else logits[self.level]
+        return None if logits is None or self.zone.row is None else logits[self.zone.row]
+
+    def turn(self, query: Tensor) -> Tensor:
+        """Change the sign of the query's dimensions (or of their gradient) that the zone turns."""
+        turned = self.zone.turned
+        if not turned:
+            return query
+        return query * _signs(query.shape[-1], turned, query.dtype, query.device)
 
     def split(self, tokens: Tensor, length: int) -> Tensor:
         """Return the call's tokens [t n d] in its layout: as they are, or [b s n d]."""
@@ -239,7 +265,7 @@ class Step:
         mask, dim = self.call.atten_mask, self.call.head_dim
         q_len, kv_len = self.call.q_len, self.call.kv_len
         return {
-            "query": self.split(self.queries.take(query[..., :dim]), q_len),
+            "query": self.split(self.turn(self.queries.take(query[..., :dim])), q_len),
             "key": self.split(self.keys.take(key[..., :dim]), kv_len),
             "value": self.split(self.keys.take(value), kv_len),
             "atten_mask": None if mask is None else mask.build(query.device),

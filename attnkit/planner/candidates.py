@@ -28,12 +28,27 @@ from attnkit.planner.biases import bias_arguments
 from attnkit.planner.blocks import Block, diagonal_blocks, tile_whole
 from attnkit.planner.matrices import Matrices, matrices
 from attnkit.planner.request import Request
+from attnkit.pse import Align
 
-__all__ = ["Candidate", "Form", "candidates", "forms"]
+__all__ = ["Candidate", "Form", "Zone", "candidates", "forms"]
 
 Arguments = dict[str, Any]
 
 _MOST_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Cells at some distances ``j - i'``, whose calls are given the same of a bias (`routes`).
+
+    `spans` are ``(align, first, last)``, and a cell's distance lies in each of them. In the
+    calls of a zone the query's dimensions in `turned`, ranges ``[start, stop)``, change sign,
+    and every score adds the row `row` of the bias's table, at the merge.
+    """
+
+    spans: tuple[tuple[Align, int, int], ...]
+    turned: tuple[tuple[int, int], ...] = ()
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class Form:
     heads: tuple[int, ...] | None = None
     """The query heads of the call, where it does not have all of them, and its key heads."""
     kv_heads: tuple[int, ...] | None = None
-    level: int | None = None
-    """The row of a bias's table that every cell of the call adds, at the merge (see `routes`)."""
+    zone: Zone | None = None
+    """What a bias that goes around the call asks of it, where calls differ in that."""
 
     @property
     def packed(self) -> bool:

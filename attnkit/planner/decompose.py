@@ -8,7 +8,7 @@ chooses. A learnable sink takes part in the merge, not in the calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
@@ -23,7 +23,7 @@ from attnkit.planner.matrices import matrices
 from attnkit.planner.pieces import Piece, cuts
 from attnkit.planner.request import Request
 
-__all__ = ["Part", "decompositions"]
+__all__ = ["Part", "decompositions", "head_groups"]
 
 _MOST_CUTS = 8
 _MOST_GROUPINGS = 4
@@ -45,18 +45,21 @@ class Part:
     kv_heads: tuple[int, ...]
 
 
-def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
+def decompositions(
+    request: Request, groups: Sequence[tuple[int, ...]] | None = None
+) -> Iterator[tuple[Part, ...] | Refusal]:
     """Yield sets of calls whose cells are disjoint and make up the request, or why there is none.
 
     Only requests whose score matrices are regions are cut; heads that differ get calls of
-    their own.
+    their own. `groups` are heads that do not differ, where a caller knows which are to stay
+    together.
     """
     known = matrices(request)
     if not known.exact:
         reason = f"{request.mask!r} is no region that could be cut into pieces"
         yield Refusal("cut-region", reason, "several calls")
         return
-    groups = _head_groups(request)
+    groups = head_groups(request) if groups is None else groups
     seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
     for depth, cells in product(
@@ -80,7 +83,7 @@ def decompositions(request: Request) -> Iterator[tuple[Part, ...] | Refusal]:
                 yield tuple(part for part in parts if isinstance(part, Part))
 
 
-def _head_groups(request: Request) -> list[tuple[int, ...]]:
+def head_groups(request: Request) -> list[tuple[int, ...]]:
     """Return the heads that have equal masks, together."""
     planes = matrices(request).planes
     if len(planes) == 1:

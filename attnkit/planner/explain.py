@@ -235,7 +235,7 @@ def _rows(best: Solution) -> str:
 
 def _dearer(other: Solution, best: Solution) -> str:
     more = other.price.nanoseconds / best.price.nanoseconds - 1
-    return "same price" if more < 0.0005 else f"+{100 * more:.3g} %"
+    return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"
 
 
 def _value(value: object) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
+from operator import and_
 
 import torch
 
@@ -15,14 +16,14 @@ from attnkit.kernel.versions import expressing_versions
 from attnkit.masks import Band
 from attnkit.planner.biases import disprove_bias
 from attnkit.planner.blocks import span
-from attnkit.planner.candidates import Candidate, Form, candidates, forms
-from attnkit.planner.decompose import Part, decompositions
+from attnkit.planner.candidates import Candidate, Form, Zone, candidates, forms
+from attnkit.planner.decompose import Part, decompositions, head_groups
 from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch, Solution
 from attnkit.planner.proof import disprove, disprove_opaque, heads_of, is_opaque
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.planner.residues import resort
-from attnkit.planner.routes import Route, disprove_groups, routes
+from attnkit.planner.routes import Route, routes
 
 __all__ = ["Lowering", "lower", "on_route"]
 
@@ -87,11 +88,13 @@ def _as_given(request: Request) -> Lowering:
     return Lowering(found[0] if found else None, tuple(found[1:]), tuple(refusals))
 
 
-def _merged(request: Request, refusals: list[Refusal]) -> list[Solution]:
-    """Return the sets of calls that compute the request together."""
+def _merged(
+    request: Request, refusals: list[Refusal], groups: list[tuple[int, ...]] | None = None
+) -> list[Solution]:
+    """Return the sets of calls that compute the request together, each for a group of heads."""
     found: list[Solution] = []
     seen: set[frozenset[object]] = set()
-    for parts in decompositions(request):
+    for parts in decompositions(request, groups):
         if isinstance(parts, Refusal):
             refusals.append(parts)
             continue
@@ -214,7 +217,7 @@ def _has_full_mask(solution: Solution) -> bool:
 
 def on_route(request: Request, route: Route) -> Lowering:
     """Return the calls that compute a request whose biases became channels and levels."""
-    option = _by_level(request, route) if route.levels else lower(route.request)
+    option = _by_zone(request, route) if route.zones else lower(route.request)
     if option.best is None:
         return option
     first, *rest = option.best.launches
@@ -229,31 +232,42 @@ def on_route(request: Request, route: Route) -> Lowering:
     return replace(option, best=Solution((first, *rest)), route=route)
 
 
-def _by_level(request: Request, route: Route) -> Lowering:
-    """Return the cheapest calls of each level, and of the band that has channels."""
-    span, align = route.stepped.span, route.align
-    bands: list[tuple[tuple[int, int], int | None, int]] = []
-    bands += [(span, None, route.request.head_dim)] if span is not None else []
-    bands += [((lo, hi), row, route.plain_dim) for lo, hi, row in route.levels]
+def _by_zone(request: Request, route: Route) -> Lowering:
+    """Return the cheapest calls of each zone, on sorted positions where those make it a region.
+
+    Outputs merge for each group of heads, so heads are together in all zones or in none.
+    """
+    in_order = None if matrices(route.request).exact else resort(route.request)
+    groups = head_groups(in_order or route.request)
     launches: list[Launch] = []
     refusals: list[Refusal] = []
-    for (lo, hi), row, dim in bands:
-        inside = request.mask & Band(-lo, hi, align)
-        part = replace(route.request, mask=inside, head_dim=dim)
+    for zone in route.zones:
+        bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
+        inside = reduce(and_, bands, request.mask)
+        part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
+        part = part if in_order is None else resort(part) or part
         known = matrices(part)
         if not any(region for head in range(len(known.planes)) for region in known.regions(head)):
             continue
-        found = _merged(part, refusals)
+        found = _merged(part, refusals, groups)
         if not found:
             return Lowering(None, (), tuple(refusals))
         best = min(found, key=lambda solution: solution.price.nanoseconds)
-        launches += (
-            replace(launch, form=replace(launch.form, level=row)) for launch in best.launches
-        )
-    mixed = disprove_groups([launch.form for launch in launches])
-    if mixed is not None:
-        return Lowering(None, (), (*refusals, replace(mixed, subject=str(route))))
-    return Lowering(Solution(tuple(launches)), (), tuple(refusals))
+        launches += (_in_zone(launch, zone) for launch in best.launches)
+    return Lowering(Solution(tuple(launches)), (), tuple(refusals), in_order)
+
+
+def _in_zone(launch: Launch, zone: Zone) -> Launch:
+    launch = replace(launch, form=replace(launch.form, zone=zone))
+    if not zone.turned:
+        return launch
+    query = launch.call.query
+    return replace(
+        launch,
+        label=f"{launch.label}, signs turned",
+        copied_bytes=launch.copied_bytes + 2 * prod(query.shape) * query.dtype.itemsize,
+        small_launches=launch.small_launches + 1,
+    )
 
 
 def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:

@@ -120,7 +120,7 @@ class Plan:
         computed = self.in_order or (self.route.request if self.route else self.request)
         wrong = disprove_places(computed, pieces) or disprove_cover(computed, pieces)
         if wrong is None and self.route is not None:
-            wrong = disprove_route(self.request, self.route, pieces)
+            wrong = disprove_route(self.request, self.route, pieces, self.in_order)
         if wrong is not None:
             raise KernelContractError(
                 f"this plan does not compute {self.request.mask!r}: {wrong.reason}; this is a "

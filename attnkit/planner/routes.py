@@ -2,13 +2,18 @@
 
 As *channels*: a bias of low rank is a product of additional query and key channels,
 ``scale*q'.k' = scale*q.k + bias`` with ``q' = [q, u / scale]`` and ``k' = [k, w]``, and its
-gradient comes out of those of query and key. ALiBi is ``slope * (j - i')`` where no query sees
-keys on both sides of it: the channels of u are slopes, those of w positions. A bias per key is
-a channel of w. A bias that is a table's entry for each distance is of low rank inside a band
-of m distances: w is one-hot in ``j mod m``, u the entries of the m distances.
+gradient comes out of those of query and key. ALiBi is ``slope * (j - i')`` for keys that do not
+follow their query: the channels of u are slopes, those of w positions. A bias per key is a
+channel of w. A bias that is a table's entry for each distance is of low rank inside a band of
+m distances: w is one-hot in ``j mod m``, u the entries of the m distances.
 
 As *levels*: outside of the band such a bias is constant on each step of distances. The calls
 of a step add nothing, and its constant is added to their log-sum-exp where parts merge.
+
+Both may differ from distance to distance, so a request is cut into *zones*: distances whose
+calls are given the same. A level is a zone of its own. ALiBi is ``-slope * (j - i')`` for keys
+after their query, so where a mask allows keys on both sides there is a zone on each, and in
+the calls of one of them the channels of the query have the opposite sign.
 
 float16 and bfloat16 hold neither positions beyond 2,048 (256) nor slopes to the precision of
 the kernel's float32 scores. So positions are split into digits of base 256, which both hold
@@ -23,21 +28,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, product
 
 import torch
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import KernelCall
-from attnkit.planner.candidates import Form
+from attnkit.masks import Band, Or
+from attnkit.planner.blocks import Block
+from attnkit.planner.candidates import Form, Zone
 from attnkit.planner.matrices import matrices
 from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.residues import Resorted, resort
 from attnkit.pse import Align, Linear, PerKey, Stepped
 
-__all__ = ["BASE", "Channels", "Route", "disprove_groups", "disprove_route", "routes"]
+__all__ = ["BASE", "Channels", "Route", "disprove_route", "routes"]
 
 BASE = 256
 """Digits below it are exact in bfloat16, which has 8 significant bits, and in float16."""
+
+Span = tuple[int, int]
+Steps = tuple[tuple[int, int, int | None], ...]
+"""(first distance, last distance, row of the table that they merge with, if any)."""
 
 _MOST_DIMS = 768
 _MOST_LEVELS = 20
@@ -52,9 +65,10 @@ class Channels:
     """One addend of the bias as channels of query and key.
 
     `part` is its index among the addends. `pieces` numbers stand for each value and `digits`
-    for each position. `sign` is 1 where keys do not follow their query, -1 where they do not
-    precede it. `span` are the first and last distance ``j - i'`` that the channels of a
-    stepped bias serve; None where they serve none.
+    for each position. `sign` is 1 where the channels are for keys that do not follow their
+    query, -1 where for keys that do not precede it; zones may turn it. `span` are the first and
+    last distance ``j - i'`` that the channels of a stepped bias serve; None where they serve
+    none.
     """
 
     part: int
@@ -80,12 +94,12 @@ class Route:
     """Addends of the bias as channels, and the request that the calls compute with them.
 
     Stepped biases come last, so that the calls of their levels can leave those channels out.
-    `levels` are the (first distance, last distance, row of the table) that merge instead.
+    `zones` are there where calls differ in what they are given.
     """
 
     request: Request
     channels: tuple[Channels, ...]
-    levels: tuple[tuple[int, int, int], ...] = ()
+    zones: tuple[Zone, ...] = ()
 
     @property
     def plain_dim(self) -> int:
@@ -99,14 +113,19 @@ class Route:
         return self.channels[-1]
 
     @property
-    def align(self) -> Align:
-        """Where distances are counted from, in a route that has levels."""
-        structure = self.stepped.structure
-        return structure.align if isinstance(structure, Stepped) else "bottom_right"
+    def levels(self) -> tuple[int, ...]:
+        """The rows of the stepped bias's table that are added at the merge."""
+        return tuple(dict.fromkeys(zone.row for zone in self.zones if zone.row is not None))
+
+    def dim_of(self, zone: Zone | None) -> int:
+        """Return the head size of the calls of a zone."""
+        levelled = zone is not None and zone.row is not None
+        return self.plain_dim if levelled else self.request.head_dim
 
     def __str__(self) -> str:
         width = sum(channels.width for channels in self.channels)
         told = [f"bias as {width} channel{'s' * (width != 1)}"] if width else []
+        told += ["signs by side"] if any(zone.turned for zone in self.zones) else []
         count = len(self.levels)
         told += [f"bias as {count} logit{'s' * (count != 1)} at the merge"] if count else []
         return ", ".join(told)
@@ -135,18 +154,19 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
     if not (found or stepped):
         return
     if not stepped:
-        yield from _fitting(request, tuple(found), ())
+        yield _fitting(request, tuple(found), {})
         return
     (one,) = stepped
-    hull = _distances(request, one.structure.align)  # type: ignore[union-attr]
+    align = one.structure.align  # type: ignore[union-attr]
+    hull = _distances(request, align)
     for span, levels in _splits(one.structure, hull):  # type: ignore[arg-type]
-        channels = (*found, replace(one, span=span))
-        yield from _fitting(request, channels, levels)
+        near = [(*span, None)] if span is not None else []
+        yield _fitting(request, (*found, replace(one, span=span)), {align: (*near, *levels)})
 
 
 def _fitting(
-    request: Request, channels: tuple[Channels, ...], levels: tuple[tuple[int, int, int], ...]
-) -> Iterator[Route | Refusal]:
+    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps]
+) -> Route | Refusal:
     width = sum(one.width for one in channels)
     taken = {one.part for one in channels}
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
@@ -156,9 +176,65 @@ def _fitting(
             f"{width} channels beside the {request.head_dim} of a head are more than the "
             f"{_MOST_DIMS} that the kernel takes"
         )
-        yield Refusal("channels-too-many", reason, f"{width} channels")
+        return Refusal("channels-too-many", reason, f"{width} channels")
+    inner = replace(request, bias=rest, head_dim=dims)
+    return Route(inner, channels, _zones(request, channels, steps))
+
+
+def _zones(
+    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps]
+) -> tuple[Zone, ...]:
+    """Return the zones: a step that is a level, or one side of the queries, or both.
+
+    Distances are counted from where each bias counts them, so there may be two cuts at 0.
+    """
+    sloped = {one.structure.align for one in channels if isinstance(one.structure, Linear)}
+    cuts: list[list[tuple[Align, int, int, int | None]]] = []
+    for align in sorted(sloped | set(steps)):
+        hull = _distances(request, align)
+        parts = steps.get(align, ((*hull, None),))
+        if align in sloped:
+            parts = tuple((*half, row) for lo, hi, row in parts for half in _halves(lo, hi))
+        cuts.append([(align, *part) for part in parts])
+    found = []
+    for chosen in product(*cuts):
+        spans = tuple((align, lo, hi) for align, lo, hi, _ in chosen)
+        row = next((row for *_, row in chosen if row is not None), None)
+        found.append(Zone(spans, _turned(request, channels, spans), row))
+    return tuple(found) if len(found) > 1 or any(zone.row is not None for zone in found) else ()
+
+
+def _halves(lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    """Yield the distances on either side of 0, which belongs to both.
+
+    It goes where it keeps a window from being one distance wide, which the grad op refuses.
+    """
+    if not lo < 0 < hi:
+        yield lo, hi
         return
-    yield Route(replace(request, bias=rest, head_dim=dims), channels, levels)
+    last = 0 if hi > 1 else -1
+    yield lo, last
+    yield last + 1, hi
+
+
+def _turned(
+    request: Request, channels: tuple[Channels, ...], spans: tuple[tuple[Align, int, int], ...]
+) -> tuple[tuple[int, int], ...]:
+    """Return the dimensions whose channels have the wrong sign at some distances."""
+    side = {align: (1 if hi <= 0 else -1) for align, _, hi in spans}
+    return tuple(
+        dims
+        for one, dims in _dims(request, channels)
+        if isinstance(one.structure, Linear) and side[one.structure.align] != one.sign
+    )
+
+
+def _dims(
+    request: Request, channels: tuple[Channels, ...]
+) -> list[tuple[Channels, tuple[int, int]]]:
+    """Return which dimensions of the query the channels of each addend are."""
+    ends = list(accumulate((one.width for one in channels), initial=request.head_dim))
+    return list(zip(channels, pairwise(ends), strict=True))
 
 
 def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal:
@@ -183,14 +259,8 @@ def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal
         )
         return Refusal("channels-positions", reason, "channels")
     lo, hi = _distances(request, structure.align)
-    if lo < 0 < hi:
-        reason = (
-            f"the mask lets queries see keys before and after them, where {term.text} bends; it is "
-            "linear, and so a channel, on one side (masks.Causal())"
-        )
-        return Refusal("alibi-two-sided", reason, "channels")
     digits = 2 if low and longest > BASE else 1
-    return Channels(part, structure, 3 if low else 1, digits, sign=1 if hi <= 0 else -1)
+    return Channels(part, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
 
 
 def _distances(request: Request, align: Align) -> tuple[int, int]:
@@ -211,7 +281,7 @@ def _anchor(sizes: tuple[int, int], align: Align) -> int:
 
 def _splits(
     structure: Stepped, hull: tuple[int, int]
-) -> Iterator[tuple[tuple[int, int] | None, tuple[tuple[int, int, int], ...]]]:
+) -> Iterator[tuple[tuple[int, int] | None, Steps]]:
     """Yield which distances are channels, and which steps are levels; the price decides.
 
     Steps of one distance are never levels: the kernel's grad takes no such window.
@@ -233,72 +303,114 @@ def _splits(
 
 
 def disprove_route(
-    request: Request, route: Route, pieces: Sequence[tuple[KernelCall, Form]]
+    request: Request,
+    route: Route,
+    pieces: Sequence[tuple[KernelCall, Form]],
+    in_order: Request | None = None,
 ) -> Refusal | None:
     """Return why channels and levels do not add the bias to every cell of the calls; or None.
 
     What the calls compute is proven elsewhere: here, that each addend is added once, and that
-    every cell has a distance that its channels, or its level, are for.
+    every cell has a distance that its channels, or its level, are for. Where positions are
+    sorted around the calls, they are those of `in_order`, and distances those from before.
     """
     taken = {one.part for one in route.channels}
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
     dims = request.head_dim + sum(one.width for one in route.channels)
     if replace(request, bias=rest, head_dim=dims) != route.request:
         return Refusal("other-request", "the calls are for another request than asked for")
-    for call, form in pieces:
-        if call.head_dim != (dims if form.level is None else route.plain_dim):
-            return Refusal("other-dims", f"{call} has not the channels of its bias")
+    if in_order is not None and in_order != resort(route.request):
+        return Refusal("other-request", "the calls are for other positions than asked for")
+    mixed = _disprove_groups([form for _, form in pieces if form.partial])
+    if mixed is not None:
+        return mixed
     for one in route.channels:
         term = request.bias[one.part]
         if term.structure != one.structure:
             return Refusal("other-bias", f"{term.text} is not the bias of the channels")
-        if isinstance(one.structure, Linear):
-            lo, hi = _distances(request, one.structure.align)
-            if (hi if one.sign > 0 else -lo) > 0:
-                return Refusal("alibi-two-sided", f"{term.text} is not linear on the mask")
-        if isinstance(one.structure, Stepped):
-            wrong = _outside_steps(request, route, one, one.structure, pieces)
-            if wrong is not None:
-                return wrong
-    return None
-
-
-def _outside_steps(
-    request: Request,
-    route: Route,
-    one: Channels,
-    structure: Stepped,
-    pieces: Sequence[tuple[KernelCall, Form]],
-) -> Refusal | None:
-    mixed = disprove_groups([form for _, form in pieces if form.partial])
-    if mixed is not None:
-        return mixed
-    hull = _distances(request, structure.align)
-    spans: dict[int | None, list[tuple[int, int]]] = {None: [one.span] if one.span else []}
-    for lo, hi, row in structure.steps(*hull):
-        spans.setdefault(row, []).append((lo, hi))
+    known = {align: _distances(request, align) for align in ("bottom_right", "top_left")}
     for call, form in pieces:
-        if form.level is None and one.span is not None and _within(hull, one.span):
-            continue
-        mask = call.atten_mask
-        if mask is not None and mask.is_opaque:
-            return Refusal("cover", "the distances in a mask of unknown cells are unknown")
-        for block, region in zip(form.blocks, call.regions(None), strict=True):
-            at = _anchor(request.sequences[block.batch], structure.align)
-            cells = region.shift(block.i0, block.j0)
-            rows, keys = request.sequences[block.batch]
-            bands = (Slice(0, rows, 0, keys, lo + at, hi + at) for lo, hi in spans[form.level])
-            if not cells <= Region.of(*bands):
-                return Refusal("other-level", f"{call} has cells at distances of another step")
+        wrong = _other_channels(request, route, call, form)
+        for one, dims_of in _dims(request, route.channels):
+            if wrong is None and not isinstance(one.structure, PerKey):
+                hull = known[one.structure.align]
+                bands = _served(one, dims_of, form.zone, hull)
+                # Most requests lie in one of these as a whole, and cells need not be looked at.
+                if not any(_within(hull, band) for band in bands):
+                    wrong = _other_distances(in_order or request, one, bands, call, form)
+        if wrong is not None:
+            return wrong
     return None
 
 
-def disprove_groups(forms: Sequence[Form]) -> Refusal | None:
-    """Return why the calls of levels cannot merge: each group of heads is merged by itself."""
+def _other_channels(request: Request, route: Route, call: KernelCall, form: Form) -> Refusal | None:
+    """Check that a call has the channels of its zone, and turns whole addends of slopes only."""
+    if call.head_dim != route.dim_of(form.zone):
+        return Refusal("other-dims", f"{call} has not the channels of its bias")
+    if form.zone is None:
+        return None
+    slopes = [d for c, d in _dims(request, route.channels) if isinstance(c.structure, Linear)]
+    stepped = isinstance(route.channels[-1].structure, Stepped)
+    if not form.partial or not set(form.zone.turned) <= set(slopes):
+        return Refusal("other-sign", f"{call} turns what has no sign")
+    if form.zone.row is not None and not stepped:
+        return Refusal("other-level", f"{call} adds a row of no table")
+    return None
+
+
+def _other_distances(
+    request: Request, one: Channels, bands: list[Span], call: KernelCall, form: Form
+) -> Refusal | None:
+    """Check that the distances of a call's cells are among those that an addend serves in it."""
+    mask = call.atten_mask
+    if mask is not None and mask.is_opaque:
+        return Refusal("cover", "the distances in a mask of unknown cells are unknown")
+    align = one.structure.align if not isinstance(one.structure, PerKey) else "bottom_right"
+    for block, region in zip(form.blocks, call.regions(None), strict=True):
+        if not _at_distances(request, align, bands, block, region):
+            if isinstance(one.structure, Linear):
+                reason = f"{call} has cells on the side that its channels have the wrong sign for"
+                return Refusal("other-sign", reason)
+            return Refusal("other-level", f"{call} has cells at distances of another step")
+    return None
+
+
+def _at_distances(
+    request: Request, align: Align, bands: list[Span], block: Block, region: Region
+) -> bool:
+    """Whether a block's cells have distances in some bands; its bounds alone mostly tell."""
+    sizes, box = request.sequences[block.batch], region.bounds
+    if box is None:
+        return True
+    if isinstance(request.mask, Resorted):
+        order = replace(request.mask, rest=Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
+        return region.shift(block.i0, block.j0) <= order.region(*sizes)
+    shift = block.j0 - block.i0 - _anchor(sizes, align)
+    if any(_within((box.lo + shift, box.hi + shift), band) for band in bands):
+        return True
+    inside = (Slice(box.i0, box.i1, box.j0, box.j1, lo - shift, hi - shift) for lo, hi in bands)
+    return region <= Region.of(*inside)
+
+
+def _served(one: Channels, dims: Span, zone: Zone | None, hull: Span) -> list[Span]:
+    """Return the distances that an addend is right for in a zone, within those of the request."""
+    lo, hi = hull
+    if isinstance(one.structure, Linear):
+        turned = zone is not None and dims in zone.turned
+        past = (one.sign > 0) != turned
+        return [(min(lo, 0), 0)] if past else [(0, max(hi, 0))]
+    if zone is None or zone.row is None:
+        return [one.span] if one.span is not None else []
+    steps = one.structure.steps(lo, hi) if isinstance(one.structure, Stepped) else ()
+    return [(a, b) for a, b, row in steps if row == zone.row]
+
+
+def _disprove_groups(forms: Sequence[Form]) -> Refusal | None:
+    """Return why calls cannot merge: each group of heads is merged by itself."""
     groups = {form.heads for form in forms}
     heads = [head for group in groups for head in group or ()]
     if (None in groups and len(groups) > 1) or len(set(heads)) < len(heads):
-        reason = "heads have masks of their own, which differ at some distances and not at others"
+        reason = "a head is in calls of several groups of heads, each of which merges by itself"
         return Refusal("levels-per-head", reason)
     return None
 

@@ -83,9 +83,9 @@ class LearnableALiBi(ByDistance):
     """ALiBi whose slopes are a parameter: what ``ALiBi(..., learnable=True)`` makes.
 
     ``bias[h, i, j] = -weight[h] * abs(i' - j)``; `weight` is an `nn.Parameter` [n] that starts at
-    the slopes given. Its gradient reaches it on the fused kernel too, where the mask lets each
-    query see keys on one side of it only: there the bias is linear in positions, and becomes
-    channels of query and key.
+    the slopes given. Its gradient reaches it on the fused kernel too: on each side of a query the
+    bias is linear in positions, and becomes channels of query and key. Where a mask allows keys
+    on both sides, each side is computed by calls of its own.
 
     Equality compares the weights' content; text and configurations hold where they started.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
 from attnkit.planner.lower import on_route
 from attnkit.planner.routes import Route, disprove_route, routes
+from attnkit.pse import Align
 from tests.backends.standin import Ops
 
 EXACT = 1e-10
@@ -63,6 +64,14 @@ MASKS: dict[str, masks.Mask] = {
     "no region": CAUSAL & masks.Dense.keep(torch.rand(LENGTH, LENGTH) < 0.7),
     "dilated": CAUSAL & masks.Dilated(2),
     "heads": masks.PerHead([CAUSAL, CAUSAL & masks.SlidingWindow(6)] * 2),
+    "full": masks.Full(),
+    "prefix": masks.PrefixLM(7),
+    "blocks": masks.BlockCausal(5),
+    "documents, one with a prefix": masks.Documents([7, 17]) & (CAUSAL | masks.Prefix(11)),
+    "window with global tokens": masks.Band(3, 3) | masks.Columns(0, 2) | masks.Rows(0, 2),
+    "spans": CAUSAL | masks.Documents([3, 9, 4, 8]),
+    "dilated, both sides": masks.Band(9, 7) & masks.Dilated(3),
+    "heads, some on both sides": masks.PerHead([CAUSAL, masks.Full()] * 2),
 }
 
 
@@ -152,6 +161,130 @@ def test_slopes_on_either_side(mask: masks.Mask, align: Any, sizes: tuple[int, i
     agree(run("emulated", bias, leaves, mask=mask), run("reference", bias, leaves, mask=mask))
 
 
+# -- both sides ----------------------------------------------------------------------------
+
+
+def flipped(plan: Plan, k: int) -> Plan:
+    """The plan with the signs of one call's channels turned, or turned back."""
+    step = plan.steps[k]
+    zone, turned = (
+        step.form.zone,
+        {t for s in plan.steps if s.form.zone for t in s.form.zone.turned},
+    )
+    assert zone is not None
+    zone = replace(zone, turned=tuple(turned - set(zone.turned)))
+    wrong = replace(step, form=replace(step.form, zone=zone))
+    return replace(plan, steps=(*plan.steps[:k], wrong, *plan.steps[k + 1 :]))
+
+
+def sided_masks(q_len: int, kv_len: int) -> Iterator[masks.Mask]:
+    """Masks that let queries see keys on both sides, at one size."""
+    yield from (masks.Full(), masks.Band(1, 1), masks.Band(-1, 3) | masks.Band(2, -1))
+    aligns: tuple[Align, ...] = ("bottom_right", "top_left")
+    for align in aligns:
+        yield masks.PrefixLM(2, align)
+        yield masks.BlockCausal(2, align)
+        yield masks.Band(1, 1, align) | masks.Columns(0, 1) | masks.Rows(0, 1)
+        if q_len > 2 and kv_len > 2:
+            spans = masks.Documents((1, q_len - 1), (1, kv_len - 1))
+            yield from (spans, masks.Causal(align) | spans)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("q_len", range(1, 6))
+@pytest.mark.parametrize("kv_len", range(1, 6))
+def test_two_sides_at_every_small_size(q_len: int, kv_len: int, align: Any) -> None:
+    torch.manual_seed(q_len + 7 * kv_len)
+    bias, leaves = alibi(align), tensors(q_len, kv_len, sink=kv_len == 3)
+    for mask in sided_masks(q_len, kv_len):
+        meant = run("reference", bias, leaves, mask=mask)
+        for plan in plans_of(request_of(bias, leaves, mask)):
+            plan.verify()
+            found = run_plan(plan, Operands(*leaves[:3], bias, leaves[3] if leaves[3:] else None))
+            agree(gradients(found, [*leaves, *bias.tensors]), meant)
+            for k in range(len(plan.steps)) if plan.route and plan.route.zones else ():
+                if all(block.sizes == (1, 1) for block in plan.steps[k].form.blocks):
+                    continue  # it may be the diagonal, where a bias of 0 has any sign
+                with pytest.raises(KernelContractError, match="wrong sign"):
+                    flipped(plan, k).verify()
+        agree(run("emulated", bias, leaves, mask=mask), meant)
+
+
+@pytest.mark.parametrize(
+    "lengths", [([5, 9, 10], [5, 9, 10]), ([4, 1, 7], [6, 9, 7]), ([7, 3], [2, 5])]
+)
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("mask", [masks.Full(), masks.PrefixLM(3), masks.BlockCausal(2)], ids=str)
+def test_two_sides_of_packed_sequences(mask: masks.Mask, align: Any, lengths: Any) -> None:
+    bias, seqlens = alibi(align) + pse.ALiBi(HEADS), ak.SeqLens(*lengths)
+    leaves = tensors(sum(lengths[0]), sum(lengths[1]), layout="TND", sink=True)
+    rest = {"mask": mask, "layout": "TND", "seqlens": seqlens}
+    agree(run("emulated", bias, leaves, **rest), run("reference", bias, leaves, **rest))
+
+
+@pytest.mark.parametrize("sizes", [(24, 24), (18, 24), (24, 18)])
+@pytest.mark.parametrize("scale", [None, -0.7])
+def test_biases_with_anchors_of_their_own(sizes: tuple[int, int], scale: float | None) -> None:
+    """Two anchors make zones between them, where one addend has a sign and the other has not."""
+    bias = alibi() + alibi("top_left") + t5(True, "top_left") + pse.KeyBias(parameter(sizes[1]))
+    leaves = tensors(*sizes)
+    for mask in (masks.Full(), masks.PrefixLM(6), masks.BlockCausal(5)):
+        meant = run("reference", bias, leaves, mask=mask, scale=scale)
+        for plan in plans_of(request_of(bias, leaves, mask, scale=scale)):
+            plan.verify()
+            found = run_plan(plan, Operands(*leaves, bias))
+            agree(gradients(found, [*leaves, *bias.tensors]), meant)
+
+
+def test_a_sign_that_is_wrong_changes_the_result() -> None:
+    bias, leaves = alibi(), tensors()
+    meant = run("reference", bias, leaves, mask=masks.Full())
+    (plan,) = plans_of(request_of(bias, leaves, masks.Full()))
+    assert len(plan.steps) == 2
+    for k in range(2):
+        wrong = run_plan(flipped(plan, k), Operands(*leaves, bias))
+        assert (wrong.output - meant[0]).abs().max() > 0.01
+        with pytest.raises(KernelContractError, match="wrong sign"):
+            flipped(plan, k).verify()
+
+
+def test_a_sign_that_is_wrong_is_found_out_where_positions_are_sorted() -> None:
+    bias, leaves, mask = alibi(), tensors(), masks.Band(9, 7) & masks.Dilated(3)
+    (plan,) = plans_of(request_of(bias, leaves, mask))
+    plan.verify()
+    for k in range(len(plan.steps)):
+        with pytest.raises(KernelContractError, match="wrong sign"):
+            flipped(plan, k).verify()
+    assert plan.in_order is not None
+    other = replace(plan.in_order, mask=replace(plan.in_order.mask, rest=masks.Band(8, 7)))
+    with pytest.raises(KernelContractError):
+        replace(plan, in_order=other).verify()
+
+
+def test_the_report_says_that_signs_differ(planned: Callable[..., Plan]) -> None:
+    plan = planned(masks.Full(), 4096, pse=pse.ALiBi(4, learnable=True))
+    assert len(plan.calls) == 2
+    assert "bias as 9 channels, signs by side" in plan.explain()
+    assert plan.to_dict()["route"] == "bias as 9 channels, signs by side"
+    assert [step.label.endswith("signs turned") for step in plan.steps] == [False, True]
+    both = planned(masks.Full(), 4096, pse=pse.ALiBi(4, learnable=True) + pse.T5Relative(4))
+    assert both.to_dict()["route"].endswith("signs by side, bias as 2 logits at the merge")
+
+
+def test_constant_slopes_on_both_sides_take_what_is_cheaper(planned: Callable[..., Plan]) -> None:
+    bias = pse.ALiBi(4)
+    assert planned(masks.Full(), 4096, pse=bias).calls[0].pse_type == 2
+    spans = CAUSAL | masks.Documents([700, 1000, 300, 2096])
+    plan = planned(spans, 4096, pse=bias)
+    assert plan.route is None
+    assert {call.pse_type for call in plan.calls} == {2}
+    ends = masks.Band(256, 256) | masks.Columns(0, 16) | masks.Rows(0, 16)
+    plan = planned(ends, 4096, pse=bias)  # strips of odd sizes would need matrices
+    assert plan.route is not None
+    assert any(step.form.zone and step.form.zone.turned for step in plan.steps)
+    assert all("mode 1" in other.label for other in plan.alternatives)  # with a full mask
+
+
 # -- levels --------------------------------------------------------------------------------
 
 
@@ -167,12 +300,20 @@ def plans_of(request: Request) -> list[Plan]:
         if isinstance(route, Route):
             option = on_route(request, route)
             if option.best is not None:
-                found.append(Plan("emulated", request, option.best.launches, route=route))
+                steps, in_order = option.best.launches, option.request
+                found.append(Plan("emulated", request, steps, in_order=in_order, route=route))
     return found
 
 
 @pytest.mark.parametrize(
-    "mask", [CAUSAL, masks.Full(), CAUSAL & masks.Documents([27, 9], [30, 10])]
+    "mask",
+    [
+        CAUSAL,
+        masks.Full(),
+        CAUSAL & masks.Documents([27, 9], [30, 10]),
+        masks.Band(30, 5) & masks.Dilated(2),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_every_split_into_channels_and_levels(mask: masks.Mask, bidirectional: bool) -> None:
@@ -200,19 +341,17 @@ def test_levels_alone() -> None:
         agree(gradients(run_plan(plan, Operands(*leaves, bias)), [*leaves, *bias.tensors]), meant)
 
 
-def test_heads_with_masks_of_their_own_merge_where_their_groups_stay_the_same() -> None:
+@pytest.mark.parametrize("other", [masks.Columns(1, 40), masks.Rows(5, 40), masks.SlidingWindow(4)])
+def test_heads_with_masks_of_their_own_have_levels_of_their_own(other: masks.Mask) -> None:
     bias, leaves = t5(), tensors(40, 40)
-    mask = masks.PerHead([CAUSAL, CAUSAL & masks.Columns(1, 40)] * 2)
+    # heads that are alike at near distances are still apart there, if they are at others
+    mask = masks.PerHead([CAUSAL, CAUSAL & other] * 2)
     meant = run("reference", bias, leaves, mask=mask)
     plans = plans_of(request_of(bias, leaves, mask))
     assert any(plan.route and plan.route.levels for plan in plans)
     for plan in plans:
         plan.verify()
         agree(gradients(run_plan(plan, Operands(*leaves, bias)), [*leaves, *bias.tensors]), meant)
-    mask = masks.PerHead([CAUSAL, CAUSAL & masks.Rows(5, 40)] * 2)
-    request = request_of(bias, leaves, mask)
-    (route,) = [r for r in routes(request) if isinstance(r, Route) and len(r.levels) == 1]
-    assert "levels-per-head" in {reason.code for reason in on_route(request, route).refusals}
 
 
 def test_the_gradient_of_a_level_counts_dropout() -> None:
@@ -348,9 +487,9 @@ def refused(bias: pse.Pse, mask: masks.Mask, **rest: Any) -> dict[str, str]:
     return {reason.code: reason.reason for reason in caught.value.refusals}
 
 
-def test_slopes_on_both_sides_of_a_query_are_refused() -> None:
-    reasons = refused(alibi(), masks.Full())
-    assert "before and after" in reasons["alibi-two-sided"]
+def test_both_sides_of_a_mask_of_unknown_cells_are_refused() -> None:
+    reasons = refused(alibi(), masks.Predicate(lambda b, h, i, j: (i * j) % 7 != 1))
+    assert "no region" in reasons["cut-region"]
     assert "never writes" in reasons["pse-gradient"]
 
 
@@ -405,16 +544,21 @@ def test_a_wrong_route_is_found_out() -> None:
     request = request_of(bias, leaves, CAUSAL)
     (plan,) = [p for p in plans_of(request) if p.route and len(p.route.levels) == 1]
     first, *rest = plan.steps
-    moved = (replace(rest[0], form=replace(rest[0].form, level=1)), *rest[1:])
+    zone = rest[0].form.zone
+    assert zone is not None
+    moved = (replace(rest[0], form=replace(rest[0].form, zone=replace(zone, row=1))), *rest[1:])
     with pytest.raises(KernelContractError, match="another step"):
         replace(plan, steps=(first, *moved)).verify()
     (linear,) = plans_of(request_of(alibi(), tensors(), CAUSAL))
     assert linear.route is not None
     two_sided = replace(linear.request, mask=masks.Full())
     route = replace(linear.route, request=replace(linear.route.request, mask=masks.Full()))
-    found = disprove_route(two_sided, route, [])
+    assert disprove_route(two_sided, route, []) is None  # no call has a wrong cell: there is none
+    (call,), (form,) = linear.calls, [step.form for step in linear.steps]
+    everything = replace(call, atten_mask=None, sparse_mode=0)
+    found = disprove_route(two_sided, route, [(everything, form)])
     assert found is not None
-    assert found.code == "alibi-two-sided"
+    assert found.code == "other-sign"
     forgotten = replace(linear.route, channels=())
     found = disprove_route(linear.request, forgotten, [])
     assert found is not None

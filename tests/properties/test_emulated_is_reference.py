@@ -78,6 +78,9 @@ def test_many_random_compositions() -> None:
         "cover",
         "cut-bias",
         "cut-region",
+        "mask-opaque-packed",
+        "mask-shared",
+        "mean-of-values",
         "pse-lengths",
         "wrong-cells",
     }
