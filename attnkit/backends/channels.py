@@ -2,7 +2,8 @@
 
 Everything here is differentiable, so the gradients of query and key that the kernel writes
 become those of the bias. Where a value is split into pieces of the query's dtype, its gradient
-comes through the first: all pieces meet the same positions, and it is the first's to move.
+comes through the first: all pieces meet the same positions, and it is the first's to move. Or
+it comes through channels of its own (anchors), of ``value - value.detach()``, which is 0.
 """
 
 from __future__ import annotations
@@ -104,10 +105,12 @@ def _linear(
     """Write ``slope * (j - i')`` as ``sum_d slope 256**d * digit_d(j)  -  slope i' * 1``.
 
     Two channels where the dtype holds positions; else one for each piece of the slope and
-    digit of j, and one for each piece of ``slope i'``.
+    digit of j, and one for each piece of ``slope i'``; and those that a gradient is read from.
     """
     rows, keys = _positions(request.sequences, structure.align, slopes.device)
     signed = one.sign * slopes
+    if one.anchors:
+        traced, signed = signed - signed.detach(), signed.detach()
     low = one.pieces > 1
     unit = _UNIT if low else 1.0
     per_row = rows.to(slopes.dtype)[:, None] * (signed / unit)
@@ -119,6 +122,12 @@ def _linear(
             u.append(repeat(piece * place, "n -> t n 1", t=len(rows)))
             last = digit == one.digits - 1
             w.append((keys // place if last else keys // place % BASE).to(slopes.dtype))
+    if one.anchors:
+        own, offset = _nearest(request.sequences, structure.align, one.anchors, slopes.device)
+        u.append(_UNIT * rearrange(traced, "n -> n 1") * rearrange(own, "t a -> t 1 a"))
+        u.append(rearrange(traced * offset, "t n -> t n 1"))
+        w += [((keys - anchor) / _UNIT).to(slopes.dtype) for anchor in one.anchors]
+        w.append(torch.ones_like(w[0]))
     per_key = repeat(torch.stack(w, -1), "t r -> t n r", n=request.num_kv_heads)
     return torch.cat(u, -1), per_key
 
@@ -154,6 +163,22 @@ def _stepped(
     u = per_class[rows % count]
     hot = (keys[:, None] % count == residue).to(table.dtype)
     return u, repeat(hot, "t b -> t n (p b)", n=request.num_kv_heads, p=one.pieces)
+
+
+@lru_cache(maxsize=64)
+def _nearest(
+    sequences: tuple[tuple[int, int], ...],
+    align: str,
+    anchors: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return which anchor is nearest to each query [t a], and how far it lies behind it [t 1]."""
+    with torch.inference_mode(False):
+        rows, _ = _positions(sequences, align, device)
+        ahead = torch.tensor(anchors, device=device) - rows[:, None]
+        which = ahead.abs().argmin(-1, keepdim=True)
+        there = torch.arange(len(anchors), device=device) == which
+        return there.float(), ahead.gather(-1, which).float()
 
 
 def _pieces(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:

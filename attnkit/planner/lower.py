@@ -23,7 +23,7 @@ from attnkit.planner.plan import Launch, Solution
 from attnkit.planner.proof import disprove, disprove_opaque, heads_of, is_opaque
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.planner.residues import resort
-from attnkit.planner.routes import Route, routes
+from attnkit.planner.routes import Route, in_parts, routes
 
 __all__ = ["Lowering", "lower", "on_route"]
 
@@ -220,6 +220,12 @@ def on_route(request: Request, route: Route) -> Lowering:
     option = _by_zone(request, route) if route.zones else lower(route.request)
     if option.best is None:
         return option
+    if len(option.best.launches) > 1:
+        parted = in_parts(request, route)
+        if isinstance(parted, Refusal):
+            return replace(option, best=None, refusals=(*option.refusals, parted))
+        if parted != route:
+            return on_route(request, parted)
     first, *rest = option.best.launches
     # Query and key are copied beside their channels, by a handful of elementwise kernels.
     cells = sum(prod(shape) for shape in route.request.shapes()[:2])

@@ -19,6 +19,13 @@ float16 and bfloat16 hold neither positions beyond 2,048 (256) nor slopes to the
 the kernel's float32 scores. So positions are split into digits of base 256, which both hold
 exactly, and values into a sum of two or three numbers of the dtype; the products are exact.
 
+The gradient that the kernel writes for a channel is rounded to the dtype, too. Where it sums
+over all keys of a query, these sums are 0 for a channel of ones, and only distances are left of
+positions. Over some of the keys (beside a sink, in each of several calls) they are not 0, and
+positions would be rounded to 8 bits. There slopes get their gradient through channels of their
+own, for keys counted from *anchors* spread over the sequence: each query reads the nearest. In
+the forward these channels are 0.
+
 Sources: for ALiBi as two channels, Press et al., "Train Short, Test Long" (ICLR 2022), whose
 bias is linear; for merging partial softmaxes, Milakov and Gimelshein, "Online normalizer
 calculation for softmax" (2018).
@@ -43,7 +50,7 @@ from attnkit.planner.request import BiasTerm, Request
 from attnkit.planner.residues import Resorted, resort
 from attnkit.pse import Align, Linear, PerKey, Stepped
 
-__all__ = ["BASE", "Channels", "Route", "disprove_route", "routes"]
+__all__ = ["BASE", "Channels", "Route", "disprove_route", "in_parts", "routes"]
 
 BASE = 256
 """Digits below it are exact in bfloat16, which has 8 significant bits, and in float16."""
@@ -54,6 +61,8 @@ Steps = tuple[tuple[int, int, int | None], ...]
 
 _MOST_DIMS = 768
 _MOST_LEVELS = 20
+_MOST_ANCHORS = 16
+_ANCHORED = 128  # positions that share an anchor, where these are not too many
 # The kernel sums channels in float32, so a score is rounded to 2**-24 of the largest product,
 # slope * position, where a distance of its own would be exact. For slopes up to 1/2 that is
 # 0.0001 at 4,096 positions, and here, 0.002, half a unit of a bfloat16 weight.
@@ -68,7 +77,7 @@ class Channels:
     for each position. `sign` is 1 where the channels are for keys that do not follow their
     query, -1 where for keys that do not precede it; zones may turn it. `span` are the first and
     last distance ``j - i'`` that the channels of a stepped bias serve; None where they serve
-    none.
+    none. `anchors` are the positions that the gradient of slopes counts from, if any.
     """
 
     part: int
@@ -78,12 +87,14 @@ class Channels:
     sign: int = 1
     group: int = 1
     span: tuple[int, int] | None = None
+    anchors: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
         """The number of channels."""
         if isinstance(self.structure, Linear):
-            return self.pieces * (self.digits + 1)
+            counted = len(self.anchors) + 1 if self.anchors else 0
+            return self.pieces * (self.digits + 1) + counted
         if isinstance(self.structure, PerKey):
             return self.pieces * self.group
         return self.pieces * (self.span[1] - self.span[0] + 1) if self.span else 0
@@ -164,9 +175,16 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
         yield _fitting(request, (*found, replace(one, span=span)), {align: (*near, *levels)})
 
 
+def in_parts(request: Request, route: Route) -> Route | Refusal:
+    """Return a route whose gradients keep their precision where several calls have the keys."""
+    return route if route.zones else _fitting(request, route.channels, {}, whole=False)
+
+
 def _fitting(
-    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps]
+    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps], whole: bool = True
 ) -> Route | Refusal:
+    if request.sink or not whole or _zones(request, channels, steps):
+        channels = tuple(_anchored(request, one) for one in channels)
     width = sum(one.width for one in channels)
     taken = {one.part for one in channels}
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
@@ -261,6 +279,16 @@ def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal
     lo, hi = _distances(request, structure.align)
     digits = 2 if low and longest > BASE else 1
     return Channels(part, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
+
+
+def _anchored(request: Request, one: Channels) -> Channels:
+    """Return the channels with anchors, where slopes train and are rounded."""
+    trains = request.bias[one.part].requires_grad
+    if not (trains and isinstance(one.structure, Linear) and one.pieces > 1):
+        return one
+    longest = max((max(sizes) for sizes in request.sequences), default=0)
+    count = max(1, min(_MOST_ANCHORS, longest // _ANCHORED))
+    return replace(one, anchors=tuple((2 * k + 1) * longest // (2 * count) for k in range(count)))
 
 
 def _distances(request: Request, align: Align) -> tuple[int, int]:

@@ -264,8 +264,8 @@ def test_a_sign_that_is_wrong_is_found_out_where_positions_are_sorted() -> None:
 def test_the_report_says_that_signs_differ(planned: Callable[..., Plan]) -> None:
     plan = planned(masks.Full(), 4096, pse=pse.ALiBi(4, learnable=True))
     assert len(plan.calls) == 2
-    assert "bias as 9 channels, signs by side" in plan.explain()
-    assert plan.to_dict()["route"] == "bias as 9 channels, signs by side"
+    assert "bias as 26 channels, signs by side" in plan.explain()
+    assert plan.to_dict()["route"] == "bias as 26 channels, signs by side"
     assert [step.label.endswith("signs turned") for step in plan.steps] == [False, True]
     both = planned(masks.Full(), 4096, pse=pse.ALiBi(4, learnable=True) + pse.T5Relative(4))
     assert both.to_dict()["route"].endswith("signs by side, bias as 2 logits at the merge")
@@ -455,23 +455,67 @@ def test_raw_positions_in_bfloat16_would_lose_logits(own_errors: list[float]) ->
     assert low_errors(bias, bad)[0] > 50 * own_errors[0]
 
 
-def test_the_slope_gradient_in_bfloat16() -> None:
+SLOPES = (0.5, 0.0617, 0.0041, 1e-4)
+
+
+def slope_errors(
+    mask: masks.Mask, sizes: tuple[int, int], sink: Tensor | None, rest: pse.Pse | None
+) -> tuple[Tensor, Tensor]:
+    """Errors of the slopes' gradients in bfloat16, and the sum of all ``|dS_ij (j - i')|``."""
     torch.manual_seed(2)
-    low = [torch.randn(1, length, 4, 16).bfloat16() for length in (48, 4096, 4096)]
-    bias = pse.ALiBi((0.5, 0.0617, 0.0041, 1e-4), learnable=True)
+    low = [torch.randn(1, length, 4, 16).bfloat16() for length in (sizes[0], sizes[1], sizes[1])]
+    bias = pse.ALiBi(SLOPES, learnable=True)
+    whole = bias if rest is None else bias + rest
     found = {}
     for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "emulated")):
         leaves = [t.to(dtype) for t in low]
-        result = ak.attention(*leaves, mask=CAUSAL, pse=bias, backend=backend, return_stats=True)
+        result = ak.attention(
+            *leaves, mask=mask, pse=whole, backend=backend, return_stats=True, sink=sink
+        )
         found[backend] = gradients(result, list(bias.tensors))[-1].double()
     # what the gradient is the sum of: dS_ij * (j - i'), read off a bias per cell
-    cells = bias.materialize(48, 4096, dtype=torch.float64).detach().requires_grad_()
+    cells = whole.materialize(*sizes, dtype=torch.float64).detach().requires_grad_()
     leaves = [t.double() for t in low]
-    dense = ak.attention(*leaves, mask=CAUSAL, pse=pse.Dense(cells), return_stats=True)
-    each = gradients(dense, [cells])[-1] * bias.materialize(48, 4096).detach()
+    dense = ak.attention(*leaves, mask=mask, pse=pse.Dense(cells), return_stats=True, sink=sink)
+    each = gradients(dense, [cells])[-1] * bias.materialize(*sizes).detach()
     size = each.abs().sum((0, 2, 3)) / bias.tensors[0].detach().double()
+    return (found["emulated"] - found["reference"]).abs(), size
+
+
+ENDS = CAUSAL & (masks.SlidingWindow(64) | masks.Columns(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes", "sink", "rest"),
+    [
+        (CAUSAL, (48, 4096), None, None),
+        (CAUSAL, (256, 2048), torch.zeros(4), None),
+        (ENDS, (1024, 1024), None, None),
+        (CAUSAL, (1024, 1024), None, pse.T5Relative(4, 8, 12, False, table=torch.zeros(8, 4))),
+        (masks.Full(), (1024, 1024), None, None),
+        (masks.Band(100, 100), (1024, 1024), None, None),
+        (masks.BlockCausal(64), (1024, 1024), torch.zeros(4), None),
+        (~CAUSAL, (1024, 1024), torch.zeros(4), None),
+    ],
+    ids=str,
+)
+def test_the_slope_gradient_in_bfloat16(
+    mask: masks.Mask, sizes: tuple[int, int], sink: Tensor | None, rest: pse.Pse | None
+) -> None:
+    error, size = slope_errors(mask, sizes, sink, rest)
     # the kernel rounds each dS to 8 bits
-    assert ((found["emulated"] - found["reference"]).abs() < 2**-8 * size).all()
+    assert (error < 2**-8 * size).all(), (error / (2**-8 * size)).tolist()
+
+
+def test_without_anchors_the_slope_gradient_of_two_sides_is_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Positions times sums that are not 0; few rows, so that it does not average out."""
+    error, size = slope_errors(masks.Full(), (255, 4096), None, None)
+    assert (error < 3 * 2**-8 * size).all()  # a query is up to half of 256 from its anchor
+    monkeypatch.setattr("attnkit.planner.routes._anchored", lambda _request, one: one)
+    error, size = slope_errors(masks.Full(), (254, 4096), None, None)  # no plan is known for it
+    assert (error > 20 * 2**-8 * size).any()
 
 
 # -- what is refused, and what is not ------------------------------------------------------
