@@ -8,6 +8,7 @@ it comes through channels of its own (anchors), of ``value - value.detach()``, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -56,9 +57,14 @@ def run_on_route(
         operands.value,
         _rest(parts, route),
         operands.sink,
-        parts[route.stepped.part].tensors[0].to(wide) if route.levels else None,
+        _logits(parts[route.stepped.part], wide) if route.levels else None,
     )
     return run(_inside(plan), widened)
+
+
+def _logits(part: Pse, dtype: torch.dtype) -> Tensor:
+    """Return what levels add at the merge, where nothing must be -inf."""
+    return _finite(part.tensors[0].to(dtype), math.inf)
 
 
 def _values(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -116,12 +122,13 @@ def _linear(
     per_row = rows.to(slopes.dtype)[:, None] * (signed / unit)
     u = [rearrange(piece, "t n -> t n 1") for piece in _pieces(-per_row, one, request.dtype)]
     w = [torch.full_like(keys, unit, dtype=slopes.dtype) for _ in u]
-    for piece in _pieces(signed, one, request.dtype):
-        for digit in range(one.digits):
-            place = BASE**digit
-            u.append(repeat(piece * place, "n -> t n 1", t=len(rows)))
-            last = digit == one.digits - 1
-            w.append((keys // place if last else keys // place % BASE).to(slopes.dtype))
+    for digit in range(one.digits):
+        place = BASE**digit
+        counted = keys // place if digit == one.digits - 1 else keys // place % BASE
+        # The place is the query's: where it was the key's, so would be the gradient of u.
+        for piece in _pieces(signed * place, one, request.dtype):
+            u.append(repeat(piece, "n -> t n 1", t=len(rows)))
+            w.append(counted.to(slopes.dtype))
     if one.anchors:
         own, offset = _nearest(request.sequences, structure.align, one.anchors, slopes.device)
         u.append(_UNIT * rearrange(traced, "n -> n 1") * rearrange(own, "t a -> t 1 a"))
@@ -182,16 +189,28 @@ def _nearest(
 
 
 def _pieces(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:
-    """Split values into numbers of a dtype that add up to them; the first has the gradient."""
+    """Split values into numbers of a dtype that add up to them; the first has the gradient.
+
+    Values that are too large for that are cut off: -inf says "never", and would be NaN where
+    another channel multiplies it with 0.
+    """
+    top = torch.finfo(dtype).max
+    values = _finite(values, one.pieces * top)
     if one.pieces == 1:
         return [values]
     # Exactly the rounded values, with the gradient of values that were not.
-    first = values + (values.to(dtype).to(values.dtype) - values).detach()
+    first = values + (values.clamp(-top, top).to(dtype).to(values.dtype) - values).detach()
     pieces, left = [first], (values - first).detach()
     for _ in range(one.pieces - 1):
-        pieces.append(left.to(dtype).to(values.dtype))
+        pieces.append(left.clamp(-top, top).to(dtype).to(values.dtype))
         left = left - pieces[-1]
     return pieces
+
+
+def _finite(values: Tensor, most: float) -> Tensor:
+    """Cut values off where sums of a few of them, or they themselves, would not be finite."""
+    most = min(most, torch.finfo(values.dtype).max / 8)
+    return values.clamp(-most, most)
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,10 @@ class KeyBias(Pse):
     gradients flow to it, and they do on the fused kernel too, which computes this bias as an
     additional channel of query and key. Materialises as ``[1 | b, 1 | n, q_len, kv_len]``.
 
+    Keys that nobody may see are a mask's (`masks.Padding`): cells it leaves out cost nothing. A
+    number as low as -inf has the same effect, but a query all of whose keys have it gets some
+    mean of their values on the fused kernel, not 0.
+
     Equality compares content, as for `Dense`; the hash uses the shape alone.
 
     Raises `CompositionTypeError` for anything but a floating tensor, `CompositionError` for

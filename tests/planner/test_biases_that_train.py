@@ -131,9 +131,10 @@ def test_every_gradient_is_the_references(bias: str, mask: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSH"])
-def test_other_layouts(layout: str) -> None:
+@pytest.mark.parametrize("mask", [CAUSAL, masks.BlockCausal(5)], ids=str)
+def test_other_layouts(layout: str, mask: masks.Mask) -> None:
     bias, leaves = BIASES["all of them"](), tensors(layout=layout)
-    rest = {"mask": CAUSAL, "layout": layout, "scale": 0.3}
+    rest = {"mask": mask, "layout": layout, "scale": 0.3}
     agree(run("emulated", bias, leaves, **rest), run("reference", bias, leaves, **rest))
 
 
@@ -211,7 +212,8 @@ def test_two_sides_at_every_small_size(q_len: int, kv_len: int, align: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "lengths", [([5, 9, 10], [5, 9, 10]), ([4, 1, 7], [6, 9, 7]), ([7, 3], [2, 5])]
+    "lengths",
+    [([5, 9, 10], [5, 9, 10]), ([4, 1, 7], [6, 9, 7]), ([7, 3], [2, 5]), ([0, 5, 6], [3, 0, 12])],
 )
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 @pytest.mark.parametrize("mask", [masks.Full(), masks.PrefixLM(3), masks.BlockCausal(2)], ids=str)
@@ -453,6 +455,46 @@ def test_raw_positions_in_bfloat16_would_lose_logits(own_errors: list[float]) ->
     assert best is not None
     bad = Plan("emulated", good.request, best.launches, route=route)
     assert low_errors(bias, bad)[0] > 50 * own_errors[0]
+
+
+LOW = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("never", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("family", ["key", "key per head", "table", "level"])
+def test_a_bias_that_says_never_is_not_nan(family: str, never: float, dtype: torch.dtype) -> None:
+    """As some pad: what overflows a dtype, or is infinite, must not meet a 0."""
+    torch.manual_seed(0)
+    shapes = {"key": (48,), "key per head": (4, 48), "table": (8, 4), "level": (8, 4)}
+    values = torch.randn(shapes[family])
+    if family in ("key", "key per head"):
+        values[..., 1:3] = never
+    else:
+        values[3 if family == "table" else 7] = never
+    weight = nn.Parameter(values)
+    table = family in ("table", "level")
+    bias = pse.T5Relative(4, 8, 12, False, table=weight) if table else pse.KeyBias(weight)
+    leaves = [torch.randn(1, 48, heads, 64, dtype=dtype) for heads in (4, 2, 2)]
+    wide_leaves = [leaf.double() for leaf in leaves]
+    meant = ak.attention(*wide_leaves, mask=CAUSAL, pse=bias, return_stats=True)
+    for plan in plans_of(request_of(bias, leaves, CAUSAL)):
+        result = run_plan(plan, Operands(*leaves, bias))
+        assert (result.output - meant.output).abs().max() < 0.02
+        assert (result.stats.lse - meant.stats.lse).abs().max() < 1e-3
+        assert all(grad.isfinite().all() for grad in gradients(result, list(bias.tensors)))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_small_scale_makes_large_channels(dtype: torch.dtype) -> None:
+    """As in width-independent parametrisations, ``scale = 1 / head_dim``: slopes over it."""
+    torch.manual_seed(0)
+    bias = pse.ALiBi((2.0, 0.5, 0.0617, 0.0041), learnable=True)
+    leaves = [torch.randn(1, 600, 4, 16, dtype=dtype) for _ in range(3)]
+    rest: dict[str, Any] = {"mask": masks.Full(), "pse": bias, "scale": 1 / 128}
+    found = ak.attention(*leaves, **rest, backend="emulated")
+    meant = ak.attention(*[leaf.double() for leaf in leaves], **rest, backend="reference")
+    assert (found - meant).abs().max() < 0.02
 
 
 SLOPES = (0.5, 0.0617, 0.0041, 1e-4)
