@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 
 import torch
 from einops import rearrange, repeat
@@ -21,6 +22,7 @@ from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
 from attnkit.planner import Plan, Request
 from attnkit.planner.routes import BASE, Channels, Route
 from attnkit.pse import Linear, PerKey, Pse, Sloped, Stepped, Sum
+from attnkit.pse.structure import joined
 
 __all__ = ["Leveled", "run_on_route"]
 
@@ -46,7 +48,7 @@ def run_on_route(
     key = [layout.to_tnd(operands.key, request.num_kv_heads)]
     for one in route.channels:
         if one.width:
-            values = _values(parts[one.part], wide, operands.query.device)
+            values = _values(parts, one, wide, operands.query.device)
             u, w = _channels(request, one, values / request.scale)
             query.append(u.to(request.dtype))
             key.append(w.to(request.dtype))
@@ -57,21 +59,36 @@ def run_on_route(
         operands.value,
         _rest(parts, route),
         operands.sink,
-        _logits(parts[route.stepped.part], wide) if route.levels else None,
+        _logits(parts, route.stepped, wide) if route.levels else None,
     )
     return run(_inside(plan), widened)
 
 
-def _logits(part: Pse, dtype: torch.dtype) -> Tensor:
+def _logits(parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype) -> Tensor:
     """Return what levels add at the merge, where nothing must be -inf."""
-    return _finite(part.tensors[0].to(dtype), math.inf)
+    table = _values(parts, one, dtype, parts[one.parts[0]].tensors[0].device)
+    return _finite(table, math.inf)
 
 
-def _values(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the small tensor that a bias follows from."""
-    if isinstance(part, Sloped):
-        return _constants(part.slopes, dtype, device)
-    return part.tensors[0].to(dtype)
+def _values(
+    parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the small tensor that a bias follows from: several tables as their sum, by step."""
+    first, *more = (parts[part] for part in one.parts)
+    if isinstance(first, Sloped):
+        return _constants(first.slopes, dtype, device)
+    if not more:
+        return first.tensors[0].to(dtype)
+    tables = [part.tensors[0].to(dtype) for part in (first, *more)]
+    known = tuple(part.structure for part in (first, *more) if isinstance(part.structure, Stepped))
+    return reduce(add, map(torch.Tensor.__getitem__, tables, _rows_of_each(known, device)))
+
+
+@lru_cache(maxsize=64)
+def _rows_of_each(structures: tuple[Stepped, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the rows that each table has on the steps of a sum."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(rows, device=device) for rows in joined(structures)[1])
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +105,7 @@ def _inside(plan: Plan) -> Plan:
 
 
 def _rest(parts: tuple[Pse, ...], route: Route) -> Pse | None:
-    taken = {one.part for one in route.channels}
+    taken = {part for one in route.channels for part in one.parts}
     rest = tuple(part for k, part in enumerate(parts) if k not in taken)
     return None if not rest else rest[0] if len(rest) == 1 else Sum(rest)
 

@@ -46,9 +46,10 @@ from attnkit.masks import Band, Or
 from attnkit.planner.blocks import Block
 from attnkit.planner.candidates import Form, Zone
 from attnkit.planner.matrices import matrices
-from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.request import Request
 from attnkit.planner.residues import Resorted, resort
-from attnkit.pse import Align, Linear, PerKey, Stepped
+from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
+from attnkit.pse.structure import joined
 
 __all__ = ["BASE", "Channels", "Route", "disprove_route", "in_parts", "routes"]
 
@@ -71,16 +72,16 @@ _MOST_POSITIONS = 2**16
 
 @dataclass(frozen=True)
 class Channels:
-    """One addend of the bias as channels of query and key.
+    """One addend of the bias as channels of query and key, or several stepped ones together.
 
-    `part` is its index among the addends. `pieces` numbers stand for each value and `digits`
+    `parts` are their indexes among the addends. `pieces` numbers stand for each value and `digits`
     for each position. `sign` is 1 where the channels are for keys that do not follow their
     query, -1 where for keys that do not precede it; zones may turn it. `span` are the first and
     last distance ``j - i'`` that the channels of a stepped bias serve; None where they serve
     none. `anchors` are the positions that the gradient of slopes counts from, if any.
     """
 
-    part: int
+    parts: tuple[int, ...]
     structure: Linear | PerKey | Stepped
     pieces: int = 1
     digits: int = 1
@@ -149,25 +150,27 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
     `sloped` says otherwise: one call adds them for nothing, pieces of odd sizes cannot.
     """
     found: list[Channels] = []
-    stepped: list[Channels] = []
+    stepped: list[int] = []
     for k, term in enumerate(request.bias):
         if term.structure is None or (term.sloped and not sloped):
             continue
-        one = _channels(request, k, term)
+        if isinstance(term.structure, Stepped):
+            stepped.append(k)
+            continue
+        one = _channels(request, (k,))
         if isinstance(one, Refusal):
             yield one
             return
-        (stepped if isinstance(term.structure, Stepped) else found).append(one)
-    if len(stepped) > 1:
-        reason = "two biases by steps of distance do not fit into one head; add their tables"
-        yield Refusal("steps-twice", reason, "channels")
-        return
+        found.append(one)
     if not (found or stepped):
         return
     if not stepped:
         yield _fitting(request, tuple(found), {})
         return
-    (one,) = stepped
+    one = _channels(request, tuple(stepped))
+    if isinstance(one, Refusal):
+        yield one
+        return
     align = one.structure.align  # type: ignore[union-attr]
     hull = _distances(request, align)
     for span, levels in _splits(one.structure, hull):  # type: ignore[arg-type]
@@ -186,7 +189,7 @@ def _fitting(
     if request.sink or not whole or _zones(request, channels, steps):
         channels = tuple(_anchored(request, one) for one in channels)
     width = sum(one.width for one in channels)
-    taken = {one.part for one in channels}
+    taken = {part for one in channels for part in one.parts}
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
     dims = request.head_dim + width
     if dims > _MOST_DIMS:
@@ -255,20 +258,35 @@ def _dims(
     return list(zip(channels, pairwise(ends), strict=True))
 
 
-def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal:
-    """Return an addend as channels (a stepped one without its span yet), or why it is none."""
+def _structure(request: Request, parts: tuple[int, ...]) -> Structure | None:
+    """Return the structure of an addend, or of several stepped ones that count distances alike."""
+    terms = [request.bias[part].structure for part in parts]
+    if len(terms) == 1:
+        return terms[0]
+    stepped = [term for term in terms if isinstance(term, Stepped)]
+    alike = len({term.align for term in stepped}) == 1
+    alike |= all(q_len == kv_len for q_len, kv_len in request.sequences)
+    return joined(stepped)[0] if alike and len(stepped) == len(terms) else None
+
+
+def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
+    """Return addends as channels (stepped ones without their span yet), or why they are none."""
     if not request.scale:
         reason = "scale=0 leaves nothing of a channel"
         return Refusal("channels-scale", reason, "channels")
     low = request.dtype.itemsize == 2
-    structure = term.structure
+    structure = _structure(request, parts)
+    if structure is None and len(parts) > 1:
+        reason = "biases by steps of distance count it from different ends; give both one align"
+        return Refusal("steps-twice", reason, "channels")
     if isinstance(structure, PerKey):
         group = request.num_heads // request.num_kv_heads if structure.per_head else 1
-        return Channels(part, structure, pieces=3 if low else 1, group=group)
+        return Channels(parts, structure, pieces=3 if low else 1, group=group)
     if isinstance(structure, Stepped):
-        return Channels(part, structure, pieces=2 if low else 1)
+        return Channels(parts, structure, pieces=2 if low else 1)
     if not isinstance(structure, Linear):
-        return Refusal("pse-gradient", f"{term.text} has no known structure", "channels")
+        text = request.bias[parts[0]].text
+        return Refusal("pse-gradient", f"{text} has no known structure", "channels")
     longest = max((max(sizes) for sizes in request.sequences), default=0)
     if longest > _MOST_POSITIONS and request.dtype != torch.float64:
         reason = (
@@ -278,12 +296,12 @@ def _channels(request: Request, part: int, term: BiasTerm) -> Channels | Refusal
         return Refusal("channels-positions", reason, "channels")
     lo, hi = _distances(request, structure.align)
     digits = 2 if low and longest > BASE else 1
-    return Channels(part, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
+    return Channels(parts, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
 
 
 def _anchored(request: Request, one: Channels) -> Channels:
     """Return the channels with anchors, where slopes train and are rounded."""
-    trains = request.bias[one.part].requires_grad
+    trains = any(request.bias[part].requires_grad for part in one.parts)
     if not (trains and isinstance(one.structure, Linear) and one.pieces > 1):
         return one
     longest = max((max(sizes) for sizes in request.sequences), default=0)
@@ -342,7 +360,7 @@ def disprove_route(
     every cell has a distance that its channels, or its level, are for. Where positions are
     sorted around the calls, they are those of `in_order`, and distances those from before.
     """
-    taken = {one.part for one in route.channels}
+    taken = {part for one in route.channels for part in one.parts}
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
     dims = request.head_dim + sum(one.width for one in route.channels)
     if replace(request, bias=rest, head_dim=dims) != route.request:
@@ -353,9 +371,9 @@ def disprove_route(
     if mixed is not None:
         return mixed
     for one in route.channels:
-        term = request.bias[one.part]
-        if term.structure != one.structure:
-            return Refusal("other-bias", f"{term.text} is not the bias of the channels")
+        if _structure(request, one.parts) != one.structure:
+            text = " + ".join(request.bias[part].text for part in one.parts)
+            return Refusal("other-bias", f"{text} is not the bias of the channels")
     known = {align: _distances(request, align) for align in ("bottom_right", "top_left")}
     for call, form in pieces:
         wrong = _other_channels(request, route, call, form)

@@ -9,12 +9,13 @@ the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from attnkit.pse.base import Align
 
-__all__ = ["Linear", "PerKey", "Stepped", "Structure"]
+__all__ = ["Linear", "PerKey", "Stepped", "Structure", "joined"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Stepped:
             last = hi if k + 1 == len(self.rows) else min(hi, self.starts[k + 1] - 1)
             if first <= last:
                 yield first, last, row
+
+
+def joined(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ...], ...]]:
+    """Return the steps of a sum of stepped biases, and the row of each table on every step.
+
+    The sum's own table has a row per step. All count distances alike.
+
+    >>> near, far = Stepped((0, 0), (1, 0), "top_left"), Stepped((0, -4), (5, 6), "top_left")
+    >>> joined([near, far])
+    (Stepped(starts=(-4, -4, 0), rows=(0, 1, 2), align='top_left'), ((1, 1, 0), (5, 6, 6)))
+    """
+    cuts = sorted({start for part in parts for start in part.starts[1:]})
+    firsts = [*cuts[:1], *cuts]
+    rows = tuple(
+        (part.rows[0], *(part.rows[bisect_right(part.starts, cut, 1) - 1] for cut in cuts))
+        for part in parts
+    )
+    starts = tuple(firsts) if firsts else (0,)
+    return Stepped(starts, tuple(range(len(cuts) + 1)), parts[0].align), rows
 
 
 Structure = Linear | PerKey | Stepped

@@ -330,6 +330,20 @@ def test_every_split_into_channels_and_levels(mask: masks.Mask, bidirectional: b
         agree(gradients(found, [*leaves, *bias.tensors]), meant)
 
 
+@pytest.mark.parametrize("mask", [CAUSAL, masks.Full()], ids=str)
+@pytest.mark.parametrize("aligns", [("bottom_right", "bottom_right"), ("top_left", "bottom_right")])
+def test_two_tables_are_one(mask: masks.Mask, aligns: tuple[Align, Align]) -> None:
+    other = wide(pse.T5Relative(HEADS, 16, 20, True, aligns[1]))
+    bias, leaves = t5(False, aligns[0]) + other + alibi(), tensors(40, 40, sink=True)
+    meant = run("reference", bias, leaves, mask=mask)
+    plans = plans_of(request_of(bias, leaves, mask))
+    assert {bool(plan.route and plan.route.levels) for plan in plans} == {False, True}
+    for plan in plans:
+        plan.verify()
+        found = run_plan(plan, Operands(*leaves[:3], bias, leaves[3]))
+        agree(gradients(found, [*leaves, *bias.tensors]), meant)
+
+
 def test_levels_alone() -> None:
     bias, leaves = wide(pse.T5Relative(HEADS, 8, 40, bidirectional=False)), tensors(40, 40)
     far = masks.Band(None, -4)
@@ -583,8 +597,11 @@ def test_a_scale_of_zero_leaves_no_channel() -> None:
     assert "channels-scale" in refused(alibi(), CAUSAL, scale=0.0)
 
 
-def test_two_tables_are_refused() -> None:
-    assert "steps-twice" in refused(t5() + t5(), CAUSAL)
+def test_tables_that_count_from_different_ends_are_refused(planned: Callable[..., Plan]) -> None:
+    both = pse.T5Relative(4) + pse.T5Relative(4, align="top_left")
+    with pytest.raises(ak.BackendRefused, match="steps-twice"):
+        planned(CAUSAL, 24, 48, pse=both)
+    assert planned(CAUSAL, 48, pse=both).route is not None  # there they are the same
 
 
 def test_a_learnable_matrix_is_refused_still() -> None:
