@@ -25,6 +25,7 @@ from attnkit.masks.base import check_int
 from attnkit.planner import Plan
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary, positions
+from attnkit.traced import is_tracing
 
 __all__ = ["MultiHeadAttention"]
 
@@ -285,6 +286,12 @@ class MultiHeadAttention(nn.Module):
     def _composed(self, mask: Mask | None, pse: Pse | None) -> tuple[Mask, Pse | None]:
         """Return the module's mask and bias with those of the call."""
         own = self.attention.composition
+        if is_tracing() and (mask is not None or (pse is not None and own.pse is not None)):
+            raise CompositionError(
+                "inside of torch.compile a call that is packed (or dense) unlike its module, or "
+                "has a cache, takes no mask= and adds no pse=: build the module with them, or with "
+                "the layout of its calls (layout='TND' for seqlens)"
+            )
         both = own.pse + pse if own.pse is not None and pse is not None else own.pse or pse
         return own.mask if mask is None else own.mask & mask, both
 
@@ -446,4 +453,5 @@ def _check_packing(x: Tensor, context: Tensor | None, seqlens: SeqLens | None) -
             f"{seqlens}: in self-attention every sequence has as many keys as queries; give "
             "SeqLens(lengths), or a context"
         )
-    seqlens.check_totals(x.shape[0], (x if context is None else context).shape[0])
+    if not is_tracing():  # where the plan is read, outside of the trace, this is checked too
+        seqlens.check_totals(x.shape[0], (x if context is None else context).shape[0])

@@ -143,6 +143,22 @@ def test_packed_lengths_are_guarded() -> None:
         assert torch.equal(call(x, lens), layer(x, x, x, seqlens=lens))
 
 
+@pytest.mark.parametrize("layout", ["TND", "BSND"])
+def test_packed_calls_of_a_whole_layer(layout: str) -> None:
+    """Rotary positions start anew in each sequence; dense modules pack their calls."""
+    layer = ak.MultiHeadAttention(16, 2, mask=WINDOW, rotary=True, layout=layout)
+    call = compiled(lambda x, lens: layer(x, seqlens=lens))
+    x, lens = inputs(24, 16), ak.SeqLens([20, 4])
+    assert torch.equal(call(x, lens), layer(x, seqlens=lens))
+    masked = compiled(lambda x, lens, mask: layer(x, seqlens=lens, mask=mask))
+    mask = masks.SlidingWindow(3)
+    if layout == "TND":
+        assert torch.equal(masked(x, lens, mask), layer(x, seqlens=lens, mask=mask))
+        return
+    with pytest.raises(Exception, match="takes no mask="):
+        masked(x, lens, mask)
+
+
 def test_a_refusal_is_told_while_tracing() -> None:
     layer = ak.Attention(2, 8, mask=masks.Causal())
     x = inputs(1, 16, 2, 8)
