@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
+from typing import NamedTuple
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
@@ -60,12 +61,12 @@ def decompositions(
         yield Refusal("cut-region", reason, "several calls")
         return
     groups = head_groups(request) if groups is None else groups
+    inside = [_inside(request, heads[0]) for heads in groups]
+    depths = max((len(_all_cuts(one.region)) for some in inside for one in some), default=0)
     seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
-    for depth, cells in product(
-        range(_MOST_CUTS), (True,) if request.needs_grad else (False, True)
-    ):
-        pieces = tuple(_pieces(request, heads[0], depth, cells) for heads in groups)
+    for depth, cells in product(range(depths), (True,) if request.needs_grad else (False, True)):
+        pieces = tuple(_pieces(some, depth, cells) for some in inside)
         if pieces in seen or not any(pieces):
             continue
         seen.add(pieces)
@@ -104,17 +105,33 @@ def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
     return distinct if wanted == even else wanted
 
 
-def _pieces(request: Request, head: int, depth: int, cells: bool) -> tuple[Piece, ...]:
-    """Cut every score matrix in its `depth`-th way (the last one, where it has fewer)."""
-    out: list[Piece] = []
+class _Inside(NamedTuple):
+    """A diagonal block of a score matrix, its region counted from its corner."""
+
+    batch: int
+    i0: int
+    j0: int
+    region: Region
+
+
+def _inside(request: Request, head: int) -> tuple[_Inside, ...]:
+    out: list[_Inside] = []
     for b, region in enumerate(matrices(request).regions(head)):
-        q_len, kv_len = request.sequences[b]
-        for block in diagonal_blocks(region, q_len, kv_len, b):
+        for block in diagonal_blocks(region, *request.sequences[b], b):
             if block.sizes[0] and block.sizes[1]:
-                inside = region.cut((block.i0, block.i1), (block.j0, block.j1))
-                parts = (s.shift(block.i0, block.j0) for s in _cut(inside, depth))
-                out += (Piece(b, cell) for part in parts for cell in _split(part, cells))
+                own = region.cut((block.i0, block.i1), (block.j0, block.j1))
+                out.append(_Inside(b, block.i0, block.j0, own))
     return tuple(out)
+
+
+def _pieces(inside: tuple[_Inside, ...], depth: int, cells: bool) -> tuple[Piece, ...]:
+    """Cut every block in its `depth`-th way (the last one, where it has fewer)."""
+    return tuple(
+        Piece(batch, cell)
+        for batch, i0, j0, region in inside
+        for part in _cut(region, depth)
+        for cell in _split(part.shift(i0, j0), cells)
+    )
 
 
 def _split(part: Slice, cells: bool) -> Iterator[Slice]:

@@ -74,8 +74,8 @@ _MOST_POSITIONS = 2**16
 class Channels:
     """One addend of the bias as channels of query and key, or several stepped ones together.
 
-    `parts` are their indexes among the addends. `pieces` numbers stand for each value and `digits`
-    for each position. `sign` is 1 where the channels are for keys that do not follow their
+    `parts` are their indexes among the addends. `pieces` numbers stand for each value and
+    `digits` for each position. `sign` is 1 where the channels are for keys that do not follow their
     query, -1 where for keys that do not precede it; zones may turn it. `span` are the first and
     last distance ``j - i'`` that the channels of a stepped bias serve; None where they serve
     none. `anchors` are the positions that the gradient of slopes counts from, if any.
@@ -360,10 +360,11 @@ def disprove_route(
     every cell has a distance that its channels, or its level, are for. Where positions are
     sorted around the calls, they are those of `in_order`, and distances those from before.
     """
-    taken = {part for one in route.channels for part in one.parts}
+    taken = [part for one in route.channels for part in one.parts]
     rest = tuple(term for k, term in enumerate(request.bias) if k not in taken)
     dims = request.head_dim + sum(one.width for one in route.channels)
-    if replace(request, bias=rest, head_dim=dims) != route.request:
+    inner = replace(request, bias=rest, head_dim=dims)
+    if inner != route.request or len(set(taken)) < len(taken):
         return Refusal("other-request", "the calls are for another request than asked for")
     if in_order is not None and in_order != resort(route.request):
         return Refusal("other-request", "the calls are for other positions than asked for")

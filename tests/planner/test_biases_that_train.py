@@ -662,30 +662,37 @@ def test_a_wrong_route_is_found_out() -> None:
     found = disprove_route(two_sided, route, [(everything, form)])
     assert found is not None
     assert found.code == "other-sign"
+    twice = replace(linear.route, channels=2 * linear.route.channels)
+    wider = replace(twice, request=replace(linear.route.request, head_dim=DIM + 4))
+    found = disprove_route(linear.request, wider, [])
+    assert found is not None
+    assert found.code == "other-request"
     forgotten = replace(linear.route, channels=())
     found = disprove_route(linear.request, forgotten, [])
     assert found is not None
     assert found.code == "other-request"
 
 
-@pytest.mark.parametrize("calls", [1, 2])
-def test_the_device_is_given_no_bias(calls: int) -> None:
+@pytest.mark.parametrize(
+    ("mask", "calls"), [(CAUSAL, 1), (CAUSAL, 2), (masks.PrefixLM(6), 2)], ids=str
+)
+def test_the_device_is_given_no_bias(mask: masks.Mask, calls: int) -> None:
     torch.manual_seed(0)
     ops = Ops()
     backend = Ascend(ops, device="cpu")
     table = nn.Parameter(torch.randn(8, HEADS))
     bias = pse.ALiBi(HEADS, learnable=True) + pse.T5Relative(HEADS, 8, 12, False, table=table)
     leaves = [t.detach().float().requires_grad_() for t in tensors()]
-    request = request_of(bias, leaves, CAUSAL)
+    request = request_of(bias, leaves, mask)
     assert not backend.refusals(request)
-    (plan,) = [plan for plan in plans_of(request) if len(plan.steps) == calls]
+    plan, *_ = [plan for plan in plans_of(request) if len(plan.steps) == calls]
     found = gradients(
         backend.run(replace(plan, backend="ascend"), Operands(*leaves, bias)),
         [*leaves, *bias.tensors],
     )
     assert len(ops.calls) >= calls
     assert all(given.get("pse") is None for _, given in ops.calls)
-    meant = run("reference", bias, leaves, mask=CAUSAL)
+    meant = run("reference", bias, leaves, mask=mask)
     for one, other in zip(found, meant, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
