@@ -29,6 +29,7 @@ __all__ = ["Part", "decompositions", "head_groups"]
 _MOST_CUTS = 8
 _MOST_GROUPINGS = 4
 _MOST_CELLS = 1024
+_MOST_CALLS = 8
 # What the contract takes (rules batch-limit and prefix-batch).
 _MOST_SEQUENCES = 2048
 _MOST_PREFIXES = 32
@@ -157,13 +158,18 @@ def _cut(region: Region, depth: int) -> tuple[Slice, ...]:
 def _calls(
     request: Request, heads: tuple[int, ...], window: Window, pieces: list[Piece]
 ) -> Iterator[Part | Refusal]:
-    """Make the calls for pieces with one window: one packed call, unless a bias says otherwise.
+    """Make the calls for pieces with one window: packed calls, unless a bias says otherwise.
 
     Slopes go with packed pieces that have as many queries as keys and one start. A matrix goes
     with pieces of equal sizes, as the batch elements of a dense call.
     """
     if not request.bias:
-        yield _packed_call(request, heads, window, pieces)
+        if len(pieces) > _MOST_CALLS * _MOST_SEQUENCES:
+            reason = f"{len(pieces):,} pieces are too small for calls of {_MOST_SEQUENCES:,}"
+            yield Refusal("batch-limit", reason, f"several calls, {_label(window)}")
+            return
+        for start in range(0, len(pieces), _MOST_SEQUENCES):
+            yield _packed_call(request, heads, window, pieces[start : start + _MOST_SEQUENCES])
         return
     term = request.bias[0]
     sloped: dict[int, list[Piece]] = {}

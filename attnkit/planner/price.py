@@ -160,11 +160,11 @@ def _matrices(
     call: KernelCall, head: int | None
 ) -> Iterator[tuple[Region, Region, tuple[int, int]]]:
     """Yield each matrix's allowed cells, the cells whose tiles are computed, and its sizes."""
-    whole = [Region.full(*sizes) for sizes in call.sequences]
     reads = call.atten_mask is not None and call.sparse_mode in MASK_DECIDES
     opaque = call.atten_mask is not None and call.atten_mask.is_opaque
-    # A full mask is read everywhere, but where a window or a prefix lets tiles be skipped.
-    visited = (call.visited() or whole) if reads else call.regions(head)
+    visited = call.visited() if reads else call.regions(head)
+    if visited is None:  # a full mask is read everywhere but where a window lets tiles be skipped
+        visited = tuple(Region.full(*sizes) for sizes in call.sequences)
     allowed = visited if opaque else call.regions(head) if reads else visited
     yield from zip(allowed, visited, call.sequences, strict=True)
 

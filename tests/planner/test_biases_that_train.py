@@ -273,6 +273,15 @@ def test_the_report_says_that_signs_differ(planned: Callable[..., Plan]) -> None
     assert both.to_dict()["route"].endswith("signs by side, bias as 2 logits at the merge")
 
 
+def test_more_pieces_than_a_call_has_sequences_are_several_calls(
+    planned: Callable[..., Plan],
+) -> None:
+    bias = pse.ALiBi(4, learnable=True)
+    plan = planned(masks.BlockCausal(32), 4096, batch=32, pse=bias)
+    plan.verify()
+    assert [len(step.form.blocks) for step in plan.steps] == [32, 2048, 2048]
+
+
 def test_constant_slopes_on_both_sides_take_what_is_cheaper(planned: Callable[..., Plan]) -> None:
     bias = pse.ALiBi(4)
     assert planned(masks.Full(), 4096, pse=bias).calls[0].pse_type == 2
