@@ -26,7 +26,8 @@ BARS = ("dense mask", "flex", "naive")
 
 def speedups(rows: list[dict[str, Any]], target: Path) -> str:
     """Draw how many times longer the others take, mask by mask, at the longest length."""
-    dim, length = min(r["dim"] for r in rows), max(r["length"] for r in rows)
+    dim = min(r["dim"] for r in rows)
+    length = max(r["length"] for r in rows if r["dim"] == dim)
     chosen = [r for r in rows if (r["dim"], r["length"]) == (dim, length)]
     chosen = [r for r in chosen if (r["dtype"], r["pass"]) == ("float32", "forward")]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(chosen) + 1))

@@ -37,7 +37,7 @@ from make_gallery import BlockDiffusion
 
 RESULT = Path(__file__).parent / "results" / "attention.md"
 HEADS = 8
-NAIVE = 4096
+NAIVE = 2048
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[], Tensor]
 
@@ -312,10 +312,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--longest", type=int, default=131072, help="of the growth table")
+    parser.add_argument("--longest", type=int, default=131072, help="of the growth table; 0: none")
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--flex-longest", type=int, default=8192)
     parser.add_argument("--memory-lengths", type=int, nargs="*", default=[4096, 8192])
+    parser.add_argument("--add", action="store_true", help="keep the rows of earlier runs")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -327,48 +328,73 @@ def main() -> None:
         peak_memory(name, way, int(length))
         return
     torch.set_num_threads(options.threads)
-    out = [
-        "# Attention on the CPU",
-        "",
-        machine(options.threads) + ".",
-        "",
-        f"Command: `python {shlex.join(['benchmarks/attention.py', *sys.argv[1:]])}`. Batch 1, "
-        f"{HEADS} heads, layout BNSD; medians of {options.repeats} turns.",
-        "",
-        "Columns after the milliseconds say how many times longer the others took: torch's SDPA "
-        "with a dense mask; torch's best call without a mask tensor (`is_causal`, or none for the "
-        "full mask: where the mask is another, a wrong answer, and a mark of what is possible); "
-        "compiled FlexAttention, on a block mask that was made beforehand; the textbook's softmax. "
-        "The rate counts the cells that the mask needs.",
-        "",
-        "| mask | length | head size | dtype | pass | tiled, ms | dense mask | torch's best "
-        "| flex | naive | GFLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows: list[dict[str, Any]] = []
+    store = RESULT.with_suffix(".json")
+    data: dict[str, Any] = {"machine": "", "commands": [], "rows": [], "growth": [], "memory": []}
+    if options.add and store.exists():
+        data = json.loads(store.read_text(encoding="utf-8"))
+    data["machine"] = machine(options.threads)
+    data["commands"].append(f"python {shlex.join(['benchmarks/attention.py', *sys.argv[1:]])}")
+    rows = {tuple(row[name] for name in KEYS): row for row in data["rows"]}
     for dtype in options.dtypes:
         for dim in options.dims:
             for length in options.lengths:
                 for case in CASES:
                     if case.name in options.cases:
-                        rows += measure(case, length, dim, dtype, options)
-    out += [table_row(row) for row in rows]
-    out += ["", "## Growth of a window of 256 keys, forward, float32", ""]
-    out += ["| length | ms | microseconds per token | first plan, ms |", "|---|---|---|---|"]
-    growth = list(growth_rows(options))
-    out += [
-        f"| {length} | {ms:.1f} | {ms / length * 1e3:.2f} | {planned:.2f} |"
-        for length, ms, planned in growth
-    ]
+                        found = measure(case, length, dim, dtype, options)
+                        rows.update({tuple(row[name] for name in KEYS): row for row in found})
+    data["rows"] = sorted(rows.values(), key=lambda row: [row[name] for name in ORDER])
+    if options.longest:
+        data["growth"] = list(growth_rows(options))
     if options.memory_lengths:
-        out += ["", "## Peak memory beyond inputs, output and gradients, forward + backward", ""]
-        out += ["| mask | length | way | MB |", "|---|---|---|---|"]
-        out += memory_rows(options.memory_lengths)
+        data["memory"] = list(memory_rows(options.memory_lengths))
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(out) + "\n")
-    data = {"machine": machine(options.threads), "rows": rows, "growth": growth}
-    RESULT.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    print(f"written: {RESULT}")
+    store.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text("\n".join(page(data)) + "\n", encoding="utf-8")
+    print(f"written: {RESULT.name}")
+
+
+KEYS = ("mask", "length", "dim", "dtype", "pass")
+ORDER = ("dtype", "dim", "length")
+
+
+def page(data: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the tables."""
+    yield from ("# Attention on the CPU", "", data["machine"] + ".", "")
+    yield f"Batch 1, {HEADS} heads, layout BNSD; medians of turns, as these say:"
+    yield from ("", *(f"    {command}" for command in data["commands"]), "")
+    yield (
+        "Columns after the milliseconds say how many times longer the others took: torch's SDPA "
+        "with a dense mask; torch's best call without a mask tensor (`is_causal`, or none for the "
+        "full mask: where the mask is another, a wrong answer, and a mark of what is possible); "
+        "compiled FlexAttention, on a block mask that was made beforehand; the textbook's softmax. "
+        "The rate counts the cells that the mask needs; the share is that of SDPA's rate at the "
+        "same size without a mask."
+    )
+    yield ""
+    yield (
+        "| mask | length | head size | dtype | pass | tiled, ms | dense mask | torch's best "
+        "| flex | naive | GFLOP/s | share |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    sizes = KEYS[1:]
+    unmasked = {
+        tuple(row[name] for name in sizes): row["gflops"] / row["torch's best"]
+        for row in data["rows"]
+        if row["mask"] == "full"
+    }
+    for row in data["rows"]:
+        rate = unmasked.get(tuple(row[name] for name in sizes))
+        yield f"{table_row(row)} {'' if rate is None else format(row['gflops'] / rate, '.2f')} |"
+    if data["growth"]:
+        yield from ("", "## Growth of a window of 256 keys, forward, float32", "")
+        yield "| length | ms | microseconds per token | first plan, ms |"
+        yield "|---|---|---|---|"
+        for length, ms, planned in data["growth"]:
+            yield f"| {length} | {ms:.1f} | {ms / length * 1e3:.2f} | {planned:.2f} |"
+    if data["memory"]:
+        yield from ("", "## Peak memory beyond inputs, output and gradients", "")
+        yield from ("| mask | length | way | forward + backward, MB |", "|---|---|---|---|")
+        yield from data["memory"]
 
 
 if __name__ == "__main__":
