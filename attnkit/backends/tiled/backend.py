@@ -40,7 +40,8 @@ class Tiled(Backend):
     """Computes blocks of query rows over the key runs that hold allowed cells, and no others.
 
     Exact for every composition; memory beyond inputs and outputs is a few tiles, whatever the
-    length, unless the bias is of a family that is nothing but its matrix. Statistics come as
+    length, unless the bias is of a family that is nothing but its matrix. In 16 bits, masks whose
+    rows see many keys are computed on float32 copies of the operands. Statistics come as
     ``max = lse`` and ``sum = 1`` (0 in a row without keys). Dropout draws one number from torch's
     generator per call. Runs on the CPU.
     """

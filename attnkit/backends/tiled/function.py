@@ -56,6 +56,9 @@ def run(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the forward pass; no graph is recorded."""
+    if job.raised is not None:
+        made, lse = run(job.raised, seed, query.float(), key.float(), value.float(), sink)
+        return made.to(query.dtype), lse
     request = job.request
     shape = job.form
     heads, key_heads = request.num_heads, request.num_kv_heads
@@ -131,6 +134,17 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value and sink, and of the given bias tensors."""
     query, key, value, sink = operands
+    if job.raised is not None:
+        found = gradients(
+            job.raised,
+            (query.float(), key.float(), value.float(), sink),
+            (results[0].float(), results[1]),
+            (grads[0].float(), grads[1]),
+            seed,
+            given,
+        )
+        first = (g if g is None else g.to(query.dtype) for g in found[:3])
+        return (*first, *found[3:])
     request, wide = job.request, job.wide
     shape, heads = job.form, request.num_heads
     views = tuple(shape.view(t, n) for t, n in _with_heads(job, query, key, value))

@@ -7,7 +7,7 @@ Tiles hold ``score * log2(e)``: powers of two are several times cheaper than pow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.tiled.bias import Bias
+from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.dropout import Dropout
 from attnkit.backends.tiled.form import Form, form
 from attnkit.backends.tiled.patches import put_cells, put_patches
@@ -25,6 +26,9 @@ from attnkit.backends.tiled.whole import Part, sole_part
 from attnkit.planner import Request
 
 __all__ = ["LN2", "LOG2E", "Job", "Scores"]
+
+# Keys per row up to which blocks cast 16 bits in their tiles: a window of 1,024 and its edges.
+FEW_KEYS = 1280
 
 LOG2E = log2(2.718281828459045)
 LN2 = 1.0 / LOG2E
@@ -59,6 +63,23 @@ class Job:
     def sole(self) -> Part | None:
         """The one call of torch's kernel that computes everything, if there is one."""
         return sole_part(self.schedule, self.sizes, self.group)
+
+    @cached_property
+    def raised(self) -> Job | None:
+        """The same in float32, where that is the better way to compute 16 bits.
+
+        One call of torch's kernel is none better, and blocks that read few keys cast them tile
+        by tile. Merges of torch's calls need float32, and many keys are worth casting once.
+        """
+        request = self.request
+        if request.dtype.itemsize > 2 or (self.sole is not None and not request.sink):
+            return None
+        wide = replace(request, dtype=torch.float32)
+        other = schedule(wide)
+        batch, heads, rows, _ = self.sizes
+        if other == self.schedule and other.computed <= FEW_KEYS * batch * heads * rows:
+            return None
+        return replace(self, request=wide, schedule=other)
 
     @property
     def group(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import attnkit as ak
 import attnkit.backends.tiled
@@ -271,3 +273,60 @@ def test_a_trained_bias_of_a_module() -> None:
     assert table.grad is not None
     assert table.grad.tril().any()
     assert not table.grad.triu(1).any()
+
+
+HALVES = {
+    "one call of torch's": masks.Causal(),
+    "torch's calls, merged": masks.Prefix(100) | masks.Causal(),
+    "documents": masks.Documents([200, 300, 500, 24]) & masks.Causal(),
+    "few keys": masks.SlidingWindow(130),
+    "two runs of keys": masks.Causal() & (masks.SlidingWindow(130) | masks.Columns(0, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HALVES)
+def test_16_bits_are_as_exact_as_torchs_own_kernel(name: str, dtype: torch.dtype) -> None:
+    """Against float64, up to logits of 50: no more than torch's error on the same inputs."""
+    mask, length = HALVES[name], 1024
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, length, 64)
+    given = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    given[0] = given[0] * 8
+    scores = given[0].double() @ given[1].double().transpose(-2, -1) / 8
+    assert scores.abs().max() > 35
+    slope = torch.randn(shape, generator=generator).to(dtype)
+    dense = mask.materialize(length, length)
+
+    def errors(run: Callable[..., Tensor]) -> list[float]:
+        leaves = [t.clone().requires_grad_() for t in given]
+        output = run(*leaves)
+        found = [output, *torch.autograd.grad(output, leaves, slope)]
+        return [
+            (one.double() - other).square().mean().sqrt().item()
+            for one, other in zip(found, meant, strict=True)
+        ]
+
+    wide = [t.double().requires_grad_() for t in given]
+    output = scaled_dot_product_attention(*wide, attn_mask=dense)
+    meant = [output, *torch.autograd.grad(output, wide, slope.double())]
+    layer = ak.Attention(2, 64, mask=mask, layout="BNSD", backend="tiled")
+    ours = errors(layer)
+    theirs = errors(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=dense))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine <= 1.02 * other
+
+
+def test_where_16_bits_are_computed_in_float32() -> None:
+    x = torch.empty(1, 1024, 8, 64, dtype=torch.bfloat16)
+    raised = {}
+    for name, mask in HALVES.items():
+        plan = ak.plan(x, x, x, mask=mask, backend="tiled")
+        raised[name] = plan.job.raised is not None  # type: ignore[attr-defined]
+    assert raised == {
+        "one call of torch's": False,
+        "torch's calls, merged": True,
+        "documents": True,
+        "few keys": False,
+        "two runs of keys": False,
+    }
