@@ -317,16 +317,19 @@ def test_16_bits_are_as_exact_as_torchs_own_kernel(name: str, dtype: torch.dtype
         assert mine <= 1.02 * other
 
 
-def test_where_16_bits_are_computed_in_float32() -> None:
-    x = torch.empty(1, 1024, 8, 64, dtype=torch.bfloat16)
-    raised = {}
-    for name, mask in HALVES.items():
-        plan = ak.plan(x, x, x, mask=mask, backend="tiled")
-        raised[name] = plan.job.raised is not None  # type: ignore[attr-defined]
-    assert raised == {
-        "one call of torch's": False,
-        "torch's calls, merged": True,
-        "documents": True,
-        "few keys": False,
-        "two runs of keys": False,
-    }
+@pytest.mark.parametrize(
+    ("mask", "bias", "raised"),
+    [
+        (masks.Causal(), None, False),
+        (masks.SlidingWindow(256), None, False),
+        (masks.Prefix(512) | masks.Causal(), None, True),
+        (masks.Causal(), pse.ALiBi(8), True),
+    ],
+    ids=repr,
+)
+def test_where_16_bits_are_computed_in_float32(
+    mask: masks.Mask, bias: pse.Pse | None, raised: bool
+) -> None:
+    x = torch.empty(1, 4096, 8, 64, dtype=torch.bfloat16)
+    plan = ak.plan(x, x, x, mask=mask, pse=bias, backend="tiled")
+    assert (plan.job.raised is not None) == raised  # type: ignore[attr-defined]
