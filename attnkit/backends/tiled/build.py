@@ -26,12 +26,14 @@ __all__ = ["schedule"]
 # What the batch elements (or packed sequences) of a range of heads allow.
 Plane = tuple[Enclosure, ...]
 
-# Measured on two AVX-512 cores, see benchmarks/attention.py: a score tile of this many cells stays
-# in the second-level caches, and a step costs as much as this many cells.
-TILE_CELLS = 512 * 1024
+# Measured on two AVX-512 cores, see benchmarks/attention.py: a score tile is at most this large,
+# with repetitions of a block, whose operands are copied, at most that; and a step costs as much as
+# so many cells.
+TILE_CELLS, REPEATED_CELLS = 1280 * 1024, 512 * 1024
 STEP_CELLS = 24 * 1024
-# Heights of blocks: lower ones compute fewer masked cells, higher ones feed the products better.
-LOW, HIGH, NARROW_KEYS = 128, 256, 1280
+# Heights of blocks and what a cell costs in each: lower ones compute fewer masked cells, higher
+# ones feed the products better.
+HEIGHTS = {64: 1.19, 128: 1.04, 256: 1.0}
 # Torch's fused kernel computes causal squares faster than blocks do where they are this small,
 # as one call, or this large.
 SMALL, LARGE = 256, 1024
@@ -163,14 +165,16 @@ def _lane(place: Lane, known: Enclosure, policy: Policy) -> Lane:
 
 def _tile(block: Block, heads: int, batch: int) -> Tile:
     """Share products between heads first, then batch elements, then repetitions of the block."""
-    room = max(2, TILE_CELLS // (block.rows * max(chunk.width for chunk in block.chunks)))
+    cells = block.rows * max(chunk.width for chunk in block.chunks)
+    room = max(2, TILE_CELLS // cells)
     if room < heads:
         share = _even_share(heads, room)
         return Tile(1, 1, share + share % 2)  # matrices are dealt out to an even number of cores
     room //= heads
     if room < batch:
         return Tile(_even_share(batch, room), 1, heads)
-    return Tile(batch, min(block.times, max(1, room // batch)), heads)
+    repeats = REPEATED_CELLS // (cells * heads * batch)
+    return Tile(batch, min(block.times, max(1, repeats)), heads)
 
 
 def _even_share(total: int, most: int) -> int:
@@ -271,11 +275,7 @@ def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) 
 def _blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[Block]:
     """Cut a segment into blocks of equal height."""
     first, last = segment[0].i0, segment[-1].i1
-    cells = sum(
-        (i1 - i0) * (runs[-1][2] - runs[0][0] + (runs[-1][3] - runs[0][1]) * (i1 - i0) / 2)
-        for i0, i1, runs in segment
-    )
-    height = LOW if cells <= NARROW_KEYS * (last - first) else HIGH
+    height = _height(segment)
     parts = -(-(last - first) // height)
     if parts < 8:  # a short last block is a loss; among many it does not count
         height = min(height, -(-(last - first) // parts // 16) * 16)
@@ -295,6 +295,20 @@ def _blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[Block]:
             block = block._replace(times=count, step=rows, chunks=chunks)
         yield block
         row += rows * count
+
+
+def _height(segment: Sequence[Strip]) -> int:
+    """Return the height of blocks at which a segment's cells cost least.
+
+    A block of h rows computes on either side of a run what its end moves in h / 2 rows, on average.
+    """
+    cells = moves = 0.0
+    for i0, i1, runs in segment:
+        rows = i1 - i0
+        for a, da, b, db in runs:
+            cells += rows * (b - a + (db - da) * rows / 2)
+            moves += rows * (da + db)
+    return min(HEIGHTS, key=lambda height: (cells + moves * height / 2) * HEIGHTS[height])
 
 
 def _steps(strip: Strip) -> int:
@@ -424,7 +438,7 @@ def _union(
 ) -> Block | Whole | None:
     """Return two neighbours as one piece, if that is cheaper; their strips begin at `at`."""
     both = one.rows + other.rows
-    if both > HIGH or one.row + one.rows != other.row:
+    if both > max(HEIGHTS) or one.row + one.rows != other.row:
         return None
     here = strips[at : at + both]
     joined = _masked_whole(here, one.row, both, traits) or _block(here, one.row, both, traits)

@@ -72,6 +72,11 @@ class Block(NamedTuple):
     chunks: tuple[Chunk, ...]
     tile: Tile = Tile(1, 1, 1)
 
+    @property
+    def cells(self) -> int:
+        """The cells of one repetition."""
+        return self.rows * sum(chunk.width for chunk in self.chunks)
+
 
 class Whole(NamedTuple):
     """A piece that torch's own fused kernel computes in one call, repeated `times` times.
@@ -90,6 +95,12 @@ class Whole(NamedTuple):
     before: int = 0
     times: int = 1
     step: int = 0
+
+    @property
+    def cells(self) -> int:
+        """The cells of one repetition."""
+        keys = self.keys / 2 if self.causal else self.keys
+        return int(self.rows * (keys + self.before))
 
 
 class Lane(NamedTuple):
@@ -141,14 +152,17 @@ class Schedule:
     @property
     def computed(self) -> int:
         """The number of cells computed, masked ones inside the tiles included."""
+        return self._cells(Block) + self.fused
+
+    @property
+    def fused(self) -> int:
+        """How many of these cells torch's fused kernel computes."""
+        return self._cells(Whole)
+
+    def _cells(self, kind: type[Block] | type[Whole]) -> int:
         total = 0
         for lane in self.lanes:
             matrices = (lane.batches[1] - lane.batches[0]) * (lane.heads[1] - lane.heads[0])
-            for item in lane.items:
-                if isinstance(item, Whole):
-                    keys = item.keys / 2 if item.causal else item.keys
-                    cells = int(item.rows * (keys + item.before))
-                else:
-                    cells = item.rows * sum(chunk.width for chunk in item.chunks)
-                total += matrices * item.times * cells
+            items = (item for item in lane.items if isinstance(item, kind))
+            total += matrices * sum(item.times * item.cells for item in items)
         return total

@@ -77,7 +77,9 @@ class Job:
         wide = replace(request, dtype=torch.float32)
         other = schedule(wide)
         batch, heads, rows, _ = self.sizes
-        if other == self.schedule and other.computed <= FEW_KEYS * batch * heads * rows:
+        gained = other.fused - self.schedule.fused
+        few = other.computed <= FEW_KEYS * batch * heads * rows
+        if few and gained <= other.computed / 8:
             return None
         return replace(self, request=wide, schedule=other)
 
