@@ -23,7 +23,7 @@ from attnkit.backends.tiled.tiles import (
     query_tile,
     steps,
 )
-from attnkit.backends.tiled.whole import Part, parts, run_whole_backward
+from attnkit.backends.tiled.whole import Part, in_a_row, parts, run_whole_backward
 
 __all__ = ["Saved", "Slopes", "backward"]
 
@@ -74,6 +74,7 @@ def backward(job: Job, saved: Saved, slopes: Slopes) -> None:
         for start, stop in lane.blank:
             rows = slice(lane.origin[0] + start, lane.origin[0] + stop)
             slopes.query[slice(*lane.batches), slice(*lane.heads), rows] = 0.0
+    run.scores.work.give_back()
 
 
 def backward_at_once(job: Job, saved: Saved) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -81,9 +82,10 @@ def backward_at_once(job: Job, saved: Saved) -> tuple[Tensor, Tensor, Tensor] | 
     part = job.sole
     if part is None or part.before or not part.all_keys or saved.grad_lse is not None:
         return None
-    return run_whole_backward(
+    dq, dk, dv = run_whole_backward(
         part, saved.grad, saved.operands, saved.output, saved.lse, job.request.scale
     )
+    return (dq, dk, dv) if part.times == 1 else (in_a_row(dq), in_a_row(dk), in_a_row(dv))
 
 
 def sink_gradient(saved: Saved, sink: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class _Run:
 
     def __init__(self, job: Job, saved: Saved, slopes: Slopes) -> None:
         self.job, self.saved, self.slopes = job, saved, slopes
-        self.scores = Scores(job, saved.seed, saved.grad.device)
+        self.scores = Scores(job, saved.seed, saved.grad)
         self.query, self.key, self.value = (Source(t) for t in saved.operands)
         self.output, self.grad = Source(saved.output), Source(saved.grad)
         self.lse = Source(saved.lse[..., None])

@@ -54,6 +54,7 @@ def forward(
             for step in steps(lane, item, job.group):
                 run.step(step, item)
         run.blank(lane)
+    run.scores.work.give_back()
     return lse
 
 
@@ -72,7 +73,7 @@ class _Run:
         lse: Tensor,
     ) -> None:
         self.job = job
-        self.scores = Scores(job, seed, query.device)
+        self.scores = Scores(job, seed, query)
         self.sink = None if sink is None else sink.to(job.wide)
         self.plain = (query, key, value, output, lse)
         self.query, self.key, self.value = Source(query), Source(key), Source(value)

@@ -20,7 +20,7 @@ from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.forward import forward
 from attnkit.backends.tiled.scores import Job
 from attnkit.backends.tiled.terms import Carried
-from attnkit.backends.tiled.whole import run_whole
+from attnkit.backends.tiled.whole import in_a_row, run_whole
 
 __all__ = ["attend", "gradients", "new_seed", "run"]
 
@@ -66,6 +66,8 @@ def run(
     part = job.sole if sink is None else None
     if part is not None:
         made, lse = run_whole(part, q, k, v, request.scale)
+        if part.times > 1:
+            made, lse = in_a_row(made), in_a_row(lse)
         return shape.restore(made), lse
     if request.head_dim == request.value_dim:
         output = torch.empty_like(query, memory_format=torch.contiguous_format)

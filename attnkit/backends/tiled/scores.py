@@ -92,11 +92,11 @@ class Job:
 class Scores:
     """Makes the score tiles of one call."""
 
-    def __init__(self, job: Job, seed: Tensor | None, device: torch.device) -> None:
+    def __init__(self, job: Job, seed: Tensor | None, like: Tensor) -> None:
         request = job.request
         self.job = job
         self.wide = job.wide
-        self.work = Workspace(device)
+        self.work = Workspace.lent(like)
         self.cap = request.softcap
         unit = LOG2E if self.cap is None else 1.0 / self.cap
         self.alpha = request.scale * unit

@@ -6,6 +6,7 @@ repetitions of a block and key heads; `r` over the query heads of one key head a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -104,12 +105,34 @@ def head_tiles(first: int, last: int, group: int, most: int) -> Iterator[tuple[i
 
 
 class Workspace:
-    """Buffers that the steps of one call share; each name is one buffer, as large as needed."""
+    """Buffers that the steps of one call share; each name is one buffer, as large as needed.
+
+    On the CPU the next call gets the same ones: the first touch of fresh memory is a page fault
+    for every 4 kB, which costs short calls as much as their attention.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[tuple[str, torch.dtype, Sizes], Tensor] = {}
+
+    @staticmethod
+    def lent(like: Tensor) -> Workspace:
+        """Return a workspace on a tensor's device, for one call."""
+        if type(like) is Tensor and like.device.type == "cpu":
+            try:
+                return _IDLE.pop()
+            except IndexError:
+                pass
+        return Workspace(like.device)
+
+    def give_back(self) -> None:
+        """End the call: keep the buffers for another, unless they are large or not real."""
+        self._views.clear()
+        flats = self._flat.values()
+        size = sum(flat.nbytes for flat in flats)
+        if self.device.type == "cpu" and size <= KEPT and all(type(f) is Tensor for f in flats):
+            _IDLE.append(self)
 
     def take(self, name: str, dtype: torch.dtype, *sizes: int) -> Tensor:
         """Return a buffer of that shape, holding anything."""
@@ -121,12 +144,19 @@ class Workspace:
                 count *= size
             flat = self._flat.get((name, dtype))
             if flat is None or flat.numel() < count:
-                flat = torch.empty(count, dtype=dtype, device=self.device)
+                # Not as an inference tensor, which a later call could not write to.
+                with torch.inference_mode(False):
+                    flat = torch.empty(count, dtype=dtype, device=self.device)
                 self._flat[name, dtype] = flat
                 self._views = {k: v for k, v in self._views.items() if k[:2] != (name, dtype)}
             found = flat[:count].view(sizes)
             self._views[key] = found
         return found
+
+
+# Workspaces that no call uses now: one for each of a few threads, and this many bytes at most.
+_IDLE: deque[Workspace] = deque(maxlen=4)
+KEPT = 64 * 1024 * 1024
 
 
 class Source:

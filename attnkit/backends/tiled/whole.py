@@ -18,7 +18,7 @@ from attnkit.backends.tiled.patches import patch
 from attnkit.backends.tiled.schedule import Lane, Pattern, Schedule, Whole
 from attnkit.backends.tiled.tiles import head_tiles
 
-__all__ = ["Part", "parts", "run_whole", "run_whole_backward", "sole_part"]
+__all__ = ["Part", "in_a_row", "parts", "run_whole", "run_whole_backward", "sole_part"]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -51,13 +51,13 @@ class Part(NamedTuple):
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the part's rows of a ``[b n s d]`` tensor, a view."""
-        if self.all_rows:
+        if self.all_rows and self.times == 1:
             return tensor
         return self._at(tensor[self.batches, self.heads, self.row_range])
 
     def keys(self, tensor: Tensor) -> Tensor:
         """Return the part's keys of a ``[b n s d]`` tensor, a view."""
-        if self.all_keys:
+        if self.all_keys and self.times == 1:
             return tensor
         return self._at(tensor[self.batches, self.key_heads, self.key_range])
 
@@ -105,10 +105,13 @@ def sole_part(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) 
     if lane.batches != (0, batch) or lane.heads != (0, heads) or len(lane.items) != 1:
         return None
     item = lane.items[0]
-    if not isinstance(item, Whole) or item.rows != rows:
+    if not isinstance(item, Whole) or item.rows * item.times != rows:
+        return None
+    if item.times > 1 and (batch > 1 or item.step != item.rows):
         return None
     (part,) = parts(lane, item, group)
-    return part._replace(all_rows=True, all_keys=item.keys == keys)
+    closed = item.times == 1 or item.step == item.keys
+    return part._replace(all_rows=True, all_keys=closed and item.keys * item.times == keys)
 
 
 def run_whole(
@@ -122,6 +125,12 @@ def run_whole(
         return out, lse
     made = [run_whole(call, query, key, value, scale) for call in part.calls]
     return _merged(*made)
+
+
+def in_a_row(tensor: Tensor) -> Tensor:
+    """Return ``[t n r ...]`` of repetitions as ``[1 n (t r) ...]``: a view of what torch made."""
+    turned = tensor.transpose(1, 2)
+    return turned.reshape(1, -1, *turned.shape[2:]).transpose(1, 2)
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
