@@ -39,7 +39,8 @@ HEIGHTS = {64: 1.19, 128: 1.04, 256: 1.0}
 SMALL, LARGE = 256, 1024
 # Its tiles are this low at least, and as high as can be from so many rows on.
 LOWEST_TILE, FULL_TILES = 32, 768
-# A run that jumps by more keys than this between two rows starts a new block.
+# A run that jumps by more keys than this between two rows starts a new block, unless that is a
+# small part of the keys that both rows see.
 JUMP = 32
 
 
@@ -208,10 +209,15 @@ def _segments(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
 def _jumps(above: Strip, below: Strip) -> bool:
     rows = above.i1 - above.i0
     first, last = above.runs[0], above.runs[-1]
+    keys = min(
+        sum(b - a + (db - da) * (rows - 1) for a, da, b, db in above.runs),
+        sum(b - a for a, _, b, _ in below.runs),
+    )
+    reach = max(JUMP, keys // 8)
     return (
         above.i1 != below.i0
-        or abs(first[0] + first[1] * rows - below.runs[0][0]) > JUMP
-        or abs(last[2] + last[3] * rows - below.runs[-1][2]) > JUMP
+        or abs(first[0] + first[1] * rows - below.runs[0][0]) > reach
+        or abs(last[2] + last[3] * rows - below.runs[-1][2]) > reach
     )
 
 
@@ -231,7 +237,13 @@ def _wholes(segment: Sequence[Strip], traits: Traits) -> list[Whole]:
             small = _masked_whole(segment, first, last - first, traits)
             return [small] if small is not None else []
         wholes.append(whole)
-    return wholes
+    return [] if _low(wholes, last - first, traits) else wholes
+
+
+def _low(wholes: Sequence[Whole], rows: int, traits: Traits) -> bool:
+    """Whether the kernel's tiles are low in most rows of a segment: blocks feed products better."""
+    low = [w for w in wholes if not w.causal and w.rows < FULL_TILES and w.keys > SMALL]
+    return rows < traits.q_len and 2 * sum(w.rows for w in low) > rows
 
 
 def _whole(strip: Strip, traits: Traits) -> Whole | None:
@@ -303,11 +315,16 @@ def _height(segment: Sequence[Strip]) -> int:
     A block of h rows computes on either side of a run what its end moves in h / 2 rows, on average.
     """
     cells = moves = 0.0
+    ends: list[tuple[int, int]] = []
     for i0, i1, runs in segment:
         rows = i1 - i0
         for a, da, b, db in runs:
             cells += rows * (b - a + (db - da) * rows / 2)
             moves += rows * (da + db)
+        moves += sum(
+            abs(a - x) + abs(b - y) for (a, _, b, _), (x, y) in zip(runs, ends, strict=False)
+        )
+        ends = [(a + da * rows, b + db * rows) for a, da, b, db in runs]
     return min(HEIGHTS, key=lambda height: (cells + moves * height / 2) * HEIGHTS[height])
 
 
