@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -153,10 +154,16 @@ BY_HAND: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def alternate(ways: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Return the median time of each way, measured in turns."""
+    """Return the median time of each way, measured in turns.
+
+    Their order is drawn anew: who comes after the release of much memory pays for page faults.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
+    names, draw = list(ways), Random(0)
     for turn in range(repeats + 1):
-        for name, run in ways.items():
+        draw.shuffle(names)
+        for name in names:
+            run = ways[name]
             start = clock()
             run()
             if turn:
@@ -203,7 +210,7 @@ def measure(
             flex = compiled_flex(case, length, tensors)
             if flex is not None:
                 timed["flex"] = timing(flex)
-        taken = alternate(timed, options.repeats, clock)
+        taken = alternate(timed, options.repeats * max(1, 8192 // length), clock)
         mine = taken["tiled"]
         row = {
             "mask": case.name,
@@ -311,7 +318,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="at 8,192 tokens; more below")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--longest", type=int, default=131072, help="of the growth table; 0: none")
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
