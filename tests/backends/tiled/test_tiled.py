@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
+from attnkit.backends.tiled import tiles
 from attnkit.backends.tiled.bias import bind
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.function import attend
@@ -252,15 +254,104 @@ def test_double_backward_is_refused() -> None:
         slope.sum().backward()
 
 
-def test_inference_then_training() -> None:
+@pytest.mark.parametrize("rows", [150, 900], ids=["torch's calls", "blocks"])
+def test_inference_then_training(rows: int) -> None:
     """What is kept from a call under inference mode serves training."""
-    tensors = operands(150)
+    tensors = operands(rows)
+    tiles._IDLE.clear()
     with torch.inference_mode():
         ak.attention(*tensors, mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
     leaves = [t.requires_grad_() for t in tensors]
     out = ak.attention(*leaves, mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
     out.sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
+
+
+def buffers() -> set[int]:
+    """Where the memory lies that idle workspaces keep."""
+    return {flat.data_ptr() for work in tiles._IDLE for flat in work._flat.values()}
+
+
+def test_the_next_call_works_in_the_same_memory() -> None:
+    tiles._IDLE.clear()
+    layer = ak.Attention(2, 16, mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
+    layer(*operands(900))
+    kept = buffers()
+    assert kept
+    layer(*operands(800))
+    assert buffers() == kept
+
+
+def test_threads_work_in_memory_of_their_own() -> None:
+    layer = ak.Attention(2, 16, mask=masks.SlidingWindow(300), layout="BNSD", backend="tiled")
+    given = [operands(900 + k) for k in range(4)]
+    meant = [layer(*tensors) for tensors in given]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for found, expected in zip(threads.map(lambda x: layer(*x), given), meant, strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+def test_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles._IDLE.clear()
+    monkeypatch.setattr(tiles, "KEPT", 1000)
+    ak.attention(*operands(900), mask=masks.SlidingWindow(33), layout="BNSD", backend="tiled")
+    assert not tiles._IDLE
+
+
+@pytest.mark.parametrize(
+    ("mask", "height"),
+    [
+        (masks.SlidingWindow(256), 64),
+        (masks.Causal() & (masks.SlidingWindow(256) | masks.Columns(0, 4)), 64),
+        (masks.SlidingWindow(1024), 128),
+        (masks.Causal() & (masks.SlidingWindow(1024) | masks.Columns(0, 4)), 128),
+        (masks.Band(2048, 2048), 256),
+    ],
+    ids=repr,
+)
+def test_wide_runs_have_high_blocks(mask: masks.Mask, height: int) -> None:
+    (lane,) = schedule(request(mask, 8192)).lanes
+    blocks = [item for item in lane.items if isinstance(item, Block)]
+    assert max(blocks, key=lambda block: block.cells * block.times).rows == height
+
+
+def test_stairs_of_keys_share_blocks() -> None:
+    """Block-causal attention in steps of 64 is not cut at every step."""
+    stairs = masks.BlockCausal(64)
+    (lane,) = schedule(request(stairs, 4096)).lanes
+    assert max(item.rows for item in lane.items) > 64
+    documents = masks.Documents([64] * 64)
+    (lane,) = schedule(request(documents, 4096)).lanes
+    assert [(item.rows, item.times) for item in lane.items] == [(64, 64)]
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSND", "TND"])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Full()], ids=repr)
+def test_equal_documents_are_one_call(layout: str, mask: masks.Mask) -> None:
+    """They come back in the memory that torch's kernel wrote, with grouped heads too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(heads: int) -> Tensor:
+        x = torch.randn(1, heads, 192, 16, generator=generator, dtype=torch.float64)
+        x = x if layout == "BNSD" else x.transpose(1, 2).contiguous()
+        return (x[0] if layout == "TND" else x).requires_grad_()
+
+    leaves = [leaf(4), leaf(2), leaf(2)]
+    seqlens = ak.SeqLens([48] * 4) if layout == "TND" else None
+    composed = mask if seqlens else mask & masks.Documents([48] * 4)
+    found = []
+    for backend in ("reference", "tiled"):
+        output = ak.attention(
+            *leaves, mask=composed, layout=layout, seqlens=seqlens, backend=backend
+        )
+        found.append([output, *torch.autograd.grad(output, leaves, slopes(output))])
+    plan = ak.plan(*leaves, mask=composed, layout=layout, seqlens=seqlens, backend="tiled")
+    job = plan.job  # type: ignore[attr-defined]
+    assert job.sole is not None
+    assert job.sole.times == 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_a_trained_bias_of_a_module() -> None:
