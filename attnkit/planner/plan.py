@@ -13,7 +13,8 @@ from attnkit.planner.candidates import Form
 from attnkit.planner.price import Price, price_call
 from attnkit.planner.proof import disprove_cover, disprove_places
 from attnkit.planner.request import Request
-from attnkit.planner.routes import Route, disprove_route
+from attnkit.planner.route_proof import disprove_route
+from attnkit.planner.routes import Route
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

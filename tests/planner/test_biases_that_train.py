@@ -18,7 +18,8 @@ from attnkit.backends.ascend import Ascend
 from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
 from attnkit.planner.lower import on_route
-from attnkit.planner.routes import Route, disprove_route, routes
+from attnkit.planner.route_proof import disprove_route
+from attnkit.planner.routes import Route, routes
 from attnkit.pse import Align
 from tests.backends.standin import Ops
 
