@@ -45,18 +45,18 @@ def dense(mask: masks.Mask, length: int, bias: pse.Pse | None = None) -> Case:
     return Case(f"{mask!r}{' with ALiBi' if bias else ''}, {length:,} tokens", make)
 
 
-def packed(count: int, length: int) -> Case:
-    """A packed batch with ALiBi, as in training: lengths never repeat."""
+def packed(count: int, length: int, t5: bool = False) -> Case:
+    """A packed batch with ALiBi, or a T5 table that trains: lengths never repeat."""
 
     def make(k: int) -> tuple[ak.Attention, torch.Tensor, ak.SeqLens | None]:
         lengths = [length + (i * 7) % 31 for i in range(count - 1)] + [length + k]
-        layer = ak.Attention(
-            8, 64, mask=masks.Causal(), pse=pse.ALiBi(8), layout="TND", backend="emulated"
-        )
+        bias = pse.T5Relative(8, bidirectional=False) if t5 else pse.ALiBi(8)
+        layer = ak.Attention(8, 64, mask=masks.Causal(), pse=bias, layout="TND", backend="emulated")
         tokens = torch.empty(sum(lengths), 8, 64, device="meta")
         return layer, tokens, ak.SeqLens(lengths)
 
-    return Case(f"{count:,} packed sequences of about {length}, causal with ALiBi", make)
+    told = "a trained T5 table" if t5 else "ALiBi"
+    return Case(f"{count:,} packed sequences of about {length}, causal with {told}", make)
 
 
 CASES = (
@@ -66,6 +66,7 @@ CASES = (
     packed(16, 128),
     packed(64, 128),
     packed(1000, 128),
+    packed(64, 128, t5=True),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from math import prod
+from math import inf, prod
 from operator import and_
 
 import torch
@@ -89,7 +89,9 @@ def _as_given(request: Request) -> Lowering:
 
 
 def _merged(
-    request: Request, refusals: list[Refusal], groups: list[tuple[int, ...]] | None = None
+    request: Request,
+    refusals: list[Refusal],
+    groups: tuple[tuple[int, ...], ...] | None = None,
 ) -> list[Solution]:
     """Return the sets of calls that compute the request together, each for a group of heads."""
     found: list[Solution] = []
@@ -185,11 +187,16 @@ def _cheapest_way(request: Request) -> Lowering:
         told = " and ".join(learnable)
         reason = f"{told} asks for a gradient, which the kernel never writes for its bias input"
         refusals.append(Refusal("pse-gradient", reason, "the bias input"))
-    for route in dict.fromkeys((*routes(request), *routes(request, sloped=True))):
-        if isinstance(route, Refusal):
-            refusals.append(route)
-        else:
-            options.append(on_route(request, route))
+    ways = dict.fromkeys((*routes(request), *routes(request, sloped=True)))
+    refusals += (way for way in ways if isinstance(way, Refusal))
+    # Few zones are few calls: what they cost bounds the others.
+    some = (way for way in ways if isinstance(way, Route))
+    for route in sorted(some, key=lambda route: len(route.zones)):
+        found = [option.best for option in options]
+        known_prices = [
+            best.price.nanoseconds for best in found if best and not _has_full_mask(best)
+        ]
+        options.append(on_route(request, route, min(known_prices, default=inf)))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
     known = [(option.best, option) for option in options if option.best is not None]
     if not known:
@@ -215,9 +222,12 @@ def _has_full_mask(solution: Solution) -> bool:
     return any(mask is not None and mask.kind == "full" for mask in masks)
 
 
-def on_route(request: Request, route: Route) -> Lowering:
-    """Return the calls that compute a request whose biases became channels and levels."""
-    option = _by_zone(request, route) if route.zones else lower(route.request)
+def on_route(request: Request, route: Route, bound: float = inf) -> Lowering:
+    """Return the calls that compute a request whose biases became channels and levels.
+
+    Or none, where their zones cost more than `bound`, in nanoseconds.
+    """
+    option = _by_zone(request, route, bound) if route.zones else lower(route.request)
     if option.best is None:
         return option
     if len(option.best.launches) > 1:
@@ -225,7 +235,7 @@ def on_route(request: Request, route: Route) -> Lowering:
         if isinstance(parted, Refusal):
             return replace(option, best=None, refusals=(*option.refusals, parted))
         if parted != route:
-            return on_route(request, parted)
+            return on_route(request, parted, bound)
     first, *rest = option.best.launches
     # Query and key are copied beside their channels, by a handful of elementwise kernels.
     cells = sum(prod(shape) for shape in route.request.shapes()[:2])
@@ -238,16 +248,23 @@ def on_route(request: Request, route: Route) -> Lowering:
     return replace(option, best=Solution((first, *rest)), route=route)
 
 
-def _by_zone(request: Request, route: Route) -> Lowering:
+def _by_zone(request: Request, route: Route, bound: float) -> Lowering:
     """Return the cheapest calls of each zone, on sorted positions where those make it a region.
 
     Outputs merge for each group of heads, so heads are together in all zones or in none.
     """
     in_order = None if matrices(route.request).exact else resort(route.request)
-    groups = head_groups(in_order or route.request)
+    groups = tuple(head_groups(in_order or route.request))
     launches: list[Launch] = []
     refusals: list[Refusal] = []
-    for zone in route.zones:
+    spent = 0.0
+    for k, zone in enumerate(route.zones):
+        if spent >= bound:
+            reason = (
+                f"the first {k} of {len(route.zones)} zones of distances cost {spent / 1e3:,.0f} "
+                f"us, all of another way {bound / 1e3:,.0f} us"
+            )
+            return Lowering(None, (), (*refusals, Refusal("dearer", reason, str(route))))
         bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
         inside = reduce(and_, bands, request.mask)
         part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
@@ -255,12 +272,23 @@ def _by_zone(request: Request, route: Route) -> Lowering:
         known = matrices(part)
         if not any(region for head in range(len(known.planes)) for region in known.regions(head)):
             continue
-        found = _merged(part, refusals, groups)
-        if not found:
+        best, reasons = _cheapest_parts(part, groups)
+        refusals += reasons
+        if best is None:
             return Lowering(None, (), tuple(refusals))
-        best = min(found, key=lambda solution: solution.price.nanoseconds)
+        spent += best.price.nanoseconds
         launches += (_in_zone(launch, zone) for launch in best.launches)
     return Lowering(Solution(tuple(launches)), (), tuple(refusals), in_order)
+
+
+@lru_cache(maxsize=64)  # routes share most of their zones
+def _cheapest_parts(
+    request: Request, groups: tuple[tuple[int, ...], ...]
+) -> tuple[Solution | None, tuple[Refusal, ...]]:
+    refusals: list[Refusal] = []
+    found = _merged(request, refusals, groups)
+    best = min(found, key=lambda solution: solution.price.nanoseconds, default=None)
+    return best, tuple(refusals)
 
 
 def _in_zone(launch: Launch, zone: Zone) -> Launch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from attnkit.geometry import Region, Slice, Strip
 from attnkit.planner.blocks import Block
@@ -63,7 +63,12 @@ class Piece:
     @property
     def target(self) -> Region:
         """The region in its own coordinates."""
-        return Region.of(self.part.shift(-self.part.i0, -self.part.j0))
+        return _alone(self.part.shift(-self.part.i0, -self.part.j0))
+
+
+@lru_cache(maxsize=1024)  # the pieces of a packed batch are alike
+def _alone(part: Slice) -> Region:
+    return Region.of(part)
 
 
 def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:

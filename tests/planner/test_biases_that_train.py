@@ -17,7 +17,7 @@ from attnkit.backends import Operands, run_plan
 from attnkit.backends.ascend import Ascend
 from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
-from attnkit.planner.lower import on_route
+from attnkit.planner.lower import lower, on_route
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, routes
 from attnkit.pse import Align
@@ -650,6 +650,26 @@ def test_a_bias_per_key_is_cheaper_than_its_matrix(planned: Callable[..., Plan])
     plan = planned(CAUSAL, 2048, pse=pse.KeyBias(torch.zeros(2048)), dtype=torch.float32)
     assert plan.route is not None
     assert any("bias matrix" in other.label for other in plan.alternatives)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, masks.Full(), masks.Band(30, 5)], ids=str)
+@pytest.mark.parametrize("length", [36, 300])
+def test_routes_that_are_given_up_early_are_dearer(mask: masks.Mask, length: int) -> None:
+    """The bound only spares work: the cheapest of all routes is the one that is planned."""
+    bias = pse.T5Relative(HEADS, 32, 128, bidirectional=True)
+    request = request_of(bias, tensors(length, length), mask)
+    lowering = lower(request)
+    assert lowering.best is not None
+    ways = [way for way in routes(request) if isinstance(way, Route)]
+    prices = [
+        option.best.price.nanoseconds
+        for option in (on_route(request, way) for way in ways)
+        if option.best is not None
+    ]
+    assert lowering.best.price.nanoseconds == min(prices)
+    given_up = [reason for reason in lowering.refusals if reason.code == "dearer"]
+    assert len(given_up) <= len(prices) - 1 - len(lowering.alternatives)
+    assert given_up or mask != masks.Full()
 
 
 def test_a_wrong_route_is_found_out() -> None:
