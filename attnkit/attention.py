@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan, run_plan
 from attnkit.backends.rebind import rebound
-from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError
+from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             )
         if not isinstance(sink, bool):
             raise CompositionTypeError(
-                f"sink={sink!r}; it is True for a learnable logit per head, or False (the "
+                f"sink={shown(sink)}; it is True for a learnable logit per head, or False (the "
                 "functional form, ak.attention, takes the logits themselves)"
             )
         if scale is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = ["KVCache"]
 
@@ -43,7 +43,7 @@ it more, or capacity=None to grow
 
     def __init__(self, capacity: int | None = None) -> None:
         if capacity is not None and type(capacity) is not int:
-            raise CompositionTypeError(f"KVCache: capacity={capacity!r}; give an int or None")
+            raise CompositionTypeError(f"KVCache: capacity={shown(capacity)}; give an int or None")
         if capacity is not None and capacity < 1:
             raise CompositionError(f"KVCache: capacity={capacity}; give a positive int, or None")
         self._limit = capacity

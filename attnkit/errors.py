@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 __all__ = [
     "AttnkitError",
     "BackendRefused",
@@ -19,7 +21,22 @@ __all__ = [
     "KernelContractError",
     "KernelContractTypeError",
     "Refusal",
+    "shown",
 ]
+
+
+def shown(value: object) -> str:
+    """Return a given value for a message: a tensor by its shape and dtype, others by their repr.
+
+    >>> import torch
+    >>> shown(torch.zeros(2, 3))
+    '<tensor [2, 3] of torch.float32>'
+    >>> shown("causal")
+    "'causal'"
+    """
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return f"<tensor {list(value.shape)} of {value.dtype}>"
+    return repr(value)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from attnkit.decoding import (
     rows_of_context_mask,
     rows_of_mask,
 )
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.masks.base import check_int
@@ -320,7 +320,7 @@ class MultiHeadAttention(nn.Module):
         self, x: Tensor, context: Tensor | None, seqlens: SeqLens | None, cache: KVCache | None
     ) -> None:
         if cache is not None and not isinstance(cache, KVCache):
-            raise CompositionTypeError(f"cache={cache!r}; give a KVCache(), one per layer")
+            raise CompositionTypeError(f"cache={shown(cache)}; give a KVCache(), one per layer")
         crosses = context is not None or (cache is not None and cache.sealed)
         self._check_input("x", x, self.dim, "dim")
         if context is not None:
@@ -379,7 +379,7 @@ def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
 
 def _rotary(given: bool | Rotary, head_dim: int) -> Rotary | None:
     if not isinstance(given, (bool, Rotary)):
-        raise CompositionTypeError(f"rotary={given!r}; give True, False or a Rotary")
+        raise CompositionTypeError(f"rotary={shown(given)}; give True, False or a Rotary")
     rotary = given if isinstance(given, Rotary) else Rotary() if given else None
     if rotary is not None:
         rotary.dims(head_dim)
@@ -440,7 +440,7 @@ def _check_packing(x: Tensor, context: Tensor | None, seqlens: SeqLens | None) -
         return
     if not isinstance(seqlens, SeqLens):
         raise CompositionTypeError(
-            f"seqlens={seqlens!r}: wrap the lengths as SeqLens(lengths), or "
+            f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
             "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
         )
     if x.ndim == 3:

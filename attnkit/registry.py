@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = ["Registry"]
 
@@ -35,7 +35,8 @@ class Registry(Generic[T]):
         """Register `entry` under `name`; an already taken name is an error."""
         if not isinstance(name, str):
             raise CompositionTypeError(
-                f"a {self.what} is registered under a string, not {name!r} ({type(name).__name__})"
+                f"a {self.what} is registered under a string, not {shown(name)} "
+                f"({type(name).__name__})"
             )
         if name in self._entries:
             raise CompositionError(
@@ -60,7 +61,7 @@ class Registry(Generic[T]):
         close = difflib.get_close_matches(str(name), self._entries, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise CompositionError(
-            f"unknown {self.what} {name!r}{hint} Known: {', '.join(self._entries)}"
+            f"unknown {self.what} {shown(name)}{hint} Known: {', '.join(self._entries)}"
         )
 
     def __contains__(self, name: object) -> bool:

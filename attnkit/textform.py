@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from attnkit.errors import AttnkitError, CompositionError, CompositionTypeError
+from attnkit.errors import AttnkitError, CompositionError, CompositionTypeError, shown
 
 __all__ = ["arguments_text", "evaluate"]
 
@@ -33,7 +33,7 @@ def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> A
     """
     if not isinstance(text, str):
         raise CompositionTypeError(
-            f"expected the text of a {what}, got {text!r} ({type(text).__name__})"
+            f"expected the text of a {what}, got {shown(text)} ({type(text).__name__})"
         )
     try:
         tree = ast.parse(text.strip(), mode="eval")

@@ -33,6 +33,16 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ak.CompositionError,
         r"query \[6, 8\] in layout BSND .*4 axes.*permute the tensor or name the layout",
     ),
+    "tensor as a mask": (
+        lambda: ak.attention(x(), x(), x(), mask=x(6, 6) > 0),  # type: ignore[arg-type]
+        CompositionTypeError,
+        r"mask=<tensor \[6, 6\] of torch.bool> is a Tensor; .*masks.Dense.keep\(t\)",
+    ),
+    "tensor as a bias": (
+        lambda: ak.attention(x(), x(), x(), pse=x(6, 6)),  # type: ignore[arg-type]
+        CompositionTypeError,
+        r"pse=<tensor \[6, 6\] of torch.float32> is a Tensor; .*pse.Dense\(t\)",
+    ),
     "layout of another rank": (
         lambda: ak.attention(x(), x(), x(), layout="BSH", num_heads=4),
         ak.CompositionError,

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.registry import Registry
 
 __all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
@@ -312,7 +312,7 @@ def register(layout: Layout) -> Layout:
     >>> LAYOUTS.remove("BNDS")
     """
     if not isinstance(layout, Layout):
-        raise CompositionTypeError(f"register takes a Layout(name, pattern), not {layout!r}")
+        raise CompositionTypeError(f"register takes a Layout(name, pattern), not {shown(layout)}")
     return LAYOUTS.add(layout.name, layout)
 
 
@@ -327,7 +327,7 @@ def get(name: str) -> Layout:
     if not isinstance(name, str):
         raise CompositionTypeError(
             f"a layout is given by its name, one of {', '.join(LAYOUTS)}; "
-            f"got {name!r} ({type(name).__name__})"
+            f"got {shown(name)} ({type(name).__name__})"
         )
     if name not in LAYOUTS and name.upper() in LAYOUTS:
         raise CompositionError(
@@ -357,7 +357,7 @@ def _positive(label: str, value: int | None) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise CompositionTypeError(f"{label} is a positive int, got {value!r}")
+        raise CompositionTypeError(f"{label} is a positive int, got {shown(value)}")
     if value < 1:
         raise CompositionError(f"{label} is a positive int, got {value}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = [
     "IntsLike",
@@ -65,7 +65,7 @@ def check_int(name: str, value: object, minimum: int | None) -> int:
         rule = "an int" if minimum is None else f"an int >= {minimum}"
         number = type(value) is not bool and hasattr(value, "__index__")
         raise CompositionTypeError(
-            f"{name}={value!r} is of type {type(value).__name__}; it must be {rule}"
+            f"{name}={shown(value)} is of type {type(value).__name__}; it must be {rule}"
             + (f": write int({name.split()[-1]})" if number else "")
         )
     if minimum is not None and value < minimum:

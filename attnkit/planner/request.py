@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnkit import layouts
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.pse import (
@@ -111,12 +111,12 @@ class Composition:
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
             raise CompositionTypeError(
-                f"mask={self.mask!r} is a {type(self.mask).__name__}; it must be a mask of "
+                f"mask={shown(self.mask)} is a {type(self.mask).__name__}; it must be a mask of "
                 "attnkit.masks (wrap a boolean tensor: masks.Dense.keep(t) or .drop(t))"
             )
         if self.pse is not None and not isinstance(self.pse, Pse):
             raise CompositionTypeError(
-                f"pse={self.pse!r} is a {type(self.pse).__name__}; it must be a bias of "
+                f"pse={shown(self.pse)} is a {type(self.pse).__name__}; it must be a bias of "
                 "attnkit.pse (wrap a tensor: pse.Dense(t))"
             )
         layouts.get(self.layout)
@@ -136,7 +136,7 @@ def _number(name: str, value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CompositionTypeError(
-            f"{name}={value!r} is of type {type(value).__name__}; it must be an int or float"
+            f"{name}={shown(value)} is of type {type(value).__name__}; it must be an int or float"
         )
     return value
 
@@ -352,7 +352,7 @@ def _check_sizes(layout: Layout, q: Sizes, k: Sizes, v: Sizes) -> None:
 def _check_seqlens(layout: Layout, seqlens: SeqLens | None, q: Sizes, k: Sizes) -> None:
     if seqlens is not None and not isinstance(seqlens, SeqLens):
         raise CompositionTypeError(
-            f"seqlens={seqlens!r}: wrap the lengths as SeqLens(lengths), or "
+            f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
             "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
         )
     if layout.packed and seqlens is None:

@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.pse.base import Align, Pse, Range, check_range
 from attnkit.pse.by_distance import ByDistance
 
@@ -31,7 +31,7 @@ def press_slopes(num_heads: int) -> tuple[float, ...]:
     (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
     """
     if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise CompositionTypeError(f"num_heads is a positive int, got {num_heads!r}")
+        raise CompositionTypeError(f"num_heads is a positive int, got {shown(num_heads)}")
     if num_heads < 1:
         raise CompositionError(f"num_heads is a positive int, got {num_heads}")
     power = 1 << (num_heads.bit_length() - 1)
@@ -154,7 +154,7 @@ def _slopes(name: str, values: object) -> tuple[float, ...]:
         )
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise CompositionTypeError(
-            f"{name} takes a number of heads or a sequence of slopes, not {values!r}"
+            f"{name} takes a number of heads or a sequence of slopes, not {shown(values)}"
         )
     for value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.structure import Stepped
@@ -100,7 +100,7 @@ class T5Relative(ByDistance):
             table = nn.Parameter(torch.zeros(shape))
         if not isinstance(table, Tensor) or not table.is_floating_point():
             raise CompositionTypeError(
-                f"T5Relative: table is a floating tensor {list(shape)}, got {table!r}"
+                f"T5Relative: table is a floating tensor {list(shape)}, got {shown(table)}"
             )
         if tuple(table.shape) != shape:
             raise CompositionError(
@@ -192,7 +192,7 @@ def _check_buckets(
         ("max_distance", max_distance),
     ):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise CompositionTypeError(f"T5Relative: {name} is a positive int, got {value!r}")
+            raise CompositionTypeError(f"T5Relative: {name} is a positive int, got {shown(value)}")
         if value < 1:
             raise CompositionError(f"T5Relative: {name} is a positive int, got {value}")
     if not isinstance(bidirectional, bool):
