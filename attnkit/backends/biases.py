@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnkit.constants import constant
 from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
@@ -83,9 +83,6 @@ def _slopes(
     return _slopes_tensor(slopes, spec.dtype, device)
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, since a copy from the host makes it wait for the device; and made outside of
-    # inference mode, whose tensors a later training step could not save for its backward.
-    with torch.inference_mode(False):
-        return torch.tensor(slopes, dtype=dtype, device=device)
+    return torch.tensor(slopes, dtype=dtype, device=device)

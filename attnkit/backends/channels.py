@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
+from attnkit.constants import constant
 from attnkit.planner import Plan, Request
 from attnkit.planner.routes import BASE, Channels, Route
 from attnkit.pse import Linear, PerKey, Pse, Sloped, Stepped, Sum
@@ -84,18 +85,15 @@ def _values(
     return reduce(add, map(torch.Tensor.__getitem__, tables, _rows_of_each(known, device)))
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _rows_of_each(structures: tuple[Stepped, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Return the rows that each table has on the steps of a sum."""
-    with torch.inference_mode(False):
-        return tuple(torch.tensor(rows, device=device) for rows in joined(structures)[1])
+    return tuple(torch.tensor(rows, device=device) for rows in joined(structures)[1])
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, since a copy from the host makes it wait for the device.
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -189,7 +187,7 @@ def _stepped(
     return u, repeat(hot, "t b -> t n (p b)", n=request.num_kv_heads, p=one.pieces)
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _nearest(
     sequences: tuple[tuple[int, int], ...],
     align: str,
@@ -197,12 +195,11 @@ def _nearest(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Return which anchor is nearest to each query [t a], and how far it lies behind it [t 1]."""
-    with torch.inference_mode(False):
-        rows, _ = _positions(sequences, align, device)
-        ahead = torch.tensor(anchors, device=device) - rows[:, None]
-        which = ahead.abs().argmin(-1, keepdim=True)
-        there = torch.arange(len(anchors), device=device) == which
-        return there.float(), ahead.gather(-1, which).float()
+    rows, _ = _positions(sequences, align, device)
+    ahead = torch.tensor(anchors, device=device) - rows[:, None]
+    which = ahead.abs().argmin(-1, keepdim=True)
+    there = torch.arange(len(anchors), device=device) == which
+    return there.float(), ahead.gather(-1, which).float()
 
 
 def _pieces(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:
@@ -230,24 +227,22 @@ def _finite(values: Tensor, most: float) -> Tensor:
     return values.clamp(-most, most)
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _rows_of(structure: Stepped, lo: int, hi: int, device: torch.device) -> Tensor:
     """Return the row of the table for each distance."""
-    with torch.inference_mode(False):
-        steps = structure.steps(lo, hi)
-        return torch.tensor([r for a, b, r in steps for _ in range(a, b + 1)], device=device)
+    steps = structure.steps(lo, hi)
+    return torch.tensor([r for a, b, r in steps for _ in range(a, b + 1)], device=device)
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _positions(
     sequences: tuple[tuple[int, int], ...], align: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the position ``i'`` of each query token and that of each key token."""
-    with torch.inference_mode(False):
-        shifts = [kv - q if align == "bottom_right" else 0 for q, kv in sequences]
-        rows = [
-            torch.arange(at, at + q, device=device)
-            for at, (q, _) in zip(shifts, sequences, strict=True)
-        ]
-        keys = [torch.arange(kv, device=device) for _, kv in sequences]
-        return torch.cat(rows), torch.cat(keys)
+    shifts = [kv - q if align == "bottom_right" else 0 for q, kv in sequences]
+    rows = [
+        torch.arange(at, at + q, device=device)
+        for at, (q, _) in zip(shifts, sequences, strict=True)
+    ]
+    keys = [torch.arange(kv, device=device) for _, kv in sequences]
+    return torch.cat(rows), torch.cat(keys)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, sta
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, run_merged, steps_of
+from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall, unpack_stats
 from attnkit.kernel.scores import MASKED
@@ -137,10 +137,9 @@ def _run_in_order(
     return AttentionOutput(out.index_select(axis, back), Stats(peak, total))
 
 
-@lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([i for part in order for i in part], device=device)
+    return torch.tensor([i for part in order for i in part], device=device)
 
 
 def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:
@@ -213,8 +212,7 @@ def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Te
     if mask is None:
         return None
     if not mask.is_opaque:
-        with torch.inference_mode(False):  # the tensor is kept, and training may meet it later
-            return mask.build(device)
+        return mask.build(device)
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     lengths = request.sequences[0]
     return request.mask.materialize(*lengths, batch, heads, device).logical_not().view(mask.shape)

@@ -27,6 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.constants import constant
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner.blocks import Block, span
 from attnkit.planner.candidates import Zone
@@ -87,22 +88,21 @@ class Rows:
             total.index_add_(0, _index(self.ranges, total.device), part.to(total.dtype))
 
 
-@lru_cache(maxsize=256)
+@constant(maxsize=256)
 def _index(ranges: Ranges, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
 
 
-@lru_cache(maxsize=256)
+@constant(maxsize=256)
 def _signs(
     dim: int, turned: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return -1 for the dimensions in some ranges, 1 for the others."""
-    with torch.inference_mode(False):
-        there = torch.arange(dim, device=device)
-        signs = torch.ones(dim, dtype=dtype, device=device)
-        for start, stop in turned:
-            signs = torch.where((start <= there) & (there < stop), -signs, signs)
-        return signs
+    there = torch.arange(dim, device=device)
+    signs = torch.ones(dim, dtype=dtype, device=device)
+    for start, stop in turned:
+        signs = torch.where((start <= there) & (there < stop), -signs, signs)
+    return signs
 
 
 def query_rows(blocks: Sequence[Block], starts: Sequence[int]) -> Rows:

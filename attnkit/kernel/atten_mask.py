@@ -7,12 +7,12 @@ A record's `regions` are in attnkit's polarity: they hold the *allowed* cells.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Literal
 
 import torch
 
+from attnkit.constants import constant
 from attnkit.errors import KernelContractError
 from attnkit.geometry import Region, Slice
 
@@ -142,7 +142,7 @@ _CAUSAL = AttenMask("causal", (COMPRESSED_SIDE, COMPRESSED_SIDE))
 _PREFIX = AttenMask("prefix", (COMPRESSED_SIDE + PREFIX_SIDE, COMPRESSED_SIDE))
 
 
-@lru_cache(maxsize=16)
+@constant(maxsize=16)
 def _build_cached(mask: AttenMask, device: torch.device) -> torch.Tensor:
     return _build(mask, device)
 

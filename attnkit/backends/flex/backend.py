@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from attnkit.backends.flex.planes import planes_of_request
 from attnkit.backends.flex.scores import scores_of
 from attnkit.backends.flex.tables import mask_mod_of, tables_of
 from attnkit.backends.tiled.form import form
+from attnkit.constants import constant
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 from attnkit.planner.request import BiasTerm
@@ -101,12 +101,10 @@ class Made:
         return self._there[device]
 
 
-@lru_cache(maxsize=32)
+@constant(maxsize=32)
 def made(request: Request) -> Made:
     """Return a request's block mask, made once."""
-    # What is made while somebody only infers may serve a training step later.
-    with torch.inference_mode(False):
-        return Made(request)
+    return Made(request)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnkit.backends.flex.scores import ScoreMod
+from attnkit.errors import CompositionTypeError
 
 __all__ = ["Call", "Kernel", "compiled"]
 
@@ -45,7 +47,14 @@ def compiled(call: Call) -> tuple[Tensor, Tensor | None]:
     """Run a call compiled. The CPU's kernel returns no log-sum-exp.
 
     On the CPU it is compiled for known lengths, since open ones give wrong code or none.
+
+    Raises `CompositionTypeError` for fake tensors, whose memory compiled code would read.
     """
+    if isinstance(call.query, FakeTensor):
+        raise CompositionTypeError(
+            "FlexAttention runs compiled code, and a fake tensor has no memory to run it on; for "
+            "shapes alone ask for backend='reference'"
+        )
     if call.query.device.type == "cpu":
         return _on_cpu(call)
     shapes = tuple((t.shape[1], t.shape[3]) for t in call[:3])

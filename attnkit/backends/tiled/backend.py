@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
 from attnkit.backends.tiled.bias import bind, given_tensors, outline
@@ -68,7 +69,8 @@ class Tiled(Backend):
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Walk the plan's schedule."""
-        if torch.compiler.is_compiling():
+        # A fake tensor has no memory to walk, and what is kept for later calls must be real.
+        if torch.compiler.is_compiling() or isinstance(operands.query, FakeTensor):
             return _run_in_graph(cast(TiledPlan, plan), operands)
         request, query = plan.request, operands.query
         job = cast(TiledPlan, plan).job or Job(request, schedule(request))

@@ -1,0 +1,48 @@
+"""Tensors that follow from plain values: made once, and kept for later calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+
+__all__ = ["constant"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Keep what a function makes of hashable values: tensors, or what holds some.
+
+    A copy from the host makes it wait for a device, so it is made once. It is made outside of
+    inference mode, whose tensors a later training step could not save for its backward. While
+    a mode of torch takes the operators (fake tensors, tracing), nothing is kept: what is made
+    there belongs to the mode.
+
+    >>> @constant(maxsize=8)
+    ... def row(length: int) -> torch.Tensor:
+    ...     return torch.arange(length)
+    >>> with torch.inference_mode():
+    ...     row(3) is row(3), row(3).is_inference()
+    (True, False)
+    """
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        @wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False), torch.no_grad():
+                return make(*args, **kwargs)
+
+        kept = cast(Callable[P, T], lru_cache(maxsize)(made))
+
+        @wraps(make)
+        def get(*args: P.args, **kwargs: P.kwargs) -> T:
+            taken = torch._C._len_torch_dispatch_stack()
+            return made(*args, **kwargs) if taken else kept(*args, **kwargs)
+
+        return get
+
+    return decorate
