@@ -15,6 +15,9 @@ Pieces = Sequence[tuple[int, int, tuple[Run, ...]]]
 
 # Score tiles are at most this wide, so that memory does not grow with the number of keys.
 WIDEST = 2048
+# A run this wide is a chunk of its own, read where it is: to gather it beside others takes longer
+# than one more step of the softmax.
+ALONE = 1024
 # Runs closer than this are one run: masked columns cost less than gathering keys.
 GAP = 64
 # Unmasked stretches narrower than this join the masked ones beside them.
@@ -87,12 +90,14 @@ def _widened(spans: Spans, full: Spans, kv_len: int) -> Spans:
 
 
 def _cut(spans: Spans) -> list[Spans]:
-    """Cut runs into chunks of at most `WIDEST` columns; runs that fit together stay together."""
-    if sum(b - a for a, b in spans) <= WIDEST:
-        return [spans]
+    """Cut runs into chunks of at most `WIDEST` columns; narrow runs that fit stay together."""
+    wide: list[Spans] = []
     chunks: list[Spans] = [[]]
     room = WIDEST
     for start, stop in spans:
+        if stop - start >= ALONE or len(spans) == 1:
+            wide += ([(a, min(a + WIDEST, stop))] for a in range(start, stop, WIDEST))
+            continue
         while stop - start > room:
             if room:
                 chunks[-1].append((start, start + room))
@@ -100,7 +105,7 @@ def _cut(spans: Spans) -> list[Spans]:
             chunks.append([])
         chunks[-1].append((start, stop))
         room -= stop - start
-    return [chunk for chunk in chunks if chunk]
+    return [*wide, *(chunk for chunk in chunks if chunk)]
 
 
 def _edges(start: int, stop: int, full: Spans) -> Spans:
