@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Keep what a function makes of hashable values: tensors, or what holds some.
+    """Keep what a function makes of hashable values, given by position: tensors, or their holders.
 
     A copy from the host makes it wait for a device, so it is made once. It is made outside of
     inference mode, whose tensors a later training step could not save for its backward. While
@@ -32,17 +32,16 @@ def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
         @wraps(make)
-        def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        def made(*args: Any) -> Any:
             with torch.inference_mode(False), torch.no_grad():
-                return make(*args, **kwargs)
+                return cast(Any, make)(*args)
 
-        kept = cast(Callable[P, T], lru_cache(maxsize)(made))
+        kept = lru_cache(maxsize)(made)
 
         @wraps(make)
-        def get(*args: P.args, **kwargs: P.kwargs) -> T:
-            taken = torch._C._len_torch_dispatch_stack()
-            return made(*args, **kwargs) if taken else kept(*args, **kwargs)
+        def get(*args: Any) -> Any:
+            return (made if torch._C._len_torch_dispatch_stack() else kept)(*args)
 
-        return get
+        return cast(Callable[P, T], get)
 
     return decorate

@@ -192,11 +192,9 @@ def _cheapest_way(request: Request) -> Lowering:
     # Few zones are few calls: what they cost bounds the others.
     some = (way for way in ways if isinstance(way, Route))
     for route in sorted(some, key=lambda route: len(route.zones)):
-        found = [option.best for option in options]
-        known_prices = [
-            best.price.nanoseconds for best in found if best and not _has_full_mask(best)
-        ]
-        options.append(on_route(request, route, min(known_prices, default=inf)))
+        rivals = (o.best for o in options if o.best is not None and not _has_full_mask(o.best))
+        bound = min((best.price.nanoseconds for best in rivals), default=inf)
+        options.append(on_route(request, route, bound))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
     known = [(option.best, option) for option in options if option.best is not None]
     if not known:
