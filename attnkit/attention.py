@@ -16,6 +16,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
 from attnkit.planner import Composition, Plan, Request, read_request
+from attnkit.planner.request import is_transformed
 from attnkit.pse import Pse
 from attnkit.traced import attend_in_graph, interned, is_tracing
 
@@ -143,13 +144,13 @@ class Attention(nn.Module):
 
         With `return_stats`, returns `AttentionOutput(output, stats)`.
         """
-        bias = self._bias(pse)
-        operands = Operands(query, key, value, bias, self.sink)
         if is_tracing():
+            operands = Operands(query, key, value, None, self.sink)
             result = self._in_graph(operands, mask, pse, seqlens, return_stats)
         else:
+            bias = self._bias(pse)
             found = self._plan(bias, query, key, value, mask, pse, seqlens)
-            result = run_plan(found, operands)
+            result = run_plan(found, Operands(query, key, value, bias, self.sink))
         return result if return_stats else result.output
 
     def plan(
@@ -180,6 +181,7 @@ class Attention(nn.Module):
 
     def _bias(self, pse: Pse | None) -> Pse | None:
         """Return the module's bias with that of a call."""
+        _check_pse(pse)
         own = self.composition.pse
         return own if pse is None else pse if own is None else own + pse
 
@@ -213,6 +215,7 @@ class Attention(nn.Module):
         seqlens: SeqLens | None,
         return_stats: bool,
     ) -> AttentionOutput:
+        _check_pse(pse)
         own = self._composition
         carried = [getattr(self, name) for name in self._pse_names]
         return attend_in_graph(
@@ -268,6 +271,7 @@ class Attention(nn.Module):
             value.requires_grad,
             self.training,
             torch.is_grad_enabled(),
+            is_transformed(),
             given,
         )
 
@@ -322,6 +326,14 @@ def _known_types(query: object, key: object, value: object, mask: object, seqlen
         and (mask is None or isinstance(mask, Mask))
         and (seqlens is None or isinstance(seqlens, SeqLens))
     )
+
+
+def _check_pse(pse: object) -> None:
+    if pse is not None and not isinstance(pse, Pse):
+        raise CompositionTypeError(
+            f"pse={shown(pse)} is a {type(pse).__name__}; it must be a bias of attnkit.pse (wrap "
+            "a tensor: pse.Dense(t))"
+        )
 
 
 def _register_tensors(module: nn.Module, pse: Pse | None) -> tuple[str, ...]:
@@ -398,6 +410,7 @@ def attention(
     torch.Size([1, 16, 32])
     """
     operands = Operands(query, key, value, pse, sink)
+    _check_pse(pse)
     if is_tracing():
         result = attend_in_graph(
             (mask, None),

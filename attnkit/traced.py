@@ -15,8 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan
-from attnkit.backends.island import Island, islands, run_island
+from attnkit.backends import AttentionOutput, Operands, make_plan
+from attnkit.backends.graph import hold, run_number, stand_in
 from attnkit.backends.rebind import rebound
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
@@ -33,6 +33,8 @@ Facts: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool]
 Numbers: TypeAlias = tuple[float | None, float | None, float | None]
 """The numbers of a composition: scale, dropout, soft-cap."""
 
+
+_WHOLE = Full()
 
 # Weak, since a mask may hold a matrix.
 _SEEN: WeakValueDictionary[int, Mask] = WeakValueDictionary()
@@ -64,7 +66,7 @@ def attend_in_graph(
 
     `carried` are the tensors that the biases have now.
     """
-    island = _planned(
+    number = _planned(
         *masks,  # objects of ours are constants as arguments, and are not inside of tuples
         *biases,
         layout,
@@ -77,10 +79,8 @@ def attend_in_graph(
         (training, torch.is_grad_enabled()),
         backend,
     )
-    runner = BACKENDS[island.plan.backend]
-    if runner.traceable:
-        return runner.run(island.plan, operands)
-    return run_island(island, operands, carried, return_stats)
+    leaves = [operands.query, operands.key, operands.value, operands.sink, *carried]
+    return run_number(number, leaves, bool(training and numbers[1]), return_stats)
 
 
 def _facts(tensor: Tensor) -> Facts:
@@ -108,14 +108,17 @@ def _planned(
     heads: tuple[int | None, int | None, int | None],
     modes: tuple[bool, bool],
     backend: str,
-) -> Island:
-    """Plan for tensors that have the same properties and no data."""
+) -> int:
+    """Plan for tensors that have the same properties and no data; return the plan's number.
+
+    Not the plan: the tracer keeps objects that such a function returns for as long as it lives.
+    """
     scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
     training, grad = modes
     masks = [part for part in (mask, call_mask) if part is not None]
     biases = [part for part in (pse, call_pse) if part is not None]
     with torch.set_grad_enabled(grad):
-        bias = rebound(reduce(add, biases), [_stand_in(f) for f in carried]) if biases else None
+        bias = rebound(reduce(add, biases), [stand_in(*f) for f in carried]) if biases else None
         request = read_request(
             Composition(
                 reduce(and_, masks) if masks else Full(),
@@ -125,23 +128,22 @@ def _planned(
                 dropout or 0.0,
                 softcap,
             ),
-            *(_stand_in(f) for f in tensors),
+            *(stand_in(*f) for f in tensors),
             num_heads=heads[0],
             num_kv_heads=heads[1],
             head_dim=heads[2],
             seqlens=seqlens,
-            sink=None if sink is None else _stand_in(sink),
+            sink=None if sink is None else stand_in(*sink),
             training=training,
         )
         found = make_plan(request, backend)
-    return islands.add(found, bias)
+    # A graph knows its plan by a number. It is guarded on these objects, and dies with any of
+    # them: whichever is there keeps the plan, the ones that change most often first.
+    keepers: tuple[object, ...] = (seqlens, call_mask, mask, _WHOLE)
+    keeper = next(one for one in keepers if one is not None)
+    keeper.__dict__.setdefault("_graphs", {})[found] = None
+    return hold(found, bias).number
 
 
 # All that `torch.compiler.assume_constant_result` does, but it loads the compiler, for seconds.
 _planned._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _stand_in(facts: Facts) -> Tensor:
-    shape, dtype, device, requires_grad = facts
-    cell = torch.empty(1, dtype=dtype, device=device, requires_grad=requires_grad)
-    return cell.expand(shape)

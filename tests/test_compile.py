@@ -64,7 +64,8 @@ def test_one_graph_computes_the_same(name: str, backend: str) -> None:
         output, lse = form(q, k)
         each.append((output, lse, *torch.autograd.grad(output.square().sum(), leaves)))
     for found, meant in zip(*each, strict=True):
-        assert torch.equal(found, meant)
+        # The graph also asks for what flows through the statistics: zeros, by another way.
+        torch.testing.assert_close(found, meant)
 
 
 def test_inductor() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import register
-from attnkit.backends.fused import CallTensors, Fused
+from attnkit.backends.fused import Fused
 from attnkit.backends.merged import Answer
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
@@ -88,20 +88,15 @@ class Ascend(Fused):
         )
         return Refusal("dearer", reason, self.name)
 
-    def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the call, arguments by keyword."""
-        out = launch(call, tensors._asdict(), ops=self.ops)
-        return out[0], out[1], out[2]
-
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
-        """Make one call of several; the op draws its own dropout seed and tells it."""
+        """Make one call; the op draws its own dropout seed and tells it."""
         out = launch(call, tensors, ops=self.ops)
         return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
 
     def backward(
         self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
     ) -> Gradients:
-        """Make one grad call of several."""
+        """Make one grad call."""
         seed, offset, numels = merged.random
         extra = {
             "dy": dy,
@@ -119,7 +114,7 @@ class Ascend(Fused):
         call = step.call
         try:
             launch(call, _Nothing(), ops=_Rehearsal(self.ops))
-            if needs_grad and step.form.partial:
+            if needs_grad:
                 launch_grad(call, _Nothing(), {}, ops=_Rehearsal(self.ops))
         except KernelContractError as error:
             return [Refusal("op-version", str(error), self.name)]

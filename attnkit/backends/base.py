@@ -3,70 +3,66 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnkit.backends.rebind import rebound
 from attnkit.errors import Refusal
 from attnkit.planner import Composition, Plan, Request
 from attnkit.pse import Pse
 from attnkit.registry import Registry
 
-__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Deferred", "Operands", "Stats", "register"]
+__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Operands", "Stats", "register"]
+
+Maker = Callable[[], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
 class Stats:
-    """Softmax statistics per row: ``lse = max + log(sum)``, natural log.
+    """Softmax statistics per row, the same on every backend.
 
-    float32 (float64 for float64 inputs), [B, N, Sq], or [T, N] for a packed batch, whatever a
-    backend stores. Dropout does not enter. A row that sees no key has max = -inf, sum = 0 and
-    lse = -inf; with a learnable sink the sink is part of both. No gradient flows through them:
-    the fused kernel has none.
+    ``lse = log(sum_j exp(score_ij))``, natural log, over the allowed keys; ``max`` is the largest
+    of these scores and ``sum = exp(lse - max)``. float32 (float64 for float64 inputs),
+    ``[b n s]``, or ``[t n]`` for a packed batch, whatever a backend stores. Dropout does not
+    enter. A learnable sink is one more score. A row that sees no key has max = -inf, sum = 0
+    and lse = -inf.
+
+    Gradients flow through `lse` (and through nothing else) where the inputs ask for some.
+    Either is given as a tensor, or as a function that makes it when somebody looks: fast kernels
+    keep one number per row, and the maximum costs them another pass over the scores.
+
+    >>> import torch
+    >>> stats = Stats(torch.tensor([1.0]), lambda: torch.tensor([0.0]))
+    >>> stats.lse, stats.max, stats.sum
+    (tensor([1.]), tensor([0.]), tensor([2.7183]))
     """
 
-    max: Tensor
-    sum: Tensor
+    def __init__(self, lse: Tensor | Maker, max: Tensor | Maker) -> None:
+        self._lse, self._max = lse, max
 
     @property
     def lse(self) -> Tensor:
         """The log of the softmax denominator."""
-        return self.max + self.sum.log()
-
-
-class Deferred(Stats):
-    """Statistics behind a function: a caller who wants the output alone does not pay for them.
-
-    >>> import torch
-    >>> later = Deferred(lambda: Stats(torch.zeros(1), torch.ones(1)))
-    >>> later.lse
-    tensor([0.])
-    """
-
-    def __init__(self, make: Callable[[], Stats]) -> None:
-        self.__dict__["_make"] = make
-
-    @cached_property
-    def _made(self) -> Stats:
-        make: Callable[[], Stats] = self.__dict__["_make"]
-        return make()
+        if not isinstance(self._lse, Tensor):
+            self._lse = self._lse()
+        return self._lse
 
     @property
     def max(self) -> Tensor:
-        """The largest score of each row, or the log-sum-exp."""
-        return self._made.max
+        """The largest score of each row, after soft-cap and bias."""
+        if not isinstance(self._max, Tensor):
+            self._max = self._max()
+        return self._max
 
     @property
     def sum(self) -> Tensor:
-        """The sum that goes with it."""
-        return self._made.sum
-
-    def __repr__(self) -> str:
-        return "Deferred(...)"
+        """The softmax denominator over ``exp(max)``."""
+        peak = self.max
+        return (self.lse.detach() - peak.masked_fill(peak == -torch.inf, 0.0)).exp()
 
 
 class AttentionOutput(NamedTuple):
@@ -86,6 +82,18 @@ class Operands:
     pse: Pse | None = None
     sink: Tensor | None = None
 
+    @property
+    def leaves(self) -> tuple[Any, ...]:
+        """Query, key, value, sink (or None) and the tensors of the bias."""
+        carried = self.pse.tensors if self.pse is not None else ()
+        return (self.query, self.key, self.value, self.sink, *carried)
+
+    @classmethod
+    def of(cls, pse: Pse | None, leaves: Sequence[Any]) -> Operands:
+        """Return the operands that have these `leaves`, and a bias like `pse`."""
+        query, key, value, sink, *carried = leaves
+        return cls(query, key, value, None if pse is None else rebound(pse, carried), sink)
+
 
 class Backend(ABC):
     """One way to run a request.
@@ -96,8 +104,6 @@ class Backend(ABC):
     """
 
     name: str
-    traceable: bool = False
-    """Whether `torch.compile` may trace `run`; otherwise a graph holds it as one operator."""
 
     @abstractmethod
     def refusals(self, request: Request) -> list[Refusal]:
@@ -117,10 +123,78 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
-        """Run a plan of this backend."""
+        """Run a plan of this backend; autograd records what it does."""
+
+    # -- inside of graphs, where nothing is recorded: see `attnkit.backends.graph` -----------
+
+    saves_lse: ClassVar[bool] = False
+    """Whether `gradients` needs the log-sum-exp of the forward pass."""
+
+    def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
+        """Run a plan on random numbers that follow from `seed`; nothing is recorded."""
+        with torch.no_grad(), _seeded(seed, operands.query.device):
+            return self.run(plan, operands)
+
+    def gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        seed: Tensor | None,
+        results: tuple[Tensor, Tensor],
+        grads: tuple[Tensor | None, Tensor | None],
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key, value, sink and the tensors of the bias.
+
+        `results` are output and log-sum-exp, `grads` what arrived for them, `wanted` says which
+        are asked for. By default the forward is computed again, as activation checkpointing does.
+        """
+        apart = [
+            None if t is None else t.detach().requires_grad_(want)
+            for t, want in zip(operands.leaves, wanted, strict=True)
+        ]
+        again = Operands.of(operands.pse, apart)
+        with recorded(), _seeded(seed, operands.query.device):
+            output, stats = self.run(plan, again)
+            made = [] if grads[0] is None else [(output, grads[0])]
+            made += [] if grads[1] is None else [(stats.lse, grads[1])]
+            found = iter(
+                torch.autograd.grad(
+                    [t for t, _ in made],
+                    [t for t in apart if t is not None and t.requires_grad],
+                    [g for _, g in made],
+                    allow_unused=True,
+                )
+            )
+        return tuple(next(found) if t is not None and t.requires_grad else None for t in apart)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+@contextmanager
+def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Draw random numbers from a seed, and leave the generators as they were."""
+    if seed is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(int(seed))
+        yield
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Record gradients inside an operator, where torch leaves its recorder out of the way."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    was = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -129,6 +203,17 @@ BACKENDS: Registry[Backend] = Registry("backend")
 def register(backend: Backend) -> Backend:
     """Make a backend known by its name, and return it; a taken name is an error."""
     return BACKENDS.add(backend.name, backend)
+
+
+def untransformed(request: Request, name: str) -> list[Refusal]:
+    """Return why a kernel cannot run a request inside of a transform of `torch.func`."""
+    if not request.transformed:
+        return []
+    reason = (
+        "a transform of torch.func (grad, vjp, jvp, vmap) is at work, and it follows torch's own "
+        "operators only; backend='reference' is made of them"
+    )
+    return [Refusal("transform", reason, name)]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

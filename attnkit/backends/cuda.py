@@ -16,10 +16,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
+from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
 from attnkit.backends.flex import Flex
 from attnkit.backends.flex.backend import FlexPlan
-from attnkit.backends.tiled.form import form
+from attnkit.backends.form import form
+from attnkit.backends.rows import maxima
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.planner import Plan, Request
@@ -49,7 +50,7 @@ class Cuda(Backend):
 
     The fused call is taken where the mask's cells are all cells, or those of ``is_causal``, and
     nothing else joins the scores; dropout exists only there. It keeps no statistics: who looks
-    at them pays for a second, forward pass of FlexAttention. Runs on CUDA devices.
+    at the log-sum-exp pays for another pass, of FlexAttention. Runs on CUDA devices.
     """
 
     name = "cuda"
@@ -84,21 +85,22 @@ class Cuda(Backend):
             raise TypeError(f"the cuda backend runs its own plans, not a {type(plan).__name__}")
         if plan.flex is not None:
             return self._flex.run(plan.flex, operands)
-        output = _fused(plan, operands)
-        return AttentionOutput(output, Deferred(partial(self._stats, plan.request, operands)))
+        output, request = _fused(plan, operands), plan.request
+        lse = partial(self._lse, request, operands)
+        return AttentionOutput(output, Stats(lse, partial(maxima, request, operands)))
 
-    def _stats(self, request: Request, operands: Operands) -> Stats:
-        """Compute statistics after all."""
-        plain = replace(request, dropout=0.0, needs_grad=False)
+    def _lse(self, request: Request, operands: Operands) -> Tensor:
+        """Compute the log-sum-exp after all."""
+        plain = replace(request, dropout=0.0)
         reasons = self._flex.refusals(plain)
         if reasons:
             told = "; ".join(reason.reason for reason in reasons)
             raise BackendRefused(
-                f"torch's fused attention keeps no statistics, and FlexAttention, which has them, "
-                f"cannot run this: {told}; backend='reference' has them",
+                f"torch's fused attention keeps no log-sum-exp, and FlexAttention, which has one, "
+                f"cannot run this: {told}; backend='reference' has one",
                 reasons,
             )
-        return self._flex.run(self._flex.plan(plain), operands).stats
+        return self._flex.run(self._flex.plan(plain), operands).stats.lse
 
 
 def _unfused(request: Request) -> Iterator[str]:

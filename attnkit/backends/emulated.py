@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import register
-from attnkit.backends.fused import CallTensors, Fused
+from attnkit.backends.fused import Fused
 from attnkit.backends.merged import Answer
 from attnkit.errors import KernelContractError
 from attnkit.kernel import Gradients, KernelCall, emulate, emulate_grad
@@ -23,24 +23,17 @@ class Emulated(Fused):
 
     name = "emulated"
 
-    def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Execute one call on the emulator."""
-        query, key, value, atten_mask, pse, sink = tensors
-        call = _seeded(call)
-        return emulate(call, query, key, value, pse=pse, atten_mask=atten_mask, sink=sink)
-
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
-        """Execute one call of several."""
+        """Execute one call on the emulator."""
         query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
-        pse, mask = tensors["pse"], tensors["atten_mask"]
         call = _seeded(call)
-        out, peak, total = emulate(call, query, key, value, pse=pse, atten_mask=mask)
+        out, peak, total = emulate(call, query, key, value, **_optional(tensors))
         return Answer(out, peak, total, (call.seed, call.offset, call.numels))
 
     def backward(
         self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
     ) -> Gradients:
-        """Execute one grad call of several, with the dropout decisions of its forward."""
+        """Execute one grad call, with the dropout decisions of its forward."""
         seed, offset, _ = merged.random
         call = replace(call, seed=seed, offset=offset)
         query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
@@ -53,8 +46,7 @@ class Emulated(Fused):
             softmax_max=merged.peak,
             softmax_sum=merged.total,
             attention_in=merged.out,
-            pse=tensors["pse"],
-            atten_mask=tensors["atten_mask"],
+            **_optional(tensors),
         )
 
 
@@ -67,6 +59,10 @@ def _seeded(call: KernelCall) -> KernelCall:
     if call.keep_prob >= 1:
         return call
     return replace(call, seed=int(torch.randint(_SEEDS, ())), offset=0)
+
+
+def _optional(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: tensors[name] for name in ("pse", "atten_mask", "sink")}
 
 
 def _given(tensors: dict[str, Tensor | None], name: str) -> Tensor:

@@ -9,37 +9,31 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, stats_dtype
+from attnkit.backends.base import (
+    AttentionOutput,
+    Backend,
+    Operands,
+    Stats,
+    stats_dtype,
+    untransformed,
+)
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, run_merged, steps_of
+from attnkit.backends.merged import Answer, run_merged, run_single, steps_of
 from attnkit.constants import constant
 from attnkit.errors import Refusal
-from attnkit.kernel import Gradients, KernelCall, unpack_stats
-from attnkit.kernel.scores import MASKED
+from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.lower import lacking
 from attnkit.planner.request import bias_terms
 from attnkit.planner.residues import residue_order
 
-__all__ = ["CallTensors", "Fused"]
-
-
-class CallTensors(NamedTuple):
-    """The tensors that one kernel call is given, in its layout and the kernel's polarity."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    atten_mask: Tensor | None
-    pse: Tensor | None
-    sink: Tensor | None
+__all__ = ["Fused"]
 
 
 class Fused(Backend):
@@ -47,10 +41,10 @@ class Fused(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
-        lowering = lower(request)
+        lowering, reasons = lower(request), untransformed(request, self.name)
         if lowering.best is not None:
-            return []
-        return [
+            return reasons
+        return reasons + [
             Refusal(r.code, f"{r.subject}: {r.reason}" if r.subject else r.reason, self.name)
             for r in lowering.refusals
         ]
@@ -77,17 +71,13 @@ class Fused(Backend):
 
     @abstractmethod
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
-        """Make one call of several; see `merged`."""
+        """Make one call."""
 
     @abstractmethod
     def backward(
         self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
     ) -> Gradients:
-        """Make one grad call of several, with the merged statistics and output."""
-
-    @abstractmethod
-    def launch(self, call: KernelCall, tensors: CallTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Run one call; returns attention_out, softmax_max, softmax_sum as the op does."""
+        """Make one grad call, with the statistics and output of the whole softmax."""
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the plan's calls and bring their results into the request's form."""
@@ -99,16 +89,11 @@ class Fused(Backend):
             return _run_parts(self, plan, operands)
         (step,) = plan.steps
         request = plan.request
-        out, peak, total = self.launch(step.call, _call_tensors(request, step, operands))
-        rows = (unpack_stats(step.call, stats) for stats in (peak, total))
-        peak, total = (_request_rows(request, step, stat) for stat in rows)
+        out, *stats = run_single(step.call, self, _call_tensors(request, step, operands))
+        lse, peak = (_request_rows(request, step, stat) for stat in stats)
         if step.form.packs:
             out = request.layout_of.from_tnd(out, 1 if request.seqlens else request.batch)
-        peak, total = peak.detach(), total.detach()
-        empty = (peak <= MASKED) | (total == 0)
-        return AttentionOutput(
-            out, Stats(peak.masked_fill(empty, -torch.inf), total.masked_fill(empty, 0.0))
-        )
+        return AttentionOutput(out, Stats(lse, peak))
 
 
 def _run_in_order(
@@ -133,8 +118,8 @@ def _run_in_order(
     out, stats = backend.run(inner, replace(operands, query=q, key=k, value=v))
     back = queries.argsort()
     rows = 0 if request.seqlens is not None else 2
-    peak, total = (stat.index_select(rows, back) for stat in (stats.max, stats.sum))
-    return AttentionOutput(out.index_select(axis, back), Stats(peak, total))
+    lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
+    return AttentionOutput(out.index_select(axis, back), Stats(lse, peak))
 
 
 @constant(maxsize=64)
@@ -154,17 +139,17 @@ def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutpu
         silent = tuple(head for head in range(request.num_heads) if head not in known)
         groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
     parts = [_run_heads(backend, plan, heads, (query, key, value), operands) for heads in groups]
-    out, peak, total = parts[0]
+    out, lse, peak = parts[0]
     if len(parts) > 1:
         order = [head for heads in groups for head in heads or ()]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=out.device)
-        out, peak, total = (
+        out, lse, peak = (
             torch.cat(column, dim=1).index_select(1, back) for column in zip(*parts, strict=True)
         )
     out = layout.from_tnd(out, 1 if layout.packed else request.batch)
     if not layout.packed:
-        peak, total = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (peak, total))
-    return AttentionOutput(out, Stats(peak, total))
+        lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
+    return AttentionOutput(out, Stats(lse, peak))
 
 
 def _run_heads(
@@ -193,18 +178,25 @@ def _run_heads(
     return run_merged(steps_of(plan, heads), backend, *tensors, biases, sink, logits)
 
 
-def _call_tensors(request: Request, step: Launch, operands: Operands) -> CallTensors:
-    tensors = (operands.query, operands.key, operands.value)
+def _call_tensors(request: Request, step: Launch, operands: Operands) -> dict[str, Tensor | None]:
+    """Return the tensors that a call on all rows is given, in its layout and polarity."""
+    query, key, value = operands.query, operands.key, operands.value
+    device = query.device
     if step.form.packs:
         counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
         layout = request.layout_of
-        tensors = tuple(layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True))  # type: ignore[assignment]
-    return CallTensors(
-        *tensors,
-        _mask_tensor(request, step.call, operands.query.device),
-        call_bias(request, step, operands.pse, operands.query.device),
-        None if operands.sink is None else operands.sink.to(stats_dtype(request.dtype)),
-    )
+        query, key, value = (
+            layout.to_tnd(t, n) for t, n in zip((query, key, value), counts, strict=True)
+        )
+    sink = operands.sink
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "atten_mask": _mask_tensor(request, step.call, device),
+        "pse": call_bias(request, step, operands.pse, device),
+        "sink": None if sink is None else sink.to(stats_dtype(request.dtype)),
+    }
 
 
 def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Tensor | None:

@@ -4,7 +4,8 @@ Forward: every call answers some rows over some keys, with its softmax maximum m
 l_c. With ``m = max(m_c)`` and ``w_c = l_c exp(m_c - m)`` the merged row is
 ``sum w_c out_c / sum w_c``; a learnable sink is one more part, of weight ``exp(sink - m)``
 and no value. Backward: each call's own grad op, given the merged maximum, sum and output,
-returns its exact share of the gradients.
+returns its exact share of the gradients; of those of the log-sum-exp, too, which another grad
+call computes where somebody asks for them.
 
 Calls may differ in what they are given of a bias (`planner.routes`). Where the bias has
 another sign, so have some dimensions of the call's query, and of its gradient.
@@ -17,23 +18,26 @@ logit's gradient is the sum of those of its scores, which over one row is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from attnkit.constants import constant
+from attnkit.first_order import first_order
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
+from attnkit.kernel.operands import by_head
+from attnkit.kernel.scores import MASKED
 from attnkit.planner.blocks import Block, span
 from attnkit.planner.candidates import Zone
 from attnkit.planner.plan import Launch, Plan
 
-__all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "steps_of"]
+__all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "run_single", "steps_of"]
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -137,7 +141,7 @@ def layers(rows: Rows, offsets: Sequence[int]) -> list[tuple[Rows, list[tuple[in
 
 
 class _Merged(torch.autograd.Function):
-    """Merged attention over packed tensors ``[t n d]``; statistics are not differentiable."""
+    """Merged attention over packed tensors ``[t n d]``: output, log-sum-exp and maximum."""
 
     @staticmethod
     def forward(
@@ -170,51 +174,132 @@ class _Merged(torch.autograd.Function):
                 kept += own
         out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         result = out.to(query.dtype)
+        lse = peak + total.log()
         ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
         ctx.job, ctx.random = job, random
-        ctx.mark_non_differentiable(peak, total)
-        return result, peak, total
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(peak)
+        return result, lse, peak
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _peak: Tensor, _total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         query, key, value, sink, logits, out, peak, total, *kept = ctx.saved_tensors
-        wide = peak.dtype
-        grads = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value)]
+        given = Given(query, key, value, sink, logits)
         empty = total == 0
         # Rows that no call computes are never gathered; the values only have to be finite.
-        merged = (peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
-        dlogits = None if logits is None else torch.zeros_like(logits)
+        merged = Answer(out, peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
+
+        def make() -> tuple[Tensor | None, ...]:
+            way = _Back(ctx.job, given, merged, peak.dtype)
+            if dy is not None:
+                way.through(dy, merged, ctx.random, kept)
+            if dlse is not None:
+                way.through_lse(dlse, kept)
+            return way.found(ctx.needs_input_grad[4])
+
+        return (None, *first_order(make, dy, dlse, *given))
+
+
+class Given(NamedTuple):
+    """The tensors of a merged attention that may want a gradient."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sink: Tensor | None
+    logits: Tensor | None
+
+
+class _Back:
+    """Gradients while they are summed up, in the dtype of the statistics."""
+
+    def __init__(self, job: Job, given: Given, merged: Answer, wide: torch.dtype) -> None:
+        self.job, self.given, self.merged, self.wide = job, given, merged, wide
+        self.sums = [torch.zeros_like(t, dtype=wide) for t in given[:3]]
+        self.sink = None if given.sink is None else torch.zeros_like(given.sink, dtype=wide)
+        self.logits = None if given.logits is None else torch.zeros_like(given.logits)
+
+    def through(
+        self,
+        dy: Tensor,
+        merged: Answer,
+        random: Sequence[tuple[int, int, int]],
+        kept: Sequence[Tensor],
+    ) -> None:
+        """Add what flows through the output."""
         parts = iter(kept)
-        for step, bias, random in zip(ctx.job.steps, ctx.job.biases, ctx.random, strict=True):
-            m_all, l_all = (step.queries.take(stat) for stat in merged)
-            shift = step.shift(logits)
-            if shift is not None:
-                m_all = m_all - shift
-                if kept and dlogits is not None:
-                    own = step.queries.take(dy).to(wide), step.queries.take(out).to(wide)
-                    dlogits[step.zone.row] += _of_logit(*own, m_all, l_all, *islice(parts, 3))
-            answer = step.of_call(step.queries.take(out), m_all, l_all, random)
-            tensors = step.tensors(query, key, value, bias)
-            slope = step.split(step.queries.take(dy), step.call.q_len).contiguous()
-            found = ctx.job.launcher.backward(step.call, tensors, slope, answer)
-            dim = step.call.head_dim
-            step.queries.add(grads[0][..., :dim], step.turn(step.join(found.query)))
-            step.keys.add(grads[1][..., :dim], step.join(found.key))
-            step.keys.add(grads[2], step.join(found.value))
-        dsink = None
-        if sink is not None and ctx.needs_input_grad[4]:
-            share = (sink.to(wide) - peak).exp() / total
-            dsink = -(share * (dy * out).to(wide).sum(-1)).sum(0).to(sink.dtype)
-        dq, dk, dv = (g.to(t.dtype) for g, t in zip(grads, (query, key, value), strict=True))
-        return None, dq, dk, dv, dsink, dlogits
+        for step, bias, drawn in zip(self.job.steps, self.job.biases, random, strict=True):
+            peak, total = self._stats(step)
+            if kept and step.zone.row is not None and self.logits is not None:
+                own, m, sums = islice(parts, 3)
+                weight = sums * (m - peak).exp() / total
+                apart = own.to(self.wide) - step.queries.take(merged.out).to(self.wide)
+                slope = (step.queries.take(dy).to(self.wide) * apart).sum(-1)
+                self.logits[step.zone.row] += (weight * slope).sum(0)
+            answer = step.of_call(step.queries.take(merged.out), peak, total, drawn)
+            found = self._launch(step, step.call, self.given.value, bias, dy, answer)
+            step.keys.add(self.sums[2], step.join(found.value))
+        self._to_sink((dy * merged.out).to(self.wide).sum(-1).neg())
 
+    def through_lse(self, dlse: Tensor, kept: Sequence[Tensor]) -> None:
+        """Add what flows through the log-sum-exp, whose gradient by a score is its weight.
 
-def _of_logit(
-    dy: Tensor, out: Tensor, peak: Tensor, total: Tensor, own: Tensor, m: Tensor, sums: Tensor
-) -> Tensor:
-    """Return the gradient [n] of the logit that a call adds to all of its scores."""
-    weight = sums * (m - peak).exp() / total
-    return (weight * (dy * (own.to(dy.dtype) - out)).sum(-1)).sum(0)
+        The grad op computes ``weight * (dy.v - dy.out)``: of values that are 1 in one dimension, an
+        output of 0 and a dy that has dlse there, that is ``weight * dlse``. Dropout has no part.
+        """
+        parts = iter(kept)
+        value, out = torch.zeros_like(self.given.value), torch.zeros_like(self.merged.out)
+        value[..., 0] = 1.0
+        dy = torch.zeros_like(out)
+        dy[..., 0] = dlse
+        for step, bias in zip(self.job.steps, self.job.biases, strict=True):
+            peak, total = self._stats(step)
+            if kept and step.zone.row is not None and self.logits is not None:
+                _, m, sums = islice(parts, 3)
+                weight = sums * (m - peak).exp() / total
+                self.logits[step.zone.row] += (weight * step.queries.take(dlse)).sum(0)
+            answer = step.of_call(step.queries.take(out), peak, total, (0, 0, 0))
+            self._launch(step, replace(step.call, keep_prob=1.0), value, bias, dy, answer)
+        self._to_sink(dlse)
+
+    def _stats(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the merged maximum and sum for the rows of a call, without its own logit."""
+        peak, total = (step.queries.take(t) for t in (self.merged.peak, self.merged.total))
+        shift = step.shift(self.given.logits)
+        return peak if shift is None else peak - shift, total
+
+    def _launch(
+        self,
+        step: Step,
+        call: KernelCall,
+        value: Tensor,
+        bias: Tensor | None,
+        dy: Tensor,
+        answer: Answer,
+    ) -> Gradients:
+        """Make one grad call, and add what it gives to query and key."""
+        tensors = step.tensors(self.given.query, self.given.key, value, bias)
+        slope = step.split(step.queries.take(dy), call.q_len).contiguous()
+        found = self.job.launcher.backward(call, tensors, slope, answer)
+        step.queries.add(self.sums[0][..., : call.head_dim], step.turn(step.join(found.query)))
+        step.keys.add(self.sums[1][..., : call.head_dim], step.join(found.key))
+        return found
+
+    def _to_sink(self, slope: Tensor) -> None:
+        """Add the gradient of the sink, whose weight is that of one more score."""
+        if self.given.sink is not None and self.sink is not None:
+            share = (self.given.sink.to(self.wide) - self.merged.peak).exp() / self.merged.total
+            self.sink += (share * slope).sum(0)
+
+    def found(self, wants_sink: bool) -> tuple[Tensor | None, ...]:
+        """Return the gradients in the dtypes of their tensors."""
+        typed = [g.to(t.dtype) for g, t in zip(self.sums, self.given[:3], strict=True)]
+        sink = None
+        if self.sink is not None and self.given.sink is not None and wants_sink:
+            sink = self.sink.to(self.given.sink.dtype)
+        return (*typed, sink, self.logits)
 
 
 @dataclass(frozen=True)
@@ -270,6 +355,7 @@ class Step:
             "value": self.split(self.keys.take(value), kv_len),
             "atten_mask": None if mask is None else mask.build(query.device),
             "pse": bias,
+            "sink": None,
         }
 
     def by_token(self, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,6 +374,105 @@ class Step:
             peak, total = (rearrange(s, "(b s) n -> b n s", s=length) for s in (peak, total))
         peak, total = (pack_stats(self.call, stat) for stat in (peak, total))
         return Answer(self.split(out, length), peak, total, random)
+
+
+class _Single(torch.autograd.Function):
+    """One call that answers every row: output, log-sum-exp and maximum in the call's form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: KernelCall,
+        launcher: Launcher,
+        mask: Tensor | None,
+        pse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = {"query": query, "key": key, "value": value}
+        answer = launcher.forward(call, {**tensors, "atten_mask": mask, "pse": pse, "sink": sink})
+        ctx.call, ctx.launcher, ctx.random = call, launcher, answer.random
+        peak, total = (unpack_stats(call, stat) for stat in (answer.peak, answer.total))
+        empty = (peak <= MASKED) | (total == 0)
+        lse = (peak + total.log()).masked_fill(empty, -torch.inf)
+        peak = peak.masked_fill(empty, -torch.inf)
+        kept = (answer.out, answer.peak, answer.total, lse)
+        ctx.save_for_backward(query, key, value, sink, mask, pse, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(peak)
+        return answer.out, lse, peak
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, sink, mask, pse, out, peak, total, lse = ctx.saved_tensors
+        call, launcher = ctx.call, ctx.launcher
+        tensors = {"query": query, "key": key, "value": value}
+        tensors |= {"atten_mask": mask, "pse": pse, "sink": sink}
+
+        def make() -> tuple[Tensor | None, ...]:
+            found = []
+            if dy is not None:
+                answer = Answer(out, peak, total, ctx.random)
+                grads = launcher.backward(call, tensors, dy.contiguous(), answer)
+                found.append((*grads[:3], grads.sink))
+            if dlse is not None:
+                answer = Answer(out, peak, total)
+                found.append(_through_lse(launcher, call, tensors, dlse, answer, lse))
+            return tuple(_added(column) for column in zip(*found, strict=True)) or (None,) * 4
+
+        return (None, None, None, None, *first_order(make, dy, dlse, query, key, value, sink))
+
+
+def _through_lse(
+    launcher: Launcher,
+    call: KernelCall,
+    tensors: dict[str, Tensor | None],
+    dlse: Tensor,
+    answer: Answer,
+    lse: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return what the gradient of the log-sum-exp gives to query, key, value and sink.
+
+    As `_Back.through_lse` does, for a call in its own layout.
+    """
+    one = answer.out.new_zeros(call.value.shape)
+    dy = torch.zeros_like(answer.out)
+    by_head(one, call.layout, call.num_kv_heads)[..., 0] = 1.0
+    rows = dlse.transpose(0, 1)[None] if call.is_packed else dlse
+    by_head(dy, call.layout, call.num_heads)[..., 0] = rows
+    nothing = replace(answer, out=torch.zeros_like(answer.out))
+    plain = replace(call, keep_prob=1.0)
+    grads = launcher.backward(plain, {**tensors, "value": one}, dy, nothing)
+    sink = tensors["sink"]
+    if sink is None:
+        return grads.query, grads.key, None, None
+    seen = lse if call.is_packed else lse.movedim(1, -1)
+    share = (sink.to(lse.dtype) - seen).exp() * (dlse if call.is_packed else dlse.movedim(1, -1))
+    return grads.query, grads.key, None, share.flatten(0, -2).sum(0).to(sink.dtype)
+
+
+def _added(column: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the sum of what there is."""
+    some = [t for t in column if t is not None]
+    return sum(some[1:], some[0]) if some else None
+
+
+def run_single(
+    call: KernelCall, launcher: Launcher, tensors: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make one call on all rows: output in its layout, log-sum-exp and maximum by row.
+
+    The statistics are ``[b n s]``, or ``[t n]`` of a packed call; -inf for a row without keys.
+    """
+    names = ("atten_mask", "pse", "query", "key", "value", "sink")
+    out: tuple[Tensor, Tensor, Tensor] = _Single.apply(  # type: ignore[no-untyped-call]
+        call, launcher, *(tensors[name] for name in names)
+    )
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,10 +534,10 @@ def run_merged(
     sink: Tensor | None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend packed tensors ``[t n d]``, with a bias per step; returns output, maximum and sum.
+    """Attend packed tensors ``[t n d]``, with a bias per step: output, log-sum-exp, maximum.
 
     The output is ``[t n d]``, the statistics are ``[t n]``. A row that no call answers has
-    output 0, maximum -inf and sum 0 (with a sink: the sink's).
+    output 0, log-sum-exp and maximum -inf (with a sink: the sink's).
     """
     out: tuple[Tensor, Tensor, Tensor] = _Merged.apply(  # type: ignore[no-untyped-call]
         Job(steps, launcher, biases), query, key, value, sink, logits

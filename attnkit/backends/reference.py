@@ -8,6 +8,8 @@ A row without any allowed key gives 0. Low precision is computed in float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch import Tensor
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, stats_dtype
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
+from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
-from attnkit.planner.matrices import matrices
+from attnkit.pse import Pse
 
-__all__ = ["Reference"]
+__all__ = ["Matrix", "Reference", "attend", "matrix_of", "scores_of"]
 
 
 class Reference(Backend):
@@ -33,96 +36,137 @@ class Reference(Backend):
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend with full score matrices, one packed sequence after the other."""
         request, layout = plan.request, plan.request.layout_of
-        counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-        tensors = (operands.query, operands.key, operands.value)
         if not layout.packed:
-            q, k, v = (layout.to_bnsd(t, n) for t, n in zip(tensors, counts, strict=True))
-            output, stats = _attend(request, operands, None, q, k, v)
-            return AttentionOutput(layout.from_bnsd(output), stats)
-        q_lens, kv_lens = zip(*request.sequences, strict=True)
-        lengths = (q_lens, kv_lens, kv_lens)
-        parts = [
-            _attend(request, operands, b, q, k, v)
-            for b, (q, k, v) in enumerate(
-                zip(*map(layout.split, tensors, lengths, counts), strict=True)
-            )
-        ]
-        maxima, sums = (
+            output, lse, peak = attend(matrix_of(request, operands, None))
+            return AttentionOutput(layout.from_bnsd(output), Stats(lse, peak))
+        parts = [attend(matrix_of(request, operands, b)) for b in range(request.batch)]
+        lse, peak = (
             torch.cat([rearrange(part, "1 n s -> s n") for part in column])
-            for column in zip(*((stats.max, stats.sum) for _, stats in parts), strict=True)
+            for column in zip(*((lse, peak) for _, lse, peak in parts), strict=True)
         )
-        return AttentionOutput(layout.join([out for out, _ in parts]), Stats(maxima, sums))
+        return AttentionOutput(layout.join([out for out, _, _ in parts]), Stats(lse, peak))
 
 
-def _attend(
-    request: Request, operands: Operands, sequence: int | None, q: Tensor, k: Tensor, v: Tensor
-) -> AttentionOutput:
-    """Attend [b n s d] tensors; `sequence` says which one of a packed batch they are."""
-    wide, q_len, kv_len = stats_dtype(q.dtype), q.shape[2], k.shape[2]
-    sizes = {"n": request.num_kv_heads}
-    scores = request.scale * einsum(
-        rearrange(q.to(wide), "b (n g) i d -> b n g i d", **sizes),
-        k.to(wide),
-        "b n g i d, b n j d -> b n g i j",
-    )
-    scores = rearrange(scores, "b n g i j -> b (n g) i j")
-    if operands.pse is not None:
-        scores = scores + operands.pse.term(
-            q_len, kv_len, scale=request.scale, batch_index=sequence, dtype=wide, device=q.device
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """What one attention is made of: tensors ``[b n s d]``, and what holds for their cells.
+
+    `sequence` says which one of a packed batch they are; None where the batch is theirs.
+    """
+
+    request: Request
+    sequence: int | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    pse: Pse | None
+    sink: Tensor | None
+
+    def rectangle(self, rows: tuple[int, int], keys: tuple[int, int]) -> Matrix:
+        """Return some rows over some keys, with the lengths of the whole in mind."""
+        whole = {"q_len": self.query.shape[2], "kv_len": self.key.shape[2]}
+        return replace(
+            self,
+            query=self.query[:, :, slice(*rows)],
+            key=self.key[:, :, slice(*keys)],
+            value=self.value[:, :, slice(*keys)],
+            mask=self.mask.cut(rows, keys, **whole),
+            pse=None if self.pse is None else self.pse.cut(rows, keys, **whole),
         )
-    if request.softcap is not None:
-        scores = request.softcap * torch.tanh(scores / request.softcap)
-    allowed = _allowed(request, sequence, q_len, kv_len, q.device)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    weights, stats = _softmax(scores, operands.sink)
+
+
+def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Matrix:
+    """Return the score matrices of a request: all of a dense batch, or one packed sequence's."""
+    layout = request.layout_of
+    counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
+    tensors = (operands.query, operands.key, operands.value)
+    if sequence is None:
+        q, k, v = (layout.to_bnsd(t, n) for t, n in zip(tensors, counts, strict=True))
+    else:
+        starts = (request.token_starts[0], request.token_starts[1], request.token_starts[1])
+        q, k, v = (
+            rearrange(t[cu[sequence] : cu[sequence + 1]], "s n d -> 1 n s d")
+            for t, cu in zip(
+                (layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True)),
+                starts,
+                strict=True,
+            )
+        )
+    return Matrix(request, sequence, q, k, v, request.mask, operands.pse, operands.sink)
+
+
+def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output ``[b n s d]``, the log-sum-exp and the largest score ``[b n s]``."""
+    request, wide = one.request, stats_dtype(one.query.dtype)
+    scores = scores_of(one)
+    columns = scores
+    if one.sink is not None:
+        logits = one.sink.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
+        columns = torch.cat([scores, logits], dim=-1)
+    weights, lse, peak = _softmax(columns)
+    weights = weights[..., : scores.shape[-1]]
     if request.dropout:
         kept = torch.rand_like(weights) >= request.dropout
         weights = weights * kept / (1.0 - request.dropout)
     output = einsum(
-        rearrange(weights, "b (n g) i j -> b n g i j", **sizes),
-        v.to(wide),
+        rearrange(weights, "b (n g) i j -> b n g i j", n=request.num_kv_heads),
+        one.value.to(wide),
         "b n g i j, b n j d -> b n g i d",
     )
-    return AttentionOutput(rearrange(output, "b n g i d -> b (n g) i d").to(q.dtype), stats)
+    return rearrange(output, "b n g i d -> b (n g) i d").to(one.query.dtype), lse, peak
 
 
-def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Stats]:
-    """Return weights and statistics; rows without any term have weights 0."""
-    columns = scores
-    if sink is not None:
-        logits = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        columns = torch.cat([scores, logits], dim=-1)
+def scores_of(one: Matrix) -> Tensor:
+    """Return the scores ``[b n i j]``; -inf where a cell is masked."""
+    request, wide = one.request, stats_dtype(one.query.dtype)
+    q_len, kv_len = one.query.shape[2], one.key.shape[2]
+    scores = request.scale * einsum(
+        rearrange(one.query.to(wide), "b (n g) i d -> b n g i d", n=request.num_kv_heads),
+        one.key.to(wide),
+        "b n g i d, b n j d -> b n g i j",
+    )
+    scores = rearrange(scores, "b n g i j -> b (n g) i j")
+    if one.pse is not None:
+        scores = scores + one.pse.term(
+            q_len,
+            kv_len,
+            scale=request.scale,
+            batch_index=one.sequence,
+            dtype=wide,
+            device=scores.device,
+        )
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    allowed = _allowed(one.mask, one.sequence, q_len, kv_len, scores.device)
+    return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+
+
+def _softmax(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights, log-sum-exp and maximum; rows without any term have weights 0."""
     if columns.shape[-1] == 0:
-        nothing = scores.detach().sum(-1)
-        return scores, Stats(nothing - torch.inf, nothing)
+        nothing = columns.detach().sum(-1) - torch.inf
+        return columns, nothing, nothing
     peak = columns.detach().amax(-1, keepdim=True)
-    exponentials = torch.exp(columns - peak.masked_fill(peak == -torch.inf, 0.0))
-    total = exponentials.sum(-1, keepdim=True)
-    weights = exponentials[..., : scores.shape[-1]] / total.masked_fill(total == 0, 1.0)
-    return weights, Stats(peak.squeeze(-1), total.detach().squeeze(-1))
+    empty = peak == -torch.inf
+    exponentials = torch.exp(columns - peak.masked_fill(empty, 0.0))
+    total = exponentials.sum(-1, keepdim=True).masked_fill(empty, 1.0)
+    lse = (peak + total.log()).squeeze(-1)
+    return exponentials / total, lse, peak.squeeze(-1)
 
 
 def _allowed(
-    request: Request, sequence: int | None, q_len: int, kv_len: int, device: torch.device
+    mask: Mask, sequence: int | None, q_len: int, kv_len: int, device: torch.device
 ) -> Tensor | None:
     """Return the allowed cells [b or 1, n or 1, i, j]; None where everything is allowed."""
-    known = matrices(request)
+    one = sequence is not None
+    batches = [sequence or 0 if mask.batches else 0] if one else list(range(mask.batches or 1))
+    planes = [(b, h) for b in batches for h in range(mask.heads or 1)]
     full = Region.full(q_len, kv_len)
-    if known.exact and all(
-        (plane[sequence].inner == full)
-        if sequence is not None
-        else all(e.inner == full for e in set(plane))
-        for plane in known.planes
-    ):
+    if all(mask.enclosure(q_len, kv_len, b, h).inner == full for b, h in planes):
         return None
-    mask, heads = request.mask, request.mask.heads or 1
-    if sequence is None:
-        return mask.materialize(q_len, kv_len, mask.batches or 1, heads, device)
-    planes = [
-        mask._plane(q_len, kv_len, sequence if mask.batches else 0, h, device) for h in range(heads)
-    ]
-    return torch.stack(planes)[None]
+    cells = torch.stack([mask._plane(q_len, kv_len, b, h, device) for b, h in planes])
+    return rearrange(cells, "(b n) i j -> b n i j", b=len(batches))
 
 
 register(Reference())

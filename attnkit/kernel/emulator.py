@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from attnkit.first_order import first_order
 from attnkit.kernel.call import KernelCall, TensorSpec
 from attnkit.kernel.operands import Operands, Piece, by_head, check_tensors, pieces
 from attnkit.kernel.scores import MASKED, kept, score_tile, visited_columns
@@ -268,12 +269,14 @@ class _Emulated(torch.autograd.Function):
         return out, *packed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: object) -> tuple[torch.Tensor | None, ...]:
         query, key, value, pse, sink, dropout_mask, out, peak, total = ctx.saved_tensors
         operands = Operands(ctx.atten_mask, pse, sink, dropout_mask)
         inputs = _RowInputs(grad, out, peak, total)
-        grads = _backward(ctx.call, operands, query, key, value, inputs)
+        grads = first_order(
+            lambda: _backward(ctx.call, operands, query, key, value, inputs),
+            *(grad, query, key, value, pse, sink),
+        )
         return (None, None, *grads)
 
 

@@ -87,11 +87,23 @@ def merge_partials(
     and the merged output ``sum o_c * w_c / l``. Outputs are [..., d] and statistics [...].
     A part in which a row has no key (max = -FLT_MAX, or sum = 0) takes no part in that row;
     rows that have none anywhere give 0 and keep max = -FLT_MAX, sum = FLT_MAX.
+
+    The op's statistics carry no gradient, so that of the merged output would lack what flows
+    through the weights. Outputs that ask for a gradient beside statistics that do not are refused.
     """
     if not outputs or not len(outputs) == len(maxima) == len(sums):
         raise KernelContractError(
             f"merge_partials got {len(outputs)} outputs, {len(maxima)} maxima and {len(sums)} "
             "sums; it needs one of each per call, and at least one call"
+        )
+    weighed = all(a.requires_grad or b.requires_grad for a, b in zip(maxima, sums, strict=True))
+    if torch.is_grad_enabled() and any(out.requires_grad for out in outputs) and not weighed:
+        raise KernelContractError(
+            "merge_partials: an output asks for a gradient and its statistics carry none, so the "
+            "gradient would lack what flows through the weights of the parts. Merge under "
+            "torch.no_grad(), and give the merged max, sum and output to fusion_attention_grad, "
+            "part by part; or let ak.attention plan the whole",
+            ["merge-gradient"],
         )
     parts, peaks = torch.stack(outputs), torch.stack(maxima)
     totals = torch.stack(sums)

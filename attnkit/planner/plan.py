@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class Plan:
     def _hash(self) -> int:
         # Plans are keys of caches on the call path, and a packed one has many blocks.
         return hash((self.backend, self.request, tuple(step.call for step in self.steps)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:

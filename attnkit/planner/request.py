@@ -171,6 +171,8 @@ class Request:
     softcap: float | None = None
     seqlens: SeqLens | None = None
     needs_grad: bool = False
+    transformed: bool = False
+    """Whether a transform of `torch.func` (grad, vmap, jvp) is at work on the tensors."""
 
     @property
     def layout_of(self) -> Layout:
@@ -201,6 +203,11 @@ class Request:
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.head_dim)),
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.value_dim)),
         )
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` is at work, which kernels cannot follow."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def bias_terms(pse: Pse | None) -> tuple[BiasTerm, ...]:
@@ -263,6 +270,7 @@ def read_request(
         seqlens=seqlens,
         needs_grad=torch.is_grad_enabled()
         and any(t.requires_grad for t in (query, key, value, *carried)),
+        transformed=is_transformed(),
     )
     for q_len, kv_len in sorted(set(request.sequences)):
         composition.mask.check(q_len, kv_len, batch, q.heads)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
+from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
 from attnkit.backends.flex.blocks import block_mask_of
 from attnkit.backends.flex.kernel import Call, Kernel, compiled
 from attnkit.backends.flex.planes import planes_of_request
 from attnkit.backends.flex.scores import scores_of
 from attnkit.backends.flex.tables import mask_mod_of, tables_of
-from attnkit.backends.tiled.form import form
+from attnkit.backends.form import form
+from attnkit.backends.rows import maxima
 from attnkit.constants import constant
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
@@ -32,9 +34,9 @@ class Flex(Backend):
     """FlexAttention, compiled, on a block mask computed from the mask's runs of keys.
 
     The first call of a kind of composition compiles for some seconds, on the CPU again for each
-    new length; masks of equally many runs per row share one kernel. Statistics come as
-    ``max = lse`` and ``sum = 1`` (0 in a row without keys). On the CPU it only infers, and has
-    no statistics. It has not been run on CUDA hardware.
+    new length; masks of equally many runs per row share one kernel. The largest score of each row
+    is computed from the definition where somebody looks. On the CPU it only infers, and has no
+    log-sum-exp. It has not been run on CUDA hardware.
     """
 
     name = "flex"
@@ -55,7 +57,7 @@ class Flex(Backend):
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend by one call of FlexAttention."""
         output, lse = self.attend(plan, operands)
-        return AttentionOutput(output, stats_of(plan.request, lse))
+        return AttentionOutput(output, stats_of(plan.request, operands, lse))
 
     def attend(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor | None]:
         """Return the output in the request's layout, and the log-sum-exp ``[b n s]`` if known."""
@@ -120,14 +122,11 @@ class FlexPlan(Plan):
         return {**self.__dict__, "mask": None}
 
 
-def stats_of(request: Request, lse: Tensor | None) -> Stats:
-    """Return statistics from the log-sum-exp; where there is none, looking at them is refused."""
-    if lse is None:
-        return Deferred(_refuse_stats)
-    lse = lse.detach()
-    if request.seqlens is not None:
+def stats_of(request: Request, operands: Operands, lse: Tensor | None) -> Stats:
+    """Return statistics with the log-sum-exp; where there is none, looking at it is refused."""
+    if lse is not None and request.seqlens is not None:
         lse = lse[0].transpose(0, 1)
-    return Stats(lse, (lse > -torch.inf).to(lse.dtype))
+    return Stats(_refuse_lse if lse is None else lse, partial(maxima, request, operands))
 
 
 def _with_sink(output: Tensor, lse: Tensor | None, sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,8 +138,8 @@ def _with_sink(output: Tensor, lse: Tensor | None, sink: Tensor) -> tuple[Tensor
     return (output * share[..., None]).to(output.dtype), torch.logaddexp(lse, logits)
 
 
-def _refuse_stats() -> Stats:
-    reason = f"{_NO_LSE}, so there are no statistics; backend='tiled' has them"
+def _refuse_lse() -> Tensor:
+    reason = f"{_NO_LSE}; backend='tiled' has it"
     raise BackendRefused(reason, [Refusal("flex-stats-cpu", reason, Flex.name)])
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import cast
+from dataclasses import dataclass
+from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attnkit.backends.base import AttentionOutput, Backend, Deferred, Operands, Stats, register
-from attnkit.backends.tiled.bias import bind, given_tensors, outline
+from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, untransformed
+from attnkit.backends.graph import hold, run_in_graph
+from attnkit.backends.rows import maxima
 from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.compiled import HANDLES, tiled
-from attnkit.backends.tiled.function import attend, new_seed
+from attnkit.backends.tiled.function import Kept, attend, bound, first_derivatives, run
 from attnkit.backends.tiled.schedule import Schedule
 from attnkit.backends.tiled.scores import Job
 from attnkit.errors import Refusal
@@ -27,14 +25,18 @@ __all__ = ["Tiled", "TiledPlan"]
 class TiledPlan(Plan):
     """A plan with its schedule: which blocks of rows meet which runs of keys, and how."""
 
-    job: Job | None = None
-    outline: Job | None = None
-    handle: int = -1
+    def __hash__(self) -> int:
+        return super().__hash__()
 
     @property
     def schedule(self) -> Schedule:
         """The blocks, as data."""
-        return schedule(self.request)
+        return self.job.schedule
+
+    @cached_property
+    def job(self) -> Job:
+        """What its calls have in common; made anew from the request where a copy needs it."""
+        return Job(self.request, schedule(self.request))
 
 
 class Tiled(Backend):
@@ -42,17 +44,18 @@ class Tiled(Backend):
 
     Exact for every composition; memory beyond inputs and outputs is a few tiles, whatever the
     length, unless the bias is of a family that is nothing but its matrix. In 16 bits, masks whose
-    rows see many keys are computed on float32 copies of the operands. Statistics come as
-    ``max = lse`` and ``sum = 1`` (0 in a row without keys). Dropout draws one number from torch's
-    generator per call. Runs on the CPU.
+    rows see many keys are computed on float32 copies of the operands. Derivatives of derivatives,
+    and the largest score of each row where somebody asks for it, come from the definition, a
+    block of rows at a time. Dropout draws one number from torch's generator per call. Runs on the
+    CPU.
     """
 
     name = "tiled"
-    traceable = True
+    saves_lse = True
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        reasons = []
+        reasons = untransformed(request, self.name)
         if request.device not in ("cpu", "meta"):
             reason = (
                 f"the tensors are on device {request.device!r}, and the tiled backend is written "
@@ -63,51 +66,57 @@ class Tiled(Backend):
 
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
-        job = Job(request, schedule(request))
-        known = replace(job, terms=outline(request))
-        return TiledPlan(self.name, request, job=job, outline=known, handle=HANDLES.add(known))
+        plan = TiledPlan(self.name, request)
+        _ = plan.job
+        return plan
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Walk the plan's schedule."""
         # A fake tensor has no memory to walk, and what is kept for later calls must be real.
-        if torch.compiler.is_compiling() or isinstance(operands.query, FakeTensor):
-            return _run_in_graph(cast(TiledPlan, plan), operands)
-        request, query = plan.request, operands.query
-        job = cast(TiledPlan, plan).job or Job(request, schedule(request))
-        if operands.pse is not None:
-            job = replace(job, terms=bind(request, operands.pse, query.device))
-        output, lse = attend(job, query, operands.key, operands.value, operands.sink)
-        return AttentionOutput(output, Deferred(partial(_stats, lse, job)))
+        if isinstance(operands.query, FakeTensor):
+            return run_in_graph(hold(plan, operands.pse), operands, return_stats=True)
+        query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
+        output, lse = attend(_job(plan), query, key, value, sink, operands.pse)
+        return _answer(plan, operands, output, lse)
+
+    def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
+        """Walk the schedule without recording a graph."""
+        query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
+        job = bound(_job(plan), operands.pse, query.device)
+        return _answer(plan, operands, *run(job, seed, query, key, value, sink))
+
+    def gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        seed: Tensor | None,
+        results: tuple[Tensor, Tensor],
+        grads: tuple[Tensor | None, Tensor | None],
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Walk the schedule again, on the statistics of the forward pass."""
+        pse = operands.pse
+        lse, grad_lse = results[1], grads[1]
+        if plan.request.seqlens is not None:
+            lse = lse.transpose(0, 1)[None]
+            grad_lse = None if grad_lse is None else grad_lse.transpose(0, 1)[None]
+        if grads[0] is None and grad_lse is None:
+            return (None,) * len(wanted)
+        tensors = (operands.query, operands.key, operands.value, operands.sink)
+        kept = Kept(seed, results[0], lse, grads[0], grad_lse, *tensors)
+        carried = pse.tensors if pse is not None else ()
+        return first_derivatives(_job(plan), pse, wanted, kept, carried)
 
 
-def _run_in_graph(plan: TiledPlan, operands: Operands) -> AttentionOutput:
-    """Run as one operator of a graph that is being compiled."""
-    request, query = plan.request, operands.query
-    given = given_tensors(request, operands.pse, query.device)
-    seed = new_seed(query.device) if request.dropout else None
-    output, lse = tiled(
-        query, operands.key, operands.value, operands.sink, given, seed, plan.handle
-    )
-    lse = lse.detach()
-    if request.seqlens is not None:
+def _job(plan: Plan) -> Job:
+    return plan.job if isinstance(plan, TiledPlan) else Job(plan.request, schedule(plan.request))
+
+
+def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> AttentionOutput:
+    """Return results whose largest scores are computed when somebody looks."""
+    if plan.request.seqlens is not None:
         lse = lse[0].transpose(0, 1)
-    return AttentionOutput(output, Stats(lse, (lse > -torch.inf).to(lse.dtype)))
-
-
-def _stats(lse: Tensor, job: Job) -> Stats:
-    """Return ``max = lse`` and a sum of 1 for every row, 0 for rows that see nothing."""
-    lse = lse.detach()
-    if job.request.seqlens is not None:
-        lse = lse[0].transpose(0, 1)
-    if job.request.sink or not job.schedule.bare:
-        return Stats(lse, _one(lse.dtype, lse.device).expand(lse.shape))
-    return Stats(lse, (lse > -torch.inf).to(lse.dtype))
-
-
-@lru_cache(maxsize=16)
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones((), dtype=dtype, device=device)
+    return AttentionOutput(output, Stats(lse, partial(maxima, plan.request, operands)))
 
 
 register(Tiled())

@@ -24,12 +24,12 @@ from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.errors import CompositionTypeError
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
-from attnkit.pse import ALiBi, ByDistance, PerKey, Pse, SqrtALiBi
+from attnkit.pse import ByDistance, PerKey, Pse
 from attnkit.pse.cut import uncut
 from attnkit.pse.dense import Dense
 from attnkit.pse.sloped import Sloped
 
-__all__ = ["Bias", "bind", "given_tensors", "outline", "with_tensors"]
+__all__ = ["Bias", "bind", "with_tensors"]
 
 # Distances are kept for this many shapes of tiles: a window needs one, and memory stays bounded.
 KEPT = 4
@@ -48,26 +48,6 @@ def bind(request: Request, pse: Pse | None, device: torch.device) -> tuple[Term,
         else:
             terms.append(_carried(request, known, _tensor(request, part, known, device)))
     return tuple(terms)
-
-
-def outline(request: Request) -> tuple[Term, ...]:
-    """Return the terms that a request tells of, with nothing in place of carried tensors."""
-    families = {1.0: ALiBi, 0.5: SqrtALiBi}
-    return tuple(
-        _carried(request, known, torch.empty(0))
-        if known.slopes is None
-        else Distances(families[known.power](slopes=known.slopes, align=known.align))
-        for known in request.bias
-    )
-
-
-def given_tensors(request: Request, pse: Pse | None, device: torch.device) -> list[Tensor]:
-    """Return the tensors that fill the places of an `outline`, in order."""
-    return [
-        _tensor(request, part, known, device)
-        for part, known in _described(request, pse)
-        if known.slopes is None
-    ]
 
 
 def with_tensors(terms: Sequence[Term], given: Sequence[Tensor]) -> tuple[Term, ...]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnkit.backends.base import Operands, recorded
+from attnkit.backends.rebind import rebound
+from attnkit.backends.rows import derivatives
 from attnkit.backends.tiled.backward import (
     Saved,
     Slopes,
@@ -16,30 +19,37 @@ from attnkit.backends.tiled.backward import (
     backward_at_once,
     sink_gradient,
 )
+from attnkit.backends.tiled.bias import bind, with_tensors
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.forward import forward
 from attnkit.backends.tiled.scores import Job
 from attnkit.backends.tiled.terms import Carried
 from attnkit.backends.tiled.whole import in_a_row, run_whole
+from attnkit.errors import BackendRefused, Refusal
+from attnkit.pse import Pse
 
-__all__ = ["attend", "gradients", "new_seed", "run"]
+__all__ = ["Kept", "attend", "bound", "first_derivatives", "new_seed", "run"]
 
 
 def attend(
-    job: Job, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+    job: Job, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, pse: Pse | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output in the request's layout, and the log denominators ``[b n s]``.
 
     Tensors come in the request's layout. Random numbers are drawn here, from torch's generator.
     """
     seed = new_seed(query.device) if job.request.dropout else None
-    given = [term.tensor for term in job.terms if isinstance(term, Carried)]
     if torch.is_grad_enabled():
-        inputs = (query, key, value, sink, *given)
+        inputs = (query, key, value, sink, *(pse.tensors if pse is not None else ()))
         if any(t is not None and t.requires_grad for t in inputs):
-            output, lse = _Tiled.apply(job, seed, *inputs)  # type: ignore[no-untyped-call]
+            output, lse = _Tiled.apply(job, pse, seed, *inputs)  # type: ignore[no-untyped-call]
             return output, lse
-    return run(job, seed, query, key, value, sink)
+    return run(bound(job, pse, query.device), seed, query, key, value, sink)
+
+
+def bound(job: Job, pse: Pse | None, device: torch.device) -> Job:
+    """Return a job with the terms of a bias."""
+    return job if pse is None else replace(job, terms=bind(job.request, pse, device))
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -93,37 +103,105 @@ class _Tiled(torch.autograd.Function):
     def forward(
         ctx: Any,
         job: Job,
+        pse: Pse | None,
         seed: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         sink: Tensor | None,
-        *given: Tensor,
+        *carried: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        output, lse = run(job, seed, query, key, value, sink)
-        ctx.job = job
+        output, lse = run(bound(job, pse, query.device), seed, query, key, value, sink)
+        ctx.job, ctx.pse = job, pse
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(seed, query, key, value, sink, output, lse, *given)
+        ctx.save_for_backward(seed, query, key, value, sink, output, lse, *carried)
         return output, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        seed, query, key, value, sink, output, lse, *given = ctx.saved_tensors
+        seed, query, key, value, sink, output, lse, *carried = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
         if grad is None and grad_lse is None:
-            return (None,) * (6 + len(given))
-        wanted = ctx.needs_input_grad[6:]
-        if grad is None:
-            grad = torch.zeros_like(output)
-        grads = gradients(
-            ctx.job,
-            (query, key, value, sink),
-            (output, lse),
-            (grad, grad_lse),
-            seed,
-            [tensor if want else None for tensor, want in zip(given, wanted, strict=True)],
-        )
-        return (None, None, *grads)
+            return (None,) * (3 + len(wanted))
+        kept = Kept(seed, output, lse, grad, grad_lse, query, key, value, sink)
+        if torch.is_grad_enabled():  # somebody will ask for the gradients of these gradients
+            grads = _Gradients.apply(ctx.job, ctx.pse, wanted, *kept, *carried)  # type: ignore[no-untyped-call]
+        else:
+            grads = first_derivatives(ctx.job, ctx.pse, wanted, kept, carried)
+        return (None, None, None, *grads)
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps beside the tensors of the bias, and the gradients that arrive."""
+
+    seed: Tensor | None
+    output: Tensor
+    lse: Tensor
+    grad: Tensor | None
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sink: Tensor | None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward as a function of its own: its derivatives follow from the definition."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, job: Job, pse: Pse | None, wanted: tuple[bool, ...], *inputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        ctx.job, ctx.pse = job, pse
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[3:])
+        return first_derivatives(job, pse, wanted, Kept(*inputs[:9]), inputs[9:])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
+        request, further = ctx.job.request, torch.is_grad_enabled()
+        if request.dropout:
+            reason = (
+                "second derivatives with dropout need the same cells to be dropped once more, "
+                "which the tiled backend does not do; backend='reference' computes them"
+            )
+            raise BackendRefused(reason, [Refusal("second-derivative", reason, "tiled")])
+        with torch.enable_grad():  # one tensor may stand in several places, and each has its own
+            grad, grad_lse, *every = (
+                None if t is None else t.view_as(t) for t in ctx.saved_tensors
+            )
+        operands = Operands.of(ctx.pse, every)
+        inputs = [t for t in every if t is not None]
+        kept = [slope for t, slope in zip(every, slopes, strict=True) if t is not None]
+        made = derivatives(request, operands, inputs, (grad, grad_lse), kept, further)
+        found = iter(made)
+        to_inputs = [None if t is None else next(found) for t in every]
+        return (None, None, None, None, None, None, next(found), next(found), *to_inputs)
+
+
+def first_derivatives(
+    job: Job, pse: Pse | None, wanted: tuple[bool, ...], kept: Kept, carried: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value, sink and of the tensors of the bias."""
+    operands = (kept.query, kept.key, kept.value, kept.sink)
+    results, device = (kept.output, kept.lse), kept.query.device
+    grads = (torch.zeros_like(kept.output) if kept.grad is None else kept.grad, kept.grad_lse)
+    if pse is None or not any(wanted[4:]):
+        first = gradients(bound(job, pse, device), operands, results, grads, kept.seed, [])
+        return (*first, *(None for _ in carried))
+    # What the tiles read follows from the tensors of the bias by operators that torch knows.
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(carried, wanted[4:], strict=True)]
+    with recorded():
+        now = bound(job, rebound(pse, leaves), device)
+    made = [term.tensor for term in now.terms if isinstance(term, Carried)]
+    asked = [tensor if tensor.requires_grad else None for tensor in made]
+    now = replace(now, terms=with_tensors(now.terms, [tensor.detach() for tensor in made]))
+    first = gradients(now, operands, results, grads, kept.seed, asked)
+    pairs = [(t, g) for t, g in zip(asked, first[4:], strict=True) if t is not None]
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    slopes = [g for _, g in pairs]
+    found = iter(torch.autograd.grad([t for t, _ in pairs], trained, slopes, allow_unused=True))
+    return (*first[:4], *(next(found) if leaf.requires_grad else None for leaf in leaves))
 
 
 def gradients(

@@ -14,10 +14,10 @@ from math import log2
 import torch
 from torch import Tensor
 
+from attnkit.backends.form import Form, form
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.dropout import Dropout
-from attnkit.backends.tiled.form import Form, form
 from attnkit.backends.tiled.patches import put_cells, put_patches
 from attnkit.backends.tiled.schedule import Chunk, Lane, Schedule
 from attnkit.backends.tiled.terms import Term

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
-from attnkit.backends import BACKENDS, Operands
+from attnkit.backends import BACKENDS
 from attnkit.backends.tiled import bias as tiled_bias
 from attnkit.backends.tiled import terms
 
@@ -297,12 +297,12 @@ def test_one_graph(bias: str) -> None:
     """As one operator of a compiled graph it gives the very same numbers."""
     lens, made = RAGGED["cross"], BIASES[bias]()
     operands = [t.requires_grad_() for t in packed(lens)]
-    how = {"mask": masks.Causal(), "layout": "TND", "seqlens": lens}
-    plan = ak.plan(*operands, pse=made, backend="tiled", **how)
+    how = {"mask": masks.Causal(), "layout": "TND", "seqlens": lens, "backend": "tiled"}
     leaves = operands + [t for t in made.tensors if t.requires_grad]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return BACKENDS["tiled"].run(plan, Operands(q * 2, k, v, made)).output
+        out: Tensor = ak.attention(q * 2, k, v, pse=made, **how)
+        return out
 
     torch.compiler.reset()  # each case is a graph of the same function, and few are kept
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

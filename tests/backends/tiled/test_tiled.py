@@ -15,12 +15,9 @@ import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
 from attnkit.backends.tiled import tiles
-from attnkit.backends.tiled.bias import bind
 from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.function import attend
 from attnkit.backends.tiled.patches import patch
 from attnkit.backends.tiled.schedule import Block, Schedule, Whole
-from attnkit.backends.tiled.scores import Job
 from attnkit.planner import Composition, Request, read_request
 
 
@@ -115,30 +112,6 @@ def test_many_chunks() -> None:
         backend="reference",
     )
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [masks.Causal(), masks.SlidingWindow(50), masks.Rows(0, 90)],
-    ids=["causal", "window", "rows"],
-)
-def test_gradient_through_the_statistics(mask: masks.Mask) -> None:
-    tensors = [t.requires_grad_() for t in operands(300)]
-    asked = request(mask, 300, torch.float64)
-    job = Job(asked, schedule(asked), bind(asked, None, torch.device("cpu")))
-    out, lse = attend(job, *tensors, None)
-    scores = torch.einsum("bnid,bnjd->bnij", *tensors[:2]) * asked.scale
-    scores = scores.masked_fill(~mask.materialize(300, 300), -torch.inf)
-    seen = mask.materialize(300, 300).any(-1).expand(lse.shape)
-    expected = scores[seen].logsumexp(-1)
-    torch.testing.assert_close(lse[seen], expected)
-    found = torch.autograd.grad((lse[seen] ** 2).sum() + out.sum(), tensors)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
-    total = (expected**2).sum() + (weights @ tensors[2]).sum()
-    # Rows that see nothing have no gradient; the softmax of -inf alone would make NaN of them.
-    right = [g.nan_to_num(0.0) for g in torch.autograd.grad(total, tensors)]
-    if seen.all():
-        torch.testing.assert_close(list(found), right)
 
 
 def test_strange_strides() -> None:
@@ -242,16 +215,6 @@ def test_refuses_other_devices() -> None:
     (reason,) = ak.backends.BACKENDS["tiled"].refusals(moved)
     assert reason.code == "tiled-device"
     assert ak.backends.BACKENDS["tiled"].refusals(asked) == []
-
-
-def test_double_backward_is_refused() -> None:
-    tensors = [t.requires_grad_() for t in operands(20)]
-    out = ak.attention(*tensors, mask=masks.SlidingWindow(3), layout="BNSD", backend="tiled")
-    assert isinstance(out, Tensor)
-    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad((weight * out).sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [150, 900], ids=["torch's calls", "blocks"])

@@ -1,0 +1,142 @@
+"""The definition a block of rows at a time: what fast kernels do not keep, in bounded memory.
+
+They keep one number per row, the log-sum-exp, and compute first derivatives. The largest score
+of each row, and derivatives of derivatives, come from here: from the reference's own formula,
+over the keys that a block's rows may see, so that no whole score matrix is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from attnkit.backends.base import Operands
+from attnkit.backends.form import form
+from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
+from attnkit.planner import Request
+
+__all__ = ["derivatives", "maxima"]
+
+_CELLS = 2**22
+
+
+class Rows(NamedTuple):
+    """Rows ``[start, stop)`` of the score matrices of a batch (or one sequence), and their place.
+
+    `row` is where the matrices begin on the axis of rows of a packed batch.
+    """
+
+    matrix: Matrix
+    row: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these rows of a tensor ``[b n s ...]`` (``[1 n t ...]`` of a packed batch)."""
+        return tensor[:, :, self.row + self.start : self.row + self.stop]
+
+
+def row_blocks(request: Request, operands: Operands) -> Iterator[Rows]:
+    """Yield blocks of rows, each with the keys that it may see."""
+    packed = request.seqlens is not None
+    for b in range(request.batch) if packed else (None,):
+        whole = matrix_of(request, operands, b)
+        rows, keys = whole.query.shape[2], whole.key.shape[2]
+        width = keys * whole.query.shape[0] * request.num_heads
+        height = max(1, _CELLS // max(width, 1))
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            part = whole.rectangle((start, stop), _seen(whole, start, stop))
+            yield Rows(part, request.token_starts[0][b] if b is not None else 0, start, stop)
+
+
+def _seen(one: Matrix, start: int, stop: int) -> tuple[int, int]:
+    """Return the range of keys that some row of a block sees, in any matrix."""
+    q_len, kv_len = one.query.shape[2], one.key.shape[2]
+    mask = one.mask
+    batches = range(mask.batches or 1) if one.sequence is None else (one.sequence,)
+    bounds = [
+        mask.enclosure(q_len, kv_len, b if mask.batches else 0, h)
+        .outer.cut((start, stop), (0, kv_len))
+        .bounds
+        for b in batches
+        for h in range(mask.heads or 1)
+    ]
+    boxes = [box for box in bounds if box is not None]
+    return min((k.j0 for k in boxes), default=0), max((k.j1 for k in boxes), default=0)
+
+
+def maxima(request: Request, operands: Operands) -> Tensor:
+    """Return the largest score of each row, the sink's included: ``[b n s]``, packed ``[t n]``."""
+    with torch.no_grad():
+        found = [_largest(block.matrix) for block in row_blocks(request, operands)]
+        if not found:
+            rows = (request.batch, request.num_heads, 0)
+            return operands.query.new_empty(rows, dtype=torch.float32)
+        peak = torch.cat(found, dim=2)
+    return peak if request.seqlens is None else rearrange(peak, "1 n t -> t n")
+
+
+def _largest(one: Matrix) -> Tensor:
+    scores = scores_of(one)
+    least = scores.new_full((), -torch.inf)
+    if one.sink is not None:
+        least = one.sink.to(scores.dtype)[:, None]
+    peak = scores.amax(-1) if scores.shape[-1] else least.expand(scores.shape[:-1])
+    return torch.maximum(peak, least)
+
+
+def derivatives(
+    request: Request,
+    operands: Operands,
+    inputs: Sequence[Tensor],
+    grads: tuple[Tensor | None, Tensor | None],
+    slopes: Sequence[Tensor | None],
+    further: bool,
+) -> list[Tensor | None]:
+    """Return what `slopes`, gradients of the first derivatives, give to `inputs` and `grads`.
+
+    `inputs` are the tensors that the first derivatives are of, which `operands` are made of, each
+    with a node of its own in the graph; `grads` those that they were computed from: of the output
+    in the request's layout, and of the log-sum-exp ``[b n s]``, rows of packed sequences end to
+    end. With `further`, the answer has derivatives again.
+    """
+    every = (*inputs, *grads)
+    wanted = [t for t in every if t is not None and t.requires_grad]
+    given = [t for t in inputs if t.requires_grad]
+    kept = [slope for t, slope in zip(inputs, slopes, strict=True) if t.requires_grad]
+    total: list[Tensor | None] = [None] * len(wanted)
+    with torch.enable_grad():
+        to_output, to_lse = grads
+        if to_output is not None:
+            to_output = form(request.layout).view(to_output, request.num_heads)
+        for block in row_blocks(request, operands):
+            output, lse, _ = attend(block.matrix)
+            arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]
+            first = _gradients(zip((output, lse), arrived, strict=True), given, further=True)
+            second = _gradients(zip(first, kept, strict=True), wanted, further)
+            total = [_sum(a, b) for a, b in zip(total, second, strict=True)]
+    found = iter(total)
+    return [next(found) if t is not None and t.requires_grad else None for t in every]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _gradients(
+    pairs: Iterable[tuple[Tensor | None, Tensor | None]], inputs: list[Tensor], further: bool
+) -> Sequence[Tensor | None]:
+    """Return what gradients of some tensors, in pairs, give to the inputs; None for nothing."""
+    some = [(t, g) for t, g in pairs if t is not None and g is not None and t.requires_grad]
+    if not some:
+        return [None] * len(inputs)
+    made, slopes = zip(*some, strict=True)
+    # The blocks share nodes where tensors were only seen in another form.
+    return torch.autograd.grad(
+        made, inputs, slopes, retain_graph=True, create_graph=further, allow_unused=True
+    )

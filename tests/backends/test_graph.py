@@ -1,0 +1,176 @@
+"""Plans inside graphs: one operator for every backend, and nothing that outlives its graph."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnkit as ak
+from attnkit import masks, pse
+from attnkit.backends import BACKENDS, Operands, make_plan
+from attnkit.backends.graph import _HELD, _attend, hold
+from attnkit.backends.tiled import TiledPlan
+from attnkit.backends.tiled.build import schedule
+from attnkit.errors import CompositionError
+from attnkit.planner import lower
+from attnkit.planner.matrices import matrices
+
+WINDOW = masks.Causal() & masks.SlidingWindow(9)
+
+
+def compiled(function: Any, backend: str = "aot_eager") -> Any:
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def test_the_operator_keeps_its_contract() -> None:
+    x = torch.randn(1, 2, 20, 8)
+    for backend in ("tiled", "reference"):
+        plan = ak.plan(x, x, x, layout="BNSD", mask=masks.SlidingWindow(3), backend=backend)
+        held = hold(plan, None)
+        torch.library.opcheck(
+            _attend,
+            (x.clone().requires_grad_(), x, x, None, [], None, held.number, True),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+def test_dropout_in_a_graph() -> None:
+    x = torch.randn(1, 2, 48, 16).requires_grad_()
+    for backend in ("tiled", "reference", "emulated"):
+        call = compiled(
+            lambda x, name=backend: ak.attention(x, x, x, layout="BNSD", dropout=0.5, backend=name)
+        )
+        torch.manual_seed(0)
+        one, two = call(x), call(x)
+        torch.manual_seed(0)
+        assert torch.equal(one, call(x))
+        assert not torch.equal(one, two)
+        one.sum().backward()
+        assert x.grad is not None
+
+
+@pytest.mark.parametrize("move", ["double", "half", "assign", "deepcopy"])
+def test_a_bias_whose_tensors_are_replaced(move: str) -> None:
+    """A module is moved or loaded before its first call, and that is in the graph."""
+    for bias in (pse.Dense(torch.randn(6, 6)), pse.ALiBi(2, learnable=True), pse.T5Relative(2)):
+        layer = ak.Attention(2, 8, pse=bias + pse.KeyBias(torch.randn(6)))
+        dtype = {"double": torch.float64, "half": torch.float16}.get(move, torch.float32)
+        layer = layer.to(dtype)
+        if move == "assign":
+            loaded = {name: torch.randn_like(p) for name, p in layer.state_dict().items()}
+            layer.load_state_dict(loaded, assign=True)
+        if move == "deepcopy":
+            layer = copy.deepcopy(layer)
+        y = torch.randn(1, 6, 2, 8, dtype=dtype)
+        found = compiled(layer)(y, y, y)
+        torch.testing.assert_close(found, layer(y, y, y))
+
+
+def test_gradients_through_statistics_in_a_graph() -> None:
+    x, sink = torch.randn(1, 12, 2, 8, dtype=torch.float64).requires_grad_(), torch.zeros(2)
+    for backend, bias in (
+        ("tiled", pse.T5Relative(2)),
+        ("emulated", pse.ALiBi(2)),
+        ("reference", None),
+    ):
+
+        def call(x: Tensor, name: str = backend, bias: Any = bias) -> Tensor:
+            found = ak.attention(
+                x, x, x, mask=WINDOW, pse=bias, sink=sink, backend=name, return_stats=True
+            )
+            assert isinstance(found, ak.AttentionOutput)
+            return found.output.sin().sum() + found.stats.lse.square().sum() + found.stats.max.sum()
+
+        both = (call(x), compiled(call)(x))
+        torch.testing.assert_close(*both)
+        torch.testing.assert_close(*(torch.autograd.grad(total, x)[0] for total in both))
+
+
+# -- values and lifetimes ----------------------------------------------------------------------
+
+
+def test_plans_are_values() -> None:
+    x = torch.randn(1, 2, 20, 8)
+    plan = ak.plan(x, x, x, layout="BNSD", mask=WINDOW, backend="tiled")
+    assert isinstance(plan, TiledPlan)
+    hold(plan, None)
+    for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert twin == plan
+        assert hash(twin) == hash(plan)
+        found, meant = (BACKENDS["tiled"].run(p, Operands(x, x, x)).output for p in (twin, plan))
+        assert torch.equal(found, meant)
+
+
+ELSEWHERE = """
+import pickle, sys
+import torch
+import attnkit as ak
+from attnkit import masks
+from attnkit.backends import BACKENDS, Operands
+from attnkit.backends.graph import hold, run_in_graph
+
+x = torch.randn(1, 16, 2, 8, generator=torch.Generator().manual_seed(0))
+for width in (2, 3, 4):  # numbers that the other process gave to other plans
+    hold(ak.plan(x, x, x, mask=masks.SlidingWindow(width), backend="tiled"), None)
+plan = pickle.load(open(sys.argv[1], "rb"))
+call = lambda x: run_in_graph(hold(plan, None), Operands(x, x, x), False).output
+torch.save(call(x), sys.argv[2])
+"""
+
+
+def test_a_plan_means_the_same_in_another_process(tmp_path: Path) -> None:
+    x = torch.randn(1, 16, 2, 8, generator=torch.Generator().manual_seed(0))
+    plan = ak.plan(x, x, x, mask=masks.SlidingWindow(5), backend="tiled")
+    hold(plan, None)
+    given, made = tmp_path / "plan", tmp_path / "output"
+    given.write_bytes(pickle.dumps(plan))
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(given), str(made)], check=True)
+    assert torch.equal(torch.load(made), ak.attention(x, x, x, mask=masks.SlidingWindow(5)))
+
+
+def test_a_graph_and_its_plan_die_with_what_it_is_guarded_on() -> None:
+    x = torch.randn(1, 16, 2, 8)
+    before = set(_HELD)
+    window, inside = masks.SlidingWindow(7) & masks.Columns(0, 11), masks.SlidingWindow(6)
+    layer = ak.Attention(2, 8, mask=inside)
+    call = compiled(lambda layer, mask, x: ak.attention(x, x, x, mask=mask) + layer(x, x, x))
+    call(layer, window, x)
+    made = set(_HELD) - before
+    assert len(made) == 2
+    seen = weakref.ref(window)
+    del window, inside, layer, call
+    torch.compiler.reset()
+    for cache in (make_plan, matrices, lower, schedule):  # each keeps a few, whoever made them
+        cache.cache_clear()
+    gc.collect()
+    assert seen() is None
+    assert not made & set(_HELD)
+
+
+def test_a_number_without_a_plan() -> None:
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises(CompositionError, match="is gone"):
+        _attend(x, x, x, None, [], None, 10**9, False)
+
+
+def test_wrong_types_in_a_graph_are_told() -> None:
+    layer, x = ak.Attention(2, 8, pse=pse.ALiBi(2)), torch.randn(1, 4, 2, 8)
+    for call in (layer, ak.Attention(2, 8)):
+        for wrong in (torch.zeros(4, 4), "ALiBi(2)", 3, [pse.ALiBi(2)]):
+            with pytest.raises(ak.CompositionError, match=r"pse\.Dense"):
+                call(x, x, x, pse=wrong)
+            with pytest.raises(ak.CompositionError, match=r"pse\.Dense"):
+                call.explain(x, x, x, pse=wrong)
+    parameter = nn.Parameter(torch.zeros(2, 4, 4))
+    assert ak.Attention(2, 8)(x, x, x, pse=pse.Dense(parameter)).requires_grad
