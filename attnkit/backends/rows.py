@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.base import Operands
+from attnkit.backends.base import Operands, stats_dtype
 from attnkit.backends.form import form
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
 from attnkit.planner import Request
@@ -74,11 +74,13 @@ def maxima(request: Request, operands: Operands) -> Tensor:
     """Return the largest score of each row, the sink's included: ``[b n s]``, packed ``[t n]``."""
     with torch.no_grad():
         found = [_largest(block.matrix) for block in row_blocks(request, operands)]
-        if not found:
-            rows = (request.batch, request.num_heads, 0)
-            return operands.query.new_empty(rows, dtype=torch.float32)
-        peak = torch.cat(found, dim=2)
-    return peak if request.seqlens is None else rearrange(peak, "1 n t -> t n")
+    packed = request.seqlens is not None
+    if not found:
+        batch = 1 if packed else request.batch
+        rows = (batch, request.num_heads, request.q_len)
+        found = [operands.query.new_empty(rows, dtype=stats_dtype(request.dtype))]
+    peak = torch.cat(found, dim=2)
+    return rearrange(peak, "1 n t -> t n") if packed else peak
 
 
 def _largest(one: Matrix) -> Tensor:

@@ -106,6 +106,18 @@ def test_first_derivatives_and_statistics(name: str, with_sink: bool, backend: s
                 assert not right.any()
 
 
+def test_statistics_of_no_rows() -> None:
+    x, none = draw(0, 2, 4), draw(7, 2, 4)
+    for lens, keys in ((ak.SeqLens([0]), x), (ak.SeqLens([0, 0], [3, 4]), none)):
+        for backend in ("tiled", "reference", "emulated"):
+            how = {"layout": "TND", "seqlens": lens, "backend": backend}
+            stats = ak.attention(x, keys, keys, return_stats=True, **how).stats
+            assert stats.lse.shape == stats.max.shape == stats.sum.shape == (0, 2)
+    empty = draw(2, 0, 2, 4)
+    stats = ak.attention(empty, empty, empty, backend="tiled", return_stats=True).stats
+    assert stats.lse.shape == stats.max.shape == (2, 2, 0)
+
+
 def test_dropout_has_no_part_in_the_gradient_of_the_lse() -> None:
     for backend, mask in product(("tiled", "emulated"), (masks.Causal(), SINK_AND_WINDOW)):
         tensors, each = operands(), []

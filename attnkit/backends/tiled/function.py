@@ -111,8 +111,9 @@ class _Tiled(torch.autograd.Function):
         sink: Tensor | None,
         *carried: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        output, lse = run(bound(job, pse, query.device), seed, query, key, value, sink)
         ctx.job, ctx.pse = job, pse
+        ctx.terms = _Terms.of(job, pse, carried, ctx.needs_input_grad[7:], query.device)
+        output, lse = run(ctx.terms.job, seed, query, key, value, sink)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(seed, query, key, value, sink, output, lse, *carried)
         return output, lse
@@ -120,14 +121,13 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         seed, query, key, value, sink, output, lse, *carried = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
         if grad is None and grad_lse is None:
-            return (None,) * (3 + len(wanted))
+            return (None,) * len(ctx.needs_input_grad)
         kept = Kept(seed, output, lse, grad, grad_lse, query, key, value, sink)
         if torch.is_grad_enabled():  # somebody will ask for the gradients of these gradients
-            grads = _Gradients.apply(ctx.job, ctx.pse, wanted, *kept, *carried)  # type: ignore[no-untyped-call]
+            grads = _Gradients.apply(ctx.job, ctx.pse, ctx.terms, *kept, *carried)  # type: ignore[no-untyped-call]
         else:
-            grads = first_derivatives(ctx.job, ctx.pse, wanted, kept, carried)
+            grads = ctx.terms.first_derivatives(kept)
         return (None, None, None, *grads)
 
 
@@ -150,12 +150,12 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, job: Job, pse: Pse | None, wanted: tuple[bool, ...], *inputs: Any
+        ctx: Any, job: Job, pse: Pse | None, terms: _Terms, *inputs: Any
     ) -> tuple[Tensor | None, ...]:
         ctx.job, ctx.pse = job, pse
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[3:])
-        return first_derivatives(job, pse, wanted, Kept(*inputs[:9]), inputs[9:])
+        return terms.first_derivatives(Kept(*inputs[:9]))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
@@ -179,29 +179,65 @@ class _Gradients(torch.autograd.Function):
         return (None, None, None, None, None, None, next(found), next(found), *to_inputs)
 
 
+class _Terms:
+    """What tiles read of a bias, and how its gradient goes on to the tensors of the bias.
+
+    The tiles' own tensors follow from those by operators that torch knows and records here.
+    """
+
+    def __init__(self, job: Job, leaves: list[Tensor], made: list[Tensor]) -> None:
+        self.job, self.leaves, self.made = job, leaves, made
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        pse: Pse | None,
+        carried: Sequence[Tensor],
+        wanted: Sequence[bool],
+        device: torch.device,
+    ) -> _Terms:
+        leaves = [t.detach().requires_grad_(w) for t, w in zip(carried, wanted, strict=True)]
+        if pse is None or not any(wanted):
+            return cls(bound(job, pse, device), leaves, [])
+        with recorded():
+            now = bound(job, rebound(pse, leaves), device)
+        made = [term.tensor for term in now.terms if isinstance(term, Carried)]
+        terms = with_tensors(now.terms, [tensor.detach() for tensor in made])
+        return cls(replace(now, terms=terms), leaves, made)
+
+    def first_derivatives(self, kept: Kept) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key, value, sink and of the tensors of the bias."""
+        grad = torch.zeros_like(kept.output) if kept.grad is None else kept.grad
+        asked = [tensor if tensor.requires_grad else None for tensor in self.made]
+        first = gradients(
+            self.job,
+            (kept.query, kept.key, kept.value, kept.sink),
+            (kept.output, kept.lse),
+            (grad, kept.grad_lse),
+            kept.seed,
+            asked,
+        )
+        pairs = [(t, g) for t, g in zip(asked, first[4:], strict=True) if t is not None]
+        if not pairs:
+            return (*first[:4], *(None for _ in self.leaves))
+        back = torch.autograd.grad(
+            [t for t, _ in pairs],
+            [leaf for leaf in self.leaves if leaf.requires_grad],
+            [g for _, g in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        found = iter(back)
+        return (*first[:4], *(next(found) if leaf.requires_grad else None for leaf in self.leaves))
+
+
 def first_derivatives(
     job: Job, pse: Pse | None, wanted: tuple[bool, ...], kept: Kept, carried: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, sink and of the tensors of the bias."""
-    operands = (kept.query, kept.key, kept.value, kept.sink)
-    results, device = (kept.output, kept.lse), kept.query.device
-    grads = (torch.zeros_like(kept.output) if kept.grad is None else kept.grad, kept.grad_lse)
-    if pse is None or not any(wanted[4:]):
-        first = gradients(bound(job, pse, device), operands, results, grads, kept.seed, [])
-        return (*first, *(None for _ in carried))
-    # What the tiles read follows from the tensors of the bias by operators that torch knows.
-    leaves = [t.detach().requires_grad_(want) for t, want in zip(carried, wanted[4:], strict=True)]
-    with recorded():
-        now = bound(job, rebound(pse, leaves), device)
-    made = [term.tensor for term in now.terms if isinstance(term, Carried)]
-    asked = [tensor if tensor.requires_grad else None for tensor in made]
-    now = replace(now, terms=with_tensors(now.terms, [tensor.detach() for tensor in made]))
-    first = gradients(now, operands, results, grads, kept.seed, asked)
-    pairs = [(t, g) for t, g in zip(asked, first[4:], strict=True) if t is not None]
-    trained = [leaf for leaf in leaves if leaf.requires_grad]
-    slopes = [g for _, g in pairs]
-    found = iter(torch.autograd.grad([t for t, _ in pairs], trained, slopes, allow_unused=True))
-    return (*first[:4], *(next(found) if leaf.requires_grad else None for leaf in leaves))
+    terms = _Terms.of(job, pse, carried, wanted[4:], kept.query.device)
+    return terms.first_derivatives(kept)
 
 
 def gradients(
