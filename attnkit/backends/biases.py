@@ -30,7 +30,9 @@ def call_bias(
         return _slopes(pse, spec, device, heads)
     before = launch.call.pse_type == 1
     if is_compressed(launch.call):
-        (block, *_) = (block for block in launch.form.blocks if all(block.sizes))
+        # The rows of the longest sequence hold the distances of every other.
+        inside = (block for block in launch.form.blocks if all(block.sizes))
+        block = max(inside, key=lambda block: block.sizes)
         rows = min(block.sizes[0], COMPRESSED_ROWS)
         last = Block(block.batch, block.i1 - rows, block.i1, block.j0, block.j1)
         # Rows above a short sequence are never read.

@@ -213,6 +213,29 @@ class KernelCall:
             return None
         return with_queries[-1 if self.sparse_mode == 7 else 0]
 
+    @property
+    def effective_mode(self) -> int | None:
+        """The sparse mode that takes effect: none without a mask, whatever the call says."""
+        return None if self.atten_mask is None else self.sparse_mode
+
+    @property
+    def prefix_fault(self) -> str | None:
+        """What keeps modes 5 and 6 from using the prefix; None if nothing does."""
+        lengths = self.prefix or ()
+        if len(lengths) != self.batch:
+            return f"{len(lengths)} prefix lengths for {self.batch} score matrices"
+        found = self._outlying_prefix()
+        if found is None:
+            return None
+        q_len, kv_len = self.sequences[found]
+        return f"prefix={lengths[found]} for {q_len} queries and {kv_len} keys"
+
+    def _outlying_prefix(self) -> int | None:
+        """The first score matrix whose prefix is not in [max(0, kv_len - q_len), kv_len]."""
+        pairs = zip(self.prefix or (), self.sequences, strict=False)
+        outside = (not max(0, kv - q) <= length <= kv for length, (q, kv) in pairs)
+        return next((b for b, is_outside in enumerate(outside) if is_outside), None)
+
     def regions(self, head: int | None = None) -> tuple[Region, ...]:
         """Return the cells that take part, per batch element or packed sequence.
 
@@ -245,7 +268,9 @@ class KernelCall:
             return None
         if self.sparse_mode == 0:
             return tuple(window(*s, self.pre_tokens, self.next_tokens) for s in self.sequences)
-        pairs = zip(self.sequences, self.prefix or (), strict=False)
+        if self.prefix_fault is not None:
+            return None
+        pairs = zip(self.sequences, self.prefix or (), strict=True)
         return tuple(prefix_causal(*sizes, length) for sizes, length in pairs)
 
     def _mode_arguments(self, b: int) -> tuple[int, int, int, bool]:
@@ -311,8 +336,10 @@ class KernelCall:
         if self.atten_mask is None:
             return False
         if self.sparse_mode in (5, 6):
-            lengths = self.prefix or ()
-            pairs = zip(self.sequences, lengths, strict=False)
+            if len(self.prefix or ()) != self.batch:
+                return False
+            # The lengths are read in turn; the first that is out of range ends the reading.
+            pairs = zip(self.sequences[: self._outlying_prefix()], self.prefix or (), strict=False)
             return any(q > kv and length == 0 for (q, kv), length in pairs)
         if self.is_packed or self.sparse_mode not in (0, 3, 4):
             return False

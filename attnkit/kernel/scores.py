@@ -26,6 +26,9 @@ MASKED = -torch.finfo(torch.float32).max
 _SPLIT_KEYS = 1024
 _WINDOW_ROUNDING = 128
 
+# Distances beyond are the same number in float32; this one leaves room to add indices in int64.
+_FARTHEST = 2**62
+
 
 def _causal_ends(call: KernelCall, piece: Piece) -> tuple[int | None, int | None]:
     """The diagonals ``low <= j - i <= high`` that the mode itself applies to a piece."""
@@ -143,7 +146,7 @@ def _start_indices(call: KernelCall, piece: Piece) -> tuple[int, int]:
     """The shifts of the ALiBi distance: effective together only; mode 8: first sequence."""
     if not call.q_start_idx or not call.kv_start_idx:
         return 0, 0
-    if call.sparse_mode == 8 and piece.sequence != 0:
+    if call.effective_mode == 8 and piece.sequence != 0:
         return 0, 0
     return call.q_start_idx[0], call.kv_start_idx[0]
 
@@ -155,7 +158,8 @@ def _slope_bias(
     q_start, kv_start = _start_indices(call, piece)
     i = torch.arange(tile.i0, tile.i1, device=slopes.device).unsqueeze(1)
     j = torch.arange(tile.j0, tile.j1, device=slopes.device)
-    distance = (j - i + (kv_start - q_start)).abs().to(dtype)
+    shift = max(-_FARTHEST, min(_FARTHEST, kv_start - q_start))
+    distance = (j - i + shift).abs().to(dtype)
     if call.pse_type == 3:
         distance = distance.sqrt()
     if slopes.dim() == 2:
@@ -169,7 +173,7 @@ def _slope_bias(
 def _matrix_bias(
     call: KernelCall, pse: torch.Tensor, piece: Piece, tile: Tile, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Types 0 and 1: one entry per cell, one per key, or the last 1024 rows of a Toeplitz one."""
+    """Types 0 and 1: one entry per cell, one per key, or the last 1024 rows of one by distance."""
     if pse.shape[0] > 1:
         rows = slice(piece.sequence, piece.sequence + 1) if call.is_packed else piece.batch
         pse = pse[rows]
@@ -178,14 +182,31 @@ def _matrix_bias(
     if not call.is_packed and stored in (1, piece.q_len):
         rows = slice(0, 1) if stored == 1 else slice(tile.i0, tile.i1)
         return pse[:, :, rows, tile.j0 : tile.j1].to(dtype)
-    # Rows of the last 1024 have their own entry. Earlier ones read an entry of equal i - j.
-    i = torch.arange(tile.i0, tile.i1, device=pse.device).unsqueeze(1)
-    j = torch.arange(tile.j0, tile.j1, device=pse.device).unsqueeze(0)
-    first = piece.q_len - stored
-    own = i >= first
-    row = torch.where(own, i - first, i % stored)
-    column = torch.where(own, j, pse.shape[3] - (i - j) - (stored - row))
+    row, column = _last_rows(call, piece, tile, (stored, pse.shape[3]), pse.device)
     return pse[:, :, row, column.clamp(0, pse.shape[3] - 1)].to(dtype)
+
+
+def _last_rows(
+    call: KernelCall,
+    piece: Piece,
+    tile: Tile,
+    stored: tuple[int, int],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a tile reads the last rows of a bias: rows and columns, for the cells i >= j."""
+    i = torch.arange(tile.i0, tile.i1, device=device).unsqueeze(1)
+    j = torch.arange(tile.j0, tile.j1, device=device).unsqueeze(0)
+    if call.is_packed:
+        # By distance, row - column = (i - j) - (max Skv - 1024), whatever the sequence's length:
+        # a tile starts in the first row or in the first column, and goes on side by side.
+        start = tile.i0 - tile.j0 - (stored[1] - stored[0])
+        down, right = (start, 0) if start >= 0 or stored[1] < stored[0] else (0, -start)
+        return (i - tile.i0 + down).clamp(0, stored[0] - 1), j - tile.j0 + right
+    # Rows of the last 1024 have their own entry. Earlier ones read an entry of equal i - j.
+    first = piece.q_len - stored[0]
+    own = i >= first
+    row = torch.where(own, i - first, i % stored[0])
+    return row, torch.where(own, j, stored[1] - (i - j) - (stored[0] - row))
 
 
 # -- the tile ----------------------------------------------------------------------------

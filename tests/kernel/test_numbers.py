@@ -155,8 +155,10 @@ def packed_bias(pse_type: int, heads: int, sq: int):
     """(what the op is given, what one sequence of sq tokens reads of it)."""
     if pse_type > 1:
         return bias_for(pse_type, heads, sq, sq)
-    pse = randn(1, heads, 1024, 5, seed=9)
-    return pse, pse[:, :, 1024 - sq :, :sq]
+    values = randn(heads, 2048, seed=9)
+    stored = torch.arange(1024)[:, None] - torch.arange(5) + 5 - 1024
+    distance = torch.arange(sq)[:, None] - torch.arange(sq)
+    return values[:, stored][None].contiguous(), values[:, distance][None]
 
 
 def check_packed(mode, pse_type, keep_prob=1.0, softmax_layout="", trailing=0):
@@ -377,27 +379,33 @@ def test_mode_8_shifts_only_the_first_sequence():
     torch.testing.assert_close(out, packed(wants), **CLOSE)
 
 
-@pytest.mark.parametrize("layout", ["BNSD", "TND"])
-def test_the_compressed_bias_stands_for_one_that_depends_on_the_distance(layout: str):
-    """The last 1024 rows of a Toeplitz bias, over a causal call of 1500 tokens."""
-    size, heads = 1500, 2
-    q, k, v = operands(1, heads, 1, size, size)
-    values = randn(heads, 2 * size, seed=3)
-    distance = torch.arange(size)[:, None] - torch.arange(size)
-    bias = values[:, distance + size][None]
-    pse = bias[:, :, -1024:].contiguous()
-    arguments = {}
-    tensors = [q, k, v]
-    if layout == "TND":
-        arguments = {"actual_seq_qlen": (size,), "actual_seq_kvlen": (size,)}
-        tensors = [packed([t]) for t in tensors]
+@pytest.mark.parametrize("lengths", [None, (1500,), (1100, 300, 1500, 1024), (700, 3, 120)])
+def test_the_compressed_bias_stands_for_one_that_depends_on_the_distance(lengths):
+    """The last 1024 rows of a Toeplitz bias, over a causal call; packed lengths may differ."""
+    heads, sizes = 2, lengths or (1500,)
+    longest = max(sizes)
+    parts = [operands(1, heads, 1, size, size, seed=10 * n) for n, size in enumerate(sizes)]
+    values = randn(heads, 2 * longest, seed=3)
+    distance = torch.arange(longest)[:, None] - torch.arange(longest)
+    bias = values[:, distance + longest][None]
+    pse = bias[:, :, -1024:]
+    # Rows above those of a longest sequence that is short are never read.
+    pse = torch.cat([torch.full((1, heads, 1024 - pse.shape[2], longest), torch.nan), pse], 2)
+    arguments = {"actual_seq_qlen": cumulative(sizes), "actual_seq_kvlen": cumulative(sizes)}
+    tensors = [packed(list(column)) for column in zip(*parts, strict=True)]
+    if lengths is None:
+        arguments, tensors = {}, parts[0]
     call = call_for(
-        *tensors, heads, layout, pse=TensorSpec.of(pse), pse_type=0, sparse_mode=3,
-        atten_mask=AttenMask.causal(), **arguments,
+        *tensors, heads, "TND" if lengths else "BNSD", pse=TensorSpec.of(pse), pse_type=0,
+        sparse_mode=3, atten_mask=AttenMask.causal(), **arguments,
     )  # fmt: skip
+    assert not call.violations(product="emulator", training=True)
     out, *_ = emulate(call, *tensors, pse=pse)
-    want, *_ = plain(q, k, v, distance >= 0, bias=bias)
-    torch.testing.assert_close(out, want if layout == "BNSD" else packed([want]), **CLOSE)
+    wants = [
+        plain(*part, distance[:n, :n] >= 0, bias=bias[:, :, :n, :n])[0]
+        for part, n in zip(parts, sizes, strict=True)
+    ]
+    torch.testing.assert_close(out, packed(wants) if lengths else wants[0], **CLOSE)
 
 
 def test_packed_sinks_and_their_gradients():

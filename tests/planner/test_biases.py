@@ -136,9 +136,14 @@ def test_a_bias_by_distance_needs_1024_rows(documents: tuple[int, ...]) -> None:
     assert [call.pse and call.pse.shape for call in packed.calls] == [call.pse.shape]
 
 
-def test_compressed_rows_are_for_sequences_of_one_length() -> None:
-    plan = proven(masks.Causal(), t5(), 60, seqlens=ak.SeqLens([40, 20]))
-    assert "pse-lengths" in {refusal.code for refusal in plan.refusals}
+@pytest.mark.parametrize("lengths", [(40, 20), (20, 7, 40), (1030, 300, 1100)], ids=str)
+def test_compressed_rows_serve_sequences_of_unequal_lengths(lengths: tuple[int, ...]) -> None:
+    """The kernel reads them by distance: the last rows of the longest sequence are everyone's."""
+    plan = proven(masks.Causal(), t5(), sum(lengths), seqlens=ak.SeqLens(list(lengths)))
+    assert [call.pse and call.pse.shape for call in plan.calls] == [(1, HEADS, 1024, max(lengths))]
+    documents = masks.Documents(list(lengths)) & masks.Causal()
+    plan = proven(documents, t5(), sum(lengths), batch=1)
+    assert [call.pse and call.pse.shape for call in plan.calls] == [(1, HEADS, 1024, max(lengths))]
 
 
 # -- start indices -----------------------------------------------------------------------------
