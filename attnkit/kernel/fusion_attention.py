@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from attnkit.errors import KernelContractError, KernelContractTypeError
+from attnkit.kernel.arguments import brief, fits_int64, plain
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import UNBOUNDED, KernelCall, TensorSpec
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
 from attnkit.kernel.legality import contract_error
 from attnkit.kernel.mask_facts import mask_facts
-from attnkit.kernel.rules import Violation
+from attnkit.kernel.rules import ARGUMENT_TYPE, Target, Violation
 
 __all__ = ["FusionOutput", "fusion_attention", "fusion_attention_grad"]
 
@@ -41,10 +42,26 @@ def _spec(name: str, tensor: object) -> TensorSpec | None:
         return None
     if not isinstance(tensor, torch.Tensor):
         raise KernelContractTypeError(
-            f"{name}={tensor!r} is a {type(tensor).__name__}; the op takes a torch.Tensor",
+            f"{name}={brief(tensor)} is a {type(tensor).__name__}; the op takes a torch.Tensor",
+            ["argument-type"],
+        )
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        kind = "quantized" if tensor.is_quantized else kind
+        raise KernelContractTypeError(
+            f"{name} is a tensor of another kind ({kind}); the op takes plain strided ones",
             ["argument-type"],
         )
     return TensorSpec.of(tensor)
+
+
+def _needed(name: str, tensor: object) -> TensorSpec:
+    spec = _spec(name, tensor)
+    if spec is None:
+        raise KernelContractTypeError(
+            f"{name}: None given; the op takes a torch.Tensor", ["argument-type"]
+        )
+    return spec
 
 
 def _describe(given: Mapping[str, Any]) -> KernelCall:
@@ -52,17 +69,19 @@ def _describe(given: Mapping[str, Any]) -> KernelCall:
     arguments: dict[str, Any] = {}
     for name in (f.name for f in fields(KernelCall) if f.name in given):
         value = given[name]
-        if name in _TENSORS or name == "padding_mask":
+        if name in ("query", "key", "value"):
+            arguments[name] = _needed(name, value)
+        elif name in _TENSORS or name == "padding_mask":
             arguments[name] = _spec(name, value)
         else:
-            # What is no list stays what it is: the rule about types then names it.
-            arguments[name] = tuple(value) if isinstance(value, list | torch.Size) else value
+            arguments[name] = plain(name, value)
     if given["atten_mask"] is not None:
         arguments["atten_mask"] = AttenMask.of(given["atten_mask"])
-    missing = [name for name in ("query", "key", "value") if arguments[name] is None]
-    if missing:
-        raise KernelContractTypeError(f"{', '.join(missing)}: None given", ["argument-type"])
-    return KernelCall(**arguments)
+    call = KernelCall(**arguments)
+    wrong = ARGUMENT_TYPE.broken(call, Target())
+    if wrong is not None:
+        raise contract_error([Violation(ARGUMENT_TYPE, wrong)])
+    return call
 
 
 def _new_spelling(pre_tockens: int | None, next_tockens: int | None) -> None:
@@ -108,6 +127,19 @@ def _check(
     blocking = [v for v in found if not (silent and v.layer == "silent")]
     if blocking:
         raise contract_error(blocking)
+
+
+def _check_forward_results(call: KernelCall, given: Mapping[str, TensorSpec]) -> None:
+    """Refuse a gradient, an output or statistics that the forward of a call does not have."""
+    for name, spec in given.items():
+        subject, wanted = "grad", call.output
+        if name.startswith("softmax"):
+            subject, wanted = "stats", call.stats
+        words = f"{name} is {spec}; the forward of this call has {wanted}"
+        if spec.shape != wanted.shape:
+            raise KernelContractError(words, [f"{subject}-shape"])
+        if spec.dtype != wanted.dtype:
+            raise KernelContractTypeError(words, [f"{subject}-dtype"])
 
 
 def fusion_attention(
@@ -204,8 +236,10 @@ def fusion_attention(
         input_layout: BSH, SBH, BSND, BNSD or TND.
         pse: bias or slopes. Types 0 and 1: dtype of the query, [1|B, N, Sq, Skv] or
             [1|B, N, 1, Skv], or the last 1024 rows [1|B, N, 1024, Skv] of a bias that depends
-            on i - j only (causal modes, Sq = Skv; the only form in TND). Types 2 and 3:
-            float32 [N] or [B, N]; Sq = Skv. Its gradient is never computed by the op.
+            on i - j only (causal modes, Sq = Skv). The only form in TND, where it is as wide as
+            the longest sequence and read by distance: entries with r - c = (i - j) -
+            (max Skv - 1024). Types 2 and 3: float32 [N] or [B, N]; Sq = Skv. Its gradient is
+            never computed by the op.
         padding_mask: reserved; must be None.
         atten_mask: bool or uint8, True or 1 = masked. Modes 0, 1 and 5: [Sq, Skv],
             [1, 1, Sq, Skv], [B, 1, Sq, Skv] or [B, N, Sq, Skv]; TND: [max Sq, max Skv].
@@ -219,7 +253,7 @@ def fusion_attention(
         inner_precise: 2 makes rows without a key 0; without it they return the mean of V
             (the tiling turns it on by itself in some modes). 0 and 1 are reserved.
         prefix: modes 5 and 6: one length per batch element or sequence, in
-            [max(0, shift), kv_len], at most 32 of them.
+            [max(0, shift), kv_len], at most 32 of them. Mode 5 skips tiles by it, no more.
         actual_seq_qlen: TND: cumulative query lengths without a leading 0, host integers.
             A repeated value is an empty sequence; zeros at the end mark unused rows, which
             become 0.
@@ -228,9 +262,11 @@ def fusion_attention(
         gen_mask_parallel: generate dropout bits beside the computation. No effect on results.
         sync: wait for the generation. No effect on results.
         pse_type: 0 to 3, see the formula.
-        q_start_idx: one integer: position of the first query for types 2 and 3. Effective
-            only together with kv_start_idx; in mode 8 for the first sequence only.
-        kv_start_idx: one integer: position of the first key.
+        q_start_idx: one integer: position of the first query for types 2 and 3. It moves the
+            diagonal of distance 0 to larger j (right, up). Effective only together with
+            kv_start_idx; in mode 8 for the first sequence only.
+        kv_start_idx: one integer: position of the first key. It moves that diagonal to smaller
+            j (left, down); MindSpore's page of speed_fusion_attention says up.
         softmax_layout: "TND" stores packed statistics as their shape [T, N, 8] suggests.
         sink: float32 [N], a learnable logit per head that joins the denominator.
         dropout_mask: packed decisions (uint8, least significant bit first, 1 = keep), see
@@ -341,7 +377,7 @@ def fusion_attention(
     _check(call, tensors, training=training, silent=allow_silent)
     if device.type == "npu":
         return FusionOutput(*launch(call, tensors))
-    if 0 < keep_prob < 1 and dropout_mask is None:
+    if 0 < call.keep_prob < 1 and dropout_mask is None:
         call = replace(call, seed=int(torch.randint(_SEEDS, ())), offset=0)
     out, peak, total = emulate(call, **tensors)
     return FusionOutput(out, peak, total, query.new_empty(0), call.seed, call.offset, call.numels)
@@ -423,19 +459,26 @@ def fusion_attention_grad(
     torch.Size([1, 2, 6, 4])
     """
     given = dict(locals())
+    seeds = {name: plain(name, given[name]) for name in ("seed", "offset", "numels")}
+    for name, number in seeds.items():
+        if not fits_int64(number):
+            raise contract_error([Violation(ARGUMENT_TYPE, f"{name}={brief(number)}")])
     # The seeds are what the forward returned, not a wish; the rules about wishes do not apply.
     call = _describe({**given, "seed": 0, "offset": 0})
     tensors: dict[str, Any] = {name: given[name] for name in _TENSORS[:-1]}
     stats = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "attention_in": attention_in}
+    specs = {name: _needed(name, tensor) for name, tensor in {"dy": dy, **stats}.items()}
+    _spec("softmax_in", softmax_in)
     device = _one_device({**tensors, "dy": dy, **stats})
     _check(call, tensors, training=True, silent=allow_silent)
-    if keep_prob < 1 and numels != call.numels:
+    _check_forward_results(call, specs)
+    if call.keep_prob < 1 and seeds["numels"] != call.numels:
         raise KernelContractError(
             f"numels={numels} with keep_prob={keep_prob}; the forward of this call made "
             f"{call.numels} dropout decisions. Pass the seed, offset and numels it returned",
             ["grad-numels"],
         )
     if device.type == "npu":
-        random = {"seed": seed, "offset": offset, "numels": numels, "softmax_in": softmax_in}
-        return launch_grad(call, tensors, {"dy": dy, **stats, **random})
-    return emulate_grad(replace(call, seed=seed, offset=offset), dy=dy, **tensors, **stats)
+        return launch_grad(call, tensors, {"dy": dy, **stats, **seeds, "softmax_in": softmax_in})
+    seeded = replace(call, seed=seeds["seed"], offset=seeds["offset"])
+    return emulate_grad(seeded, dy=dy, **tensors, **stats)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attnkit.errors import KernelContractError, KernelContractTypeError
-from attnkit.kernel.rules import RULES, Target, Violation
+from attnkit.kernel.rules import ARGUMENT_TYPE, RULES, Rule, Target, Violation
 from attnkit.kernel.versions import op_version
 
 if TYPE_CHECKING:
@@ -17,15 +17,22 @@ __all__ = ["contract_error", "violations"]
 
 
 def violations(call: KernelCall, target: Target) -> tuple[Violation, ...]:
-    """Return every rule that a call breaks; only the structural ones when any of those is."""
+    """Return every rule that a call breaks, as far as they can be asked.
+
+    Where a type is wrong, no other rule has a meaning; where a structural rule is broken, only
+    the structural ones have.
+    """
     target = replace(target, version=op_version(target.version).name)
-    structural = _broken(call, target, structural=True)
-    return structural or _broken(call, target, structural=False)
+    others = [rule for rule in RULES if rule is not ARGUMENT_TYPE]
+    return (
+        _broken(call, target, [ARGUMENT_TYPE])
+        or _broken(call, target, [rule for rule in others if rule.structural])
+        or _broken(call, target, [rule for rule in others if not rule.structural])
+    )
 
 
-def _broken(call: KernelCall, target: Target, *, structural: bool) -> tuple[Violation, ...]:
-    asked = (rule for rule in RULES if rule.structural == structural)
-    found = ((rule, rule.broken(call, target)) for rule in asked)
+def _broken(call: KernelCall, target: Target, rules: Iterable[Rule]) -> tuple[Violation, ...]:
+    found = ((rule, rule.broken(call, target)) for rule in rules)
     return tuple(Violation(rule, words) for rule, words in found if words is not None)
 
 

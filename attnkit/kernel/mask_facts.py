@@ -6,6 +6,8 @@ again and again is read once (on a device, reading means waiting for it).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -37,6 +39,11 @@ def mask_facts(call: KernelCall, mask: torch.Tensor | None) -> MaskFacts:
 
 
 def _read(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
+    is_binary = mask.dtype == torch.bool or mask.numel() == 0 or int(mask.max()) <= 1
+    return replace(_read_cells(call, mask), is_binary=is_binary)
+
+
+def _read_cells(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
     if call.sparse_mode in COMPRESSED_MODES:
         wanted = AttenMask.prefix() if call.sparse_mode == 6 else AttenMask.causal()
         if mask.shape[-2:] != wanted.shape:
@@ -67,6 +74,8 @@ def _count(mask: torch.Tensor, pre: int, next_: int) -> tuple[int, int]:
         empty += int((~allowed.any(-1)).sum())
         if pre >= q_len and next_ >= kv_len:
             continue
-        low, high = i0 - min(pre, q_len), i0 + min(next_, kv_len)
+        # Ends beyond the matrix mean its edge; torch's own bounds are narrower than the op's.
+        low = i0 - max(min(pre, q_len), -kv_len)
+        high = i0 + max(min(next_, kv_len), -q_len)
         outside += int(allowed.tril(low - 1).sum()) + int(allowed.triu(high + 1).sum())
     return outside, empty

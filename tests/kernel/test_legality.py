@@ -46,6 +46,14 @@ def drawn(*slices: Slice, shape=(8, 8), make=dense, **arguments) -> KernelCall:
     return make(atten_mask=AttenMask.full(shape, [Region.of(*slices)]), **arguments)
 
 
+def dense_2048(**arguments) -> KernelCall:
+    return dense(2048, 2048, **arguments)
+
+
+def packed_2048(**arguments) -> KernelCall:
+    return packed((2048, 4096), (2048, 4096), **arguments)
+
+
 CAUSAL = Slice(0, 8, 0, 8, hi=0)
 EYE = Slice(0, 8, 0, 8, lo=0, hi=0)
 LATE = Slice(2, 8, 0, 8, hi=0)
@@ -79,6 +87,22 @@ CASES: dict[str, list[Case]] = {
         Case(dense(scale="1"), dense(scale=1)),
         Case(dense(pre_tokens=1.5), dense(pre_tokens=1)),
         Case(packed(actual_seq_qlen=(4.0, 8)), packed()),
+        *[
+            Case(replace(dense(), **{name: wrong}), dense())
+            for name, values in {
+                "input_layout": (None, 3, ("BSH",)),
+                "softmax_layout": (None, 3),
+                "actual_seq_qlen": (5, [4, 8], (4, None), torch.tensor([4, 8]), "48"),
+                "prefix": ((2**63,), (True,), 3.5),
+                "pre_tokens": (-(2**63) - 1, 2**63, None, True),
+                "seed": (None, 2**63),
+                "scale": (None, 10**400, 1j),
+                "sync": (None, "no", 1),
+                "gen_mask_parallel": ([], 0.0),
+            }.items()
+            for wrong in values
+        ],
+        Case(dense(sync=0), dense(sync=True, seed=2**63 - 1, pre_tokens=-(2**63))),
     ],
     "layout-unknown": [Case(dense(input_layout="BSNH"), dense(input_layout="bnsd"))],
     "rank": [
@@ -123,14 +147,17 @@ CASES: dict[str, list[Case]] = {
         Case(
             KernelCall(*[spec(1, 1, 4, 769)] * 3, 1, "BNSD"),
             KernelCall(*[spec(1, 1, 4, 768)] * 3, 1, "BNSD"),
-        )
+        ),
+        Case(KernelCall(*[spec(1, 1, 4, 0)] * 3, 1, "BNSD"), dense()),
+        Case(dense(value=spec(2, 2, 8, 0)), dense(value=spec(2, 2, 8, 1))),
     ],
     "heads-limit": [Case(dense(heads=258), dense(heads=256))],
     "batch-limit": [
         Case(
             packed(tuple(range(1, 2050)), tuple(range(1, 2050))),
             packed(tuple(range(1, 2049)), tuple(range(1, 2049))),
-        )
+        ),
+        Case(dense(batch=0), dense(batch=1)),
     ],
     "length-limit": [
         Case(dense(skv=1_000_001, batch=1), dense(skv=1_000_000, batch=1)),
@@ -141,7 +168,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "varlen-tail": [Case(packed(query=spec(9, 4, 16)), packed(q=(4, 8, 0), kv=(4, 8, 0)))],
     "varlen-decreasing": [
-        Case(packed(q=(4, 3), kv=(4, 8)), packed(q=(4, 4, 8, 0, 0), kv=(4, 5, 8, 0, 0)))
+        Case(packed(q=(4, 3), kv=(4, 8)), packed(q=(4, 4, 8, 0, 0), kv=(4, 5, 8, 0, 0))),
+        Case(packed(q=(-1, 8), kv=(4, 8)), packed(q=(0, 8), kv=(0, 8))),
     ],
     # -- masks --
     "sparse-mode-range": [
@@ -169,12 +197,31 @@ CASES: dict[str, list[Case]] = {
             dense(atten_mask=AttenMask.full((2, 4, 8, 8))),
         ),
         Case(packed(atten_mask=AttenMask.full((8, 4))), packed(atten_mask=AttenMask.full((4, 4)))),
+        *[
+            Case(
+                packed(atten_mask=AttenMask.full((*bad, 4, 4))),
+                packed(atten_mask=AttenMask.full((*good, 4, 4))),
+            )
+            for bad, good in (((1, 2), (1, 1)), ((3, 1), (2, 1)), ((1, 4), (2, 4)), ((1,), ()))
+        ],
     ],
     "mask-compressed-shape": [
         Case(dense(sparse_mode=2, atten_mask=AttenMask.full((8, 8))), square(2)),
         Case(
             dense(sparse_mode=6, atten_mask=AttenMask.causal(), prefix=(1, 1)),
             square(6, prefix=(1, 1)),
+        ),
+        *[
+            Case(
+                make(sparse_mode=2, atten_mask=AttenMask.full((*lead, 2048, 2048))),
+                long(sparse_mode=2, atten_mask=AttenMask.full((*lead, 2048, 2048))),
+            )
+            for make, long in ((dense, dense_2048), (packed, packed_2048))
+            for lead in ((1, 1), (2, 1), (2, 4))
+        ],
+        Case(
+            dense_2048(sparse_mode=2, atten_mask=AttenMask.full((1, 4, 2048, 2048))),
+            dense_2048(sparse_mode=2, atten_mask=AttenMask.full((2, 4, 2048, 2048))),
         ),
     ],
     "mask-content": [
@@ -185,6 +232,15 @@ CASES: dict[str, list[Case]] = {
                 sparse_mode=2,
                 atten_mask=AttenMask.full((2048, 2048), [AttenMask.causal().allowed()]),
             ),
+        ),
+    ],
+    "mask-values": [
+        Case(square(2), square(2), {"mask_facts": MaskFacts(is_binary=False)}, {}),
+        Case(
+            drawn(CAUSAL),
+            drawn(CAUSAL),
+            {"mask_facts": MaskFacts(is_binary=False)},
+            {"mask_facts": MaskFacts(is_binary=True)},
         ),
     ],
     "mask-outside-window": [
@@ -216,7 +272,15 @@ CASES: dict[str, list[Case]] = {
         Case(
             dense(sparse_mode=5, atten_mask=AttenMask.full((8, 8)), prefix=(3, 3)),
             dense(sparse_mode=5, atten_mask=AttenMask.full((2, 1, 8, 8)), prefix=(3, 3)),
-        )
+        ),
+        *[
+            # Without a usable prefix the mode is not even looked at.
+            Case(
+                dense(sparse_mode=5, atten_mask=AttenMask.full((8, 8)), prefix=(3, 3)),
+                dense(sparse_mode=5, atten_mask=AttenMask.full((8, 8)), prefix=prefix),
+            )
+            for prefix in (None, (3,), (3, 9))
+        ],
     ],
     "window-dense": [
         Case(square(4, pre_tokens=-1, next_tokens=0), square(4, pre_tokens=-1, next_tokens=1)),
@@ -250,6 +314,18 @@ CASES: dict[str, list[Case]] = {
         ),
         Case(square(7, packed, kv=(3, 8), next_tokens=0), square(7, packed, next_tokens=0)),
         Case(square(8, packed, next_tokens=-1), square(8, packed, kv=(5, 9), next_tokens=-1)),
+        # The cut sequence has no keys: mode 7 skips it, mode 8 does not.
+        Case(
+            square(7, packed, kv=(4, 4), next_tokens=1), square(7, packed, kv=(4, 4), next_tokens=0)
+        ),
+        Case(
+            square(8, packed, kv=(0, 4), next_tokens=0), square(8, packed, kv=(0, 4), next_tokens=4)
+        ),
+        # Without a mask the mode means nothing.
+        *[
+            Case(square(mode, packed, next_tokens=1, pre_tokens=0), packed(sparse_mode=mode))
+            for mode in (7, 8)
+        ],
     ],
     "window-backward": [
         Case(
@@ -268,10 +344,44 @@ CASES: dict[str, list[Case]] = {
             square(4, pre_tokens=3, next_tokens=-3),
             {"training": True},
         ),
+        # Mode 4 is anchored top-left first: -next may exceed Sq, but not Skv; -pre not Sq.
+        Case(
+            square(4, sq=3, skv=9, pre_tokens=12, next_tokens=-10),
+            square(4, sq=3, skv=9, pre_tokens=8, next_tokens=-5),
+            {"training": True},
+        ),
+        Case(
+            square(4, sq=3, skv=9, pre_tokens=-4, next_tokens=5),
+            square(4, sq=3, skv=9, pre_tokens=-3, next_tokens=5),
+            {"training": True},
+        ),
+        # Empty sequences are looked at as well.
+        Case(
+            square(4, packed, q=(3, 3, 6), kv=(4, 4, 9), pre_tokens=5, next_tokens=-1),
+            square(4, packed, q=(3, 6), kv=(4, 9), pre_tokens=5, next_tokens=-1),
+            {"training": True},
+        ),
+        Case(
+            drawn(EYE, make=packed, shape=(4, 4), q=(4, 4), kv=(4, 4), pre_tokens=-1),
+            drawn(EYE, make=packed, shape=(4, 4), pre_tokens=-1),
+            {"training": True},
+        ),
     ],
     "prefix-count": [
         Case(square(6, prefix=(3,)), square(6, prefix=(3, 3))),
         Case(square(6), square(3)),
+    ],
+    "prefix-count-mode-5": [
+        Case(
+            dense(sparse_mode=5, atten_mask=AttenMask.full((2, 1, 8, 8)), prefix=prefix),
+            dense(sparse_mode=5, atten_mask=AttenMask.full((2, 1, 8, 8)), prefix=(3, 3)),
+        )
+        for prefix in (None, (), (3,), (3, 3, 3))
+    ],
+    "prefix-unused": [
+        *[Case(square(mode, prefix=(3, 3)), square(6, prefix=(3, 3))) for mode in (2, 3, 4)],
+        Case(dense(prefix=(3, 3)), dense(prefix=())),
+        Case(drawn(CAUSAL, prefix=(3, 3)), dense(sparse_mode=5, prefix=(3, 3))),
     ],
     "prefix-range": [
         Case(square(6, sq=4, prefix=(3, 4)), square(6, sq=4, prefix=(4, 8))),
@@ -284,7 +394,11 @@ CASES: dict[str, list[Case]] = {
         )
     ],
     "prefix-batch": [
-        Case(square(6, batch=33, prefix=(8,) * 33), square(6, batch=32, prefix=(8,) * 32))
+        Case(square(6, batch=33, prefix=(8,) * 33), square(6, batch=32, prefix=(8,) * 32)),
+        Case(
+            square(6, batch=33, prefix=(8,) * 33),
+            dense(sparse_mode=6, batch=33, prefix=(8,) * 33),
+        ),
     ],
     # -- biases --
     "pse-type-range": [Case(dense(pse_type=4, pse=spec(1, 4, 8, 8)), dense())],
@@ -314,10 +428,25 @@ CASES: dict[str, list[Case]] = {
             compressed_bias(sparse_mode=4, atten_mask=AttenMask.causal()),
             compressed_bias(atten_mask=AttenMask.full((2000, 2000)), next_tokens=0),
         ),
+        # Packed, the widest window of mode 4 that ends on the diagonal is causal.
+        *[
+            Case(
+                square(4, packed, pse=spec(1, 4, 1024, 4), **window),
+                square(4, packed, pse=spec(1, 4, 1024, 4), pre_tokens=4, next_tokens=0),
+            )
+            for window in (
+                {"pre_tokens": 3, "next_tokens": 0},
+                {"pre_tokens": 4, "next_tokens": 1},
+            )
+        ],
     ],
     "slopes-square": [Case(dense(sq=7, pse=SLOPES, pse_type=2), dense(pse=SLOPES, pse_type=2))],
     "pse-packed-square": [
-        Case(packed(kv=(5, 9), pse=SLOPES, pse_type=2), packed(pse=SLOPES, pse_type=2))
+        Case(packed(kv=(5, 9), pse=SLOPES, pse_type=2), packed(pse=SLOPES, pse_type=2)),
+        Case(
+            packed(kv=(5, 9), pse=SLOPES, pse_type=2, sparse_mode=8),
+            packed(pse=SLOPES, pse_type=2, sparse_mode=8),
+        ),
     ],
     "pse-empty-sequence": [
         Case(packed(q=(4, 4), kv=(4, 4), pse=SLOPES, pse_type=2), packed(pse=SLOPES, pse_type=2))
@@ -326,7 +455,11 @@ CASES: dict[str, list[Case]] = {
         Case(
             square(7, packed, next_tokens=0, pse=SLOPES, pse_type=2),
             square(8, packed, next_tokens=0, pse=SLOPES, pse_type=2),
-        )
+        ),
+        Case(
+            square(7, packed, next_tokens=0, pse=SLOPES, pse_type=2),
+            packed(sparse_mode=7, pse=SLOPES, pse_type=2),
+        ),
     ],
     "pse-mode-8": [
         Case(
@@ -341,7 +474,11 @@ CASES: dict[str, list[Case]] = {
                 q_start_idx=(1,),
                 kv_start_idx=(0,),
             ),
-        )
+        ),
+        Case(
+            square(8, packed, q=(3, 7), next_tokens=0, pse=SLOPES, pse_type=2),
+            packed(q=(3, 7), sparse_mode=8, pse=SLOPES, pse_type=2),
+        ),
     ],
     "start-pair": [
         Case(
@@ -396,6 +533,10 @@ CASES: dict[str, list[Case]] = {
     "keep-prob-range": [
         Case(dense(keep_prob=0), dense(keep_prob=0), {}, {"version": "mindspeed"}),
         Case(dense(keep_prob=1.1), dense(keep_prob=0.5)),
+        Case(dense(keep_prob=float("nan")), dense()),
+    ],
+    "scale-finite": [
+        Case(dense(scale=float(wrong)), dense(scale=-1e300)) for wrong in ("nan", "inf", "-inf")
     ],
     "padding-mask": [Case(dense(padding_mask=spec(2, 8)), dense())],
     "inner-precise": [Case(dense(inner_precise=3), dense(inner_precise=1))],
@@ -416,6 +557,16 @@ CASES: dict[str, list[Case]] = {
     "dropout-mask-numels": [
         Case(drop(), drop(), {"training": True}, {}),
         Case(drop(), drop(packed), {"training": True}),
+    ],
+    "dropout-count": [
+        Case(
+            packed(q=(0, 1, 1, 0), kv=(0, 2, 2, 7), keep_prob=0.9),
+            packed(q=(0, 1, 1, 0), kv=(0, 2, 2, 0), keep_prob=0.9),
+        ),
+        Case(
+            packed(q=(0, 1, 1, 0), kv=(0, 2, 2, 7), keep_prob=0.9),
+            packed(q=(0, 1, 1, 0), kv=(0, 2, 2, 7)),
+        ),
     ],
     "seed-overwritten": [
         Case(dense(keep_prob=0.9, seed=1), dense(seed=1)),
@@ -455,6 +606,23 @@ def test_rule(code: str):
         asked = case.asked if case.good_asked is None else case.good_asked
         kept = case.good.violations(**asked)
         assert code not in [v.code for v in kept], [str(v) for v in kept]
+
+
+def test_no_other_rule_is_asked_where_a_type_is_wrong():
+    for case in CASES["argument-type"]:
+        assert [v.code for v in case.bad.violations(training=True)] == ["argument-type"]
+    huge = dense(head_num=10**5000, input_layout=["BSH"] * 10**5, prefix=(2**70,) * 10**5)
+    (violation,) = huge.violations()
+    assert len(str(violation)) < 700
+
+
+def test_mode_5_reads_its_prefix_until_it_finds_a_fault():
+    """An empty prefix turns the handling of empty rows on, unless one before it is out of range."""
+    mask = AttenMask.full((2, 1, 8, 5))
+    for prefix, wanted in (((0, 5), True), ((0, 9), True), ((9, 0), False), ((0,), False)):
+        call = dense(skv=5, sparse_mode=5, atten_mask=mask, prefix=prefix)
+        assert call.invalid_line == wanted, prefix
+        assert (call.visited() is None) == (prefix != (0, 5)), prefix
 
 
 def test_what_a_violation_says():

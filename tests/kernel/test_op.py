@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from attnkit.kernel import (
     fusion_attention,
     fusion_attention_grad,
 )
+from attnkit.kernel.arguments import plain as as_plain
 from attnkit.kernel.launch import choose_version, launch, launch_grad
 from tests.kernel.plain import plain, to_layout
 
@@ -130,6 +133,199 @@ def test_types_are_type_errors():
         fusion_attention(q, k, v, 4, "BNSD", atten_mask=torch.zeros(5, 7))
     with pytest.raises(KernelContractError, match="different devices"):
         fusion_attention(q, k.to("meta"), v, 4, "BNSD")
+
+
+class Four:
+    """Not an int, but it has an index."""
+
+    def __index__(self) -> int:
+        return 4
+
+
+VALUES = {
+    "int": 4, "True": True, "float": 4.0, "None": None, "text": "4", "bytes": b"4",
+    "big": 2**63, "small": -(2**63) - 1, "largest": 2**63 - 1, "huge": 10**400, "complex": 4j,
+    "index": Four(), "int32": np.int32(4), "uint64": np.uint64(4), "big uint64": np.uint64(2**63),
+    "float16": np.float16(4), "float32": np.float32(4.5), "float64": np.float64(4.5),
+    "bool_": np.bool_(True), "0-d array": np.array(4), "array of one": np.array([4]),
+    "array": np.array([1, 2]), "2-d array": np.array([[1, 2]]), "float array": np.array([1.5]),
+    "0-d tensor": torch.tensor(4), "0-d float tensor": torch.tensor(4.5),
+    "tensor": torch.tensor([1, 2]), "list": [1, 2], "tuple": (1, 2), "empty": [],
+    "range": range(3), "Size": torch.Size([1, 2]), "set": {1, 2}, "dict": {}, "floats": [1.0],
+    "bools": [True], "mixed": [1, None], "texts": ["1"], "numpy ints": [np.int64(1)],
+    "too big": [2**63], "generator": "generator",
+}  # fmt: skip
+
+# One argument of each kind, and what the binding takes of it beyond what is taken here: by
+# changing the value, or from what has no order or can be read only once.
+KINDS = {
+    "head_num": ("int", {"bool_", "float16", "float32", "0-d float tensor"}),
+    "scale": ("float", set()),
+    "input_layout": ("str", {"bytes"}),
+    "prefix": ("int[]?", {"set", "generator"}),
+    "sync": ("bool", set(VALUES) - {"True", "bool_", "bools"}),
+}
+
+
+@pytest.fixture(scope="module")
+def binding():
+    """torch's own reader of arguments, which is the real op's; returns what it reads."""
+    library = torch.library.Library("attnkit_binding", "DEF")
+    found = []
+    for name, (kind, _) in KINDS.items():
+        library.define(f"{name}(Tensor x, {kind} value) -> ()")
+        library.impl(name, lambda x, value: found.append(value), "CPU")
+
+    def read(name: str, value: object) -> object:
+        getattr(torch.ops.attnkit_binding, name)(torch.zeros(1), value)
+        return found.pop()
+
+    yield read
+    library._destroy()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_types_are_those_of_the_binding(name: str, binding):
+    def sample(label: str) -> object:
+        return (i for i in (1, 2)) if label == "generator" else VALUES[label]
+
+    for label in VALUES:
+        mine = as_plain(name, sample(label))
+        broken = replace(call(), **{name: mine}).violations()
+        taken = "argument-type" not in {violation.code for violation in broken}
+        try:
+            read = binding(name, sample(label))
+        except RuntimeError:
+            assert not taken, f"{name}={label}: the binding refuses it"
+            continue
+        stricter = label in KINDS[name][1]
+        assert taken != stricter, f"{name}={label}"
+        if taken:
+            assert mine == (tuple(read) if isinstance(read, list) else read), label
+            assert mine is None or type(mine) in (int, float, bool, str, tuple), label
+
+
+X = torch.zeros(1, 4, 8, 16)
+PACKED = torch.zeros(8, 4, 16)
+LISTS = {"actual_seq_qlen": [4, 8], "actual_seq_kvlen": [4, 8]}
+NESTED = torch.nested.nested_tensor([torch.zeros(4, 16)] * 2)
+MASK = torch.zeros(8, 8, dtype=torch.uint8)
+WRONG = [
+    *[("argument-type", {"input_layout": value}) for value in (None, 3, ["BSH"])],
+    *[("argument-type", {"actual_seq_qlen": value}) for value in (5, torch.tensor([4, 8]), "48")],
+    *[("argument-type", {"sync": value}) for value in (None, "no", 2, [], torch.zeros(2))],
+    *[("argument-type", {"gen_mask_parallel": value}) for value in ("", {}, 0.5)],
+    *[
+        ("argument-type", {name: value})
+        for name in ("pre_tokens", "next_tokens", "seed", "offset", "head_num", "sparse_mode")
+        for value in (2**63, -(2**63) - 1, None, 0.5, np.float32(1))
+    ],
+    ("argument-type", {"scale": 10**400}),
+    ("argument-type", {"scale": None}),
+    ("argument-type", {"prefix": [2**70] * 10**6}),
+    ("argument-type", {"atten_mask": MASK.tolist()}),
+    ("argument-type", {"pse": 3}),
+    *[
+        ("argument-type", {name: value})
+        for name in ("query", "key", "value", "pse", "atten_mask", "sink", "dropout_mask")
+        for value in (X.to_sparse(), NESTED, np.zeros(3))
+    ],
+    ("argument-type", {"query": X.to_mkldnn()}),
+    ("argument-type", {"key": None}),
+    *[("scale-finite", {"scale": value}) for value in (torch.nan, torch.inf, np.float32("-inf"))],
+    *[("mask-values", {"atten_mask": MASK + value}) for value in (2, 255)],
+    ("mask-values", {"atten_mask": AttenMask.causal().build().byte() * 2, "sparse_mode": 2}),
+    ("batch-limit", dict.fromkeys(("query", "key", "value"), X[:0])),
+    ("head-dim-limit", dict.fromkeys(("query", "key", "value"), X[..., :0])),
+    ("dtype", {name: X.bool() for name in ("query", "key", "value")}),
+    ("window-dense", {"atten_mask": MASK, "pre_tokens": -(2**63)}),
+    ("prefix-unused", {"prefix": [3]}),
+]
+
+
+@pytest.mark.parametrize("where", ["forward", "gradient"])
+def test_wrong_arguments_are_told_in_one_short_sentence(where: str):
+    good = {"query": X, "key": X, "value": X, "head_num": 4, "input_layout": "BNSD"}
+    out = fusion_attention(**good)
+    if where == "gradient":
+        names = ("softmax_max", "softmax_sum")
+        good |= {name: getattr(out, name) for name in names}
+        good |= {"attention_in": out.attention_out, "dy": X}
+    run = fusion_attention if where == "forward" else fusion_attention_grad
+    for code, wrong in WRONG:
+        if where == "gradient" and "dropout_mask" in wrong:
+            continue
+        with pytest.raises(KernelContractError) as caught:
+            run(**{**good, **wrong})
+        assert caught.value.codes[0] == code, wrong
+        assert isinstance(caught.value, TypeError) == (code in ("argument-type", "dtype"))
+        assert len(str(caught.value)) < 1500
+
+
+def test_numbers_at_the_ends_of_64_bits_are_numbers():
+    """The farthest window, and the farthest start, are those that a matrix can show."""
+    causal = AttenMask.causal().build()
+    ends = (-(2**63), 2**63 - 1)
+    q, k, v = tensors(sq=5, skv=5)
+    full = fusion_attention(q, k, v, 4, "BNSD").attention_out
+    for pre, nxt in ((ends[1], ends[1]), (ends[1], ends[0]), (ends[0], ends[1])):
+        window = {"pre_tokens": pre, "next_tokens": nxt}
+        # Modes 1 and 2 do not read it, mode 4 refuses what leaves nothing.
+        none = torch.zeros(5, 5, dtype=torch.bool)
+        out = fusion_attention(q, k, v, 4, "BNSD", atten_mask=none, sparse_mode=1, **window)
+        assert torch.equal(out.attention_out, full)
+        fusion_attention(q, k, v, 4, "BNSD", atten_mask=causal, sparse_mode=2, **window)
+        if min(pre, nxt) > 0:
+            out = fusion_attention(q, k, v, 4, "BNSD", atten_mask=causal, sparse_mode=4, **window)
+            assert torch.equal(out.attention_out, full)
+        else:
+            with pytest.raises(KernelContractError, match="window-dense"):
+                fusion_attention(q, k, v, 4, "BNSD", atten_mask=causal, sparse_mode=4, **window)
+    starts = {"q_start_idx": [ends[0]], "kv_start_idx": [ends[1]]}
+    slopes = torch.full((4,), 2.0**-60)
+    out = fusion_attention(q, k, v, 4, "BNSD", pse=slopes, pse_type=2, **starts)
+    assert out.attention_out.isfinite().all()
+
+
+def test_numpys_numbers_and_arrays_are_taken():
+    lists = {name: np.array(value) for name, value in LISTS.items()}
+    window = {"pre_tokens": np.int32(2), "next_tokens": np.int64(0)}
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1).tril(4) | torch.ones(4, 4).tril(-3).bool()
+    given = {"atten_mask": mask, "scale": np.float32(0.5), "keep_prob": np.float64(1), **window}
+    t = torch.randn(8, 4, 16)
+    one = fusion_attention(t, t, t, np.int64(4), "TND", sync=np.bool_(False), **lists, **given)
+    two = fusion_attention(
+        t, t, t, 4, "TND", atten_mask=mask, scale=0.5, pre_tokens=2, next_tokens=0, **LISTS
+    )
+    assert torch.equal(one.attention_out, two.attention_out)
+
+
+def test_the_gradient_takes_what_its_forward_returned():
+    q, k, v = (t.detach() for t in tensors(torch.float32))
+    out = fusion_attention(q, k, v, 4, "BNSD", keep_prob=0.6)
+    good = {
+        "dy": out.attention_out, "softmax_max": out.softmax_max, "softmax_sum": out.softmax_sum,
+        "attention_in": out.attention_out, "keep_prob": 0.6, "seed": out.seed,
+        "offset": out.offset, "numels": out.numels,
+    }  # fmt: skip
+    fusion_attention_grad(q, k, v, head_num=4, input_layout="BNSD", **good)
+    wrong = [
+        *[("argument-type", {name: value}) for name in good for value in (None, [1.0])],
+        *[("argument-type", {name: 2**63}) for name in ("seed", "offset", "numels")],
+        *[("argument-type", {"softmax_in": value}) for value in (3, out.attention_out.to_sparse())],
+        ("stats-dtype", {"softmax_max": out.softmax_max.half()}),
+        ("stats-dtype", {"softmax_sum": out.softmax_sum.double()}),
+        ("stats-shape", {"softmax_sum": out.softmax_sum[..., :1]}),
+        ("grad-shape", {"dy": out.attention_out[:1]}),
+        ("grad-shape", {"attention_in": out.attention_out[..., :1]}),
+        ("grad-dtype", {"dy": out.attention_out.half()}),
+        ("device", {"dy": out.attention_out.to("meta")}),
+        ("grad-numels", {"numels": out.numels + 1}),
+    ]
+    for code, changed in wrong:
+        with pytest.raises(KernelContractError) as caught:
+            fusion_attention_grad(q, k, v, head_num=4, input_layout="BNSD", **{**good, **changed})
+        assert caught.value.codes == (code,), changed
 
 
 def test_silent_mistakes_are_errors_unless_they_are_wanted():

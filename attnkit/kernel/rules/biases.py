@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnkit.kernel.arguments import brief
 from attnkit.kernel.rules.rule import Rule, Target
 
 if TYPE_CHECKING:
@@ -75,13 +76,16 @@ def _shape(call: KernelCall, on: Target) -> str | None:
 def _compressed(call: KernelCall, on: Target) -> str | None:
     if not _is_compressed(call):
         return None
-    mode = call.sparse_mode
+    mode = call.effective_mode
     causal = mode in (2, 3)
     causal |= mode == 0 and call.pre_tokens >= call.q_len and call.next_tokens == 0
+    # The dense tiling takes the same window of mode 4 for a band.
+    wide = call.is_packed and call.pre_tokens >= call.kv_len and call.next_tokens == 0
+    causal |= mode == 4 and wide
     square = all(q == kv for q, kv in call.sequences)
-    if call.atten_mask is not None and causal and square:
+    if causal and square:
         return None
-    return f"a compressed pse in sparse_mode={mode} at {call.q_len} x {call.kv_len}"
+    return f"a compressed pse in sparse_mode={call.sparse_mode} at {call.q_len} x {call.kv_len}"
 
 
 def _slopes_square(call: KernelCall, on: Target) -> str | None:
@@ -91,7 +95,7 @@ def _slopes_square(call: KernelCall, on: Target) -> str | None:
 
 
 def _packed_square(call: KernelCall, on: Target) -> str | None:
-    if call.pse is None or not call.is_packed or call.sparse_mode in (7, 8):
+    if call.pse is None or not call.is_packed or call.effective_mode in (7, 8):
         return None
     unequal = next((s for s in call.sequences if s[0] != s[1]), None)
     return f"pse with a sequence of {unequal[0]} x {unequal[1]}" if unequal else None
@@ -104,11 +108,11 @@ def _empty_sequence(call: KernelCall, on: Target) -> str | None:
 
 
 def _mode_7(call: KernelCall, on: Target) -> str | None:
-    return "pse in sparse_mode=7" if call.pse is not None and call.sparse_mode == 7 else None
+    return "pse in sparse_mode=7" if call.pse is not None and call.effective_mode == 7 else None
 
 
 def _mode_8(call: KernelCall, on: Target) -> str | None:
-    if call.pse is None or call.sparse_mode != 8 or not call.is_packed:
+    if call.pse is None or call.effective_mode != 8 or not call.is_packed:
         return None
     starts = (call.q_start_idx, call.kv_start_idx)
     q_start, kv_start = (s[0] for s in starts) if all(starts) else (0, 0)  # type: ignore[index]
@@ -119,27 +123,27 @@ def _mode_8(call: KernelCall, on: Target) -> str | None:
     return f"pse with a sequence of {unequal[0]} x {unequal[1]}" if unequal else None
 
 
+def _starts(call: KernelCall) -> str:
+    return f"q_start_idx={brief(call.q_start_idx)}, kv_start_idx={brief(call.kv_start_idx)}"
+
+
 def _start_pair(call: KernelCall, on: Target) -> str | None:
-    if bool(call.q_start_idx) == bool(call.kv_start_idx):
-        return None
-    return f"q_start_idx={call.q_start_idx}, kv_start_idx={call.kv_start_idx}"
+    return None if bool(call.q_start_idx) == bool(call.kv_start_idx) else _starts(call)
 
 
 def _start_length(call: KernelCall, on: Target) -> str | None:
     given = [x for x in (call.q_start_idx, call.kv_start_idx) if x is not None]
-    if all(len(x) == 1 for x in given):
-        return None
-    return f"q_start_idx={call.q_start_idx}, kv_start_idx={call.kv_start_idx}"
+    return None if all(len(x) == 1 for x in given) else _starts(call)
 
 
 def _start_unused(call: KernelCall, on: Target) -> str | None:
     if call.pse_type in (2, 3) or not (call.q_start_idx or call.kv_start_idx):
         return None
-    return f"q_start_idx={call.q_start_idx} with pse_type={call.pse_type}"
+    return f"{_starts(call)} with pse_type={call.pse_type}"
 
 
 def _start_empty_first(call: KernelCall, on: Target) -> str | None:
-    if call.sparse_mode != 8 or not (call.q_start_idx and call.kv_start_idx):
+    if call.effective_mode != 8 or not (call.q_start_idx and call.kv_start_idx):
         return None
     if not call.is_packed or call.band_index in (None, 0):
         return None
@@ -201,7 +205,8 @@ BIAS_RULES: tuple[Rule, ...] = (
         "pse-compressed",
         "tiling",
         "the compressed bias needs Sq = Skv and a causal mode: 2, 3, or 0 with a mask, "
-        "pre_tokens >= Sq and next_tokens = 0",
+        "pre_tokens >= Sq and next_tokens = 0; TND: also 4 with pre_tokens >= max Skv, "
+        "next_tokens = 0",
         "Pass all rows, or slopes with pse_type 2 or 3.",
         _compressed,
     ),

@@ -6,6 +6,7 @@ binding, and the operator's reference pages.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,10 @@ def _has_dropout(call: KernelCall) -> bool:
 def _keep_prob(call: KernelCall, on: Target) -> str | None:
     low_fits = call.keep_prob >= 0 if on.version == "mindspeed" else call.keep_prob > 0
     return None if low_fits and call.keep_prob <= 1 else f"keep_prob={call.keep_prob}"
+
+
+def _scale_finite(call: KernelCall, on: Target) -> str | None:
+    return None if isfinite(call.scale) else f"scale={call.scale}"
 
 
 def _padding_mask(call: KernelCall, on: Target) -> str | None:
@@ -83,6 +88,13 @@ def _dropout_numels(call: KernelCall, on: Target) -> str | None:
     return f"dropout_mask in dense layout {call.layout}"
 
 
+def _dropout_count(call: KernelCall, on: Target) -> str | None:
+    cells = call.num_heads * sum(q * kv for q, kv in call.sequences)
+    if not call.is_packed or not _has_dropout(call) or call.numels >= cells:
+        return None
+    return f"numels = {call.numels} for {cells} cells"
+
+
 def _seed_overwritten(call: KernelCall, on: Target) -> str | None:
     if not (call.seed or call.offset) or not _has_dropout(call) or call.dropout_mask is not None:
         return None
@@ -115,6 +127,13 @@ EXTRA_RULES: tuple[Rule, ...] = (
         "keep_prob lies in (0, 1]; MindSpeed's binding also takes 0",
         "keep_prob is the share that survives, 1 - dropout.",
         _keep_prob,
+    ),
+    Rule(
+        "scale-finite",
+        "silent",
+        "scale is a finite number; with inf or NaN every score is NaN",
+        "Pass the factor of the scores, usually 1 / sqrt(head size).",
+        _scale_finite,
     ),
     Rule(
         "padding-mask",
@@ -187,6 +206,14 @@ EXTRA_RULES: tuple[Rule, ...] = (
         "the backward reads it",
         "Let the op draw the mask, or call the grad op with the right numels.",
         _dropout_numels,
+    ),
+    Rule(
+        "dropout-count",
+        "tiling",
+        "the dropout decisions of a packed call are counted from consecutive differences of its "
+        "lists, which must not give fewer than it has cells",
+        "End both lists in zeros or neither, and let them never decrease.",
+        _dropout_count,
     ),
     Rule(
         "seed-overwritten",

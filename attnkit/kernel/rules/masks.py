@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnkit.geometry import Region
+from attnkit.kernel.arguments import brief
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.modes import COMPRESSED_MODES, MASK_DECIDES, window
 from attnkit.kernel.rules.rule import Rule, Target
@@ -61,16 +62,19 @@ def _mask_shape(call: KernelCall, on: Target) -> str | None:
         return None
     q_len, kv_len = call.q_len, call.kv_len
     totals = tuple(map(sum, zip(*call.sequences, strict=True)))
+    leads = [*_leads(call), ()]
+    fits = mask.shape in [(*lead, q_len, kv_len) for lead in leads]
+    wanted = " or ".join(str([*lead, q_len, kv_len]) for lead in leads)
     if call.is_packed:
-        # Four axes and total lengths pass this check, and have silent rules of their own.
-        fits = len(mask.shape) == 4 or mask.shape in ((q_len, kv_len), totals)
+        # Four axes and total lengths pass the tiling, and have silent rules of their own.
+        fits |= mask.shape == totals
         wanted = f"[{q_len}, {kv_len}], the longest lengths"
-    else:
-        b, n = call.batch, call.num_heads
-        shapes = [(b, n), (b, 1), (1, 1), ()]
-        fits = mask.shape in [(*lead, q_len, kv_len) for lead in shapes]
-        wanted = " or ".join(str([*lead, q_len, kv_len]) for lead in shapes)
     return None if fits else f"atten_mask has shape {list(mask.shape)}, wanted {wanted}"
+
+
+def _leads(call: KernelCall) -> list[tuple[int, int]]:
+    """The leading axes that a mask of four may have."""
+    return [(call.batch, call.num_heads), (call.batch, 1), (1, 1)]
 
 
 def _compressed_shape(call: KernelCall, on: Target) -> str | None:
@@ -78,8 +82,8 @@ def _compressed_shape(call: KernelCall, on: Target) -> str | None:
     if mask is None or call.sparse_mode not in COMPRESSED_MODES:
         return None
     wanted = (AttenMask.prefix() if call.sparse_mode == 6 else AttenMask.causal()).shape
-    square = call.q_len == call.kv_len == wanted[0] and not call.is_packed
-    leads = [(), (1, 1), (call.batch, 1)] if square and call.sparse_mode != 6 else [()]
+    # A mask of four axes has one entry per cell, so it fits where the sizes happen to be these.
+    leads = [*_leads(call), ()] if (call.q_len, call.kv_len) == wanted else [()]
     if mask.shape in [(*lead, *wanted) for lead in leads]:
         return None
     return f"atten_mask has shape {list(mask.shape)} in sparse_mode={call.sparse_mode}"
@@ -101,6 +105,10 @@ def _mask_content(call: KernelCall, on: Target) -> str | None:
     if _is_canonical(call, on) is not False:
         return None
     return f"atten_mask does not hold what sparse_mode={call.sparse_mode} reads"
+
+
+def _mask_values(call: KernelCall, on: Target) -> str | None:
+    return "atten_mask holds values other than 0 and 1" if on.mask.is_binary is False else None
 
 
 def _blocks(call: KernelCall) -> Iterator[tuple[Region, tuple[int, int]]]:
@@ -170,7 +178,7 @@ def _mask_4d_packed(call: KernelCall, on: Target) -> str | None:
 
 def _mode_5_mask(call: KernelCall, on: Target) -> str | None:
     mask = call.atten_mask
-    if mask is None or call.sparse_mode != 5 or call.batch == 1:
+    if mask is None or call.sparse_mode != 5 or call.batch == 1 or call.prefix_fault:
         return None
     if len(mask.shape) == 4 and mask.shape[0] == call.batch:
         return None
@@ -218,13 +226,16 @@ def _window_packed(call: KernelCall, on: Target) -> str | None:
 
 
 def _window_cut(call: KernelCall, on: Target) -> str | None:
-    mode, b = call.sparse_mode, call.band_index
+    mode, b = call.effective_mode, call.band_index
     if mode not in (7, 8) or not call.is_packed or b is None:
         return None
     pre, next_ = call.pre_tokens, call.next_tokens
     q_len, kv_len = call.sequences[b]
     given = f"pre_tokens={pre}, next_tokens={next_} for the cut sequence {q_len} x {kv_len}"
-    if pre < kv_len or q_len - next_ > kv_len or (mode == 7 and next_ > 0):
+    if pre < kv_len or (mode == 7 and next_ > 0):
+        return given
+    # Mode 7 skips sequences without keys, the cut one as well.
+    if q_len - next_ > kv_len and (mode == 8 or kv_len):
         return given
     others = [s for n, s in enumerate(call.sequences) if n != b and all(s)]
     longer = next((s for s in others if s[0] > s[1]), None)
@@ -236,47 +247,58 @@ def _window_cut(call: KernelCall, on: Target) -> str | None:
 def _window_backward(call: KernelCall, on: Target) -> str | None:
     if not on.training or call.atten_mask is None:
         return None
-    pre, next_, mode = call.pre_tokens, call.next_tokens, call.sparse_mode
-    if call.is_packed and mode in (0, 4, 7, 8):
-        bad = pre + next_ <= 0
+    mode, pre, next_ = call.sparse_mode, call.pre_tokens, call.next_tokens
+    given = f"pre_tokens={pre}, next_tokens={next_} in a call that is trained"
+    if call.is_packed:
+        if mode in (0, 4, 7, 8) and pre + next_ <= 0:
+            return given
+        sequences = call.sequences if mode in (0, 4) else ()
+        for q_len, kv_len in sequences:
+            back, ahead = (kv_len, q_len) if mode == 0 else (q_len, kv_len)
+            if -pre > back or -next_ > ahead:
+                return f"{given}, with a sequence of {q_len} queries, {kv_len} keys"
     elif mode in (0, 4):
-        bad = -pre > call.kv_len or -next_ > call.q_len or pre + next_ < 0
-    else:
-        bad = False
-    return f"pre_tokens={pre}, next_tokens={next_} in a call that is trained" if bad else None
+        back, ahead = call.top_left_tokens
+        if -back > call.kv_len or -ahead > call.q_len or back + ahead < 0:
+            return given
+    return None
 
 
 # -- prefixes ----------------------------------------------------------------------------
 
 
 def _prefix_count(call: KernelCall, on: Target) -> str | None:
-    if call.sparse_mode not in (5, 6) or call.atten_mask is None:
-        return None
-    count = len(call.prefix or ())
-    return (
-        None if count == call.batch else f"{count} prefix lengths for {call.batch} score matrices"
-    )
+    return _wrong_count(call) if call.effective_mode == 6 else None
 
 
-def _prefix_outside(call: KernelCall) -> str | None:
-    if call.atten_mask is None:
-        return None
-    for n, (q_len, kv_len) in zip(call.prefix or (), call.sequences, strict=False):
-        if not max(0, kv_len - q_len) <= n <= kv_len:
-            return f"prefix={n} for {q_len} queries and {kv_len} keys"
-    return None
+def _prefix_count_5(call: KernelCall, on: Target) -> str | None:
+    return _wrong_count(call) if call.effective_mode == 5 else None
+
+
+def _wrong_count(call: KernelCall) -> str | None:
+    return call.prefix_fault if len(call.prefix or ()) != call.batch else None
 
 
 def _prefix_range(call: KernelCall, on: Target) -> str | None:
-    return _prefix_outside(call) if call.sparse_mode == 6 else None
+    return _outside(call) if call.effective_mode == 6 else None
 
 
 def _prefix_range_5(call: KernelCall, on: Target) -> str | None:
-    return _prefix_outside(call) if call.sparse_mode == 5 else None
+    return _outside(call) if call.effective_mode == 5 else None
+
+
+def _outside(call: KernelCall) -> str | None:
+    return None if _wrong_count(call) else call.prefix_fault
+
+
+def _prefix_unused(call: KernelCall, on: Target) -> str | None:
+    if not call.prefix or call.sparse_mode in (5, 6):
+        return None
+    return f"prefix={brief(call.prefix)} in sparse_mode={call.sparse_mode}"
 
 
 def _prefix_batch(call: KernelCall, on: Target) -> str | None:
-    if call.sparse_mode not in (5, 6) or call.batch <= 32:
+    if call.effective_mode not in (5, 6) or call.batch <= 32:
         return None
     return f"{call.batch} score matrices in sparse_mode={call.sparse_mode}"
 
@@ -323,7 +345,8 @@ MASK_RULES: tuple[Rule, ...] = (
     Rule(
         "mask-compressed-shape",
         "tiling",
-        "modes 2, 3, 4, 7 and 8 read a [2048, 2048] mask, mode 6 a [3072, 2048] one",
+        "modes 2, 3, 4, 7 and 8 read a [2048, 2048] mask, mode 6 a [3072, 2048] one; with leading "
+        "axes only where Sq and Skv are these sizes",
         "Pass AttenMask.causal().build() or AttenMask.prefix().build().",
         _compressed_shape,
     ),
@@ -334,6 +357,13 @@ MASK_RULES: tuple[Rule, ...] = (
         "content gives another set of cells",
         "Pass the mask that attnkit builds: True above the diagonal, True = masked.",
         _mask_content,
+    ),
+    Rule(
+        "mask-values",
+        "documented",
+        "atten_mask holds 0 (takes part) and 1 (masked)",
+        "Compare it to make it boolean: True where masked.",
+        _mask_values,
     ),
     Rule(
         "mask-outside-window",
@@ -368,14 +398,16 @@ MASK_RULES: tuple[Rule, ...] = (
     Rule(
         "mask-4d-packed",
         "silent",
-        "a TND mask has two axes; one with four is accepted and read as if it were packed",
+        "a TND mask has two axes; one with four, [1|B, 1|N, max Sq, max Skv], is accepted and read "
+        "as if it were packed",
         "Pass [max Sq, max Skv].",
         _mask_4d_packed,
     ),
     Rule(
         "mode-5-mask",
         "tiling",
-        "mode 5 wants a mask per batch element, [B, N, Sq, Skv] or [B, 1, Sq, Skv], unless B = 1",
+        "mode 5 wants a mask per batch element, [B, N, Sq, Skv] or [B, 1, Sq, Skv], unless B = 1 "
+        "or its prefix is out of order",
         "Expand the mask over the batch, or use mode 6, which needs no full mask.",
         _mode_5_mask,
     ),
@@ -398,25 +430,35 @@ MASK_RULES: tuple[Rule, ...] = (
     Rule(
         "window-cut",
         "tiling",
-        "modes 7 and 8: the cut sequence needs pre >= Skv, Sq - next <= Skv; mode 7 also next <= 0 "
-        "and Sq <= Skv elsewhere",
+        "modes 7 and 8: the cut sequence needs pre >= Skv, Sq - next <= Skv (in mode 7 only if it "
+        "has keys); mode 7 also next <= 0 and Sq <= Skv elsewhere",
         "Leave pre_tokens at its default; next_tokens counts from the bottom-right corner.",
         _window_cut,
     ),
     Rule(
         "window-backward",
         "backward",
-        "the grad op needs pre + next > 0 in TND modes 0, 4, 7 and 8; in dense modes 0 and 4 "
-        "pre + next >= 0, -pre <= Skv, -next <= Sq",
+        "the grad op needs, in dense modes 0 and 4 and anchored top-left, pre + next >= 0, "
+        "-pre <= Skv, -next <= Sq; in TND modes 0, 4, 7 and 8 pre + next > 0, and for every "
+        "sequence, empty ones too, in mode 0 -pre <= Skv, -next <= Sq, in mode 4 -pre <= Sq, "
+        "-next <= Skv",
         "Say the same set with another mode, or widen the window to at least two keys.",
         _window_backward,
     ),
     Rule(
         "prefix-count",
         "tiling",
-        "modes 5 and 6 need one prefix length per score matrix",
+        "mode 6 needs one prefix length per score matrix",
         "Pass prefix=(...,), one integer for every batch element or sequence.",
         _prefix_count,
+    ),
+    Rule(
+        "prefix-count-mode-5",
+        "silent",
+        "mode 5 takes one prefix length per score matrix; any other number silently turns tile "
+        "skipping off",
+        "Pass prefix=(...,), one integer for every batch element; the mask decides in any case.",
+        _prefix_count_5,
     ),
     Rule(
         "prefix-range",
@@ -431,6 +473,13 @@ MASK_RULES: tuple[Rule, ...] = (
         "in mode 5 a prefix outside [max(0, Skv - Sq), Skv] silently turns tile skipping off",
         "Raise it to Skv - Sq; the mask decides in any case.",
         _prefix_range_5,
+    ),
+    Rule(
+        "prefix-unused",
+        "silent",
+        "prefix is read in modes 5 and 6 only",
+        "Leave it out, or use mode 6 and the 3072 x 2048 mask.",
+        _prefix_unused,
     ),
     Rule(
         "prefix-batch",

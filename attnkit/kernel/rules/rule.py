@@ -30,6 +30,7 @@ class MaskFacts:
     """What the content of a full-size or compressed mask tensor says; None = not looked at."""
 
     is_canonical: bool | None = None
+    is_binary: bool | None = None
     cells_outside_window: int | None = None
     empty_rows: int | None = None
 
@@ -53,7 +54,8 @@ class Rule:
     """One rule: a stable code, who enforces it, what must hold, and what to do.
 
     `broken` returns what was found, in words and numbers, or None when the rule holds.
-    Other rules may rely on a `structural` one, so they are asked only when those hold.
+    Other rules may rely on a `structural` one, so they are asked only when those hold; and all
+    of them rely on the rule about types, `argument-type`.
     """
 
     code: str

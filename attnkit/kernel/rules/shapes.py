@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, brief, fits_int64
 from attnkit.kernel.rules.rule import Rule, Target
 from attnkit.kernel.sizes import LAYOUTS
 
 if TYPE_CHECKING:
     from attnkit.kernel.call import KernelCall, TensorSpec
 
-__all__ = ["SHAPE_RULES"]
+__all__ = ["ARGUMENT_TYPE", "SHAPE_RULES"]
 
 _MILLION = 1_000_000
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_INTEGERS = ("head_num", "pre_tokens", "next_tokens", "inner_precise", "sparse_mode", "pse_type")
-_LISTS = ("prefix", "actual_seq_qlen", "actual_seq_kvlen", "q_start_idx", "kv_start_idx")
 
 
 def _operands(call: KernelCall) -> dict[str, TensorSpec]:
@@ -30,34 +29,28 @@ def _operands(call: KernelCall) -> dict[str, TensorSpec]:
 
 
 def _argument_type(call: KernelCall, on: Target) -> str | None:
-    def is_int(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
+    def is_list(value: object) -> bool:
+        return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
 
-    wrong = [n for n in (*_INTEGERS, "seed", "offset") if not is_int(getattr(call, n))]
-    for name in _LISTS:
-        given = getattr(call, name)
-        if given is not None and not (isinstance(given, tuple) and all(map(is_int, given))):
-            wrong.append(name)
-    for name in ("scale", "keep_prob"):
+    wrong = [n for n in INTEGERS if not fits_int64(getattr(call, n))]
+    wrong += [n for n in LISTS if not is_list(getattr(call, n))]
+    for name in FLOATS:
         number: object = getattr(call, name)
-        if not (is_int(number) or isinstance(number, float)):
+        if not (isinstance(number, float) or fits_int64(number)):
             wrong.append(name)
-    wrong += [
-        n for n in ("input_layout", "softmax_layout") if not isinstance(getattr(call, n), str)
-    ]
+    wrong += [n for n in BOOLS if not isinstance(getattr(call, n), bool)]
+    wrong += [n for n in TEXTS if not isinstance(getattr(call, n), str)]
     if not wrong:
         return None
-    return ", ".join(f"{n}={getattr(call, n)!r}" for n in wrong)
+    return ", ".join(f"{n}={brief(getattr(call, n))}" for n in wrong)
 
 
 def _layout_unknown(call: KernelCall, on: Target) -> str | None:
-    if not isinstance(call.input_layout, str) or call.layout in LAYOUTS:
-        return None
-    return f"input_layout={call.input_layout!r}"
+    return None if call.layout in LAYOUTS else f"input_layout={brief(call.input_layout)}"
 
 
 def _rank(call: KernelCall, on: Target) -> str | None:
-    if not isinstance(call.input_layout, str) or call.layout not in LAYOUTS:
+    if call.layout not in LAYOUTS:
         return None
     rank = 3 if call.layout in ("BSH", "SBH", "TND") else 4
     wrong = [f"{n} {s}" for n, s in _operands(call).items() if len(s.shape) != rank]
@@ -65,7 +58,7 @@ def _rank(call: KernelCall, on: Target) -> str | None:
 
 
 def _head_num(call: KernelCall, on: Target) -> str | None:
-    if _layout_unknown(call, on) or _rank(call, on) or _argument_type(call, on):
+    if _layout_unknown(call, on) or _rank(call, on):
         return None
     last = call.query.shape[-1]
     if call.head_num <= 0:
@@ -81,9 +74,7 @@ def _head_num(call: KernelCall, on: Target) -> str | None:
 
 
 def _kv_heads(call: KernelCall, on: Target) -> str | None:
-    if _layout_unknown(call, on) or _rank(call, on) or _argument_type(call, on):
-        return None
-    if _head_num(call, on):
+    if _layout_unknown(call, on) or _rank(call, on) or _head_num(call, on):
         return None
     dim = call.head_dim
     width = call.key.shape[-1]
@@ -98,11 +89,11 @@ def _kv_heads(call: KernelCall, on: Target) -> str | None:
 
 
 def _varlen_lists(call: KernelCall, on: Target) -> str | None:
-    if not isinstance(call.input_layout, str) or not call.is_packed:
+    if not call.is_packed:
         return None
     q_lens, kv_lens = call.actual_seq_qlen, call.actual_seq_kvlen
     if not q_lens or not kv_lens:
-        return f"actual_seq_qlen={q_lens}, actual_seq_kvlen={kv_lens}"
+        return f"actual_seq_qlen={brief(q_lens)}, actual_seq_kvlen={brief(kv_lens)}"
     if len(q_lens) != len(kv_lens):
         return f"{len(q_lens)} query lengths and {len(kv_lens)} key lengths"
     return None
@@ -149,7 +140,8 @@ def _value_dim(call: KernelCall, on: Target) -> str | None:
 
 
 def _head_dim_limit(call: KernelCall, on: Target) -> str | None:
-    return f"heads of {call.head_dim}" if call.head_dim > 768 else None
+    sizes = (call.head_dim, call.value_dim)
+    return None if all(0 < size <= 768 for size in sizes) else "heads of {} and {}".format(*sizes)
 
 
 def _heads_limit(call: KernelCall, on: Target) -> str | None:
@@ -159,7 +151,7 @@ def _heads_limit(call: KernelCall, on: Target) -> str | None:
 def _batch_limit(call: KernelCall, on: Target) -> str | None:
     limit = 2048 if call.is_packed else 2 * _MILLION
     what = "sequences" if call.is_packed else "batch elements"
-    return f"{call.batch} {what}, the limit is {limit}" if call.batch > limit else None
+    return None if 0 < call.batch <= limit else f"{call.batch} {what}, the limit is {limit}"
 
 
 def _length_limit(call: KernelCall, on: Target) -> str | None:
@@ -191,21 +183,24 @@ def _varlen_decreasing(call: KernelCall, on: Target) -> str | None:
         trimmed = given[
             : len(given) - next((n for n, v in enumerate(given[::-1]) if v), len(given))
         ]
-        if any(now < last for last, now in pairwise(trimmed)):
-            return f"{name}={given[:8]} decreases"
+        if any(now < last for last, now in pairwise((0, *trimmed))):
+            return f"{name}={brief(given)} decreases"
     return None
 
 
+ARGUMENT_TYPE = Rule(
+    "argument-type",
+    "torch",
+    "numbers are int (of 64 bits) or float, lists hold such ints, switches are bool, layouts str",
+    "Convert the argument; lengths and indices are host integers, not tensors.",
+    _argument_type,
+    type_error=True,
+    structural=True,
+)
+"""The rule that every other one relies on."""
+
 SHAPE_RULES: tuple[Rule, ...] = (
-    Rule(
-        "argument-type",
-        "torch",
-        "numbers are int or float, lists are tuples of int, layouts are str",
-        "Convert the argument; lengths and indices are host integers, not tensors.",
-        _argument_type,
-        type_error=True,
-        structural=True,
-    ),
+    ARGUMENT_TYPE,
     Rule(
         "layout-unknown",
         "torch",
@@ -300,7 +295,7 @@ SHAPE_RULES: tuple[Rule, ...] = (
     Rule(
         "head-dim-limit",
         "aclnn",
-        "heads have at most 768 elements",
+        "heads have 1 to 768 elements",
         "Use more, smaller heads.",
         _head_dim_limit,
     ),
@@ -314,9 +309,9 @@ SHAPE_RULES: tuple[Rule, ...] = (
     Rule(
         "batch-limit",
         "documented",
-        "a dense call has at most 2M batch elements, a packed one at most 2048 sequences (longer "
-        "lists may end the process)",
-        "Split the batch; merge the padding at the end into one sequence.",
+        "a dense call has 1 to 2M batch elements, a packed one 1 to 2048 sequences (longer lists "
+        "may end the process)",
+        "Split the batch, leave an empty one out; merge the padding at the end into one sequence.",
         _batch_limit,
     ),
     Rule(
@@ -344,8 +339,8 @@ SHAPE_RULES: tuple[Rule, ...] = (
     Rule(
         "varlen-decreasing",
         "silent",
-        "cumulative lengths never decrease (but for zeros at the end): the kernel takes such a "
-        "sequence to be empty",
+        "cumulative lengths start at 0 or more and never decrease (but for zeros at the end): the "
+        "kernel takes such a sequence to be empty",
         "Pass running totals, not the lengths themselves.",
         _varlen_decreasing,
     ),

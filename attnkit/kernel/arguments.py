@@ -1,0 +1,100 @@
+"""The op's plain arguments as the binding reads them: what it takes, and as what.
+
+The real op's binding takes numpy's scalars and arrays, and whatever else has an index, where it
+wants an int, a list of ints or a float. The same is taken here, and becomes a Python number or a
+tuple. What would have to change its value on the way (3.5 for an int, 2 for a bool, a set for a
+list) is left as it is, for the rule about types to name.
+"""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnkit.errors import shown
+
+__all__ = ["BOOLS", "FLOATS", "INTEGERS", "LISTS", "TEXTS", "brief", "fits_int64", "plain"]
+
+INTEGERS = (
+    "head_num",
+    "pre_tokens",
+    "next_tokens",
+    "inner_precise",
+    "sparse_mode",
+    "pse_type",
+    "seed",
+    "offset",
+)
+FLOATS = ("scale", "keep_prob")
+BOOLS = ("gen_mask_parallel", "sync")
+TEXTS = ("input_layout", "softmax_layout")
+LISTS = ("prefix", "actual_seq_qlen", "actual_seq_kvlen", "q_start_idx", "kv_start_idx")
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return an argument as a Python number or tuple where it means one; else as it is.
+
+    >>> plain("scale", np.float32(0.5)), plain("prefix", np.array([3, 4]))
+    (0.5, (3, 4))
+    >>> plain("prefix", [3, 4.5])
+    [3, 4.5]
+    """
+    try:
+        return _READERS[name](value) if name in _READERS else value
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return value
+
+
+def fits_int64(value: object) -> bool:
+    """Return whether a value is an int that the op's 64 bits can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def brief(value: object) -> str:
+    """Return a value for a message, in at most about a hundred characters."""
+    if isinstance(value, torch.Tensor) and value.numel() > 1:
+        return shown(value)
+    try:
+        text = reprlib.repr(value)
+    except ValueError:
+        # Python refuses to write integers of thousands of digits.
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _int(value: Any) -> int:
+    return int(operator.index(value))
+
+
+def _ints(value: Any) -> Any:
+    if value is None:
+        return None
+    listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    return tuple(_int(item) for item in value) if listed else value
+
+
+def _float(value: Any) -> float:
+    # Text that reads as a number is text; arrays of one element are arrays.
+    if isinstance(value, str | bytes | bytearray) or np.ndim(value) > 0:
+        raise TypeError
+    return float(value)
+
+
+def _bool(value: Any) -> bool:
+    number = value.item() if isinstance(value, np.bool_) else _int(value)
+    if number not in (0, 1):
+        raise ValueError
+    return bool(number)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys((*INTEGERS, "numels"), _int),
+    **dict.fromkeys(FLOATS, _float),
+    **dict.fromkeys(BOOLS, _bool),
+    **dict.fromkeys(LISTS, _ints),
+}
