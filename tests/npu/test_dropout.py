@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 import attnkit as ak
 from attnkit import layouts
-from attnkit.kernel import dropout_mask
+from attnkit.backends import Ascend
+from attnkit.backends.fused import CallTensors
+from attnkit.kernel import KernelCall, dropout_mask
 from attnkit.kernel.dropout import read_bits
 from tests.npu.compare import difference
 from tests.npu.compositions import Case, by_name
@@ -21,6 +24,7 @@ CASES = [
     for name in ("full", "causal", "grouped heads", "BSH", "SBH", "BNSD", "ALiBi", "sink")
 ]
 PACKED = [by_name(name) for name in ("packed", "packed causal", "packed causal, empty sequences")]
+MERGED = by_name("wide window and first keys")
 
 
 def attend(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -39,16 +43,39 @@ def drawn(calls: list[Call]) -> list[Call]:
     return [call for call in calls if call["op"].startswith("aclnnDropoutGenMaskV2")]
 
 
-@pytest.mark.parametrize("case", [*CASES, *PACKED], ids=str)
-def test_the_backward_regenerates_the_bits_of_the_forward(case: Case):
-    with DEVICE.recording() as calls:
+def check_bits(case: Case, calls: int = 1) -> None:
+    """Every forward call draws bits of its own, and its grad call draws the same again."""
+    with DEVICE.recording() as recorded:
         attend(case)
-    generated = drawn(calls)
-    assert generated
-    draws = [(c["seed"], c["offset"], c["shape"], c["drop_prob"]) for c in generated]
+    draws = [(c["seed"], c["offset"], c["shape"], c["drop_prob"]) for c in drawn(recorded)]
     forward, backward = draws[: len(draws) // 2], draws[len(draws) // 2 :]
-    assert sorted(forward) == sorted(backward)
+    assert len({(seed, offset) for seed, offset, *_ in forward}) == len(forward) == calls
+    assert sorted(forward) == sorted(backward), "the grad calls draw other bits"
     assert all(abs(prob - DROPOUT) < 1e-6 for *_, prob in draws)
+
+
+@pytest.mark.parametrize("case", [*CASES, *PACKED, MERGED], ids=str)
+def test_the_backward_regenerates_the_bits_of_the_forward(case: Case):
+    check_bits(case, calls=len(case.plan("emulated").calls))
+
+
+@pytest.mark.parametrize("part", ["seed", "offset"])
+def test_a_number_that_a_merged_backward_loses_is_seen(part: str, monkeypatch: pytest.MonkeyPatch):
+    """Planted: the grad calls are given 0 in its place."""
+    run, planted = Ascend.backward, []
+
+    def faulty(
+        self: Ascend, call: KernelCall, tensors: CallTensors, dy: torch.Tensor, merged: Any
+    ) -> Any:
+        seed, offset, numels = merged.random
+        planted.append(part)
+        random = (0, offset, numels) if part == "seed" else (seed, 0, numels)
+        return run(self, call, tensors, dy, replace(merged, random=random))
+
+    monkeypatch.setattr(Ascend, "backward", faulty)
+    with pytest.raises(AssertionError, match="draw other bits"):
+        check_bits(MERGED, calls=2)
+    assert planted
 
 
 def test_every_call_draws_anew_and_a_seed_repeats_it():

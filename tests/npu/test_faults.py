@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from attnkit import masks
 from attnkit.backends import Ascend
 from attnkit.backends.fused import CallTensors
 from attnkit.kernel import KernelCall
 from tests.npu.compare import check
-from tests.npu.compositions import by_name
+from tests.npu.compositions import Case, by_name
 
 Fault = Callable[[KernelCall, CallTensors], tuple[KernelCall, CallTensors]]
 
@@ -53,7 +54,21 @@ def bias_is_before_the_scale(
     return replace(call, pse_type=1), tensors
 
 
+def empty_rows_are_left_to_chance(
+    call: KernelCall, tensors: CallTensors
+) -> tuple[KernelCall, CallTensors]:
+    assert call.inner_precise == 2
+    return replace(call, inner_precise=0), tensors
+
+
+def _holed(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return ((i + j) % 3 != 1) & (i % 5 != 2)
+
+
+HOLED = Case("rows without a key in a mask of cells", masks.Predicate(_holed))
+
 PLANTED = (
+    (HOLED.name, empty_rows_are_left_to_chance),
     ("full", scale_is_off),
     ("causal", scale_is_off),
     ("packed causal", scale_is_off),
@@ -72,7 +87,8 @@ PLANTED = (
     ("name", "fault"), PLANTED, ids=[f"{fault.__name__} in {name}" for name, fault in PLANTED]
 )
 def test_is_seen(name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch):
-    case, launch, planted = by_name(name), Ascend.launch, []
+    case = HOLED if name == HOLED.name else by_name(name)
+    launch, planted = Ascend.launch, []
     check(case)
 
     def faulty(self: Ascend, call: KernelCall, tensors: CallTensors) -> Any:

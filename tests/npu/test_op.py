@@ -34,6 +34,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 COMPRESSED = AttenMask.causal().build()
 DRAWN = torch.ones(12, 12, dtype=torch.bool).triu(3)
+HOLED = DRAWN | (torch.arange(12)[:, None] % 5 == 2)
 SLOPES = 2.0 ** -torch.arange(1.0, HEADS + 1)
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "mode 6": {"atten_mask": AttenMask.prefix().build(), "sparse_mode": 6, "prefix": [4, 7]},
     "a mask of bytes": {"atten_mask": DRAWN.to(torch.uint8), "sparse_mode": 1},
-    "invalid rows": {"atten_mask": DRAWN.flip(0), "sparse_mode": 1, "inner_precise": 2},
+    "invalid rows": {"atten_mask": HOLED, "sparse_mode": 1, "inner_precise": 2},
     "bias before the scale": {"pse": normal(2, HEADS, 12, 12), "pse_type": 1},
     "bias after the scale": {"pse": normal(1, HEADS, 12, 12), "pse_type": 0},
     "bias per key": {"pse": normal(2, HEADS, 1, 12), "pse_type": 0},
@@ -145,6 +146,25 @@ def test_equals_the_emulator_bit_for_bit(layout: str, name: str):
         assert torch.equal(getattr(again_there, field).cpu(), getattr(again, field)), field
     if again.sink is not None:
         assert torch.equal(again_there.sink.cpu(), again.sink)
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_rows_without_a_key_tell_the_modes_of_precision_apart(device: str):
+    """Were inner_precise lost on its way, they would hold the mean of the values."""
+    q = normal(*DENSE["BSND"]).to(device)
+    given = moved({"atten_mask": HOLED}, device)
+    zero, mean = (
+        fusion_attention(
+            q, q, q, HEADS, "BSND", sparse_mode=1, inner_precise=n, allow_silent=True, **given
+        ).attention_out.cpu()
+        for n in (2, 0)
+    )
+    empty = HOLED.all(-1)
+    assert empty.any()
+    assert not zero[:, empty].any()
+    wanted = q.cpu().mean(1, keepdim=True).expand_as(zero)[:, empty]
+    torch.testing.assert_close(mean[:, empty], wanted)
+    assert torch.equal(zero[:, ~empty], mean[:, ~empty])
 
 
 OPS = {
