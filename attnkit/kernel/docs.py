@@ -174,18 +174,21 @@ def _versions() -> str:
                 ", ".join(version.grad_outputs),
             ]
         )
-    names = list(KernelCall.__dataclass_fields__)
+    versions = OP_VERSIONS.values()
+    beyond = dict.fromkeys(name for version in versions for name in version.beyond)
     marks = [
-        [f"`{name}`", *("x" if name in v.arguments else "" for v in OP_VERSIONS.values())]
-        for name in names
+        [f"`{name}`", *("x" if name in (*v.arguments, *v.beyond) else "" for v in versions)]
+        for name in (*KernelCall.__dataclass_fields__, *beyond)
     ]
+    unused = " and ".join(f"`{name}`" for name in beyond)
     head = ("version", "op", "since", "products", "window spelled", "scale in grad")
     return (
         "## Versions of the op\n\nReleases are op-plugin branches, the suffix of a torch_npu "
         "version. v3 takes actual_seq lists as CPU tensors and returns seed and offset as "
         "tensors.\n\n"
         + _table((*head, "arguments added later", "returns", "grad returns"), rows)
-        + "\nArguments:\n\n"
+        + f"\nArguments ({unused}, parts of the heads for rotary positions in TND, are never "
+        "passed: `fusion_attention` has no such arguments; concatenate them to query and key):\n\n"
         + _table(("argument", *OP_VERSIONS), marks)
     )
 

@@ -70,10 +70,11 @@ _SINCE = {
 class OpVersion:
     """One entry point of the fused kernel.
 
-    `arguments` are the fields of a `KernelCall` that it takes, `spelling` how some of them
-    are called there, `since` the torch_npu op-plugin release that added an argument,
-    `grad_scale` the grad op's name for scale, and `lists_are_tensors` whether actual_seq_qlen
-    and actual_seq_kvlen are one-dimensional integer CPU tensors there instead of lists.
+    `arguments` are the fields of a `KernelCall` that it takes, `beyond` arguments that no
+    `KernelCall` has (they stay at None), `spelling` how some of them are called there, `since`
+    the torch_npu op-plugin release that added an argument, `grad_scale` the grad op's name for
+    scale, and `lists_are_tensors` whether actual_seq_qlen and actual_seq_kvlen are
+    one-dimensional integer CPU tensors there instead of lists.
     """
 
     name: str
@@ -88,6 +89,7 @@ class OpVersion:
     spelling: dict[str, str] = field(default_factory=dict, hash=False)
     since: dict[str, str] = field(default_factory=dict, hash=False)
     grad_scale: str = "scale_value"
+    beyond: tuple[str, ...] = ()
     lists_are_tensors: bool = False
 
 
@@ -124,6 +126,7 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "7.1.0",
             {},
             _SINCE,
+            beyond=("query_rope", "key_rope"),
         ),
         OpVersion(
             "v3",
