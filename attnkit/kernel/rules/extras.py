@@ -6,7 +6,6 @@ binding, and the operator's reference pages.
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +30,7 @@ def _keep_prob(call: KernelCall, on: Target) -> str | None:
 
 
 def _scale_finite(call: KernelCall, on: Target) -> str | None:
-    return None if isfinite(call.scale) else f"scale={call.scale}"
+    return None if abs(call.scale) <= torch.finfo(torch.float32).max else f"scale={call.scale}"
 
 
 def _padding_mask(call: KernelCall, on: Target) -> str | None:
@@ -131,7 +130,7 @@ EXTRA_RULES: tuple[Rule, ...] = (
     Rule(
         "scale-finite",
         "silent",
-        "scale is a finite number; with inf or NaN every score is NaN",
+        "scale is a finite number of float32; with inf or NaN scores are NaN",
         "Pass the factor of the scores, usually 1 / sqrt(head size).",
         _scale_finite,
     ),
