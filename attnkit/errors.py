@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import Repr
+from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -21,22 +24,95 @@ __all__ = [
     "KernelContractError",
     "KernelContractTypeError",
     "Refusal",
+    "clipped",
     "shown",
 ]
 
 
+LONGEST = 200
+"""Characters that a given value takes in a message, at most."""
+
+LONGEST_MESSAGE = 8000
+"""Characters of a whole message, at most: its beginning and its end are kept."""
+
+
+class _Shown(Repr):
+    """A repr of bounded length, that costs no more than it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxarray = self.maxset = self.maxfrozenset = 8
+        self.maxdeque = self.maxdict = 8
+        self.maxstring = self.maxother = LONGEST
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return _tensor(x)
+        if isinstance(x, str | bytes | bytearray):
+            return _text(x)
+        if isinstance(x, int) and not isinstance(x, bool):
+            return _integer(x)
+        return super().repr1(x, level)
+
+
 def shown(value: object) -> str:
-    """Return a given value for a message: a tensor by its shape and dtype, others by their repr.
+    """Return a given value for a message, in `LONGEST` characters or little more.
+
+    A tensor by its shape and dtype, a long text or list by its beginning and its length, a huge
+    integer by its size, others by their repr.
 
     >>> import torch
     >>> shown(torch.zeros(2, 3))
     '<tensor [2, 3] of torch.float32>'
     >>> shown("causal")
     "'causal'"
+    >>> shown(10**400)
+    '<int of 1329 bits>'
+    >>> len(shown("causal" * 10**6)) < 250
+    True
     """
-    if isinstance(value, Tensor) and value.numel() > 1:
-        return f"<tensor {list(value.shape)} of {value.dtype}>"
-    return repr(value)
+    return clipped(_SHOWN.repr(value), LONGEST + 60)
+
+
+def clipped(text: str, most: int) -> str:
+    """Return a text with its middle left out, where it is longer than `most` characters.
+
+    >>> clipped("abcdefghijklmnopqrstuvwxyz", 12)
+    'abcd ... xyz'
+    """
+    if len(text) <= most:
+        return text
+    left = max(1, (most - 5) * 2 // 3)
+    return f"{text[:left]} ... {text[len(text) - max(1, most - 5 - left) :]}"
+
+
+def _tensor(tensor: Tensor) -> str:
+    try:
+        shape = str(list(tensor.shape))
+    except RuntimeError:  # a nested tensor has no one shape
+        shape = f"of {tensor.dim()} axes"
+    plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+    if plain and not tensor.is_quantized and tensor.numel() == 1:
+        return clipped(repr(tensor), LONGEST)
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    place = ", on meta" if tensor.is_meta else ""
+    return f"<{'nested ' * tensor.is_nested}tensor {shape} of {tensor.dtype}{layout}{place}>"
+
+
+def _text(text: str | bytes | bytearray) -> str:
+    if len(text) <= LONGEST:
+        return repr(text)
+    unit = "characters" if isinstance(text, str) else "bytes"
+    return f"{text[: LONGEST // 2]!r}... ({len(text)} {unit})"
+
+
+def _integer(number: int) -> str:
+    # Python refuses to write integers of more than some thousand digits.
+    return repr(number) if number.bit_length() <= 512 else f"<int of {number.bit_length()} bits>"
+
+
+_SHOWN = _Shown()
 
 
 @dataclass(frozen=True)
@@ -60,7 +136,13 @@ class Refusal:
 
 
 class AttnkitError(Exception):
-    """Base class of every error that attnkit raises on purpose."""
+    """Base class of every error that attnkit raises on purpose.
+
+    A message is never longer than `LONGEST_MESSAGE`, whatever was given.
+    """
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(clipped(t, LONGEST_MESSAGE) if isinstance(t, str) else t for t in told))
 
 
 class CompositionError(AttnkitError, ValueError):

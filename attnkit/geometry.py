@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.strips import (
     AND,
     OR,
@@ -84,8 +84,8 @@ class Slice:
         for bound, name in zip(given, _BOUNDS, strict=True):
             if type(bound) is not int and not (bound is None and name in ("lo", "hi")):
                 raise CompositionTypeError(
-                    f"Slice got {name}={bound!r} ({type(bound).__name__}); bounds are Python ints"
-                    + (", or None for no bound" if name in ("lo", "hi") else "")
+                    f"Slice got {name}={shown(bound)} ({type(bound).__name__}); bounds are Python "
+                    "ints" + (", or None for no bound" if name in ("lo", "hi") else "")
                 )
         # A frozen instance takes its values through its dict.
         self.__dict__.update(zip(_BOUNDS, _close(*given), strict=True))
@@ -235,8 +235,9 @@ class Region:
             ends = [end for a, _, b, _ in row for end in (a, b)]
             if any(x >= y for x, y in pairwise(ends)):
                 raise CompositionError(
-                    f"from_rows got the runs {[(a, b) for a, _, b, _ in row]} in row {i}; runs are "
-                    "(start, stop) with start < stop, from left to right, with a gap between them"
+                    f"from_rows got the runs {shown([(a, b) for a, _, b, _ in row])} in row {i}; "
+                    "runs are (start, stop) with start < stop, from left to right, with a gap "
+                    "between them"
                 )
             out.add(i, i + 1, row)
         return cls(tuple(out.strips))

@@ -40,8 +40,8 @@ class Registry(Generic[T]):
             )
         if name in self._entries:
             raise CompositionError(
-                f"the {self.what} {name!r} is registered already (as {self._entries[name]!r}); "
-                "choose another name"
+                f"the {self.what} {shown(name)} is registered already (as "
+                f"{shown(self._entries[name])}); choose another name"
             )
         self._entries[name] = entry
         return entry
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self._entries:
             return self._entries[name]
-        close = difflib.get_close_matches(str(name), self._entries, n=1)
+        close = difflib.get_close_matches(str(name)[:64], self._entries, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise CompositionError(
             f"unknown {self.what} {shown(name)}{hint} Known: {', '.join(self._entries)}"

@@ -10,13 +10,30 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from attnkit.errors import AttnkitError, CompositionError, CompositionTypeError, shown
+from attnkit.errors import (
+    LONGEST,
+    AttnkitError,
+    CompositionError,
+    CompositionTypeError,
+    clipped,
+    shown,
+)
 
-__all__ = ["arguments_text", "evaluate"]
+__all__ = ["LONGEST_TEXT", "LONGEST_WORDS", "arguments_text", "evaluate"]
+
+LONGEST_WORDS = 1 << 18
+"""Characters of a text that is read, what stands in quotes left out."""
+
+LONGEST_TEXT = 1 << 22
+"""Characters of a text that is read, in all (a dense mask is one long word)."""
+
+_QUOTED = re.compile(r"""'[^'\\]*'|"[^"\\]*\"""")
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
@@ -29,24 +46,48 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> Any:
     """Read `text` with the constructors in `names`; `what` names the thing in messages.
 
-    Raises `CompositionError` that repeats the text and points at what could not be read.
+    Raises `CompositionError` that repeats the text (its beginning) and points at what could not
+    be read. A text of more than `LONGEST_TEXT` characters is not looked at, nor is one with
+    more than `LONGEST_WORDS` outside of quotes.
     """
     if not isinstance(text, str):
         raise CompositionTypeError(
             f"expected the text of a {what}, got {shown(text)} ({type(text).__name__})"
         )
+    _check_length(text, what)
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f"{error.msg} at column {error.offset}" if isinstance(error, SyntaxError) else error
+        where = _where(error)
         hint = "; what prints as <...> has no text form" if "<" in text else ""
-        raise CompositionError(f"cannot read the {what} {text!r}: {where}{hint}") from None
+        raise CompositionError(f"cannot read the {what} {shown(text)}: {where}{hint}") from None
     try:
         return _Reader(names, what).read(tree.body)
     except AttnkitError as error:
-        raise type(error)(f"cannot read the {what} {text!r}: {error}") from None
-    except (TypeError, LookupError, RecursionError) as error:
-        raise CompositionError(f"cannot read the {what} {text!r}: {error}") from None
+        raise type(error)(f"cannot read the {what} {shown(text)}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        told = _where(error)
+        raise CompositionError(f"cannot read the {what} {shown(text)}: {told}") from None
+
+
+def _check_length(text: str, what: str) -> None:
+    words = len(text)
+    if LONGEST_WORDS < words <= LONGEST_TEXT:
+        words -= sum(len(found[0]) for found in _QUOTED.finditer(text))
+    if words > LONGEST_WORDS:
+        raise CompositionError(
+            f"cannot read the {what} {shown(text)}: the text is too long; it has at most "
+            f"{LONGEST_WORDS} characters outside of quotes and {LONGEST_TEXT} in all (build what "
+            "is larger in Python, or keep it with pickle)"
+        )
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{clipped(error.msg, LONGEST)} at column {error.offset}"
+    if isinstance(error, RecursionError | MemoryError):
+        return "it is nested too deep; write a long chain as Or((a, b, ...)) or And((a, b, ...))"
+    return clipped(str(error), LONGEST)
 
 
 class _Reader:
@@ -55,8 +96,8 @@ class _Reader:
         self.what = what
 
     def read(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-            return _BINARY[type(node.op)](self.read(node.left), self.read(node.right))
+        if isinstance(node, ast.BinOp):
+            return self.chain(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert | ast.USub):
             value = self.read(node.operand)
             return ~value if isinstance(node.op, ast.Invert) else -value
@@ -74,23 +115,50 @@ class _Reader:
         ):
             return node.value
         raise CompositionError(
-            f"{ast.unparse(node)!r} is not part of the language; write calls of "
+            f"{_source(node)} is not part of the language; write calls of "
             f"{', '.join(self.names)} joined by operators"
         )
 
+    def chain(self, node: ast.expr) -> Any:
+        """Read ``a | b | c``, which nests to the left, without a call per operator."""
+        rest: list[ast.BinOp] = []
+        while isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            rest.append(node)
+            node = node.left
+        if isinstance(node, ast.BinOp):
+            raise CompositionError(
+                f"{_source(node)} is not part of the language: its operators are & | - + ~"
+            )
+        value = self.read(node)
+        for one in reversed(rest):
+            value = _BINARY[type(one.op)](value, self.read(one.right))
+        return value
+
     def call(self, node: ast.Call) -> Any:
-        name = ast.unparse(node.func)
+        name = node.func.id if isinstance(node.func, ast.Name) else _source(node.func)
         if name not in self.names:
-            close = difflib.get_close_matches(name, self.names, n=1)
+            close = difflib.get_close_matches(clipped(name, LONGEST), self.names, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise CompositionError(
-                f"unknown {self.what} {name}{hint} Known: {', '.join(self.names)}"
+                f"unknown {self.what} {clipped(name, LONGEST)}{hint} Known: {', '.join(self.names)}"
             )
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise CompositionError(f"{ast.unparse(node)!r} unpacks a mapping; write key=value")
+        given = [keyword.arg for keyword in node.keywords]
+        if None in given:
+            raise CompositionError(f"{_source(node)} unpacks a mapping; write key=value")
+        twice = [key for key, times in Counter(given).items() if times > 1]
+        if twice:
+            raise CompositionError(f"{name} got {shown(twice[0])} twice; say it once")
         arguments = [self.read(argument) for argument in node.args]
         keywords = {k.arg: self.read(k.value) for k in node.keywords if k.arg is not None}
         return self.names[name](*arguments, **keywords)
+
+
+def _source(node: ast.expr) -> str:
+    """Return what stood in the text, or as much of it as a message holds."""
+    try:
+        return shown(ast.unparse(node))
+    except (RecursionError, ValueError):
+        return f"a {type(node).__name__}"
 
 
 def arguments_text(value: Any, show: Callable[[Any], str] = repr) -> str:
@@ -106,6 +174,7 @@ def arguments_text(value: Any, show: Callable[[Any], str] = repr) -> str:
         if not item.init or (item.default is not MISSING and given == item.default):
             positional = False
             continue
+        positional = positional and not item.kw_only
         positional = positional and (item.default is MISSING or not isinstance(given, str))
         parts.append(show(given) if positional else f"{item.name}={show(given)}")
     return ", ".join(parts)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import ClassVar
 
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
-from attnkit.masks.base import MASKS, Enclosure, Mask, describe, refuse_operand
-from attnkit.masks.composite import Composite
+from attnkit.masks.base import (
+    LONGEST_REPR,
+    MASKS,
+    Enclosure,
+    Mask,
+    describe,
+    refuse_operand,
+)
+from attnkit.masks.composite import Composite, agreement
 
 __all__ = ["And", "Not", "Or"]
 
@@ -30,16 +37,31 @@ class _Joined(Composite):
         kind = type(self).__name__
         if not isinstance(self.parts, tuple | list):
             raise CompositionTypeError(f"{kind} takes a list of masks, got {describe(self.parts)}")
-        for part in self.parts:
+        given = tuple(self.parts)
+        for part in given:
             if not isinstance(part, Mask):
                 refuse_operand(part)
-        parts = _flat(type(self), self.parts)
-        if len(parts) < 2:
+        # What the first mask knows of its parts is added to and not read again, so that a chain
+        # ``a | b | c ...`` costs little more than its length.
+        first = given[0] if given else None
+        parts = () if first is None else self._parts_of(first)
+        chain = first if isinstance(first, _Joined) and len(parts) > 1 else None
+        seen = frozenset(parts) if chain is None else chain._seen
+        joining = (part for mask in given[1:] for part in self._parts_of(mask))
+        added = tuple(dict.fromkeys(part for part in joining if part not in seen))
+        if len(parts) + len(added) < 2:
             raise CompositionError(
-                f"{kind} joins two or more masks that differ, got {list(self.parts)!r}"
+                f"{kind} joins two or more masks that differ, got {shown(list(given))}"
             )
-        object.__setattr__(self, "parts", parts)
-        self._check_members()
+        object.__setattr__(self, "parts", parts + added)
+        inside = [part._nesting for part in added]
+        depth, count = given[0]._nesting if chain is not None else _around(given[0]._nesting)
+        vars(self).update(
+            _seen=seen.union(added),
+            _agreed=agreement(given),
+            _nesting=(max([depth, *(d + 1 for d, _ in inside)]), count + sum(n for _, n in inside)),
+        )
+        self._check_nesting()
 
     @classmethod
     def of(cls, *masks: Mask) -> Mask:
@@ -47,8 +69,18 @@ class _Joined(Composite):
         for mask in masks:
             if not isinstance(mask, Mask):
                 refuse_operand(mask)
-        flat = _flat(cls, masks)
-        return cls(flat) if len(flat) != 1 else flat[0]
+        distinct = tuple(dict.fromkeys(masks))
+        return cls(distinct) if len(distinct) != 1 else distinct[0]
+
+    @classmethod
+    def _parts_of(cls, mask: Mask) -> tuple[Mask, ...]:
+        """Return what a mask adds to the parts: its own, where it joins in the same way."""
+        return mask.parts if isinstance(mask, _Joined) and mask._sign == cls._sign else (mask,)
+
+    @cached_property
+    def _seen(self) -> frozenset[Mask]:
+        """The parts as a set."""
+        return frozenset(self.parts)
 
     @property
     def members(self) -> tuple[Mask, ...]:
@@ -58,11 +90,16 @@ class _Joined(Composite):
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Combine the enclosures of the parts; both operations are monotone."""
         known = [part.enclosure(q_len, kv_len, batch, head) for part in self.parts]
-        combine = type(self)._combine
-        inner = reduce(combine, (e.inner for e in known))
-        if all(e.exact for e in known):
-            return Enclosure(inner, inner)
-        return Enclosure(inner, reduce(combine, (e.outer for e in known)))
+        while len(known) > 1:  # two by two, so that n of them cost n log n
+            pairs = zip(known[::2], known[1::2], strict=False)
+            known = [self.met(a, b) for a, b in pairs] + known[len(known) & ~1 :]
+        return known[0]
+
+    @classmethod
+    def met(cls, a: Enclosure, b: Enclosure) -> Enclosure:
+        """Return what is known of two masks joined."""
+        inner = cls._combine(a.inner, b.inner)
+        return Enclosure(inner, inner if a.exact and b.exact else cls._combine(a.outer, b.outer))
 
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
@@ -71,27 +108,32 @@ class _Joined(Composite):
         return reduce(type(self)._combine_cells, cells)
 
     def _value(self) -> Hashable:
-        return frozenset(self.parts)
+        return self._seen
 
     def __str__(self) -> str:
-        return self._text(str)
+        if len(self.parts) > _CHAIN:
+            return super().__str__()
+        return self._chain(str, self.parts)
 
     def __repr__(self) -> str:
-        return self._text(repr)
+        if len(self.parts) <= _CHAIN:
+            return clipped(self._chain(repr, self.parts), LONGEST_REPR)
+        text = clipped(self._chain(repr, self.parts[:4]), LONGEST_REPR)
+        return f"{text} {self._sign} ... {len(self.parts)} in all"
 
-    def _text(self, show: Callable[[Mask], str]) -> str:
+    def _chain(self, show: Callable[[Mask], str], parts: tuple[Mask, ...]) -> str:
         # Python's `&` binds tighter than `|`; brackets spare the reader from knowing it.
-        texts = (
-            f"({show(part)})" if isinstance(part, _Joined) else show(part) for part in self.parts
-        )
+        texts = (f"({show(part)})" if isinstance(part, _Joined) else show(part) for part in parts)
         return f" {self._sign} ".join(texts)
 
 
-def _flat(kind: type[_Joined], masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
-    flat: dict[Mask, None] = {}
-    for mask in masks:
-        flat.update(dict.fromkeys(mask.parts if isinstance(mask, kind) else (mask,)))
-    return tuple(flat)
+# A longer chain is written as a list: Python reads a chain by one level for each operator.
+_CHAIN = 16
+
+
+def _around(nesting: tuple[int, int]) -> tuple[int, int]:
+    """Return the nesting of a mask that holds one of this nesting, and nothing else."""
+    return nesting[0] + 1, nesting[1] + 1
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -121,6 +163,10 @@ class Not(Composite):
     def __post_init__(self) -> None:
         if not isinstance(self.part, Mask):
             raise CompositionTypeError(f"Not takes a mask, got {describe(self.part)}")
+        self._check_nesting()
+
+    def __invert__(self) -> Mask:
+        return self.part
 
     @property
     def members(self) -> tuple[Mask, ...]:
@@ -129,7 +175,11 @@ class Not(Composite):
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Complement both bounds; they trade places."""
-        known = self.part.enclosure(q_len, kv_len, batch, head)
+        return self.flipped(self.part.enclosure(q_len, kv_len, batch, head), q_len, kv_len)
+
+    @staticmethod
+    def flipped(known: Enclosure, q_len: int, kv_len: int) -> Enclosure:
+        """Return what is known of the complement of a mask."""
         turned = known.outer.complement(q_len, kv_len)
         return Enclosure(turned, turned if known.exact else known.inner.complement(q_len, kv_len))
 
@@ -142,7 +192,7 @@ class Not(Composite):
         return self._text(str)
 
     def __repr__(self) -> str:
-        return self._text(repr)
+        return clipped(self._text(repr), LONGEST_REPR)
 
     def _text(self, show: Callable[[Mask], str]) -> str:
         if isinstance(self.part, Not):  # ``~~m`` would be read as m

@@ -8,19 +8,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 
 __all__ = [
     "IntsLike",
     "check_align",
     "check_int",
     "check_ints",
+    "check_readable",
     "describe",
     "holds_integers",
     "short",
+    "unreadable",
 ]
 
 IntsLike = Sequence[int] | torch.Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
+
+INTEGERS = frozenset(
+    {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    | {torch.uint16, torch.uint32, torch.uint64}
+)
+
+
+LARGEST = (1 << 63) - 1
+"""The largest integer that a mask holds: positions are int64 in tensors."""
 
 
 def short(value: Any) -> str:
@@ -29,9 +40,12 @@ def short(value: Any) -> str:
     >>> short(tuple(range(100)))
     '(0, 1, 2, 3, ... 100 in all)'
     """
-    if isinstance(value, tuple) and len(value) > 8:
-        return f"({', '.join(short(item) for item in value[:4])}, ... {len(value)} in all)"
-    return repr(value)
+    if isinstance(value, tuple):
+        items = [short(item) for item in (value if len(value) <= 8 else value[:4])]
+        if len(value) > 8:
+            return f"({', '.join(items)}, ... {len(value)} in all)"
+        return f"({', '.join(items)}{',' * (len(value) == 1)})"
+    return shown(value) if isinstance(value, str | int) else repr(value)
 
 
 def describe(value: object) -> str:
@@ -40,24 +54,52 @@ def describe(value: object) -> str:
     >>> describe(torch.zeros(2, 3))
     'a tensor of shape (2, 3) and torch.float32'
     """
+    if isinstance(value, torch.Tensor):
+        odd = unreadable(value)
+        if odd is not None:
+            return f"{odd} of {value.dtype}"
     if isinstance(value, torch.Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, torch.Tensor) else "numpy array"
         return f"a {kind} of shape {tuple(value.shape)} and {value.dtype}"
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    return f"{clipped(shown(value), 80)} ({type(value).__name__})"
+
+
+def unreadable(tensor: torch.Tensor) -> str | None:
+    """Return in words what kind of tensor this is, if it holds no plain numbers; else None.
+
+    >>> unreadable(torch.zeros(2, device="meta"))
+    'a tensor on the meta device'
+    """
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    return "a tensor on the meta device" if tensor.is_meta else None
+
+
+def check_readable(name: str, tensor: torch.Tensor) -> None:
+    """Raise `CompositionError` unless a tensor is dense and holds its numbers itself."""
+    odd = unreadable(tensor)
+    if odd is not None:
+        raise CompositionError(
+            f"{name} got {odd}, whose numbers cannot be read; give a dense tensor on a device "
+            "(to_dense(), dequantize(), to_padded_tensor())"
+        )
 
 
 def check_align(owner: str, align: object) -> None:
     """Raise `CompositionError` unless `align` is one of the two words."""
-    if align not in ("bottom_right", "top_left"):
+    if not isinstance(align, str) or align not in ("bottom_right", "top_left"):
         raise CompositionError(
-            f"{owner} got align={align!r}; it is 'bottom_right' (the last query sees every "
+            f"{owner} got align={shown(align)}; it is 'bottom_right' (the last query sees every "
             "key) or 'top_left' (query 0 stands at key 0)"
         )
 
 
 def check_int(name: str, value: object, minimum: int | None) -> int:
-    """Return `value` if it is an int of at least `minimum`.
+    """Return `value` if it is an int of at least `minimum`, and of no more than 64 bits.
 
     Nothing is converted: a bool is a slip, and reading a tensor may wait for a device.
     """
@@ -69,12 +111,19 @@ def check_int(name: str, value: object, minimum: int | None) -> int:
             + (f": write int({name.split()[-1]})" if number else "")
         )
     if minimum is not None and value < minimum:
-        raise CompositionError(f"{name}={value} is too small; it must be >= {minimum}")
+        raise CompositionError(f"{name}={shown(value)} is too small; it must be >= {minimum}")
+    if abs(value) > LARGEST:
+        raise CompositionError(
+            f"{name}={shown(value)} is too large; positions are 64-bit integers, so it is at most "
+            f"{LARGEST} (leave a limit out, or write None, where there is none)"
+        )
     return value
 
 
 def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
     """Return a list, tensor or array of integers as a tuple, each at least `minimum`."""
+    if isinstance(values, torch.Tensor):
+        check_readable(name, values)
     if isinstance(values, torch.Tensor | np.ndarray):
         if values.ndim != 1 or not holds_integers(values):
             raise CompositionTypeError(
@@ -82,12 +131,12 @@ def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
                 "of int"
             )
         values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
         raise CompositionTypeError(f"{name} is {describe(values)}; it must be a sequence of int")
     if not values:
         raise CompositionError(f"{name} is empty; give at least one entry")
     for k, value in enumerate(values):
-        if type(value) is not int or value < minimum:
+        if type(value) is not int or not minimum <= value <= LARGEST:
             check_int(f"{name}[{k}]", value, minimum)
     return tuple(values)
 
@@ -96,4 +145,4 @@ def holds_integers(values: torch.Tensor | np.ndarray[Any, Any]) -> bool:
     """Whether a tensor or array has an integer dtype; bool is none."""
     if isinstance(values, np.ndarray):
         return bool(np.issubdtype(values.dtype, np.integer))
-    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    return values.dtype in INTEGERS

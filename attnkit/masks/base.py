@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, 
 
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
 from attnkit.masks.arguments import (
     IntsLike,
     check_align,
     check_int,
     check_ints,
+    check_readable,
     describe,
     holds_integers,
     short,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASKS",
+    "MAX_DEPTH",
+    "MAX_PARTS",
     "Align",
     "Enclosure",
     "Full",
@@ -41,6 +44,7 @@ __all__ = [
     "check_align",
     "check_int",
     "check_ints",
+    "check_readable",
     "describe",
     "full_text",
     "holds_integers",
@@ -50,6 +54,15 @@ __all__ = [
 ]
 
 Align = Literal["bottom_right", "top_left"]
+
+MAX_DEPTH = 64
+"""How deep masks nest: everything that follows a mask's parts does it within Python's stack."""
+
+MAX_PARTS = 1 << 16
+"""How many parts a mask has, each counted as often as it is written: what text and time follow."""
+
+LONGEST_REPR = 1000
+"""Characters that ``repr(mask)`` takes, at most; ``str(mask)`` is whole."""
 
 
 class Enclosure(NamedTuple):
@@ -103,7 +116,7 @@ class Mask(ABC):
         if not region.fits(q_len, kv_len):
             raise CompositionError(
                 f"{type(self).__name__}._region returned cells outside of the {q_len} x {kv_len} "
-                f"score matrix: {region!r}; bound its slices by q_len and kv_len"
+                f"score matrix: {shown(region)}; bound its slices by q_len and kv_len"
             )
         return Enclosure(region, region)
 
@@ -137,6 +150,35 @@ class Mask(ABC):
     def anchored(self) -> bool:
         """Whether more rows or keys would move the set, rather than extend it."""
         return True
+
+    @property
+    def members(self) -> tuple[Mask, ...]:
+        """The masks that this one is made of; most are made of none."""
+        return ()
+
+    @cached_property
+    def _nesting(self) -> tuple[int, int]:
+        """How deep the mask nests, and how many masks it is written with."""
+        inside = [member._nesting for member in self.members]
+        deepest = max((depth for depth, _ in inside), default=0)
+        return deepest + 1, 1 + sum(parts for _, parts in inside)
+
+    def _check_nesting(self) -> None:
+        """Raise `CompositionError` for a mask that nests too deep or has too many parts."""
+        depth, parts = self._nesting
+        if depth > MAX_DEPTH:
+            raise CompositionError(
+                f"a mask of type {type(self).__name__} would nest {depth} deep, and masks nest at "
+                f"most {MAX_DEPTH} deep; join many masks at once, And((a, b, ...)) or Or((a, b, "
+                "...)), or write the cells down: Slices.of(mask.region(q_len, kv_len), q_len, "
+                "kv_len)"
+            )
+        if parts > MAX_PARTS:
+            raise CompositionError(
+                f"a mask of type {type(self).__name__} would have {parts} parts, each counted as "
+                f"often as it is written, and at most {MAX_PARTS} are taken; write the cells "
+                "down: Slices.of(mask.region(q_len, kv_len), q_len, kv_len)"
+            )
 
     # -- what everyone asks --------------------------------------------------------------
 
@@ -336,7 +378,7 @@ class Mask(ABC):
     def __invert__(self) -> Mask:
         from attnkit.masks.algebra import Not
 
-        return self.part if isinstance(self, Not) else Not(self)
+        return Not(self)
 
     def __sub__(self, other: Mask) -> Mask:
         return self & ~other if isinstance(other, Mask) else refuse_operand(other)
@@ -355,7 +397,7 @@ class Mask(ABC):
             or not all(isinstance(part, slice) and part.step in (None, 1) for part in index)
         ):
             raise CompositionTypeError(
-                f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{index!r}]"
+                f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{shown(index)}]"
             )
         rows, keys = index
         return Cut(self, (rows.start or 0, rows.stop), (keys.start or 0, keys.stop))
@@ -389,7 +431,7 @@ class Mask(ABC):
         return f"{type(self).__name__}({arguments_text(self, full_text)})"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({arguments_text(self, short)})"
+        return clipped(f"{type(self).__name__}({arguments_text(self, short)})", LONGEST_REPR)
 
 
 class MaskRegistry(Registry[type[Mask]]):
@@ -413,12 +455,13 @@ def _check_family(entry: object) -> None:
     family = isinstance(entry, type) and issubclass(entry, Mask)
     if not family or not is_dataclass(entry):
         raise CompositionTypeError(
-            f"{entry!r} is no mask family; one is a frozen dataclass that derives from masks.Mask "
-            "(put @dataclass(frozen=True) below @masks.register)"
+            f"{shown(entry)} is no mask family; one is a frozen dataclass that derives from "
+            "masks.Mask (put @dataclass(frozen=True) below @masks.register)"
         )
     if vars(entry).get("__hash__", True) is None:
         raise CompositionTypeError(
-            f"{entry!r} has no hash, and masks are values: declare it with @dataclass(frozen=True)"
+            f"{shown(entry)} has no hash, and masks are values: declare it with "
+            "@dataclass(frozen=True)"
         )
 
 
@@ -439,11 +482,10 @@ def agree(
     """Return the one value that all parts which have one agree on."""
     known = {value for value in values if value is not None}
     if len(known) > 1:
-        told = ", ".join(
-            f"{part!r}: {value}"
-            for part, value in zip(parts, values, strict=True)
-            if value is not None
-        )
+        # One part for each value says it all, however many parts there are.
+        first = {value: part for part, value in zip(parts[::-1], values[::-1], strict=True)}
+        said = [value for value in dict.fromkeys(values) if value is not None]
+        told = ", ".join(f"{first[value]!r}: {value}" for value in said[:4])
         raise CompositionError(
             f"masks that are built for different {what} cannot combine: {told}; {remedy}"
         )

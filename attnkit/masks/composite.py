@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from attnkit.masks.base import Mask, agree
 
-__all__ = ["Composite"]
+__all__ = ["Agreement", "Composite", "agreement"]
+
+
+class Agreement(NamedTuple):
+    """What masks that are taken together agree on."""
+
+    q_len: int | None
+    kv_len: int | None
+    batches: int | None
+    heads: int | None
+    anchored: bool
+
+
+def agreement(masks: Sequence[Mask]) -> Agreement:
+    """Return what masks agree on; raise `CompositionError` where they disagree."""
+    rows, keys = zip(*(mask.extent for mask in masks), strict=True)
+    batches, heads = [mask.batches for mask in masks], [mask.heads for mask in masks]
+    lengths = "build them for the same lengths, or cut one: mask[a:b, c:d]"
+    return Agreement(
+        agree("q_len", masks, rows, lengths),
+        agree("kv_len", masks, keys, lengths),
+        agree("batch sizes", masks, batches, "give each one entry per batch element"),
+        agree("head counts", masks, heads, "give each one entry per query head"),
+        any(mask.anchored for mask in masks),
+    )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -20,7 +47,12 @@ class Composite(Mask):
         """The masks that this one is made of."""
 
     def _check_members(self) -> None:
-        self.extent, self.batches, self.heads  # noqa: B018 -- each raises on disagreement
+        self._check_nesting()
+        self._agreed  # noqa: B018 -- raises on disagreement
+
+    @cached_property
+    def _agreed(self) -> Agreement:
+        return agreement(self.members)
 
     def check(
         self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
@@ -33,26 +65,19 @@ class Composite(Mask):
     @property
     def batches(self) -> int | None:
         """The count that the members agree on."""
-        counts = [member.batches for member in self.members]
-        return agree("batch sizes", self.members, counts, "give each one entry per batch element")
+        return self._agreed.batches
 
     @property
     def heads(self) -> int | None:
         """The count that the members agree on."""
-        counts = [member.heads for member in self.members]
-        return agree("head counts", self.members, counts, "give each one entry per query head")
+        return self._agreed.heads
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
         """The lengths that the members agree on."""
-        rows, keys = zip(*(member.extent for member in self.members), strict=True)
-        remedy = "build them for the same lengths, or cut one: mask[a:b, c:d]"
-        return (
-            agree("q_len", self.members, rows, remedy),
-            agree("kv_len", self.members, keys, remedy),
-        )
+        return self._agreed.q_len, self._agreed.kv_len
 
     @property
     def anchored(self) -> bool:
         """Whether any member is anchored."""
-        return any(member.anchored for member in self.members)
+        return self._agreed.anchored

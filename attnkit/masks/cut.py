@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, clipped
 from attnkit.masks.algebra import And, Not, Or
-from attnkit.masks.base import MASKS, Enclosure, Mask, check_int, describe
+from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, check_int, describe
 
 __all__ = ["Cut"]
 
@@ -57,6 +57,7 @@ class Cut(Mask):
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
             raise CompositionTypeError(f"Cut takes a mask, got {describe(self.mask)}")
+        self._check_nesting()
         for name in ("q_range", "kv_range"):
             object.__setattr__(self, name, _range(name, getattr(self, name)))
         for name, said, known in zip(
@@ -86,6 +87,11 @@ class Cut(Mask):
                 f"{self!r} cuts {name}_range={start, stop} out of {name}_len={whole}; a range "
                 "ends within the score matrix (nothing is clipped)"
             )
+
+    @property
+    def members(self) -> tuple[Mask, ...]:
+        """The mask that is cut."""
+        return (self.mask,)
 
     @property
     def _axes(self) -> tuple[_Axis, _Axis]:
@@ -148,7 +154,7 @@ class Cut(Mask):
         return self._text(str) or super().__str__()
 
     def __repr__(self) -> str:
-        return self._text(repr) or super().__repr__()
+        return clipped(self._text(repr) or super().__repr__(), LONGEST_REPR)
 
     def _text(self, show: Callable[[Mask], str]) -> str | None:
         if self.q_len is not None or self.kv_len is not None:

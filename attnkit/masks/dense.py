@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Enclosure, Mask, describe
+from attnkit.masks.base import MASKS, Enclosure, Mask, check_readable, describe
 
 __all__ = ["Dense"]
+
+_MOST_CELLS = 1 << 33  # a GiB of bits
+
+_SHAPE = re.compile(r"(\d{1,18})x(\d{1,18})x(\d{1,18})x(\d{1,18})")
 
 _Shape = tuple[int, int, int, int]
 _Cells = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
@@ -31,7 +36,7 @@ class Dense(Mask):
     masked out (`nn.MultiheadAttention`, the fused kernel). Shapes [Sq, Skv], [N, Sq, Skv] and
     [B or 1, N or 1, Sq, Skv]. The tensor is copied, one bit per cell: a later write to it does
     not change the mask. Where its cells form a small union of slices, the mask knows its
-    region, and is planned as if it had been named.
+    region, and is planned as if it had been named. It holds at most 2**33 cells.
 
     >>> import torch
     >>> causal = Dense.keep(torch.ones(4, 4).tril().bool())
@@ -42,6 +47,18 @@ class Dense(Mask):
     packed: str
 
     def __post_init__(self) -> None:
+        given: object = self.packed
+        if isinstance(given, torch.Tensor | np.ndarray):
+            raise CompositionTypeError(
+                f"Dense got {describe(given)}, and does not guess what True means: "
+                "Dense.keep(tensor) where True marks allowed cells, Dense.drop(tensor) where it "
+                "marks masked ones"
+            )
+        if not isinstance(given, str):
+            raise CompositionTypeError(
+                f"Dense got packed={describe(given)}; build one with Dense.keep(tensor) or "
+                "Dense.drop(tensor)"
+            )
         self._content  # noqa: B018 -- text that is no mask is an error now
 
     @cached_property
@@ -120,6 +137,8 @@ class Dense(Mask):
 
 
 def _boolean(tensor: object, name: str) -> torch.Tensor:
+    if isinstance(tensor, torch.Tensor):
+        check_readable(f"Dense.{name}", tensor)
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.bool:
         raise CompositionTypeError(
             f"Dense.{name} takes a bool tensor, got {describe(tensor)}; compare first (t == 0, "
@@ -135,10 +154,10 @@ def _boolean(tensor: object, name: str) -> torch.Tensor:
             f"Dense.{name} got shape {tuple(tensor.shape)}, which holds no score matrix; give at "
             "least one batch element and head"
         )
-    if tensor.is_meta:
+    if tensor.numel() > _MOST_CELLS:
         raise CompositionError(
-            f"Dense.{name} got a tensor on the meta device, which holds no cells; a dense mask is "
-            "read when it is built"
+            f"Dense.{name} got shape {tuple(tensor.shape)}, which is {tensor.numel()} cells; a "
+            f"dense mask holds at most {_MOST_CELLS} (name its parts, or give masks.Predicate)"
         )
     return tensor
 
@@ -152,20 +171,35 @@ def _pack(tensor: torch.Tensor) -> str:
 
 def _unpack(packed: str) -> tuple[_Shape, bytes]:
     try:
-        head, body = packed.split(":")
-        b, n, q_len, kv_len = (int(part) for part in head.split("x"))
-        bits = zlib.decompress(base64.b64decode(body, validate=True))
+        head, _, body = packed.partition(":")
+        found = _SHAPE.fullmatch(head)
+        if found is None:
+            raise ValueError("it begins with a shape, BxNxSqxSkv:")
+        b, n, q_len, kv_len = map(int, found.groups())
         cells = b * n * q_len * kv_len
-        if min(b, n) < 1 or min(q_len, kv_len) < 0 or len(bits) != -(-cells // 8):
-            raise ValueError("the number of bits does not fit the shape")
+        if min(b, n) < 1 or cells > _MOST_CELLS:
+            raise ValueError(f"a shape has 1 to {_MOST_CELLS} cells, or no rows or keys")
+        bits = _inflated(base64.b64decode(body, validate=True), -(-cells // 8))
         if cells % 8 and bits[-1] & (0xFF >> cells % 8):
             raise ValueError("bits are set beyond the last cell")
-    except (ValueError, AttributeError, zlib.error) as error:
+    except (ValueError, zlib.error) as error:
         raise CompositionError(
-            f"Dense got packed={str(packed)[:40]!r}, which is no packed mask ({error}); build one "
-            "with Dense.keep(tensor) or Dense.drop(tensor)"
+            f"Dense got packed={packed[:40]!r}, which is no packed mask ({error}); build one with "
+            "Dense.keep(tensor) or Dense.drop(tensor)"
         ) from None
     return (b, n, q_len, kv_len), bits
+
+
+def _inflated(deflated: bytes, size: int) -> bytes:
+    """Return what was packed, which has `size` bytes: no more than that is ever unpacked."""
+    # A thousandth of its size is as small as anything is packed.
+    if size > 1100 * len(deflated) + 64:
+        raise ValueError("the number of bits does not fit the shape")
+    stream = zlib.decompressobj()
+    bits = stream.decompress(deflated, size + 1)
+    if len(bits) != size or not stream.eof or stream.unused_data:
+        raise ValueError("the number of bits does not fit the shape")
+    return bits
 
 
 def _recover(cells: _Cells) -> Enclosure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Literal
@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, IntsLike, Mask, check_ints, describe, holds_integers, short
+from attnkit.masks.base import (
+    MASKS,
+    Enclosure,
+    IntsLike,
+    Mask,
+    agree,
+    check_ints,
+    check_readable,
+    describe,
+    holds_integers,
+    short,
+)
 
 __all__ = ["Documents", "Padding"]
 
@@ -22,6 +33,8 @@ LengthsLike = IntsLike | Sequence[IntsLike]
 
 
 def _lengths(name: str, values: object) -> Lengths:
+    if isinstance(values, torch.Tensor):
+        check_readable(name, values)
     if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 2:
         if not holds_integers(values):
             raise CompositionTypeError(f"{name} is {describe(values)}; lengths are integers")
@@ -42,7 +55,23 @@ class Documents(Mask):
     batch element, a tuple of tuples gives each its own. The lengths must sum to the score
     matrix's: a mask is never stretched or clipped.
 
-    >>> print((Documents([2, 3])).show(5, 5))
+    `inside` is a mask that each document has for itself, as if its queries and keys were a score
+    matrix of their own. That is not the same as ``Documents(...) & inside``, where positions
+    count through the whole score matrix: with `kv_lengths`, a causal mask is then causal in no
+    document.
+
+    >>> from attnkit.masks import Causal
+    >>> print(Documents([2, 3], inside=Causal()).show(5, 5))
+    #....
+    ##...
+    ..#..
+    ..##.
+    ..###
+    >>> print(Documents([2, 1], [3, 3], inside=Causal()).show(3, 6))
+    ##....
+    ###...
+    ...###
+    >>> print(Documents([2, 3]).show(5, 5))
     ##...
     ##...
     ..###
@@ -52,12 +81,24 @@ class Documents(Mask):
 
     lengths: Lengths
     kv_lengths: Lengths | None = None
+    inside: Mask | None = field(default=None, kw_only=True)
 
     if TYPE_CHECKING:  # more is taken than is kept
 
-        def __init__(self, lengths: LengthsLike, kv_lengths: LengthsLike | None = None) -> None: ...
+        def __init__(
+            self,
+            lengths: LengthsLike,
+            kv_lengths: LengthsLike | None = None,
+            *,
+            inside: Mask | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
+        if self.inside is not None and not isinstance(self.inside, Mask):
+            raise CompositionTypeError(
+                f"Documents takes a mask for inside, got {describe(self.inside)}"
+            )
+        self._check_nesting()
         object.__setattr__(self, "lengths", _lengths("Documents lengths", self.lengths))
         if self.kv_lengths is not None:
             kv = _lengths("Documents kv_lengths", self.kv_lengths)
@@ -72,9 +113,29 @@ class Documents(Mask):
             sums = [sum(one) for one in per_batch]
             if len(set(sums)) > 1:
                 raise CompositionError(
-                    f"{self!r}: the {name} of the batch elements sum to {sums}; the rows of one "
-                    "batch have one length (give the padding a document of its own)"
+                    f"{self!r}: the {name} of the batch elements sum to {shown(sums)}; the rows of "
+                    "one batch have one length (give the padding a document of its own)"
                 )
+        if self.inside is not None:
+            self._check_inside(self.inside)
+
+    def _check_inside(self, inside: Mask) -> None:
+        own = len(self.lengths) if isinstance(self.lengths[0], tuple) else None
+        agree(
+            "batch sizes",
+            (self.apart, inside),
+            (own, inside.batches),
+            "give each one entry per batch element",
+        )
+        sizes = {size for b in range(own or 1) for size in self.sizes(b)}
+        for rows, keys in sorted(sizes):
+            try:
+                inside.check(rows, keys)
+            except CompositionError as error:
+                raise type(error)(
+                    f"Documents has a document of {rows} queries and {keys} keys, which its "
+                    f"inside does not fit: {error}"
+                ) from None
 
     @classmethod
     def from_ids(cls, ids: LengthsLike) -> Documents:
@@ -116,30 +177,84 @@ class Documents(Mask):
     def _keys(self) -> Lengths:
         return self.lengths if self.kv_lengths is None else self.kv_lengths
 
+    @property
+    def members(self) -> tuple[Mask, ...]:
+        """The mask inside of each document, if there is one."""
+        return () if self.inside is None else (self.inside,)
+
+    @property
+    def apart(self) -> Documents:
+        """The documents alone, without what is inside of them."""
+        return self if self.inside is None else replace(self, inside=None)
+
     def blocks(self, batch: int = 0) -> tuple[Slice, ...]:
         """Return the blocks of one batch element, from the top; empty documents give none."""
-        rows, keys = _per_batch(self.lengths), _per_batch(self._keys)
-        b = batch if len(rows) > 1 else 0
-        i, j = (list(accumulate(one, initial=0)) for one in (rows[b], keys[b]))
+        sizes = self.sizes(batch)
+        i, j = (list(accumulate(one, initial=0)) for one in zip(*sizes, strict=True))
         parts = (Slice(i0, i1, j0, j1) for i0, i1, j0, j1 in zip(i, i[1:], j, j[1:], strict=False))
         return tuple(part for part in parts if part)
 
+    def sizes(self, batch: int = 0) -> list[tuple[int, int]]:
+        """Return the number of queries and of keys of each document of a batch element."""
+        rows, keys = _per_batch(self.lengths), _per_batch(self._keys)
+        b = batch if len(rows) > 1 else 0
+        return list(zip(rows[b], keys[b], strict=True))
+
     @cached_property
-    def _regions(self) -> dict[int, Region]:
-        """The regions asked for so far, by batch element; lives as long as the mask."""
+    def _known(self) -> dict[tuple[int, int], Enclosure]:
+        """What was asked for so far, by batch element and head; lives as long as the mask."""
         return {}
 
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        if self.batches is None:
-            batch = 0
-        if batch not in self._regions:
-            self._regions[batch] = Region.of(*self.blocks(batch))
-        return self._regions[batch]
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """The blocks; or the two bounds of the mask inside, placed in each block."""
+        plane = (batch if self.batches is not None else 0, head if self.heads is not None else 0)
+        if plane not in self._known:
+            blocks = Region.of(*self.blocks(plane[0]))
+            known = Enclosure(blocks, blocks)
+            if self.inside is not None:
+                known = self._placed(self.inside, *plane)
+            self._known[plane] = known
+        known = self._known[plane]
+        if known.outer.fits(q_len, kv_len):
+            return known
+        whole = Region.full(q_len, kv_len)  # a cut may ask for fewer rows or keys than there are
+        return Enclosure(known.inner & whole, known.outer & whole)
+
+    def _placed(self, inside: Mask, batch: int, head: int) -> Enclosure:
+        each = {
+            size: inside.enclosure(*size, batch, head) for size in dict.fromkeys(self.sizes(batch))
+        }
+        inner, outer, at = [], [], (0, 0)
+        for rows, keys in self.sizes(batch):
+            found = each[rows, keys]
+            inner.append(found.inner.shift(*at))
+            outer.append(found.outer.shift(*at))
+            at = at[0] + rows, at[1] + keys
+        exact = all(found.exact for found in each.values())
+        low = Region.union(inner)
+        return Enclosure(low, low if exact else Region.union(outer))
+
+    def _cells(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
+    ) -> torch.Tensor:
+        cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
+        i, j = 0, 0
+        for rows, keys in self.sizes(batch):
+            for inside in self.members:
+                cells[i : i + rows, j : j + keys] = inside._plane(rows, keys, batch, head, device)
+            i, j = i + rows, j + keys
+        return cells
 
     @property
     def batches(self) -> int | None:
         """One list per batch element, where they differ."""
-        return len(self.lengths) if isinstance(self.lengths[0], tuple) else None
+        own = len(self.lengths) if isinstance(self.lengths[0], tuple) else None
+        return own if own is not None or self.inside is None else self.inside.batches
+
+    @property
+    def heads(self) -> int | None:
+        """As the mask inside."""
+        return None if self.inside is None else self.inside.heads
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
@@ -153,12 +268,14 @@ def _per_batch(lengths: Lengths) -> tuple[tuple[int, ...], ...]:
 
 def _rows_of_ids(ids: object) -> torch.Tensor:
     """Return document numbers as an integer tensor [S] or [B, S]."""
+    if isinstance(ids, torch.Tensor):
+        check_readable("from_ids", ids)
     try:
         rows = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CompositionTypeError(
             f"from_ids takes one document number per token, [S] or [B, S]; got {describe(ids)} "
-            f"({error})"
+            f"({clipped(str(error), LONGEST)})"
         ) from None
     if rows.dim() not in (1, 2) or rows.numel() == 0 or not holds_integers(rows):
         raise CompositionTypeError(
@@ -209,9 +326,9 @@ class Padding(Mask):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", check_ints("Padding lengths", self.lengths, 0))
-        if self.side not in ("right", "left"):
+        if not isinstance(self.side, str) or self.side not in ("right", "left"):
             raise CompositionError(
-                f"Padding got side={self.side!r}; the padding stands 'right' or 'left'"
+                f"Padding got side={shown(self.side)}; the padding stands 'right' or 'left'"
             )
 
     def check(

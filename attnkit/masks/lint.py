@@ -8,15 +8,17 @@ checked, and a finding says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
 
 from attnkit.geometry import Region, Slice
-from attnkit.masks.algebra import Not, _Joined
-from attnkit.masks.base import Full, Mask
+from attnkit.masks.algebra import And, Not, _Joined
+from attnkit.masks.base import Enclosure, Full, Mask
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.composite import Composite
@@ -43,8 +45,11 @@ class Finding:
     - ``unseen-keys``: keys that no query sees (those that `Padding` or `Columns` rule out aside)
     - ``window-exceeds-sequence``: a window, band, chunk or block that cuts nothing off
     - ``documents-leak``: queries that see keys of another document
+    - ``documents-share-positions``: beside documents of unequal lengths, a mask whose positions
+      count through the whole score matrix
     - ``sees-the-future``: cells that look ahead, in a mask that has a causal part
-    - ``part-changes-nothing``: a part whose removal leaves the mask as it is
+    - ``part-changes-nothing``: a part whose removal leaves the mask as it is (sought in masks of
+      up to 1,000 parts)
     - ``equals-a-named-mask``: a dense mask, slices or a function that is a named composition
     - ``not-a-region``: the mask is no union of slices, so some checks were not made
 
@@ -95,6 +100,7 @@ def lint(
         found.append(_no_region(view))
         return tuple(found)
     found += _leaks(view)
+    found += _shared_positions(view)
     found += _future(view)
     found += _redundant(view, {part for part, _ in wide})
     return tuple(found)
@@ -219,7 +225,7 @@ def _free_keys(region: Region, kv_len: int) -> Spans:
 
 def _not_ruled_out(view: _View, plane: tuple[int, int], keys: Spans) -> Spans:
     """Drop the keys that a part says are none: that is what the part is for."""
-    parts = view.mask.members if isinstance(view.mask, _Joined) and view.mask._sign == "&" else ()
+    parts = view.mask.parts if isinstance(view.mask, And) else ()
     free = Region.of(*(Slice(0, 1, a, b) for a, b in keys))
     for part in (view.mask, *parts):
         if isinstance(part, Padding | Columns):
@@ -313,6 +319,8 @@ def _exceeding(
             if part in told or not isinstance(part, kinds):
                 continue
             whole = Causal(part.align) if isinstance(part, SlidingWindow) else part
+            if isinstance(part, Documents):
+                whole = part.apart
             beyond = region - whole.enclosure(view.q_len, view.kv_len, plane[0]).inner
             if beyond:
                 told.add(part)
@@ -334,6 +342,58 @@ def _leaks(view: _View) -> Iterator[Finding]:
             "put the documents around everything, documents & (a | b); keep it if those keys are "
             "meant to be shared",
         )
+
+
+def _shared_positions(view: _View) -> Iterator[Finding]:
+    """Find ``Documents(q, kv) & Causal()``: causal through the whole matrix, in no document."""
+    for joined in _intersections(view.mask):
+        for documents in joined.parts:
+            if not isinstance(documents, Documents) or documents.kv_lengths is None:
+                continue
+            for part in joined.parts:
+                if getattr(part, "align", None) is None:
+                    continue
+                differs = _first_difference(view, documents, part)
+                if differs is not None:
+                    each = replace(
+                        documents,
+                        inside=part if documents.inside is None else documents.inside & part,
+                    )
+                    yield Finding(
+                        "documents-share-positions",
+                        f"{part!r} beside {documents!r} counts positions through the whole "
+                        f"{view.q_len} x {view.kv_len} score matrix, not in each document: "
+                        f"{differs}",
+                        f"write {each!r} where each document has its own; keep it if positions "
+                        "are meant to run through",
+                    )
+
+
+def _intersections(mask: Mask) -> Iterator[And]:
+    if isinstance(mask, And):
+        yield mask
+    if isinstance(mask, Composite):
+        for member in mask.members:
+            yield from _intersections(member)
+
+
+def _first_difference(view: _View, documents: Documents, part: Mask) -> str | None:
+    """Say for which document a part beside is not the part inside; None where they agree."""
+    for b in range(documents.batches or 1):
+        sizes = documents.sizes(b)
+        at = 0, 0
+        beside = part.enclosure(view.q_len, view.kv_len, b)
+        for number, (rows, keys) in enumerate(sizes):
+            place = (at[0], at[0] + rows), (at[1], at[1] + keys)
+            inside = part.enclosure(rows, keys, b)
+            cut = beside.outer.cut(*place)
+            if beside.exact and cut != inside.outer:
+                return (
+                    f"document {number} of {rows} x {keys} has {_number(cut.area, 'cell')} of it "
+                    f"and not {inside.outer.area}"
+                )
+            at = place[0][1], place[1][1]
+    return None
 
 
 def _number(count: int, what: str) -> str:
@@ -365,45 +425,82 @@ def _future(view: _View) -> Iterator[Finding]:
 # -- redundancy ----------------------------------------------------------------------------
 
 
+# Looking at what a mask is without each of its parts costs their number times their slices.
+_MANY_PARTS = 1000
+
+Path = tuple[int, ...]
+
+
 def _redundant(view: _View, known: set[Mask]) -> Iterator[Finding]:
+    if view.mask._nesting[1] > _MANY_PARTS:
+        return
+    regions = cast(dict[tuple[int, int], Region], view.regions)
+    needless: dict[Path, None] | None = None
+    for plane, region in regions.items():
+        found = dict.fromkeys(
+            _needless(view.mask, (view.q_len, view.kv_len, *plane), _as_it_is, region)
+        )
+        needless = found if needless is None else {p: None for p in needless if p in found}
     told: set[Mask] = set()
-    for part, shorter in _removals(view.mask):
+    for path in needless or ():
+        part, shorter = _without(view.mask, path)
         if part in known or part in told:
             continue
-        if not shorter.is_region(view.q_len, view.kv_len):
-            continue
-        if _same_cells(view, shorter):
-            told.add(part)
-            yield Finding(
-                "part-changes-nothing",
-                f"{part!r} changes nothing in {view.mask!r} at {view.q_len} x {view.kv_len}",
-                f"{shorter!r} has the same cells; look for a bracket or a sign if it should differ",
-            )
+        told.add(part)
+        yield Finding(
+            "part-changes-nothing",
+            f"{part!r} changes nothing in {view.mask!r} at {view.q_len} x {view.kv_len}",
+            f"{shorter!r} has the same cells; look for a bracket or a sign if it should differ",
+        )
 
 
-def _same_cells(view: _View, shorter: Mask) -> bool:
-    regions = cast(dict[tuple[int, int], Region], view.regions)
-    return all(
-        shorter.enclosure(
-            view.q_len,
-            view.kv_len,
-            b if shorter.batches is not None else 0,
-            h if shorter.heads is not None else 0,
-        ).inner
-        == region
-        for (b, h), region in regions.items()
-    )
+def _needless(
+    mask: Mask,
+    plane: tuple[int, int, int, int],
+    around: Callable[[Enclosure], Enclosure],
+    target: Region,
+    path: Path = (),
+) -> Iterator[Path]:
+    """Yield the path to each part of intersections and unions that may as well not be there.
 
-
-def _removals(mask: Mask) -> Iterator[tuple[Mask, Mask]]:
-    """Yield each part of an intersection or union, and the whole mask without it."""
+    `around` makes the cells of the whole of those of this mask.
+    """
     if isinstance(mask, Not):
-        for part, rest in _removals(mask.part):
-            yield part, ~rest
+        flip = partial(mask.flipped, q_len=plane[0], kv_len=plane[1])
+        yield from _needless(mask.part, plane, _after(around, flip), target, (*path, 0))
     elif isinstance(mask, _Joined):
-        kind = type(mask)
+        each = [part.enclosure(*plane) for part in mask.parts]
+        before = list(accumulate(each, mask.met))
+        after = list(accumulate(each[::-1], mask.met))[::-1]
         for k, part in enumerate(mask.parts):
-            others = [*mask.parts[:k], *mask.parts[k + 1 :]]
-            yield part, kind.of(*others)
-            for inner, rest in _removals(part):
-                yield inner, kind.of(*mask.parts[:k], rest, *mask.parts[k + 1 :])
+            beside = [*before[k - 1 : k], *after[k + 1 : k + 2]] if k else [after[1]]
+            rest = reduce(mask.met, beside)
+            found = around(rest)
+            if found.exact and found.inner == target:
+                yield (*path, k)
+            beside_rest = partial(mask.met, rest)
+            yield from _needless(part, plane, _after(around, beside_rest), target, (*path, k))
+
+
+def _as_it_is(bounds: Enclosure) -> Enclosure:
+    return bounds
+
+
+def _after(
+    outer: Callable[[Enclosure], Enclosure], inner: Callable[[Enclosure], Enclosure]
+) -> Callable[[Enclosure], Enclosure]:
+    return lambda bounds: outer(inner(bounds))
+
+
+def _without(mask: Mask, path: Path) -> tuple[Mask, Mask]:
+    """Return the part at a path, and the mask without it."""
+    k, *rest = path
+    if isinstance(mask, Not):
+        part, shorter = _without(mask.part, tuple(rest))
+        return part, ~shorter
+    joined = cast(_Joined, mask)
+    before, after = joined.parts[:k], joined.parts[k + 1 :]
+    if not rest:
+        return joined.parts[k], type(joined).of(*before, *after)
+    part, shorter = _without(joined.parts[k], tuple(rest))
+    return part, type(joined).of(*before, shorter, *after)

@@ -23,6 +23,8 @@ def densities(
 ) -> list[list[float]]:
     """Return the share of allowed cells in each block of a grid of about `rows` x `columns`."""
     known = mask._checked_enclosure(q_len, kv_len, batch, head)
+    if not (q_len and kv_len):
+        return [[] for _ in range(min(q_len, rows))]
     block_q, block_kv = max(1, -(-q_len // rows)), max(1, -(-kv_len // columns))
     tops, lefts = range(0, q_len, block_q), range(0, kv_len, block_kv)
     if known.exact:
@@ -61,6 +63,8 @@ def plot(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> Figure:
     grid = np.array(densities(mask, q_len, kv_len, batch, head, 128, 128))
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), aspect="auto")
+    if grid.size:
+        place = (0, kv_len, q_len, 0)
+        axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=place, aspect="auto")
     axes.set(xlabel="key j", ylabel="query i", title=repr(mask))
     return figure

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, check_int, describe
 
-__all__ = ["MaskFunction", "Predicate", "evaluate", "function_name"]
+__all__ = ["CHUNK_CELLS", "MaskFunction", "Predicate", "evaluate", "function_name"]
+
+CHUNK_CELLS = 1 << 20
+"""Cells that are read at a time, so that memory does not follow the score matrix."""
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -20,10 +23,13 @@ MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class Predicate(Mask):
     """Cells where ``fn(b, h, i, j)`` is true: FlexAttention's `mask_mod` signature.
 
-    `fn` gets broadcastable integer tensors and returns booleans. `batch` and `num_heads` say
-    how many batch elements and heads it tells apart (None: it ignores b, or h). A function is
-    opaque: it equals only itself, has no text that `masks.parse` reads, and its region is not
-    known, so it runs as a dense mask; write what you can as named masks and the plan gets better.
+    `fn` is asked for one cell: its four integers come as tensors without axes, and it returns a
+    bool tensor without axes. Many cells are asked for at once by `torch.vmap`, as FlexAttention
+    does, so whatever `fn` computes for a pair, ``(feat[i] * feat[j]).sum() > 0``, it computes for
+    each pair. `batch` and `num_heads` say how many batch elements and heads it tells apart (None:
+    it ignores b, or h). A function is opaque: it equals only itself, has no text that
+    `masks.parse` reads, and its region is not known, so it runs as a dense mask; write what you
+    can as named masks and the plan gets better.
 
     >>> even = Predicate(lambda b, h, i, j: (i + j) % 2 == 0)
     >>> print(even.show(2, 4))
@@ -51,10 +57,14 @@ class Predicate(Mask):
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        i = torch.arange(q_len, device=device)[:, None]
-        j = torch.arange(kv_len, device=device)[None, :]
+        cells = torch.empty(q_len, kv_len, dtype=torch.bool, device=device)
+        keys = torch.arange(kv_len, device=device)
         b, h = (torch.tensor(value, device=device) for value in (batch, head))
-        return evaluate(self.fn, b, h, i, j)
+        height = max(1, CHUNK_CELLS // max(1, kv_len))
+        for i0 in range(0, q_len, height):
+            rows = torch.arange(i0, min(i0 + height, q_len), device=device)
+            cells[i0 : i0 + height] = evaluate(self.fn, b, h, rows, keys)
+        return cells
 
     @property
     def batches(self) -> int | None:
@@ -79,26 +89,42 @@ class Predicate(Mask):
 
 
 def evaluate(
-    fn: MaskFunction, b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+    fn: MaskFunction, b: torch.Tensor, h: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``fn(b, h, i, j)`` as a bool tensor, for rows i [R, 1] and keys j [1, K]."""
-    cells = fn(b, h, i, j)
+    """Return ``fn(b, h, i, j)`` for rows i [R] and keys j [K], as a bool tensor [R, K].
+
+    The function is called once; each cell is computed as if it were alone.
+    """
     name = f"the mask function {function_name(fn)}"
-    if not isinstance(cells, torch.Tensor) or cells.dtype != torch.bool:
-        kind = cells.dtype if isinstance(cells, torch.Tensor) else type(cells).__name__
-        raise CompositionTypeError(
-            f"{name} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
-        )
-    shape = (i.shape[0], j.shape[1])
+
+    def cell(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        allowed = fn(b, h, i, j)
+        if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool:
+            kind = allowed.dtype if isinstance(allowed, torch.Tensor) else type(allowed).__name__
+            raise CompositionTypeError(
+                f"{name} returned {kind}; fn(b, h, i, j) returns a bool tensor, True = allowed"
+            )
+        if allowed.dim():
+            raise CompositionError(
+                f"{name} returned shape {tuple(allowed.shape)} for one cell; b, h, i and j come as "
+                "single integers, and the answer is a single bool (reduce over the other axes)"
+            )
+        return allowed
+
+    if not (rows.numel() and keys.numel()):
+        return torch.zeros(len(rows), len(keys), dtype=torch.bool, device=rows.device)
     try:
-        return cells.expand(shape)
-    except RuntimeError:
+        with torch.no_grad():
+            return torch.vmap(lambda i: torch.vmap(lambda j: cell(i, j))(keys))(rows)
+    except RuntimeError as error:
         raise CompositionError(
-            f"{name} returned shape {tuple(cells.shape)}, which does not broadcast to "
-            f"{list(shape)}; i comes as {list(i.shape)}, j as {list(j.shape)}, b and h as scalars"
-        ) from None
+            f"{name} cannot be asked for many cells at once ({clipped(str(error), LONGEST)}); "
+            "write it with torch operations on single integers, without `if` and .item(), as "
+            "FlexAttention needs it"
+        ) from error
 
 
 def function_name(fn: MaskFunction) -> str:
     """Return the name by which messages call a function."""
-    return str(getattr(fn, "__qualname__", fn))
+    name = getattr(fn, "__qualname__", None)
+    return clipped(name, LONGEST) if isinstance(name, str) else shown(fn)

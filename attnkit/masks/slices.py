@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Mask, check_int, describe
 
@@ -116,8 +116,8 @@ def _region(pieces: object, q_len: int, kv_len: int) -> Region:
     region = Region.of(*parts)
     if not region.fits(q_len, kv_len):
         raise CompositionError(
-            f"Slices got cells outside of the {q_len} x {kv_len} score matrix: {region!r}; bound "
-            "the slices by q_len and kv_len"
+            f"Slices got cells outside of the {q_len} x {kv_len} score matrix: {shown(region)}; "
+            "bound the slices by q_len and kv_len"
         )
     return region
 

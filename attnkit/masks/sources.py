@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
-from attnkit.masks.base import Mask, check_int, describe, holds_integers
+from attnkit.masks.base import Mask, check_int, check_readable, describe, holds_integers
 from attnkit.masks.dense import Dense, _boolean
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
@@ -47,8 +47,8 @@ def source_of(
     """Bring any source that `masks.recover` documents to one form."""
     if type(keep) is not bool:
         raise CompositionTypeError(
-            f"recover got keep={keep!r}; True says that True marks allowed cells, False that it "
-            "marks masked ones"
+            f"recover got keep={shown(keep)}; True says that True marks allowed cells, False that "
+            "it marks masked ones"
         )
     for name, value, least in (
         ("q_len", q_len, 0),
@@ -70,10 +70,22 @@ def source_of(
     if isinstance(source, Mask):
         return _from_mask(source, q_len, kv_len, keep)
     if isinstance(source, np.ndarray):
-        source = torch.from_numpy(source)
+        source = _tensor(source)
+    if isinstance(source, torch.Tensor):
+        check_readable("recover", source)
     if isinstance(source, torch.Tensor) and not (source.dim() in (2, 3) and _whole(source)):
         return _from_tensor(source, q_len, kv_len, keep)
     return _from_bounds(source, q_len, kv_len, keep)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise CompositionTypeError(
+            f"recover got {describe(array)}, which torch cannot hold ({error}); give booleans, or "
+            "row bounds as int64"
+        ) from None
 
 
 def _whole(tensor: torch.Tensor) -> bool:
@@ -219,9 +231,9 @@ def _check_uses(
 ) -> None:
     """Refuse a function that reads b or h without being told how many there are."""
     b, h = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-    i, j = (torch.zeros((1, 1), dtype=torch.int64, device=device) for _ in range(2))
+    first = torch.zeros(1, dtype=torch.int64, device=device)
     with _Uses(b, h) as uses:
-        evaluate(fn, b, h, i, j)
+        evaluate(fn, b, h, first, first)
     for name, count in (("batch", batch), ("heads", heads)):
         if count is None and name in uses.used:
             index = "b" if name == "batch" else "h"

@@ -194,7 +194,7 @@ def _leaking(
         if not isinstance(part, Documents) or part.kv_lengths is not None:
             continue
         for b, reach in enumerate(reaches):
-            beyond = reach - part.enclosure(q_len, kv_len, b).inner
+            beyond = reach - part.apart.enclosure(q_len, kv_len, b).inner
             if beyond:
                 i = beyond.slices[0].i0
                 k = beyond.row(i)[0][0]

@@ -18,7 +18,7 @@ from attnkit.masks.algebra import Not, _Joined
 from attnkit.masks.base import Mask, paint
 from attnkit.masks.dense import Dense
 from attnkit.masks.per_head import PerHead
-from attnkit.masks.predicate import Predicate, evaluate
+from attnkit.masks.predicate import CHUNK_CELLS, Predicate, evaluate
 
 __all__ = [
     "CHUNK_CELLS",
@@ -30,8 +30,6 @@ __all__ = [
     "region_rows",
     "trace",
 ]
-
-CHUNK_CELLS = 1 << 20
 
 # The cells of rows i0 <= i < i1, as a bool tensor [i1 - i0, kv_len].
 RowReader = Callable[[int, int], torch.Tensor]
@@ -149,11 +147,11 @@ def function_rows(
 ) -> RowReader:
     """Return a reader of ``fn(b, h, i + q_offset, j)``."""
     device = "cpu" if device is None else device
-    keys = torch.arange(kv_len, device=device)[None, :]
+    keys = torch.arange(kv_len, device=device)
     b, h = (torch.tensor(value, device=device) for value in (batch, head))
 
     def read(i0: int, i1: int) -> torch.Tensor:
-        i = torch.arange(q_offset + i0, q_offset + i1, device=device)[:, None]
-        return evaluate(fn, b, h, i, keys)
+        rows = torch.arange(q_offset + i0, q_offset + i1, device=device)
+        return evaluate(fn, b, h, rows, keys)
 
     return read

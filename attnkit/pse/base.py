@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -387,11 +387,17 @@ class Sum(Pse):
 
 def check_range(name: str, span: Range, length: int) -> None:
     """Raise `CompositionError` unless ``0 <= start <= stop <= length``."""
+    pair = isinstance(span, tuple | list) and len(span) == 2
+    if not pair or any(type(end) is not int for end in (*span, length)):
+        raise CompositionTypeError(
+            f"{name}={shown(span)} of extent {shown(length)}; a range is (start, stop), two ints "
+            "with start <= stop"
+        )
     start, stop = span
     if not 0 <= start <= stop <= length:
         raise CompositionError(
-            f"{name}={span} does not lie in a score matrix of extent {length}; give (start, stop) "
-            f"with 0 <= start <= stop <= {length}"
+            f"{name}={shown(span)} does not lie in a score matrix of extent {shown(length)}; give "
+            "(start, stop) with 0 <= start <= stop <= the extent"
         )
 
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionTypeError
+from attnkit.pse.arguments import check_floating
 from attnkit.pse.base import Align, Pse, Range
 
 __all__ = ["ByDistance"]
@@ -77,8 +77,7 @@ class ByDistance(Pse):
     ) -> Tensor:
         """Return the cells of a rectangle; no other cell is made."""
         self.check(q_len, kv_len, batch, heads)
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        check_floating(str(self), dtype)
         where = self.tensors[0].device if self.tensors else device
         query = torch.arange(*q_range, device=where) + self.offset(q_len, kv_len)
         distance = torch.arange(*kv_range, device=where) - query[:, None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.pse.base import Pse, Range, check_range
 
 __all__ = ["Cut", "uncut"]
@@ -38,8 +38,31 @@ class Cut(Pse):
     kv_len: int
 
     def __post_init__(self) -> None:
-        check_range("q_range", self.q_range, self.q_len)
-        check_range("kv_range", self.kv_range, self.kv_len)
+        if not isinstance(self.part, Pse):
+            raise CompositionTypeError(f"pse.Cut cuts a positional bias, not {shown(self.part)}")
+        for name in ("q_range", "kv_range"):
+            check_range(
+                name, getattr(self, name), getattr(self, name.removesuffix("range") + "len")
+            )
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.part, Cut):  # a cut of a cut is one cut, however often it is cut
+            self._join(self.part)
+
+    def _join(self, inner: Cut) -> None:
+        if (self.q_len, self.kv_len) != inner.extent:
+            raise CompositionError(
+                f"pse.{inner} is for score matrices of {inner.extent[0]} x {inner.extent[1]}, but "
+                f"is cut as one of {self.q_len} x {self.kv_len}"
+            )
+        q0, kv0 = inner.q_range[0], inner.kv_range[0]
+        for name, value in (
+            ("part", inner.part),
+            ("q_range", (self.q_range[0] + q0, self.q_range[1] + q0)),
+            ("kv_range", (self.kv_range[0] + kv0, self.kv_range[1] + kv0)),
+            ("q_len", inner.q_len),
+            ("kv_len", inner.kv_len),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def before_scale(self) -> bool:

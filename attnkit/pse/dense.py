@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.pse.arguments import check_floating, check_tensor
 from attnkit.pse.base import Pse, Range, check_range
 
 __all__ = ["Dense"]
@@ -54,14 +55,12 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
                 f"pse.Dense takes a tensor of biases, not {type(tensor).__name__}"
             )
         if not isinstance(before_scale, bool):
-            raise CompositionTypeError(f"pse.Dense: before_scale is a bool, got {before_scale!r}")
+            raise CompositionTypeError(
+                f"pse.Dense: before_scale is a bool, got {shown(before_scale)}"
+            )
+        check_tensor("pse.Dense", tensor)
         object.__setattr__(self, "tensor", tensor)
         object.__setattr__(self, "_before_scale", before_scale)
-        if not tensor.is_floating_point():
-            remedy = "a boolean tensor is a mask: masks.Dense.keep(t) or .drop(t)"
-            if tensor.dtype != torch.bool:
-                remedy = "cast it first"
-            raise CompositionTypeError(f"pse.{self}: a bias has a floating dtype; {remedy}")
         if tensor.ndim not in (2, 3, 4):
             raise CompositionError(
                 f"pse.{self}: give [q_len, kv_len], [n, q_len, kv_len] or "
@@ -157,8 +156,7 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
                 f"pse.{self} is on {self.tensor.device}, the scores are on {device}; move it once, "
                 "where the model is built"
             )
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        check_floating(str(self), dtype)
         bias = self.tensor[(None,) * (4 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.pse.arguments import check_floating, check_tensor
 from attnkit.pse.base import Pse, Range, check_range
 from attnkit.pse.structure import PerKey
 
@@ -47,11 +48,12 @@ class KeyBias(Pse):
     tensor: Tensor
 
     def __init__(self, tensor: Tensor) -> None:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(tensor, Tensor):
             raise CompositionTypeError(
-                f"pse.KeyBias takes a floating tensor, one number per key, not {kind}"
+                "pse.KeyBias takes a floating tensor, one number per key, not "
+                f"{type(tensor).__name__}"
             )
+        check_tensor("pse.KeyBias", tensor)
         object.__setattr__(self, "tensor", tensor)
         if tensor.ndim not in (1, 2, 3):
             raise CompositionError(
@@ -132,8 +134,7 @@ class KeyBias(Pse):
     ) -> Tensor:
         """Return the tensor, each row the same: a view, unless `dtype` asks for a cast."""
         self.check(q_len, kv_len, batch, heads)
-        if not dtype.is_floating_point:
-            raise CompositionTypeError(f"{self} cannot be materialised as {dtype}; ask for a float")
+        check_floating(str(self), dtype)
         bias = self.tensor[(None,) * (3 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, shown
 from attnkit.pse.base import PSE, Pse
 from attnkit.textform import evaluate
 
@@ -30,7 +30,7 @@ T5Relative
     bias = evaluate(text, constructors, "positional bias")
     if not isinstance(bias, Pse):
         raise CompositionError(
-            f"the text {text!r} gives {bias!r}, not a positional bias; write for instance "
-            "'ALiBi(8) + SqrtALiBi(8)'"
+            f"the text {shown(text)} gives {shown(bias)}, not a positional bias; write for "
+            "instance 'ALiBi(8) + SqrtALiBi(8)'"
         )
     return bias

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.pse.arguments import check_align, check_count, finite_floats
 from attnkit.pse.base import Align, Pse, Range, check_range
 from attnkit.pse.by_distance import ByDistance
 
-__all__ = ["Sloped", "press_slopes"]
+__all__ = ["MOST_HEADS", "Sloped", "press_slopes"]
+
+MOST_HEADS = 1 << 16
+"""Heads that a bias by formula is made for, at most."""
 
 
 def press_slopes(num_heads: int) -> tuple[float, ...]:
@@ -30,10 +32,7 @@ def press_slopes(num_heads: int) -> tuple[float, ...]:
     >>> press_slopes(6)
     (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
     """
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise CompositionTypeError(f"num_heads is a positive int, got {shown(num_heads)}")
-    if num_heads < 1:
-        raise CompositionError(f"num_heads is a positive int, got {num_heads}")
+    check_count("num_heads", num_heads, MOST_HEADS)
     power = 1 << (num_heads.bit_length() - 1)
     extra = _geometric(2 * power)[0::2][: num_heads - power]
     return _geometric(power) + extra
@@ -75,14 +74,10 @@ class Sloped(ByDistance):
             given = press_slopes(num_heads)
         if num_heads is not None and num_heads != len(given):
             raise CompositionError(
-                f"{name}: num_heads={num_heads} but {len(given)} slopes; give one slope per "
+                f"{name}: num_heads={shown(num_heads)} but {len(given)} slopes; give one slope per "
                 "query head, or num_heads alone for the slopes of Press et al."
             )
-        if align not in get_args(Align):
-            raise CompositionError(
-                f"{name}: align={align!r}; choose 'bottom_right' (the last query stands on the "
-                "last key) or 'top_left' (the first on the first)"
-            )
+        check_align(name, align)
         object.__setattr__(self, "num_heads", len(given))
         object.__setattr__(self, "slopes", given)
         object.__setattr__(self, "align", align)
@@ -152,12 +147,12 @@ def _slopes(name: str, values: object) -> tuple[float, ...]:
             f"{name}: slopes are constants of the composition and kept as floats; pass "
             "tensor.tolist(), or pse.Dense for a bias with gradients"
         )
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
         raise CompositionTypeError(
             f"{name} takes a number of heads or a sequence of slopes, not {shown(values)}"
         )
-    for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise CompositionError(f"{name}: a slope is a finite float, got {value!r}")
-    return tuple(map(float, values))
+    if len(values) > MOST_HEADS:
+        raise CompositionError(
+            f"{name}: {len(values)} slopes; there are at most {MOST_HEADS} heads"
+        )
+    return finite_floats(name, values)

@@ -6,17 +6,23 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.pse.arguments import check_align, check_count, check_tensor
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
+from attnkit.pse.sloped import MOST_HEADS
 from attnkit.pse.structure import Stepped
 
 __all__ = ["T5Relative", "t5_bucket"]
+
+# Far beyond what has been trained; every distance up to the largest is looked at once.
+_MOST_BUCKETS = 1 << 16
+_MOST_DISTANCE = 1 << 20
+_MOST_ENTRIES = 1 << 24
 
 
 def t5_bucket(
@@ -90,18 +96,15 @@ class T5Relative(ByDistance):
         table: Tensor | None = None,
     ) -> None:
         _check_buckets(num_heads, num_buckets, max_distance, bidirectional)
-        if align not in get_args(Align):
-            raise CompositionError(
-                f"T5Relative: align={align!r}; choose 'bottom_right' (the last query stands on "
-                "the last key) or 'top_left' (the first on the first)"
-            )
+        check_align("T5Relative", align)
         shape = (num_buckets, num_heads)
         if table is None:
             table = nn.Parameter(torch.zeros(shape))
-        if not isinstance(table, Tensor) or not table.is_floating_point():
+        if not isinstance(table, Tensor):
             raise CompositionTypeError(
                 f"T5Relative: table is a floating tensor {list(shape)}, got {shown(table)}"
             )
+        check_tensor("T5Relative: table", table)
         if tuple(table.shape) != shape:
             raise CompositionError(
                 f"T5Relative: table {list(table.shape)}; it must be {list(shape)}, one logit per "
@@ -186,17 +189,21 @@ def _steps(
 def _check_buckets(
     num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool
 ) -> None:
-    for name, value in (
-        ("num_heads", num_heads),
-        ("num_buckets", num_buckets),
-        ("max_distance", max_distance),
+    for name, value, most in (
+        ("num_heads", num_heads, MOST_HEADS),
+        ("num_buckets", num_buckets, _MOST_BUCKETS),
+        ("max_distance", max_distance, _MOST_DISTANCE),
     ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise CompositionTypeError(f"T5Relative: {name} is a positive int, got {shown(value)}")
-        if value < 1:
-            raise CompositionError(f"T5Relative: {name} is a positive int, got {value}")
+        check_count(f"T5Relative: {name}", value, most)
     if not isinstance(bidirectional, bool):
-        raise CompositionTypeError(f"T5Relative: bidirectional is a bool, got {bidirectional!r}")
+        raise CompositionTypeError(
+            f"T5Relative: bidirectional is a bool, got {shown(bidirectional)}"
+        )
+    if num_heads * num_buckets > _MOST_ENTRIES:
+        raise CompositionError(
+            f"T5Relative: a table of {num_buckets} buckets for {num_heads} heads; it has at most "
+            f"{_MOST_ENTRIES} entries"
+        )
     unit = 4 if bidirectional else 2
     if num_buckets % unit:
         raise CompositionError(

@@ -155,7 +155,7 @@ BAD = {
     "function of another shape": (
         lambda: masks.Predicate(lambda b, h, i, j: CELLS).materialize(2, 2),
         ValueError,
-        "(4, 4)|[2, 2]",
+        "(4, 4)|one cell|single bool",
     ),
     # text
     "no text": (lambda: parse(3), TypeError, "text of a mask|3 (int)"),

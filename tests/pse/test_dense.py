@@ -62,7 +62,10 @@ def test_materialize_casts_only_when_asked():
     [
         (lambda: Dense([[0.0]]), ["takes a tensor", "list"]),
         (lambda: Dense(noise(4, 5), before_scale=1), ["before_scale", "1"]),
-        (lambda: Dense(torch.zeros(4, 5, dtype=torch.int64)), ["int64[4, 5]", "floating", "cast"]),
+        (
+            lambda: Dense(torch.zeros(4, 5, dtype=torch.int64)),
+            ["[4, 5] of torch.int64", "floating", "cast"],
+        ),
         (lambda: Dense(torch.ones(4, 5, dtype=torch.bool)), ["masks.Dense.keep"]),
         (lambda: Dense(noise(5)), ["float32[5]", "[q_len, kv_len]"]),
         (lambda: Dense(noise(1, 1, 1, 4, 5)), ["[q_len, kv_len]"]),
