@@ -141,8 +141,8 @@ class AttnkitError(Exception):
     A message is never longer than `LONGEST_MESSAGE`, whatever was given.
     """
 
-    def __init__(self, *told: object) -> None:
-        super().__init__(*(clipped(t, LONGEST_MESSAGE) if isinstance(t, str) else t for t in told))
+    def __str__(self) -> str:
+        return clipped(super().__str__(), LONGEST_MESSAGE)
 
 
 class CompositionError(AttnkitError, ValueError):

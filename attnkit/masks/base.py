@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, 
 
 import torch
 
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
 from attnkit.masks.arguments import (
@@ -27,6 +28,7 @@ from attnkit.textform import arguments_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
     from attnkit.masks.lint import Finding
 
@@ -97,6 +99,13 @@ class Mask(ABC):
     # A mask has no end to iterate to; numpy leaves ``array & mask`` to `__rand__`, which explains.
     __iter__: ClassVar[None] = None
     __array_ufunc__: ClassVar[None] = None
+
+    # A tracer would hand a half-made object to the planner, whose fields still have the defaults
+    # of their class.
+    @untraced(MASK_IN_GRAPH)
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Make a mask; inside of a compiled function, outside of its graph."""
+        return super().__new__(cls)
 
     # -- what a family says --------------------------------------------------------------
 

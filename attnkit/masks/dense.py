@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, check_readable, describe
@@ -162,6 +163,7 @@ def _boolean(tensor: object, name: str) -> torch.Tensor:
     return tensor
 
 
+@untraced(MASK_IN_GRAPH)
 def _pack(tensor: torch.Tensor) -> str:
     """Return ``BxNxSqxSkv:`` and the bits, deflated, in base 64."""
     cells = tensor.detach().cpu().reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape)).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.rectangles import PrefixLM
@@ -13,6 +14,7 @@ from attnkit.textform import evaluate
 __all__ = ["parse"]
 
 
+@untraced(MASK_IN_GRAPH)
 def parse(text: str) -> Mask:
     """Return the mask that `text` writes, so that ``parse(str(mask)) == mask``.
 

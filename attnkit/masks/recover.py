@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region
 from attnkit.masks.base import Full, Mask, check_int
@@ -66,6 +67,7 @@ class Recovered:
         return f"{self.mask!r}: {self.reason}"
 
 
+@untraced(MASK_IN_GRAPH)
 def recover(
     source: Sourcelike,
     q_len: int | None = None,

@@ -11,15 +11,18 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.registry import Registry
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from attnkit.pse.structure import Structure
 
 __all__ = ["PSE", "Align", "Pse", "Range", "Sum", "check_range"]
@@ -39,6 +42,13 @@ class Pse(ABC):
     """
 
     kind: ClassVar[str]
+
+    # A tracer would hand a half-made object to the planner, whose fields still have the defaults
+    # of their class.
+    @untraced(BIAS_IN_GRAPH)
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Make a bias; inside of a compiled function, outside of its graph."""
+        return super().__new__(cls)
 
     @property
     def before_scale(self) -> bool:

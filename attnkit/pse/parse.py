@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.pse.base import PSE, Pse
 from attnkit.textform import evaluate
@@ -9,6 +10,7 @@ from attnkit.textform import evaluate
 __all__ = ["parse"]
 
 
+@untraced(BIAS_IN_GRAPH)
 def parse(text: str) -> Pse:
     """Return the bias that `text` describes: ``parse(str(p)) == p``.
 
