@@ -2,7 +2,9 @@
 
 A step that adds the tokens ``[start, stop)`` to a text computes these rows of the square score
 matrix, over the keys so far. Step by step equals all at once only if the mask never shows a
-token something that comes later, and never changes its mind: both are checked, exactly.
+token something that comes later, and neither mask nor bias ever changes its mind: that is
+checked, exactly, cell by cell where the mask is no region. What is built for some length says
+how long the text will be.
 """
 
 from __future__ import annotations
@@ -11,11 +13,54 @@ from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
 from attnkit.pse import Pse
 
-__all__ = ["rows_of_bias", "rows_of_context_bias", "rows_of_context_mask", "rows_of_mask"]
+__all__ = [
+    "queries_of_context",
+    "rows_of_bias",
+    "rows_of_context_bias",
+    "rows_of_context_mask",
+    "rows_of_mask",
+    "text_length",
+]
+
+Range = tuple[int, int]
+
+_CELLS_AT_ONCE = 1 << 20  # read together of a mask that is no region
 
 
-def rows_of_mask(mask: Mask, start: int, stop: int) -> Mask:
+def text_length(mask: Mask | None, pse: Pse | None, stop: int) -> int | None:
+    """Return how long a text of `stop` tokens so far will be, where a part is built for a length.
+
+    A text attends to itself, so it has as many queries as keys: one known axis is both. None
+    where no part says; then every step is the end of a text of its own.
+
+    >>> from attnkit import masks
+    >>> text_length(masks.Causal(), None, 4), text_length(masks.Full()[:, :6], None, 4)
+    (None, 6)
+    """
+    length = None
+    for part in (mask, pse):
+        q_len, kv_len = (None, None) if part is None else part.extent
+        own = q_len if kv_len is None else kv_len
+        if q_len not in (None, own) or (length is not None and own not in (None, length)):
+            raise CompositionError(
+                f"{part!r} is built for {_any(q_len)} queries and {_any(kv_len)} keys"
+                + ("" if length is None else f", the mask beside it for {length}")
+                + "; with a cache both speak of one text, which has as many queries as keys"
+            )
+        length = own if own is not None else length
+        if own is not None and stop > own:
+            raise CompositionError(
+                f"{part!r} is built for {own} x {own} cells, but the text has {stop} tokens now; "
+                "with a cache masks and biases speak of the whole text, so build them for its "
+                "final length"
+            )
+    return length
+
+
+def rows_of_mask(mask: Mask, start: int, stop: int, length: int | None = None) -> Mask:
     """Return the rows ``[start, stop)`` of a mask over the keys ``[0, stop)``.
+
+    `length` is that of the whole text, if it is known from elsewhere (`text_length`).
 
     Raises `CompositionError` where the rows would differ in a longer text, so that decoding
     step by step could not equal the full forward.
@@ -30,22 +75,30 @@ def rows_of_mask(mask: Mask, start: int, stop: int) -> Mask:
 they were computed, so decoding step by step cannot equal the full forward; intersect it with \
 masks.Causal(), or give all tokens that see each other in one call
     """
-    q_len, kv_len = _whole(mask.extent, stop)
-    if stop > min(q_len, kv_len):
-        raise CompositionError(
-            f"{mask!r} is built for {q_len} x {kv_len} cells, but the text has {stop} tokens now; "
-            "with a cache a mask speaks of the whole text, so build it for its final length"
-        )
+    known = text_length(mask, None, stop) if length is None else length
+    whole = stop if known is None else known
+    mask.check(whole, whole)
     for batch in range(mask.batches or 1):
         for head in range(mask.heads or 1):
-            _check_settled(mask, start, stop, (q_len, kv_len), batch, head)
-    if (start, stop) == (0, q_len) and stop == kv_len:
+            _check_ahead(mask, start, stop, whole, batch, head)
+            # A mask of a known length was this very matrix in the steps before.
+            if known is None and not mask._extends(start, stop, batch, head):
+                raise CompositionError(
+                    f"{mask!r} shows the first {start} tokens other keys in a text of {stop} than "
+                    f"in one of {start}: it moves as the text grows, so decoding step by step "
+                    "cannot equal the full forward; anchor it at the first key (align='top_left', "
+                    "side='right')"
+                )
+    if (start, stop) == (0, whole):
         return mask
-    return mask.cut((start, stop), (0, stop), q_len=q_len, kv_len=kv_len)
+    return mask.cut((start, stop), (0, stop), q_len=whole, kv_len=whole)
 
 
-def rows_of_bias(pse: Pse | None, start: int, stop: int) -> Pse | None:
+def rows_of_bias(pse: Pse | None, start: int, stop: int, length: int | None = None) -> Pse | None:
     """Return the rows ``[start, stop)`` of a bias over the keys ``[0, stop)``.
+
+    Raises `CompositionError` for a bias that gives the tokens so far other numbers in a longer
+    text.
 
     >>> from attnkit.pse import ALiBi
     >>> rows_of_bias(ALiBi(8, align="top_left"), 4, 6)
@@ -53,62 +106,98 @@ def rows_of_bias(pse: Pse | None, start: int, stop: int) -> Pse | None:
     """
     if pse is None:
         return None
-    q_len, kv_len = _whole(pse.extent, stop)
-    if stop > min(q_len, kv_len):
+    known = text_length(None, pse, stop) if length is None else length
+    whole = stop if known is None else known
+    pse.check(whole, whole)
+    if known is None and not pse._extends(start, stop):
         raise CompositionError(
-            f"{pse!r} is built for {q_len} x {kv_len} cells, but the text has {stop} tokens now; "
-            "with a cache a bias speaks of the whole text, so build it for its final length"
+            f"{pse!r} gives the first {start} tokens other numbers in a text of {stop} than in one "
+            f"of {start}, so decoding step by step cannot equal the full forward; use a bias of "
+            "distances, or one that is built for the whole text"
         )
-    return pse.cut((start, stop), (0, stop), q_len=q_len, kv_len=kv_len)
+    return pse.cut((start, stop), (0, stop), q_len=whole, kv_len=whole)
 
 
-def rows_of_context_mask(mask: Mask, start: int, stop: int, kv_len: int) -> Mask:
+def queries_of_context(mask: Mask, pse: Pse | None) -> int | None:
+    """Return how many queries a cross-attention will have, where a part is built for a number.
+
+    >>> from attnkit import masks
+    >>> queries_of_context(masks.Full()[:7, :], None)
+    7
+    """
+    own, beside = mask.extent[0], None if pse is None else pse.extent[0]
+    if own is not None and beside not in (None, own):
+        raise CompositionError(
+            f"{mask!r} is built for {own} queries, {pse!r} for {beside}; both speak of one score "
+            "matrix"
+        )
+    return beside if own is None else own
+
+
+def rows_of_context_mask(
+    mask: Mask, start: int, stop: int, kv_len: int, q_len: int | None = None
+) -> Mask:
     """Return the query rows ``[start, stop)`` of a cross-attention mask, all keys of the context.
 
-    How many queries there will be is not known: a mask anchored at the last one is refused.
+    How many queries there will be is known from what is built for some number, its own `extent`
+    or `q_len`; where it is not, a mask anchored at the last one is refused.
+
+    >>> from attnkit import masks
+    >>> rows_of_context_mask(masks.Rows(2, 5), 4, 6, 3).region(2, 3).area
+    3
     """
     if isinstance(mask, Full):
         return mask
-    return mask.cut((start, stop), (0, kv_len), q_len=mask.extent[0], kv_len=kv_len)
+    known = mask.extent[0] if q_len is None else q_len
+    return mask.cut((start, stop), (0, kv_len), q_len=known, kv_len=kv_len)
 
 
-def rows_of_context_bias(pse: Pse | None, start: int, stop: int, kv_len: int) -> Pse | None:
-    """Return the query rows ``[start, stop)`` of a cross-attention bias, all keys."""
+def rows_of_context_bias(
+    pse: Pse | None, start: int, stop: int, kv_len: int, q_len: int | None = None
+) -> Pse | None:
+    """Return the query rows ``[start, stop)`` of a cross-attention bias, all keys.
+
+    >>> from attnkit.pse import ALiBi
+    >>> rows_of_context_bias(ALiBi(8, align="top_left"), 0, 2, 3)
+    ALiBi(8, align='top_left')
+    """
     if pse is None:
         return None
-    return pse.cut((start, stop), (0, kv_len), q_len=pse.extent[0], kv_len=kv_len)
+    known = pse.extent[0] if q_len is None else q_len
+    return pse.cut((start, stop), (0, kv_len), q_len=known, kv_len=kv_len)
 
 
-def _whole(extent: tuple[int | None, int | None], stop: int) -> tuple[int, int]:
-    q_len, kv_len = extent
-    return (stop if q_len is None else q_len), (stop if kv_len is None else kv_len)
+def _any(length: int | None) -> str:
+    return "any number of" if length is None else str(length)
 
 
-def _check_settled(
-    mask: Mask, start: int, stop: int, whole: tuple[int, int], batch: int, head: int
-) -> None:
-    """Compare what rows see now with what they saw, and with what they will see."""
-    now = mask.enclosure(*whole, batch, head)
-    if now.inner.cut((start, stop), (stop, whole[1])).area:
+def _check_ahead(mask: Mask, start: int, stop: int, length: int, batch: int, head: int) -> None:
+    """Raise where a row would see a key that comes after the step that computes it."""
+
+    def sees(rows: Range, keys: Range) -> bool:
+        return _any_cell(mask, rows, keys, length, batch, head)
+
+    if sees((start, stop), (stop, length)):
         raise CompositionError(
             f"{mask!r} lets tokens {start} to {stop - 1} see keys that come later, so decoding "
             "step by step cannot equal the full forward; intersect it with masks.Causal(), or "
             "give all tokens that see each other in one call"
         )
-    if not start:
-        return
-    if now.inner.cut((0, start), (start, stop)).area:
+    if sees((0, start), (start, stop)):
         raise CompositionError(
             f"{mask!r} lets the first {start} tokens see keys that came after they were computed, "
             "so decoding step by step cannot equal the full forward; intersect it with "
             "masks.Causal(), or give all tokens that see each other in one call"
         )
-    shorter = _whole(mask.extent, start)
-    before = mask.enclosure(*shorter, batch, head)
-    square = ((0, start), (0, start))
-    if before.exact and now.exact and now.inner.cut(*square) != before.inner.cut(*square):
-        raise CompositionError(
-            f"{mask!r} shows the first {start} tokens other keys in a text of {stop} than in one "
-            f"of {start}: it moves as the text grows, so decoding step by step cannot equal the "
-            "full forward; anchor it at the first key (align='top_left', side='right')"
-        )
+
+
+def _any_cell(mask: Mask, rows: Range, keys: Range, length: int, batch: int, head: int) -> bool:
+    """Whether a rectangle of a square score matrix has an allowed cell; read where need be."""
+    known = mask.enclosure(length, length, batch, head)
+    if known.inner.cut(rows, keys).area:
+        return True
+    if known.exact or not known.outer.cut(rows, keys).area:
+        return False
+    height = max(1, _CELLS_AT_ONCE // (keys[1] - keys[0]))
+    blocks = ((i, min(i + height, rows[1])) for i in range(*rows, height))
+    return any(mask._block(b, keys, length, length, batch, head).any() for b in blocks)

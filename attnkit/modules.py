@@ -13,10 +13,12 @@ from attnkit.attention import Attention, attention, plan
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
 from attnkit.decoding import (
+    queries_of_context,
     rows_of_bias,
     rows_of_context_bias,
     rows_of_context_mask,
     rows_of_mask,
+    text_length,
 )
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import BSND, TND, Layout, SeqLens
@@ -219,7 +221,9 @@ class MultiHeadAttention(nn.Module):
     ) -> AttentionOutput:
         start, stop = cache.length, cache.length + x.shape[1]
         whole_mask, whole_pse = self._composed(mask, pse)
-        rows, bias = rows_of_mask(whole_mask, start, stop), rows_of_bias(whole_pse, start, stop)
+        length = text_length(whole_mask, whole_pse, stop)
+        rows = rows_of_mask(whole_mask, start, stop, length)
+        bias = rows_of_bias(whole_pse, start, stop, length)
         query, key, value = self._project(x, x)
         if self.rotary is not None:
             where = positions((x.shape[1],), start, x.device)
@@ -243,8 +247,9 @@ class MultiHeadAttention(nn.Module):
         start, stop = cache.queries, cache.queries + x.shape[1]
         try:
             whole_mask, whole_pse = self._composed(mask, pse)
-            rows = rows_of_context_mask(whole_mask, start, stop, cache.length)
-            bias = rows_of_context_bias(whole_pse, start, stop, cache.length)
+            known = queries_of_context(whole_mask, whole_pse)
+            rows = rows_of_context_mask(whole_mask, start, stop, cache.length, known)
+            bias = rows_of_context_bias(whole_pse, start, stop, cache.length, known)
             found = self._call(query, keys, values, rows, bias, None)
         except BaseException:
             if fresh:

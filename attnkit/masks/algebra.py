@@ -107,6 +107,19 @@ class _Joined(Composite):
         cells = (part._plane(q_len, kv_len, batch, head, device) for part in self.parts)
         return reduce(type(self)._combine_cells, cells)
 
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        cells = (part._block(rows, keys, q_len, kv_len, batch, head, device) for part in self.parts)
+        return reduce(type(self)._combine_cells, cells)
+
     def _value(self) -> Hashable:
         return self._seen
 
@@ -187,6 +200,18 @@ class Not(Composite):
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
         return ~self.part._plane(q_len, kv_len, batch, head, device)
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        return ~self.part._block(rows, keys, q_len, kv_len, batch, head, device)
 
     def __str__(self) -> str:
         return self._text(str)

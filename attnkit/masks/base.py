@@ -66,6 +66,8 @@ MAX_PARTS = 1 << 16
 LONGEST_REPR = 1000
 """Characters that ``repr(mask)`` takes, at most; ``str(mask)`` is whole."""
 
+_CELLS_AT_ONCE = 1 << 22  # read together where two matrices are compared
+
 
 class Enclosure(NamedTuple):
     """What is known of a mask as a region: ``inner <= mask <= outer``.
@@ -138,6 +140,41 @@ class Mask(ABC):
         """
         raise CompositionTypeError(
             f"{type(self).__name__} implements `enclosure` with two bounds, but no `_cells`"
+        )
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        """Return the part of `_cells` inside a rectangle.
+
+        A family with a formula for each cell overrides it, so that no other cell is made.
+        """
+        return self._cells(q_len, kv_len, batch, head, device)[slice(*rows), slice(*keys)]
+
+    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
+        """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
+        if not self.anchored:
+            return True
+        old = self.enclosure(shorter, shorter, batch, head)
+        new = self.enclosure(longer, longer, batch, head)
+        keys = (0, shorter)
+        if old.exact and new.exact:
+            return new.inner.cut(keys, keys) == old.inner
+        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
+        blocks = ((i, min(i + height, shorter)) for i in range(0, shorter, height))
+        return all(
+            torch.equal(
+                self._block(rows, keys, longer, longer, batch, head),
+                self._block(rows, keys, shorter, shorter, batch, head),
+            )
+            for rows in blocks
         )
 
     @property
@@ -232,6 +269,23 @@ class Mask(ABC):
         if known.exact:
             return paint(known.inner, q_len, kv_len, device)
         return self._cells(q_len, kv_len, batch, head, device)
+
+    def _block(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Return the part of `_plane` inside a rectangle."""
+        known = self.enclosure(q_len, kv_len, batch, head)
+        if known.exact:
+            part = known.inner.cut(rows, keys)
+            return paint(part, rows[1] - rows[0], keys[1] - keys[0], device)
+        return self._cells_in(rows, keys, q_len, kv_len, batch, head, device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head."""

@@ -62,6 +62,11 @@ class Composite(Mask):
             member.check(q_len, kv_len, batch, heads)
         super().check(q_len, kv_len, batch, heads)
 
+    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
+        """Every member extends, or what they make together does."""
+        alike = all(member._extends(shorter, longer, batch, head) for member in self.members)
+        return alike or super()._extends(shorter, longer, batch, head)
+
     @property
     def batches(self) -> int | None:
         """The count that the members agree on."""

@@ -131,9 +131,21 @@ class Cut(Mask):
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
+        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
         i, j = self.q_range[0], self.kv_range[0]
-        whole = self.mask._cells(*self._whole(q_len, kv_len), batch, head, device)
-        return whole[i : i + q_len, j : j + kv_len]
+        rows, keys = (rows[0] + i, rows[1] + i), (keys[0] + j, keys[1] + j)
+        return self.mask._block(rows, keys, *self._whole(q_len, kv_len), batch, head, device)
 
     @property
     def batches(self) -> int | None:

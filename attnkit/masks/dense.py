@@ -92,9 +92,22 @@ class Dense(Mask):
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
+        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
         if device is None:
             device = torch.get_default_device()
-        return torch.from_numpy(self._array(*self._plane_index(batch, head))).to(device)
+        array = self._array(*self._plane_index(batch, head), rows)
+        return torch.from_numpy(array[:, slice(*keys)]).to(device)
 
     def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
         b, n, _, _ = self._content[0]

@@ -43,9 +43,25 @@ class Dilated(Mask):
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        i = torch.arange(q_len, device=device)[:, None] + anchor(self.align, q_len, kv_len)
-        j = torch.arange(kv_len, device=device)[None, :]
+        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        i = torch.arange(*rows, device=device)[:, None] + anchor(self.align, q_len, kv_len)
+        j = torch.arange(*keys, device=device)[None, :]
         return (i - j) % self.step == 0
+
+    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
+        """True: either anchor is the diagonal of a square matrix."""
+        return True
 
     @property
     def anchored(self) -> bool:

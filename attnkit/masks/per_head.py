@@ -64,6 +64,22 @@ class PerHead(Composite):
     ) -> torch.Tensor:
         return self.masks[head]._cells(q_len, kv_len, batch, 0, device)
 
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        return self.masks[head]._cells_in(rows, keys, q_len, kv_len, batch, 0, device)
+
+    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
+        """As the head's own mask."""
+        return self.masks[head]._extends(shorter, longer, batch, 0)
+
     @property
     def heads(self) -> int | None:
         """One mask per head."""

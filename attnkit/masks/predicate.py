@@ -57,13 +57,25 @@ class Predicate(Mask):
     def _cells(
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        cells = torch.empty(q_len, kv_len, dtype=torch.bool, device=device)
-        keys = torch.arange(kv_len, device=device)
+        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
+
+    def _cells_in(
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        head: int,
+        device: torch.device | str | None,
+    ) -> torch.Tensor:
+        (top, bottom), j = rows, torch.arange(*keys, device=device)
+        cells = torch.empty(bottom - top, len(j), dtype=torch.bool, device=device)
         b, h = (torch.tensor(value, device=device) for value in (batch, head))
-        height = max(1, CHUNK_CELLS // max(1, kv_len))
-        for i0 in range(0, q_len, height):
-            rows = torch.arange(i0, min(i0 + height, q_len), device=device)
-            cells[i0 : i0 + height] = evaluate(self.fn, b, h, rows, keys)
+        height = max(1, CHUNK_CELLS // max(1, len(j)))
+        for start in range(top, bottom, height):
+            i = torch.arange(start, min(start + height, bottom), device=device)
+            cells[start - top : start - top + len(i)] = evaluate(self.fn, b, h, i, j)
         return cells
 
     @property

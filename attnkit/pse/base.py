@@ -30,6 +30,8 @@ __all__ = ["PSE", "Align", "Pse", "Range", "Sum", "check_range"]
 Align = Literal["bottom_right", "top_left"]
 Range = tuple[int, int]
 
+_CELLS_AT_ONCE = 1 << 20  # read together where two matrices are compared
+
 
 class Pse(ABC):
     """A bias on the scores: ``scale*q.k + bias``, or ``scale*(q.k + bias)`` when `before_scale`.
@@ -186,6 +188,19 @@ give one slope per query head
             device=device,
         )
         return whole[..., slice(*q_range), slice(*kv_range)]
+
+    def _extends(self, shorter: int, longer: int) -> bool:
+        """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
+        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
+        for i in range(0, shorter, height):
+            rows, keys = (i, min(i + height, shorter)), (0, shorter)
+            old, new = (
+                self.rectangle(rows, keys, q_len=n, kv_len=n, dtype=torch.float64)
+                for n in (shorter, longer)
+            )
+            if not torch.equal(old, new):
+                return False
+        return True
 
     def key(self) -> Hashable:
         """Return what a plan may depend on: equal keys mean that one plan serves both biases."""
@@ -357,6 +372,10 @@ class Sum(Pse):
     ) -> Pse:
         """Return the sum of the parts' cuts."""
         return Sum(part.cut(q_range, kv_range, q_len=q_len, kv_len=kv_len) for part in self.parts)
+
+    def _extends(self, shorter: int, longer: int) -> bool:
+        """Whether every part does."""
+        return all(part._extends(shorter, longer) for part in self.parts)
 
     def key(self) -> Hashable:
         """Return the keys of the parts, in order."""

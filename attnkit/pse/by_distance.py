@@ -39,6 +39,10 @@ class ByDistance(Pse):
         """Return the key position that query 0 stands on: ``i' - i``."""
         return kv_len - q_len if self.align == "bottom_right" else 0
 
+    def _extends(self, shorter: int, longer: int) -> bool:
+        """True: either anchor is the diagonal of a square matrix."""
+        return True
+
     def materialize(
         self,
         q_len: int,

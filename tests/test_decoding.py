@@ -1,0 +1,386 @@
+"""Decoding step by step is the full forward, or it is refused: every family, alone and mixed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from attnkit import masks, pse
+from attnkit.cache import KVCache
+from attnkit.decoding import rows_of_mask, text_length
+from attnkit.errors import BackendRefused, CompositionError
+from attnkit.masks import Mask
+from attnkit.modules import MultiHeadAttention
+from attnkit.pse import Pse
+from attnkit.rotary import Rotary
+
+DIM = 8
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- random compositions, texts and steps ----------------------------------------------------
+
+
+class Draw(random.Random):
+    """What one seed stands for; `n` tokens, `b` texts, `h` heads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.n, self.b, self.h = self.randint(1, 12), self.randint(1, 3), self.choice([1, 2, 4])
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return noise(*shape, seed=self.getrandbits(32))
+
+    def size(self) -> int:
+        return self.randint(1, self.n + 1)
+
+    def align(self) -> str:
+        return self.choice(["bottom_right", "top_left"])
+
+    def lengths(self) -> list[int]:
+        """Lengths of documents that fill the text."""
+        cuts = sorted(self.randint(0, self.n) for _ in range(self.randint(0, 2)))
+        return [b - a for a, b in itertools.pairwise([0, *cuts, self.n]) if b > a]
+
+    def per_text(self) -> list[int]:
+        return [self.randint(0, self.n) for _ in range(self.b)]
+
+    def atom(self) -> Mask:
+        n, m = self.n, masks
+        planes = self.choice([(), (self.h,), (self.b, 1), (self.b, self.h)])
+        cells = self.tensor(*planes, n, n) > self.choice([-1.0, 0.0, 1.0])
+        share = self.randint(2, 4)
+        makers = [
+            lambda: m.Full(),
+            lambda: m.Causal(self.align()),
+            lambda: m.SlidingWindow(self.size(), self.align()),
+            lambda: m.Band(self.choice([None, 0, 2]), self.choice([None, 0, 1]), self.align()),
+            lambda: m.Columns(self.randint(0, 2), self.randint(2, n + 2)),
+            lambda: m.Rows(self.randint(0, 2), self.randint(2, n + 2)),
+            lambda: m.Prefix(self.choice([self.size(), self.per_text()])),
+            lambda: m.PrefixLM(self.size()),
+            lambda: m.Documents(self.lengths()),
+            lambda: m.Padding(self.per_text(), self.choice(["left", "right"])),
+            lambda: m.Chunked(self.size(), self.align()),
+            lambda: m.BlockCausal(self.size(), self.align()),
+            lambda: m.Dilated(self.size(), self.align()),
+            lambda: m.Dense.keep(cells),
+            lambda: m.Dense.keep(cells.tril()),
+            lambda: m.Predicate(lambda b, h, i, j: (i * 3 + j * 7) % share == 0),
+            lambda: m.Predicate(lambda b, h, i, j: (j <= i) & ((i + j + h) % share > 0)),
+            lambda: m.Predicate(
+                lambda b, h, i, j: (i + b) % share >= j % 2, self.b, self.choice([None, self.h])
+            ),
+        ]
+        return self.choice(makers)()
+
+    def mask(self, depth: int = 2) -> Mask:
+        kind = self.random()
+        if depth == 0 or kind < 0.3:
+            return self.atom()
+        part = self.mask(depth - 1)
+        if kind < 0.4:
+            return ~part
+        if kind < 0.5:
+            return self.cut_mask(part)
+        if kind < 0.55 and part.heads is None:
+            others = (self.mask(depth - 1) for _ in range(self.h - 1))
+            return masks.PerHead([part, *(o if o.heads is None else part for o in others)])
+        other = self.mask(depth - 1)
+        return self.choice([part & other, part | other, part - other])
+
+    def cut_mask(self, part: Mask) -> Mask:
+        a, b, n = self.randint(0, 2), self.randint(0, 2), self.n
+        known = part.extent != (None, None)
+        whole = {} if known else {"q_len": n + a, "kv_len": n + b}
+        return self.choice(
+            [
+                lambda: part[:, :n],
+                lambda: part[:n, :],
+                lambda: part.cut((a, a + n), (b, b + n), **whole),
+                lambda: part[a:, b:],
+            ]
+        )()
+
+    def one_bias(self) -> Pse:
+        n, h = self.n, self.h
+        heads = self.choice([(), (h,)])
+        texts = self.choice([(1, h), (self.b, 1), (self.b, h)])
+        table = self.tensor(8, h)
+        makers = [
+            lambda: pse.ALiBi(h, align=self.align()),
+            lambda: pse.ALiBi(h, learnable=True),
+            lambda: pse.SqrtALiBi(h, align=self.align()),
+            lambda: pse.T5Relative(h, 8, 9, align=self.align(), table=table),
+            lambda: pse.T5Relative(h, 8, 9, bidirectional=False, table=table),
+            lambda: pse.Dense(self.tensor(*heads, n, n), before_scale=self.random() < 0.3),
+            lambda: pse.Dense(self.tensor(*texts, n, n)),
+            lambda: pse.KeyBias(self.tensor(*heads, n)),
+            lambda: pse.KeyBias(self.tensor(*texts, n)),
+            lambda: Lengths(),
+        ]
+        return self.choice(makers)()
+
+    def bias(self) -> Pse | None:
+        parts = [self.one_bias() for _ in range(self.choice([0, 0, 1, 1, 1, 2, 2, 3]))]
+        if parts and self.random() < 0.15 and parts[0].extent == (None, None):
+            a, b, n = self.randint(0, 2), self.randint(0, 2), self.n
+            parts[0] = parts[0].cut((a, a + n), (b, b + n), q_len=n + a, kv_len=n + b + 1)
+        return pse.Sum(parts) if parts else None
+
+    def cuts(self) -> list[int]:
+        """Where steps end: single tokens, some tokens, or a prefill and then either."""
+        inside = range(1, self.n)
+        some = sorted(self.sample(inside, self.randint(0, len(inside))))
+        prefill = self.randint(1, self.n)
+        pattern = self.choice(["single", "chunks", "prefill"])
+        return {
+            "single": list(inside),
+            "chunks": some,
+            "prefill": list(range(prefill, self.n)),
+        }[pattern]
+
+
+class Lengths(pse.Pse):
+    """A bias that changes with the text: no step can know what the whole will hold."""
+
+    def materialize(
+        self, q_len, kv_len, *, batch=None, heads=None, batch_index=None, dtype=None, device=None
+    ):
+        return torch.full((1, 1, q_len, kv_len), 0.1 * kv_len, dtype=dtype).tril()
+
+
+def settled(mask: Mask, n: int, stops: list[int]) -> bool:
+    """Say by cells whether rows see the same in every text, and nothing that comes later."""
+    if mask.extent != (None, None):
+        whole = mask.materialize(n, n, mask.batches or 1, mask.heads or 1)
+        texts = [whole] * len(stops)
+    else:
+        try:
+            texts = [mask.materialize(s, s, mask.batches or 1, mask.heads or 1) for s in stops]
+        except CompositionError:  # it has no meaning for a text so short
+            return False
+    for (start, old), (stop, new) in itertools.pairwise(
+        [(0, texts[0]), *zip(stops, texts, strict=True)]
+    ):
+        if new[..., start:stop, stop:].any() or new[..., :start, start:stop].any():
+            return False
+        if not torch.equal(old[..., :start, :start], new[..., :start, :start]):
+            return False
+    return True
+
+
+def one_decoding(seed: int, backend: str = "auto") -> str:
+    """Decode what the seed stands for; return what came of it, raise if it is a difference."""
+    draw = Draw(seed)
+    try:
+        mask = draw.mask()
+        if draw.random() < 0.7:
+            mask = mask & masks.Causal(draw.align())
+        bias = draw.bias()
+        torch.manual_seed(seed)
+        kv_heads = draw.choice([k for k in (1, 2, 4) if draw.h % k == 0])
+        terms = {
+            "rotary": draw.choice([False, True, Rotary(100.0, 2, "interleaved")]),
+            "sink": draw.random() < 0.3,
+            "softcap": draw.choice([None, None, 2.0]) if backend == "auto" else None,
+            "scale": draw.choice([None, 0.7]),
+            "num_kv_heads": kv_heads,
+        }
+        at_call = draw.random() < 0.3
+        own = {} if at_call else {"mask": mask, "pse": bias}
+        given = {"mask": mask, "pse": bias} if at_call else {}
+        layer = MultiHeadAttention(
+            DIM, draw.h, head_dim=4, dtype=torch.float64, backend=backend, **own, **terms
+        )
+        if layer.attention.sink is not None:
+            torch.nn.init.normal_(layer.attention.sink)
+        x = draw.tensor(draw.b, draw.n, DIM)
+        with torch.no_grad():
+            whole = layer(x, **given)
+    except (CompositionError, BackendRefused):
+        return "no forward"
+    cuts, cache = draw.cuts(), KVCache(draw.choice([None, draw.n]))
+    try:
+        with torch.no_grad():
+            steps = [layer(part, cache=cache, **given) for part in x.tensor_split(cuts, dim=1)]
+    except BackendRefused:
+        return "no backend"
+    except CompositionError as error:
+        stops = [*cuts, draw.n]
+        if bias is None and settled(mask, draw.n, stops):
+            raise AssertionError(f"seed {seed}: {mask!r} could be decoded, but {error}") from error
+        return "refused"
+    difference = (torch.cat(steps, dim=1) - whole).abs().max().item()
+    if not difference <= 1e-10:
+        raise AssertionError(f"seed {seed}: {mask!r}, {bias!r}, cuts {cuts}: {difference}")
+    return "equal"
+
+
+def one_context(seed: int) -> str:
+    """Answer queries step by step from a sealed context; as `one_decoding`."""
+    draw = Draw(seed)
+    try:
+        mask, bias = draw.mask(), draw.bias()
+        torch.manual_seed(seed)
+        layer = MultiHeadAttention(
+            DIM, draw.h, head_dim=4, kv_dim=5, mask=mask, pse=bias, dtype=torch.float64
+        )
+        x, context = draw.tensor(draw.b, draw.n, DIM), draw.tensor(draw.b, draw.n, 5)
+        if draw.random() < 0.4:
+            context = draw.tensor(draw.b, draw.size(), 5)
+        with torch.no_grad():
+            whole = layer(x, context)
+    except (CompositionError, BackendRefused):
+        return "no forward"
+    cache = KVCache()
+    try:
+        with torch.no_grad():
+            steps = [layer(t, context, cache=cache) for t in x.tensor_split(draw.cuts(), dim=1)]
+    except CompositionError:
+        return "refused"
+    difference = (torch.cat(steps, dim=1) - whole).abs().max().item()
+    if not difference <= 1e-10:
+        raise AssertionError(f"seed {seed}: {mask!r}, {bias!r}: {difference}")
+    return "equal"
+
+
+@pytest.mark.parametrize(
+    ("first", "backend"),
+    [(0, "auto"), (1000, "auto"), (2000, "auto"), (0, "emulated"), (1000, "emulated")],
+)
+def test_random_steps_are_the_whole_or_refused(first: int, backend: str):
+    found = Counter(one_decoding(seed, backend) for seed in range(first, first + 60))
+    assert found["equal"] > 20
+    assert found["refused"] > 2
+
+
+def test_random_queries_of_a_context_are_the_whole_or_refused():
+    found = Counter(one_context(seed) for seed in range(120))
+    assert found["equal"] > 20
+    assert found["refused"] > 10
+
+
+# -- what went wrong once --------------------------------------------------------------------
+
+
+N = 7
+IN_STEPS = {
+    "a bias of distances beside one per key": (
+        masks.Causal(),
+        pse.T5Relative(2, 8, 9, bidirectional=False, table=noise(8, 2)) + pse.KeyBias(noise(N)),
+    ),
+    "with its roots": (masks.Causal(), pse.SqrtALiBi(2) + pse.KeyBias(noise(2, N, seed=1))),
+    "a mask of which one length is known": (masks.Causal() & masks.Full()[:, :N], None),
+    "a mask whose length only the bias knows": (
+        masks.Causal() & masks.Padding([3], side="left"),
+        pse.KeyBias(noise(N)),
+    ),
+    "every second key": (masks.Dilated(2) & masks.Causal(), pse.ALiBi(2)),
+    "a function": (masks.Predicate(lambda b, h, i, j: (j <= i) & ((i + j) % 3 > 0)), None),
+    "a matrix": (masks.Dense.keep((noise(N, N) > -0.5).tril()), None),
+    "a matrix and a diagonal": (
+        masks.Dense.keep(noise(2, N, N) > 0) & masks.Causal("top_left"),
+        pse.Dense(noise(N, N)),
+    ),
+}
+
+
+@torch.no_grad()
+def in_steps(mask: Mask, bias: Pse | None, n: int = N) -> tuple[MultiHeadAttention, torch.Tensor]:
+    """Return the layer, and what it makes of a text token by token."""
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(DIM, 2, mask=mask, pse=bias, dtype=torch.float64)
+    x, cache = noise(1, n, DIM), KVCache()
+    return layer, torch.cat([layer(token, cache=cache) for token in x.split(1, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize(("mask", "bias"), IN_STEPS.values(), ids=IN_STEPS.keys())
+def test_what_looks_back_decodes(mask: Mask, bias: Pse | None):
+    layer, steps = in_steps(mask, bias)
+    assert torch.allclose(steps, layer(noise(1, N, DIM)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mask", "bias", "words"),
+    [
+        (masks.Dilated(2), None, ["first 2 tokens", "masks.Causal()"]),
+        (masks.Predicate(lambda b, h, i, j: (i + j) % 2 == 0), None, ["first 2 tokens"]),
+        (masks.Dense.keep(noise(40, 40) > 0), None, ["tokens 0 to 0 see keys that come later"]),
+        (
+            masks.Causal() & masks.Padding([1], side="left") & masks.Dilated(2),
+            None,
+            ["moves as the text grows"],
+        ),
+        (masks.Causal(), Lengths(), ["other numbers", "text of 2", "built for the whole text"]),
+        (masks.Causal() & masks.Full()[:, :5], None, ["5 x 5", "6 tokens"]),
+        (masks.Causal(), pse.KeyBias(noise(5)), ["5 x 5", "6 tokens"]),
+        (masks.Causal() & masks.Full()[:8, :9], None, ["8 queries and 9 keys"]),
+        (
+            masks.Documents([4, 5]) & masks.Causal(),
+            pse.KeyBias(noise(8)),
+            ["any number of queries and 8 keys", "beside it for 9"],
+        ),
+    ],
+)
+def test_what_steps_cannot_honour_is_refused(mask: Mask, bias: Pse | None, words: list[str]):
+    with pytest.raises(CompositionError) as caught:
+        in_steps(mask, bias, mask.extent[0] or 8)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_step_reads_the_new_rows_and_keys_of_a_mask_that_is_no_region():
+    read = Counter()
+
+    def looks_back(b, h, i, j):
+        read["cells"] += i.shape[0] * j.shape[1]
+        return (j <= i) & ((i + j) % 3 > 0)
+
+    mask = masks.Predicate(looks_back) & masks.Columns(0, 900) & ~masks.Dilated(7)
+    for start, stop in [(0, 500), (500, 501), (501, 505)]:
+        read.clear()
+        rows = rows_of_mask(mask, start, stop)
+        rows.materialize(stop - start, stop)
+        # The new keys of the old rows, and the new rows.
+        assert read["cells"] <= start * (stop - start) + (stop - start) * stop
+
+
+def test_cells_of_a_rectangle_are_those_of_the_whole():
+    for seed in range(150):
+        draw = Draw(seed)
+        try:
+            mask = draw.mask()
+            whole = mask.materialize(draw.n, draw.n, mask.batches or 1, mask.heads or 1)
+        except CompositionError:
+            continue
+        i, j = (
+            sorted(draw.choices(range(draw.n + 1), k=2)),
+            sorted(draw.choices(range(draw.n), k=2)),
+        )
+        for b, h in itertools.product(range(whole.shape[0]), range(whole.shape[1])):
+            part = mask._block((i[0], i[1]), (j[0], j[1]), draw.n, draw.n, b, h)
+            assert torch.equal(part, whole[b, h, i[0] : i[1], j[0] : j[1]])
+
+
+def test_the_length_of_a_text_is_what_its_parts_know():
+    assert text_length(masks.Causal(), pse.ALiBi(2), 3) is None
+    assert text_length(masks.Causal(), pse.KeyBias(noise(5)), 3) == 5
+    assert text_length(masks.Documents([2, 3]), pse.KeyBias(noise(5)), 5) == 5
+    assert text_length(masks.Full()[:5, :], None, 3) == 5
+
+
+if __name__ == "__main__":  # python tests/test_decoding.py FIRST COUNT BACKEND|context
+    import sys
+
+    torch.set_num_threads(1)
+    first, count, backend = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    seeds = range(first, first + count)
+    one = one_context if backend == "context" else lambda seed: one_decoding(seed, backend)
+    print(Counter(one(seed) for seed in seeds))
