@@ -16,13 +16,32 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.layouts.seqlens import check_lengths
 from attnkit.registry import Registry
 
-__all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
+__all__ = ["LAYOUTS", "Layout", "Sizes", "check_tensor", "get", "register"]
 
 _AXES = {"b": "batch", "s": "length", "n": "heads", "d": "dim", "t": "tokens"}
 _DENSE = frozenset("bsnd")
 _PACKED = frozenset("tnd")
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise `CompositionTypeError` for anything but a tensor whose numbers lie at strides.
+
+    >>> check_tensor("key", [1.0])
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionTypeError: key is a list; give a torch tensor
+    """
+    if not isinstance(tensor, Tensor):
+        raise CompositionTypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise CompositionTypeError(
+            f"{name} is a {kind} tensor; give a dense one (tensor.to_dense()), and texts of unlike "
+            "lengths packed into one, with SeqLens"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,27 +86,39 @@ class Layout:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.upper():
             raise CompositionError(
                 f"a layout's name is a non-empty upper-case string such as 'BSND', "
-                f"not {self.name!r}"
+                f"not {shown(self.name)}"
             )
         if not isinstance(self.pattern, str):
             raise CompositionTypeError(
-                f"a layout's pattern is an einops string, not {self.pattern!r}"
+                f"a layout's pattern is an einops string, not {shown(self.pattern)}"
             )
         _groups(self.pattern)
 
     @property
     def packed(self) -> bool:
-        """Whether sequences lie one after the other along one token axis ``t``."""
+        """Whether sequences lie one after the other along one token axis ``t``.
+
+        >>> get("TND").packed, get("BSND").packed
+        (True, False)
+        """
         return "t" in self.pattern
 
     @property
     def merges_heads(self) -> bool:
-        """Whether heads and their dimension share an axis, ``(n d)``."""
+        """Whether heads and their dimension share an axis, ``(n d)``.
+
+        >>> get("BSH").merges_heads, get("BSND").merges_heads
+        (True, False)
+        """
         return "(" in self.pattern
 
     @property
     def rank(self) -> int:
-        """The number of axes of a tensor in this layout."""
+        """The number of axes of a tensor in this layout.
+
+        >>> get("BSH").rank, get("BSND").rank
+        (3, 4)
+        """
         return len(_groups(self.pattern))
 
     def __str__(self) -> str:
@@ -120,6 +151,8 @@ class Layout:
 its last axis of 30 does not divide into num_heads=4; change the width to a multiple of 4, \
 or num_heads
         """
+        if not isinstance(shape, torch.Size):
+            _check_shape(shape, what)
         groups = _groups(self.pattern)
         if len(shape) != len(groups):
             raise self._wrong_rank(shape, what)
@@ -134,8 +167,8 @@ or num_heads
         for given, axis, label in ((num_heads, "n", "num_heads"), (head_dim, "d", "head_dim")):
             if given is not None and found[axis] != given:
                 raise CompositionError(
-                    f"{self._given(shape, what)}: {label}={given} was given, "
-                    f"but the shape holds {found[axis]} ({_AXES[axis]}); make them agree"
+                    f"{self._given(shape, what)}: {label}={given} was given, but the shape holds "
+                    f"{found[axis]} ({_AXES[axis]}); {self._agree(shape, num_heads, head_dim)}"
                 )
             if found[axis] == 0:
                 raise CompositionError(
@@ -151,6 +184,10 @@ or num_heads
         >>> get("SBH").shape(Sizes(batch=2, length=16, heads=4, dim=8))
         (16, 2, 32)
         """
+        if not isinstance(sizes, Sizes):
+            raise CompositionTypeError(
+                f"shape takes Sizes(batch=, length=, heads=, dim=), not {shown(sizes)}"
+            )
         tokens = sizes.batch * sizes.length
         extents = {"b": sizes.batch, "s": sizes.length, "t": tokens}
         extents |= {"n": sizes.heads, "d": sizes.dim}
@@ -222,6 +259,7 @@ or num_heads
         """
         self._need_packed("split", "to_bnsd")
         whole = self._from_own(tensor, "1 n t d", num_heads)
+        lengths = check_lengths("split: lengths", lengths)
         if sum(lengths) != whole.shape[2]:
             raise CompositionError(
                 f"{self._given(tensor.shape, 'tensor')}: {len(lengths)} lengths that sum to "
@@ -237,14 +275,27 @@ or num_heads
         torch.Size([8, 4, 8])
         """
         self._need_packed("join", "from_bnsd")
+        if not isinstance(parts, Sequence):
+            raise CompositionTypeError(f"join takes a list of tensors, not {shown(parts)}")
         if not parts:
             raise CompositionError("join got no sequences; a packed batch holds at least one")
+        for part in parts:
+            _need_rank(part, "1 n t d")
+        forms = {(t.shape[1], t.shape[3], t.dtype, t.device): t for t in parts}
+        if len(forms) > 1:
+            told = " and ".join(
+                f"{list(t.shape)} of {t.dtype} on {t.device}" for t in forms.values()
+            )
+            raise CompositionError(
+                f"join got sequences that differ: {told}; give all the same heads, dimensions, "
+                "dtype and device"
+            )
         axis = _groups(self.pattern).index("t")
         # Permuting before concatenating leaves the result contiguous in its own layout.
         return torch.cat([self._to_own(part, "1 n t d") for part in parts], dim=axis)
 
     def _from_own(self, tensor: Tensor, pattern: str, num_heads: int | None) -> Tensor:
-        _need_tensor(tensor)
+        check_tensor("the tensor of a layout", tensor)
         sizes = self.sizes(tensor.shape, num_heads)
         merged = {"n": sizes.heads} if self.merges_heads else {}
         return rearrange(tensor, f"{self.pattern} -> {pattern}", **merged)
@@ -273,6 +324,57 @@ or num_heads
                 f"{label}={count}; change the width to a multiple of {count}, or {label}"
             )
         return (count, extent // count) if label == "num_heads" else (extent // count, count)
+
+    def _agree(self, shape: Sequence[int], num_heads: int | None, head_dim: int | None) -> str:
+        """Say what to do about a count that a shape contradicts: name the layouts that fit."""
+        fitting = [
+            name
+            for name, known in LAYOUTS.items()
+            if known.packed == self.packed and known._holds(shape, num_heads, head_dim)
+        ]
+        if not fitting:
+            return "make them agree"
+        return f"this looks like {' or '.join(fitting)}: say layout={fitting[0]!r}"
+
+    def _holds(self, shape: Sequence[int], num_heads: int | None, head_dim: int | None) -> bool:
+        """Whether a shape has these counts in this layout."""
+        groups = _groups(self.pattern)
+        if len(groups) != len(shape):
+            return False
+        found = dict(zip(groups, shape, strict=True))
+        if self.merges_heads:
+            counts = num_heads, head_dim
+            return None not in counts and found["n d"] == (num_heads or 0) * (head_dim or 0)
+        return num_heads in (None, found["n"]) and head_dim in (None, found["d"])
+
+    def twin(self) -> Layout | None:
+        """Return the layout that differs in the places of lengths and heads alone, if there is one.
+
+        >>> get("BSND").twin()
+        Layout(name='BNSD', pattern='b n s d')
+        """
+        swapped = self.pattern.translate(str.maketrans("sn", "ns"))
+        return next((known for _, known in LAYOUTS.items() if known.pattern == swapped), None)
+
+    def doubt(self, query: tuple[int, int], key: tuple[int, int]) -> str | None:
+        """Return why tensors may be in another layout than this; None where nothing says so.
+
+        `query` and `key` are (length, heads) as read in this layout. Where both have more heads
+        than positions and the layout has a `twin`, lengths and heads are likely to be confused:
+        one axis cannot be told from another by its extent.
+
+        >>> get("BSND").doubt((8, 128), (8, 128))
+        "8 positions and 128 heads were read off the shapes; if these are 8 heads and 128 \
+positions, say layout='BNSD'"
+        >>> get("BSND").doubt((1, 8), (4096, 8))
+        """
+        twin, (length, heads) = self.twin(), query
+        if twin is None or length >= heads or key[0] >= key[1] or length == 0:
+            return None
+        return (
+            f"{length:,} positions and {heads:,} heads were read off the shapes; if these are "
+            f"{length:,} heads and {heads:,} positions, say layout={twin.name!r}"
+        )
 
     def _given(self, shape: Sequence[int], what: str) -> str:
         return f"{what} {list(shape)} in layout {self}"
@@ -331,7 +433,7 @@ def get(name: str) -> Layout:
         )
     if name not in LAYOUTS and name.upper() in LAYOUTS:
         raise CompositionError(
-            f"unknown layout {name!r}: names are upper case, write {name.upper()!r}"
+            f"unknown layout {shown(name)}: names are upper case, write {name.upper()!r}"
         )
     return LAYOUTS[name]
 
@@ -347,7 +449,7 @@ def _groups(pattern: str) -> tuple[str, ...]:
     known = frozenset(axes) in (_DENSE, _PACKED) and len(set(axes)) == len(axes)
     if not known or any(group not in (*_AXES, "n d") for group in groups):
         raise CompositionError(
-            f"layout pattern {pattern!r}: a layout names each of the axes b s n d (or t n d, "
+            f"layout pattern {shown(pattern)}: a layout names each of the axes b s n d (or t n d, "
             "packed) once, separated by spaces, and may merge only '(n d)'"
         )
     return groups
@@ -362,13 +464,16 @@ def _positive(label: str, value: int | None) -> None:
         raise CompositionError(f"{label} is a positive int, got {value}")
 
 
-def _need_tensor(tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise CompositionTypeError(f"a layout converts torch tensors, not {type(tensor).__name__}")
+def _check_shape(shape: Sequence[int], what: str) -> None:
+    whole = isinstance(shape, Sequence) and not isinstance(shape, str | bytes)
+    if not whole or any(type(extent) is not int or extent < 0 for extent in shape):
+        raise CompositionTypeError(
+            f"{what}: a shape is a list of ints that are 0 or more, got {shown(shape)}"
+        )
 
 
 def _need_rank(tensor: Tensor, pattern: str) -> None:
-    _need_tensor(tensor)
+    check_tensor("the tensor of a layout", tensor)
     rank = len(pattern.replace("(b s)", "t").split())
     if tensor.ndim != rank or (pattern[0] == "1" and tensor.shape[0] != 1):
         raise CompositionError(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 
-__all__ = ["SeqLens"]
+__all__ = ["SeqLens", "check_lengths"]
 
 _SHOWN = 8
+_LONGEST = 2**63 - 1  # what a kernel's list of lengths can hold
+_MOST = 2**24  # sequences: more than any batch, and what a range without end is stopped at
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -43,9 +48,9 @@ class SeqLens:
     kv: tuple[int, ...]
 
     def __init__(self, q: Sequence[int] | Tensor, kv: Sequence[int] | Tensor | None = None) -> None:
-        lengths = _lengths("q", q)
+        lengths = check_lengths("SeqLens: q", q)
         object.__setattr__(self, "q", lengths)
-        object.__setattr__(self, "kv", lengths if kv is None else _lengths("kv", kv))
+        object.__setattr__(self, "kv", lengths if kv is None else check_lengths("SeqLens: kv", kv))
         if len(self.q) != len(self.kv):
             raise CompositionError(
                 f"SeqLens: {len(self.q)} query lengths but {len(self.kv)} key lengths; every "
@@ -74,32 +79,56 @@ cumulative lengths start with 0; prepend the 0, or use SeqLens(...) if these are
 
     @cached_property
     def cu_q(self) -> tuple[int, ...]:
-        """Where each sequence's queries start, and the total last."""
+        """Where each sequence's queries start, and the total last.
+
+        >>> SeqLens([3, 5]).cu_q
+        (0, 3, 8)
+        """
         return tuple(accumulate(self.q, initial=0))
 
     @cached_property
     def cu_kv(self) -> tuple[int, ...]:
-        """Where each sequence's keys start, and the total last."""
+        """Where each sequence's keys start, and the total last.
+
+        >>> SeqLens([3, 5], [4, 9]).cu_kv
+        (0, 4, 13)
+        """
         return self.cu_q if self.kv is self.q else tuple(accumulate(self.kv, initial=0))
 
     @property
     def total_q(self) -> int:
-        """The number of query tokens in the batch."""
+        """The number of query tokens in the batch.
+
+        >>> SeqLens([3, 5]).total_q
+        8
+        """
         return self.cu_q[-1]
 
     @property
     def total_kv(self) -> int:
-        """The number of key tokens in the batch."""
+        """The number of key tokens in the batch.
+
+        >>> SeqLens([3, 5], [4, 9]).total_kv
+        13
+        """
         return self.cu_kv[-1]
 
     @cached_property
     def max_q(self) -> int:
-        """The longest sequence of queries."""
+        """The longest sequence of queries.
+
+        >>> SeqLens([3, 5]).max_q
+        5
+        """
         return max(self.q)
 
     @cached_property
     def max_kv(self) -> int:
-        """The longest sequence of keys."""
+        """The longest sequence of keys.
+
+        >>> SeqLens([3, 5], [4, 9]).max_kv
+        9
+        """
         return max(self.kv)
 
     def check_totals(self, total_q: int, total_kv: int) -> None:
@@ -141,13 +170,26 @@ value hold 9 tokens; every token belongs to exactly one sequence
         return (SeqLens, (self.q, self.kv))
 
 
-def _lengths(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
-    lengths = _host_ints(f"SeqLens: {name}", values)
+def check_lengths(where: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Return lengths of sequences as a tuple of ints; `where` names them in messages.
+
+    >>> check_lengths("SeqLens: q", range(1, 4))
+    (1, 2, 3)
+    >>> check_lengths("SeqLens: q", [3, -1])
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: SeqLens: q[1] is -1; a length is 0 or more
+    """
+    lengths = _host_ints(where, values)
     if not lengths:
-        raise CompositionError(f"SeqLens: {name} is empty; a packed batch holds at least one")
+        raise CompositionError(f"{where} is empty; a packed batch holds at least one")
     if min(lengths) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise CompositionError(f"SeqLens: {name}[{at}] is {lengths[at]}; a length is 0 or more")
+        raise CompositionError(f"{where}[{at}] is {shown(lengths[at])}; a length is 0 or more")
+    if sum(lengths) > _LONGEST:
+        raise CompositionError(
+            f"{where} is {_short(lengths)}: more tokens in all than a 64-bit number counts"
+        )
     return lengths
 
 
@@ -158,15 +200,15 @@ def _differences(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
         raise CompositionError(f"{where} is empty; cumulative lengths start with 0")
     if totals[0] != 0:
         raise CompositionError(
-            f"{where} starts with {totals[0]}, but cumulative lengths start with 0; prepend the "
-            "0, or use SeqLens(...) if these are lengths"
+            f"{where} starts with {shown(totals[0])}, but cumulative lengths start with 0; "
+            "prepend the 0, or use SeqLens(...) if these are lengths"
         )
     lengths = tuple(after - before for before, after in pairwise(totals))
     if lengths and min(lengths) < 0:
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise CompositionError(
-            f"{where} falls from {totals[at]} to {totals[at + 1]} at index {at + 1}; cumulative "
-            "lengths never decrease (use SeqLens(...) if these are lengths)"
+            f"{where} falls from {shown(totals[at])} to {shown(totals[at + 1])} at index {at + 1}; "
+            "cumulative lengths never decrease (use SeqLens(...) if these are lengths)"
         )
     return lengths
 
@@ -174,10 +216,16 @@ def _differences(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
 def _host_ints(where: str, values: object) -> tuple[int, ...]:
     if isinstance(values, Tensor):
         values = _read_tensor(where, values)
-    ordered = isinstance(values, Sequence) or hasattr(values, "__array__")
-    if not isinstance(values, Iterable) or not ordered or isinstance(values, str):
+    elif hasattr(values, "__array__"):
+        values = _read_array(where, np.asarray(values))
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
         raise CompositionTypeError(
             f"{where} is a list of ints, one per sequence; got {type(values).__name__}"
+        )
+    if len(values) > _MOST:
+        raise CompositionError(
+            f"{where} has {shown(len(values))} entries; a packed batch holds {_MOST:,} sequences "
+            "at most"
         )
     if bool in map(type, values):
         raise CompositionTypeError(f"{where} holds booleans; give lengths, not a mask")
@@ -186,7 +234,8 @@ def _host_ints(where: str, values: object) -> tuple[int, ...]:
     except TypeError:
         bad = next(value for value in values if not hasattr(value, "__index__"))
         raise CompositionTypeError(
-            f"{where} holds {bad!r} ({type(bad).__name__}); lengths are whole numbers of tokens"
+            f"{where} holds {shown(bad)} ({type(bad).__name__}); lengths are whole numbers of "
+            "tokens"
         ) from None
 
 
@@ -197,10 +246,21 @@ def _read_tensor(where: str, values: Tensor) -> list[int]:
             "the device in every step; keep the lengths on the host (a list or CPU tensor) "
             "where the batch is built"
         )
+    dense = not values.is_nested and values.layout == torch.strided
     integral = not (values.is_floating_point() or values.is_complex())
-    if values.ndim != 1 or not integral:
+    if not dense or values.ndim != 1 or not integral:
+        kind = "nested" if values.is_nested else str(values.layout).removeprefix("torch.")
+        shape = list(values.shape) if dense else kind
         raise CompositionTypeError(
-            f"{where} is a tensor {list(values.shape)} of {values.dtype}; give one axis of integers"
+            f"{where} is a tensor {shape} of {values.dtype}; give one axis of integers"
+        )
+    return [*values.tolist()]
+
+
+def _read_array(where: str, values: np.ndarray[Any, Any]) -> list[int]:
+    if values.ndim != 1 or values.dtype.kind not in "iub":
+        raise CompositionTypeError(
+            f"{where} is an array {list(values.shape)} of {values.dtype}; give one axis of integers"
         )
     return [*values.tolist()]
 

@@ -116,6 +116,10 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
         f"{' in all' if request.seqlens is not None else ''}, "
         f"{request.num_heads}{groups} heads of {dims}",
     )
+    read = (request.q_len, request.num_heads), (request.kv_len, request.num_kv_heads)
+    doubt = request.layout_of.doubt(*read)
+    if doubt is not None:
+        yield "layout?", doubt
     extras = [str(request.dtype).removeprefix("torch."), f"scale {request.scale:.6g}"]
     extras += [f"dropout {request.dropout:g}"] if request.dropout else []
     extras += [f"softcap {request.softcap:g}"] if request.softcap else []

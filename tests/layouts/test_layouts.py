@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attnkit as ak
 from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import BNSD, BSH, BSND, LAYOUTS, SBH, TND, Layout, Sizes
@@ -133,7 +134,28 @@ def test_sizes_takes_heads_from_the_head_dim_where_they_are_merged():
         (lambda: BSH.sizes((2, 7, 24), 5), ["24", "num_heads=5", "multiple of 5"]),
         (lambda: BSH.sizes((2, 7, 24), head_dim=7), ["head_dim=7"]),
         (lambda: BSH.sizes((2, 7, 24), 4, head_dim=8), ["head_dim=8", "holds 6"]),
-        (lambda: BNSD.sizes((2, 3, 7, 8), 4), ["num_heads=4", "holds 3"]),
+        (lambda: BNSD.sizes((2, 3, 7, 8), 4), ["num_heads=4", "holds 3", "make them agree"]),
+        (lambda: BSND.sizes((2, 3, 7, 8), 3), ["holds 7", "looks like BNSD: say layout='BNSD'"]),
+        (lambda: BNSD.sizes((2, 7, 3, 8), 3, head_dim=8), ["looks like BSND"]),
+        (lambda: BSH.sizes((2, 7, 24), 3, head_dim=7), ["head_dim=7"]),
+        (lambda: BSND.sizes(8), ["a shape is a list of ints", "got 8"]),
+        (lambda: BSND.sizes("abcd"), ["a shape is a list of ints"]),
+        (lambda: BSND.sizes((2, 7, 3.0, 8)), ["a shape is a list of ints"]),
+        (lambda: BSND.sizes((2, -7, 3, 8)), ["0 or more"]),
+        (lambda: BSND.shape((2, 7, 3, 8)), ["Sizes(batch="]),
+        (lambda: TND.split(counted(7, 3, 8), 7), ["lengths", "int"]),
+        (lambda: TND.split(counted(7, 3, 8), (9, -2)), ["lengths[1] is -2"]),
+        (lambda: TND.split(counted(7, 3, 8), ("a",)), ["'a' (str)"]),
+        (lambda: TND.join(7), ["list of tensors"]),
+        (lambda: TND.join([counted(1, 3, 7, 8), counted(1, 2, 7, 8)]), ["differ", "[1, 2, 7, 8]"]),
+        (
+            lambda: TND.join([counted(1, 3, 7, 8), counted(1, 3, 7, 8).half()]),
+            ["differ", "float16"],
+        ),
+        (lambda: BSND.to_bnsd(counted(1, 3, 7, 8).to_sparse()), ["sparse", "to_dense"]),
+        (lambda: layouts.get(None), ["by its name", "None"]),
+        (lambda: layouts.get(["BSND"]), ["by its name", "list"]),
+        (lambda: layouts.get(b"BSND"), ["by its name", "bytes"]),
         (lambda: BNSD.sizes((2, 0, 7, 8)), ["heads axis is empty"]),
         (lambda: BSH.sizes((2, 7, 0), 4), ["dim axis is empty"]),
         (lambda: BSH.sizes((2, 7, 24), 0), ["num_heads", "positive int, got 0"]),
@@ -150,7 +172,7 @@ def test_sizes_takes_heads_from_the_head_dim_where_they_are_merged():
         (lambda: BSND.from_tnd(counted(7, 3, 8), batch=2), ["7 tokens", "batch=2"]),
         (lambda: BSND.from_tnd(counted(7, 8)), ["[7, 8]", "[t, n, d]"]),
         (lambda: BSND.from_tnd(counted(7, 3, 8), batch=0), ["batch", "positive"]),
-        (lambda: BSND.to_bnsd([[1.0]]), ["torch tensors", "list"]),
+        (lambda: BSND.to_bnsd([[1.0]]), ["torch tensor", "list"]),
         (lambda: layouts.get("bsnd"), ["'bsnd'", "upper case", "'BSND'"]),
         (lambda: layouts.get("BSHD"), ["'BSHD'", "Known: BNSD, BSH, BSND, SBH, TND"]),
         (lambda: layouts.get(BSND), ["by its name", "Layout"]),
@@ -201,3 +223,24 @@ def test_a_new_layout_is_one_registration():
         assert torch.equal(bnds.from_bnsd(counted(2, 3, 4, 5)), counted(2, 3, 4, 5).mT)
     finally:
         LAYOUTS.remove("BNDS")
+
+
+def test_more_heads_than_positions_are_doubted_where_another_layout_swaps_them():
+    assert BSND.twin() == BNSD
+    assert BNSD.twin() == BSND
+    assert all(form.twin() is None for form in (BSH, SBH, TND))
+    doubt = BSND.doubt((4, 16), (4, 8))
+    assert doubt is not None
+    assert "4 heads and 16 positions, say layout='BNSD'" in doubt
+    assert BNSD.doubt((4, 16), (4, 16)) is not None
+    # A text, a decoding step, a context: what is usual is never doubted.
+    for query, key in [((64, 8), (64, 8)), ((1, 8), (64, 8)), ((1, 8), (64, 2)), ((0, 8), (0, 8))]:
+        assert BSND.doubt(query, key) is None
+
+
+def test_explain_tells_of_the_doubt_and_a_module_names_the_layout_that_fits():
+    x = torch.zeros(2, 4, 16, 8)  # b n s d, under the default BSND
+    assert "say layout='BNSD'" in " ".join(ak.plan(x, x, x).explain().split())
+    assert "layout?" not in ak.plan(x, x, x, layout="BNSD").explain()
+    with pytest.raises(CompositionError, match="this looks like BNSD: say layout='BNSD'"):
+        ak.Attention(4, 8)(x, x, x)

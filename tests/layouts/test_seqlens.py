@@ -75,6 +75,19 @@ def refused_containers():
     yield torch.tensor([[3, 5]]), "one axis of integers"
     yield torch.tensor(8), "one axis of integers"
     yield torch.ones(2, dtype=torch.int64, device="meta"), "tensor on meta"
+    yield torch.tensor([3, 5]).to_sparse(), "tensor sparse_coo"
+    yield torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "tensor nested"
+    yield np.ones((2, 2), int), "array [2, 2]"
+    yield np.array(5), "array []"
+    yield np.array([3.0, 5.0]), "float64"
+    yield np.array(["3", "5"]), "<U1"
+    yield np.array([True, False]), "booleans"
+    yield b"12", "bytes"
+    yield bytearray(b"12"), "bytearray"
+    yield memoryview(b"12"), "memoryview"
+    yield [3, float("nan")], "nan (float)"
+    yield [3, None], "None (NoneType)"
+    yield {3: 5}, "dict"
 
 
 @pytest.mark.parametrize(("values", "word"), list(refused_containers()))
@@ -156,3 +169,19 @@ def test_the_hash_of_a_thousand_sequences_is_computed_once(monkeypatch):
     monkeypatch.undo()
     assert hash(lens) == first
     assert lens.__dict__["_hash"] == first
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([3, -1], ["q[1] is -1", "0 or more"]),
+        ([2**63], ["more tokens in all", "64-bit"]),
+        ([2**62, 2**62], ["more tokens in all"]),
+        ([-(10**30)], ["q[0] is -1000"]),
+        (range(10**12), ["entries", "16,777,216 sequences at most"]),
+    ],
+)
+def test_numbers_that_are_no_lengths_are_refused(lengths, words):
+    with pytest.raises(CompositionError) as caught:
+        SeqLens(lengths)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
