@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.layouts import check_tensor
 
 __all__ = ["KVCache"]
 
 _FIRST_CAPACITY = 16
+_LARGEST_CAPACITY = 2**63 - 1  # what the extent of an axis can be
 
 
 class KVCache:
@@ -44,13 +48,23 @@ it more, or capacity=None to grow
     def __init__(self, capacity: int | None = None) -> None:
         if capacity is not None and type(capacity) is not int:
             raise CompositionTypeError(f"KVCache: capacity={shown(capacity)}; give an int or None")
-        if capacity is not None and capacity < 1:
-            raise CompositionError(f"KVCache: capacity={capacity}; give a positive int, or None")
+        if capacity is not None and not 1 <= capacity <= _LARGEST_CAPACITY:
+            raise CompositionError(
+                f"KVCache: capacity={shown(capacity)}; give a positive int that counts tokens, or "
+                "None"
+            )
         self._limit = capacity
         self.reset()
 
     def reset(self) -> None:
-        """Forget every token, and the memory with it."""
+        """Forget every token, and the memory with it.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.reset()
+        >>> cache
+        KVCache(length=0, capacity=0)
+        """
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._length = 0
@@ -59,33 +73,70 @@ it more, or capacity=None to grow
 
     @property
     def length(self) -> int:
-        """The number of tokens whose keys and values it holds."""
+        """The number of tokens whose keys and values it holds.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.length
+        3
+        """
         return self._length
 
     @property
     def queries(self) -> int:
-        """The number of query tokens answered with it so far."""
+        """The number of query tokens answered with it so far.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.queries
+        3
+        """
         return self._queries
 
     @property
     def sealed(self) -> bool:
-        """Whether it holds a whole context for cross-attention, which takes no more tokens."""
+        """Whether it holds a whole context for cross-attention, which takes no more tokens.
+
+        >>> cache = KVCache()
+        >>> _ = cache.seal(torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8))
+        >>> cache.sealed
+        True
+        """
         return self._sealed
 
     @property
     def capacity(self) -> int:
-        """The number of tokens it has room for now."""
+        """The number of tokens it has room for now.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.capacity
+        16
+        """
         return 0 if self._keys is None else self._keys.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """The memory that keys and values take."""
+        """The bytes that keys and values take.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.nbytes == 2 * 16 * 2 * 8 * 4  # float32
+        True
+        """
         return sum(
             t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None
         )
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the tokens ``b s n d``; return all keys and values so far, as views."""
+        """Add the tokens ``b s n d``; return all keys and values so far, as views.
+
+        >>> cache, token = KVCache(), torch.zeros(1, 1, 2, 8)
+        >>> _ = cache.append(token, token)
+        >>> keys, values = cache.append(token, token)
+        >>> keys.shape
+        torch.Size([1, 2, 2, 8])
+        """
         if self._sealed:
             raise CompositionError(
                 f"{self} holds the context of a cross-attention and takes no more tokens; "
@@ -97,6 +148,11 @@ it more, or capacity=None to grow
             raise CompositionError(
                 f"KVCache: key {list(key.shape)} and value {list(value.shape)}; each token "
                 "has one of each in every head"
+            )
+        if (key.dtype, key.device) != (value.dtype, value.device):
+            raise CompositionTypeError(
+                f"KVCache: key {key.dtype} on {key.device}, value {value.dtype} on {value.device}; "
+                "cast or move one of them, for attention takes both alike"
             )
         start, stop = self._length, self._length + key.shape[1]
         if self._limit is not None and stop > self._limit:
@@ -110,7 +166,13 @@ it more, or capacity=None to grow
         return self._keys[:, :stop], self._values[:, :stop]
 
     def seal(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of a whole context, once."""
+        """Store the keys and values of a whole context, once.
+
+        >>> cache = KVCache()
+        >>> _ = cache.seal(torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8))
+        >>> cache
+        KVCache(length=6, capacity=16, sealed)
+        """
         if self._length or self._sealed:
             raise CompositionError(
                 f"{self} is in use already; a context goes into an empty cache (reset() empties it)"
@@ -120,13 +182,31 @@ it more, or capacity=None to grow
         return views
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values so far, as views."""
+        """Return all keys and values so far, as views.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
+        >>> cache.read()[0].shape
+        torch.Size([1, 3, 2, 8])
+        """
         if self._keys is None or self._values is None:
             raise CompositionError("KVCache: read before the first append")
         return self._keys[:, : self._length], self._values[:, : self._length]
 
     def answered(self, queries: int) -> None:
-        """Count queries answered from a sealed context: the next one has the next position."""
+        """Count queries answered from a sealed context: the next one has the next position.
+
+        >>> cache = KVCache()
+        >>> _ = cache.seal(torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8))
+        >>> cache.answered(2)
+        >>> cache.queries
+        2
+        """
+        _check_count("answered: queries", queries)
+        if not self._sealed:
+            raise CompositionError(
+                f"{self} holds no context; where every call appends, queries count with the tokens"
+            )
         self._queries += queries
 
     def truncate(self, length: int) -> None:
@@ -138,10 +218,11 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=1, capacity=16)
         """
+        _check_count("truncate: length", length)
         if self._sealed:
             raise CompositionError(f"{self} holds a context, which is whole; reset() empties it")
-        if not 0 <= length <= self._length:
-            raise CompositionError(f"{self} cannot be truncated to {length} tokens")
+        if length > self._length:
+            raise CompositionError(f"{self} cannot be truncated to {shown(length)} tokens")
         self._length = self._queries = length
 
     def __repr__(self) -> str:
@@ -149,8 +230,13 @@ it more, or capacity=None to grow
         return f"KVCache(length={self._length}, capacity={self._limit or self.capacity}{sealed})"
 
     def _check(self, name: str, new: Tensor, held: Tensor | None) -> None:
+        check_tensor(f"KVCache: {name}", new)
         if new.ndim != 4:
             raise CompositionError(f"KVCache: {name} {list(new.shape)}; give it as [b, s, n, d]")
+        if not new.is_floating_point():
+            raise CompositionTypeError(
+                f"KVCache: {name} is {new.dtype}; keys and values are floating-point numbers"
+            )
         if new.requires_grad and torch.is_grad_enabled():
             raise CompositionError(
                 f"KVCache: {name} needs a gradient, which a cache would cut off silently; decode "
@@ -181,8 +267,26 @@ it more, or capacity=None to grow
         grown = _FIRST_CAPACITY if held is None else 2 * held.shape[1]
         room = self._limit or max(stop, grown)
         # A tensor made in inference mode could not be written outside of it later.
-        with torch.inference_mode(False):
-            larger = new.new_empty((new.shape[0], room, *new.shape[2:]))
+        shape = (new.shape[0], room, *new.shape[2:])
+        try:
+            with torch.inference_mode(False):
+                larger = new.new_empty(shape)
+        except RuntimeError as error:
+            if self._limit is None:
+                raise  # the memory is full, and no number of ours is the reason
+            size = math.prod(shape) * new.element_size()
+            raise CompositionError(
+                f"KVCache: its capacity of {self._limit} tokens takes {size:.3g} bytes for keys "
+                f"{list(shape)} of {new.dtype}, which {new.device} does not give; ask for fewer, "
+                "or capacity=None to grow"
+            ) from error
         if held is not None:
             larger[:, : self._length] = held[:, : self._length]
         return larger
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise CompositionTypeError(f"KVCache.{name}={shown(value)}; give an int, 0 or more")
+    if value < 0:
+        raise CompositionError(f"KVCache.{name}={shown(value)}; give an int, 0 or more")

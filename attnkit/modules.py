@@ -21,10 +21,11 @@ from attnkit.decoding import (
     text_length,
 )
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import BSND, TND, Layout, SeqLens
+from attnkit.layouts import BSND, TND, Layout, SeqLens, check_tensor
 from attnkit.masks import Mask
 from attnkit.masks.base import check_int
 from attnkit.planner import Plan
+from attnkit.planner.request import FLOATS
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary, positions
 from attnkit.traced import is_tracing
@@ -32,6 +33,7 @@ from attnkit.traced import is_tracing
 __all__ = ["MultiHeadAttention"]
 
 _AS_PROJECTED = (BSND.pattern, TND.pattern)
+_WIDEST = 2**31 - 1
 
 
 class MultiHeadAttention(nn.Module):
@@ -87,11 +89,19 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = check_int("dim", dim, 1)
-        self.kv_dim = check_int("kv_dim", dim if kv_dim is None else kv_dim, 1)
+        self.dim = _axis("dim", dim)
+        self.kv_dim = _axis("kv_dim", dim if kv_dim is None else kv_dim)
+        size = _head_dim(dim, _axis("num_heads", num_heads), head_dim)
+        width = _axis("num_heads * head_dim", num_heads * size)
+        if not isinstance(bias, bool):
+            raise CompositionTypeError(
+                f"bias={shown(bias)}; it is True or False, for the four projections (a bias on the "
+                "scores is pse=)"
+            )
+        _check_home(device, dtype)
         self.attention = Attention(
             num_heads,
-            _head_dim(dim, check_int("num_heads", num_heads, 1), head_dim),
+            size,
             num_kv_heads=num_kv_heads,
             mask=mask,
             pse=pse,
@@ -103,12 +113,11 @@ class MultiHeadAttention(nn.Module):
             backend=backend,
         ).to(device=device)
         self.rotary = _rotary(rotary, self.attention.head_dim)
-        width = num_heads * self.attention.head_dim
         kv_width = self.attention.num_kv_heads * self.attention.head_dim
-        self.q_proj = nn.Linear(dim, width, bias, device, dtype)
-        self.k_proj = nn.Linear(self.kv_dim, kv_width, bias, device, dtype)
-        self.v_proj = nn.Linear(self.kv_dim, kv_width, bias, device, dtype)
-        self.out_proj = nn.Linear(width, dim, bias, device, dtype)
+        self.q_proj = _linear("q_proj", dim, width, bias, device, dtype)
+        self.k_proj = _linear("k_proj", self.kv_dim, kv_width, bias, device, dtype)
+        self.v_proj = _linear("v_proj", self.kv_dim, kv_width, bias, device, dtype)
+        self.out_proj = _linear("out_proj", width, dim, bias, device, dtype)
 
     def forward(
         self,
@@ -131,6 +140,19 @@ class MultiHeadAttention(nn.Module):
         need not give it.
 
         With `return_stats`, returns `AttentionOutput(output, stats)`.
+
+        >>> from attnkit import masks
+        >>> layer = MultiHeadAttention(32, 4, mask=masks.Causal())
+        >>> layer(torch.randn(2, 6, 32), return_stats=True).stats.lse.shape
+        torch.Size([2, 4, 6])
+        >>> layer(torch.randn(9, 32), seqlens=SeqLens([4, 5])).shape  # packed
+        torch.Size([9, 32])
+        >>> crossing, cache = MultiHeadAttention(32, 4, kv_dim=8), KVCache()
+        >>> with torch.no_grad():
+        ...     first = crossing(torch.randn(2, 1, 32), torch.randn(2, 7, 8), cache=cache)
+        ...     second = crossing(torch.randn(2, 1, 32), cache=cache)
+        >>> cache
+        KVCache(length=7, capacity=16, sealed)
         """
         self._check(x, context, seqlens, cache)
         if cache is None:
@@ -151,7 +173,12 @@ class MultiHeadAttention(nn.Module):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
     ) -> Plan:
-        """Return the plan that `forward` would run without a cache; nothing is projected."""
+        """Return the plan that `forward` would run without a cache; nothing is projected.
+
+        >>> layer = MultiHeadAttention(32, 4)
+        >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
+        4
+        """
         self._check(x, context, seqlens, None)
         source = x if context is None else context
         query = self._shaped(x, self.attention.num_heads)
@@ -186,11 +213,19 @@ class MultiHeadAttention(nn.Module):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
     ) -> str:
-        """Return the report of `plan`: what runs, at what price, and why."""
+        """Return the report of `plan`: what runs, at what price, and why.
+
+        >>> print(MultiHeadAttention(32, 4).explain(torch.randn(2, 6, 32)).splitlines()[0])
+        attention on backend 'tiled': the composition itself, no fused call
+        """
         return self.plan(x, context, mask=mask, pse=pse, seqlens=seqlens).explain()
 
     def extra_repr(self) -> str:
-        """Describe what the submodules do not show."""
+        """Describe what the submodules do not show.
+
+        >>> MultiHeadAttention(32, 4, kv_dim=8).extra_repr()
+        'dim=32, kv_dim=8'
+        """
         kv = f", kv_dim={self.kv_dim}" if self.kv_dim != self.dim else ""
         return f"dim={self.dim}{kv}" + (f", rotary={self.rotary}" if self.rotary else "")
 
@@ -351,8 +386,7 @@ class MultiHeadAttention(nn.Module):
         _check_packing(x, context, seqlens)
 
     def _check_input(self, name: str, tensor: Tensor, width: int, label: str) -> None:
-        if not isinstance(tensor, Tensor):
-            raise CompositionTypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
+        check_tensor(name, tensor)
         if tensor.ndim not in (2, 3) or tensor.shape[-1] != width:
             raise CompositionError(
                 f"{name} {list(tensor.shape)}: give [b, s, {width}], or packed [t, {width}] with "
@@ -371,9 +405,47 @@ class MultiHeadAttention(nn.Module):
             )
 
 
+def _axis(name: str, value: int) -> int:
+    check_int(name, value, 1)
+    if value > _WIDEST:
+        raise CompositionError(f"{name}={shown(value)}; a module's axes hold at most {_WIDEST:,}")
+    return value
+
+
+def _check_home(device: object, dtype: object) -> None:
+    """Make a tensor of nothing where the weights will be: that is what tells for certain."""
+    if dtype is not None and dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise CompositionTypeError(f"dtype={shown(dtype)}; give one of {names}, or None")
+    if not isinstance(device, torch.device | str | int | None) or isinstance(device, bool):
+        raise CompositionTypeError(f"device={shown(device)}; give a name such as 'cpu', or None")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has an error of its own
+        reason = shown(str(error).partition("\n")[0])
+        raise CompositionError(f"device={shown(device)} is not there: {reason}") from error
+
+
+def _linear(
+    name: str,
+    width: int,
+    out: int,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Linear:
+    try:
+        return nn.Linear(width, out, bias, device, dtype)
+    except RuntimeError as error:
+        raise CompositionError(
+            f"{name} has {width:,} x {out:,} weights, for which there is no memory; give fewer or "
+            "smaller heads"
+        ) from error
+
+
 def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
     if head_dim is not None:
-        return check_int("head_dim", head_dim, 1)
+        return _axis("head_dim", head_dim)
     if dim % num_heads:
         raise CompositionError(
             f"dim={dim} does not divide into num_heads={num_heads} heads; change one of them, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,11 +10,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.layouts import check_tensor
+from attnkit.masks.base import check_int, check_ints
+from attnkit.traced import is_tracing
 
 __all__ = ["Pairing", "Rotary", "positions"]
 
 Pairing = Literal["half", "interleaved"]
+
+_BASES = (1e-30, 1e30)  # beyond, the angles of some pair do not fit into float32
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,12 @@ class Rotary:
     - ``pairing="half"``: ``(c, c + r/2)``, as in GPT-NeoX and the Llama weights of Hugging Face;
     - ``pairing="interleaved"``: ``(2c, 2c + 1)``, as in the paper, GPT-J and Meta's Llama.
 
-    Raises `CompositionError` for a base that is not positive, an odd or too large
+    Raises `CompositionError` for a base that is not from 1e-30 to 1e30, an odd or too large
     `rotary_dim`, or an unknown pairing.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 
-    >>> import torch
+    >>> import math, torch
     >>> quarter = Rotary().rotate(torch.tensor([[[1.0, 0.0]]]), torch.tensor([math.pi / 2]))
     >>> quarter.round().tolist()
     [[[-0.0, 1.0]]]
@@ -47,18 +51,20 @@ class Rotary:
 
     def __post_init__(self) -> None:
         number = isinstance(self.base, (int, float)) and not isinstance(self.base, bool)
-        if not number or not math.isfinite(self.base) or self.base <= 0:
-            raise CompositionError(f"Rotary: base={self.base!r}; give a positive number")
+        if not number or not _BASES[0] <= self.base <= _BASES[1]:
+            raise CompositionError(
+                f"Rotary: base={shown(self.base)}; give a number from {_BASES[0]} to {_BASES[1]}"
+            )
         dim = self.rotary_dim
         if dim is not None and (type(dim) is not int or dim < 2 or dim % 2):
             raise CompositionError(
-                f"Rotary: rotary_dim={dim!r}; dimensions turn in pairs, so give an even number, "
-                "or None for the whole head"
+                f"Rotary: rotary_dim={shown(dim)}; dimensions turn in pairs, so give an even "
+                "number, or None for the whole head"
             )
         if self.pairing not in get_args(Pairing):
             raise CompositionError(
-                f"Rotary: pairing={self.pairing!r}; choose 'half' (dimensions c and c + r/2, as in "
-                "Hugging Face weights) or 'interleaved' (2c and 2c + 1, as in the paper)"
+                f"Rotary: pairing={shown(self.pairing)}; choose 'half' (dimensions c and c + r/2, "
+                "as in Hugging Face weights) or 'interleaved' (2c and 2c + 1, as in the paper)"
             )
 
     def dims(self, head_dim: int) -> int:
@@ -67,11 +73,12 @@ class Rotary:
         >>> Rotary(rotary_dim=16).dims(64)
         16
         """
+        check_int("head_dim", head_dim, 1)
         dim = head_dim if self.rotary_dim is None else self.rotary_dim
         if dim > head_dim or dim % 2:
             raise CompositionError(
-                f"{self}: cannot turn {dim} dimensions of a head of {head_dim}; rotary_dim must be "
-                "even and at most head_dim"
+                f"{self}: cannot turn {shown(dim)} dimensions of a head of {shown(head_dim)}; "
+                "rotary_dim must be even and at most head_dim"
             )
         return dim
 
@@ -81,8 +88,25 @@ class Rotary:
         Angles are taken in float32 (float64 for float64 heads): half precision cannot tell
         distant positions apart. The result has the dtype of `heads`.
 
-        Raises `CompositionError` when positions and tokens do not match.
+        Raises `CompositionError` when positions and tokens do not match, `CompositionTypeError`
+        for heads that are not floating-point numbers and positions that count nothing.
+
+        >>> turned = Rotary().rotate(torch.ones(2, 5, 3, 8), torch.arange(5))
+        >>> turned.shape, bool((turned[:, 0] == 1).all())  # position 0 does not turn
+        (torch.Size([2, 5, 3, 8]), True)
         """
+        check_tensor("Rotary: heads", heads)
+        check_tensor("Rotary: positions", positions)
+        if not heads.is_floating_point() or positions.dtype == torch.bool or positions.is_complex():
+            raise CompositionTypeError(
+                f"Rotary: heads of {heads.dtype} and positions of {positions.dtype}; give "
+                "floating-point heads, and positions that are numbers"
+            )
+        if heads.device != positions.device:
+            raise CompositionError(
+                f"Rotary: heads on {heads.device}, positions on {positions.device}; move one of "
+                "them"
+            )
         if heads.ndim < 3 or positions.shape != heads.shape[-3:-2]:
             raise CompositionError(
                 f"Rotary: heads {list(heads.shape)} and positions {list(positions.shape)}; give "
@@ -91,7 +115,7 @@ class Rotary:
         dim = self.dims(heads.shape[-1])
         exact = torch.float64 if heads.dtype == torch.float64 else torch.float32
         pair = torch.arange(0, dim, 2, device=heads.device, dtype=exact)
-        angle = positions.to(exact)[:, None, None] * self.base ** (-pair / dim)
+        angle = positions.to(exact)[:, None, None] * float(self.base) ** (-pair / dim)
         cos, sin = angle.cos(), angle.sin()
         x, y = self._pairs(heads[..., :dim].to(exact))
         turned = self._join(x * cos - y * sin, x * sin + y * cos).to(heads.dtype)
@@ -117,6 +141,9 @@ def positions(
     >>> positions([2, 3]).tolist()
     [0, 1, 0, 1, 2]
     """
+    if not is_tracing():
+        check_ints("positions: lengths", lengths, 0)
+        check_int("positions: offset", offset, None)
     if len(lengths) == 1:
         return torch.arange(offset, offset + lengths[0], device=device)
     # Built on the host: one copy to the device instead of one launch per sequence.

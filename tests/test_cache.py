@@ -71,6 +71,10 @@ def test_inference_mode_and_no_grad_mix():
     assert torch.equal(keys, tokens(4))
 
 
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(1, 3, 4), torch.zeros(2, 3, 4)])
+
+
 def sealed() -> KVCache:
     cache = KVCache()
     cache.seal(tokens(5), tokens(5))
@@ -97,6 +101,25 @@ def test_a_sealed_cache_is_read_and_counts_queries():
     [
         (lambda: KVCache(0), ["capacity=0"]),
         (lambda: KVCache(2.5), ["capacity=2.5"]),
+        (lambda: KVCache(True), ["capacity=True"]),
+        (lambda: KVCache(10**30), ["capacity=", "counts tokens"]),
+        (lambda: KVCache(2**55).append(tokens(1), tokens(1)), ["capacity of", "bytes", "None"]),
+        (lambda: KVCache(2**63 - 1).append(tokens(1), tokens(1)), ["bytes", "[2, 9223372"]),
+        (lambda: KVCache().append(3, 3), ["key is a int"]),
+        (lambda: KVCache().append(tokens(1), None), ["value is a NoneType"]),
+        (lambda: KVCache().append(tokens(1).int(), tokens(1).int()), ["torch.int32", "floating"]),
+        (lambda: KVCache().append(tokens(1) > 0, tokens(1) > 0), ["torch.bool"]),
+        (lambda: KVCache().append(tokens(1), tokens(1).double()), ["torch.float64", "alike"]),
+        (lambda: KVCache().append(tokens(1), tokens(1).to("meta")), ["on meta", "alike"]),
+        (lambda: KVCache().append(tokens(1).to_sparse(), tokens(1)), ["sparse", "to_dense"]),
+        (lambda: KVCache().append(nested(), nested()), ["nested"]),
+        (lambda: used().truncate(1.0), ["length=1.0", "int"]),
+        (lambda: used().truncate(True), ["length=True", "int"]),
+        (lambda: used().truncate(None), ["length=None", "int"]),
+        (lambda: used().truncate(-1), ["length=-1", "0 or more"]),
+        (lambda: used().truncate(10**30), ["truncated to 1000"]),
+        (lambda: sealed().answered(1.0), ["queries=1.0"]),
+        (lambda: used().answered(1), ["no context"]),
         (lambda: used().append(tokens(4), tokens(4)), ["5 tokens and 4 more", "capacity of 8"]),
         (lambda: used().append(tokens(1, batch=3), tokens(1, batch=3)), ["batch 2", "has 3"]),
         (lambda: used().append(tokens(1)[:, :, :2], tokens(1)[:, :, :2]), ["heads 3", "has 2"]),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
 import itertools
+from functools import cached_property
 
 import pytest
 import torch
@@ -384,6 +387,26 @@ X = noise(1, 3, DIM)
         (lambda: build(DIM, 4, head_dim=7, rotary=True), ["head of 7"]),
         (lambda: build(DIM, 4, rotary=10000.0), ["rotary=10000.0"]),
         (lambda: build(DIM, 4, pse=pse.ALiBi(8)), ["8 heads", "num_heads=4"]),
+        (lambda: build(2**40), ["dim=1099511627776", "at most 2,147,483,647"]),
+        (lambda: build(DIM, 2**40), ["num_heads=1099511627776", "at most"]),
+        (lambda: build(DIM, 2**20, head_dim=2**20), ["num_heads * head_dim=1099511627776"]),
+        (lambda: build(2**30, 2**20), ["q_proj has 1,073,741,824 x", "no memory"]),
+        (lambda: build(DIM, True), ["num_heads=True"]),
+        (lambda: build(DIM, 4, bias="no"), ["bias='no'", "True or False", "pse="]),
+        (lambda: build(DIM, 4, bias=None), ["bias=None"]),
+        (lambda: MultiHeadAttention(DIM, 4, dtype="float32"), ["dtype='float32'", "torch.float16"]),
+        (lambda: MultiHeadAttention(DIM, 4, dtype=torch.int64), ["dtype=torch.int64"]),
+        (lambda: MultiHeadAttention(DIM, 4, dtype=torch.float8_e5m2), ["float8_e5m2"]),
+        (lambda: MultiHeadAttention(DIM, 4, dtype=[]), ["dtype=[]"]),
+        (lambda: build(device=1.5), ["device=1.5"]),
+        (lambda: build(device=True), ["device=True"]),
+        (lambda: build(device="abacus"), ["device='abacus'", "not there"]),
+        (lambda: build(device="xpu:77"), ["device='xpu:77'", "not there"]),
+        (lambda: call(X.to_sparse()), ["x is a sparse_coo tensor", "SeqLens"]),
+        (lambda: call(torch.nested.nested_tensor([X[0], X[0]])), ["x is a nested tensor"]),
+        (lambda: call(X, cache=True), ["cache=True", "KVCache()"]),
+        (lambda: call(X, cache=KVCache), ["cache=<class", "KVCache()"]),
+        (lambda: call(X, cache=0), ["cache=0"]),
         (lambda: build(DIM, 4, layout="bsnd"), ["'BSND'"]),
         (lambda: call([1.0]), ["x is a list"]),
         (lambda: call(noise(1, 3, 5)), ["[1, 3, 5]", "[b, s, 16]", "dim=16"]),
@@ -514,3 +537,22 @@ def test_the_core_is_attention_with_the_composition():
     assert isinstance(core, Attention)
     assert (core.mask, core.pse, core.num_kv_heads) == (masks.Causal(), pse.ALiBi(4), 2)
     assert core.composition.dropout == 0.1
+
+
+def public(module):
+    """Yield the public classes and functions of a module, and what they define in public."""
+    for name in module.__all__:
+        entry = getattr(module, name)
+        if inspect.isclass(entry) or inspect.isfunction(entry):
+            yield name, entry
+        for part, member in vars(entry).items() if inspect.isclass(entry) else ():
+            own = getattr(member, "__func__", member)  # what a classmethod wraps
+            documented = inspect.isfunction(own) or isinstance(own, property | cached_property)
+            if documented and not part.startswith("_"):
+                yield f"{name}.{part}", own
+
+
+@pytest.mark.parametrize("name", ["cache", "decoding", "layouts", "modules", "rotary"])
+def test_every_public_name_has_an_example(name):
+    module = importlib.import_module(f"attnkit.{name}")
+    assert [path for path, entry in public(module) if ">>>" not in (entry.__doc__ or "")] == []
