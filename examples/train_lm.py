@@ -17,10 +17,12 @@ Ctrl-C finishes the step, writes the checkpoint and stops.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ from lm.data import Batch, Corpus, held_out_batches, load_corpus, training_batch
 from lm.model import LanguageModel, bits_per_byte, write_on
 from lm.report import plot_losses
 
-OK, WRONG_REQUEST, INTERRUPTED = 0, 2, 130
+OK, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -57,15 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = prepare(arguments)
     except (RunError, AttnkitError) as error:
-        print(f"train_lm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG_REQUEST
-    train(run)
-    step = run.progress.step
-    if step < run.config.training.steps:
-        console.print(f"stopped after step {step}; the same command with --resume goes on")
-        return OK if step >= run.last_step else INTERRUPTED
-    report(run)
+        return complain(error, WRONG_REQUEST)
+    try:
+        train(run)
+        step = run.progress.step
+        if step < run.config.training.steps:
+            console.print(f"stopped after step {step}; the same command with --resume goes on")
+            return OK if step >= run.last_step else INTERRUPTED
+        report(run)
+    except (RunError, OSError) as error:  # a disk may be full by now
+        return complain(error, FAILED)
     return OK
+
+
+def complain(error: Exception, code: int) -> int:
+    """Say what was wrong in one line; return the exit code."""
+    print(f"train_lm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -142,12 +152,18 @@ def prepare(arguments: argparse.Namespace) -> Run:
     device = pick_device(arguments.device)
     name = arguments.config.stem
     out = arguments.out or Path("runs") / name
+    if arguments.stop_at is not None and arguments.stop_at < 1:
+        raise RunError(f"--stop-at {arguments.stop_at}: the first step is 1")
 
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     torch.manual_seed(training.seed)
     corpus = load_corpus()
-    model = LanguageModel(config.model, config.attention).to(device)
+    try:
+        model = LanguageModel(config.model, config.attention).to(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"there is no room for this model on {device}: {reason}") from None
     optimizer = build_optimizer(model, training)
     last_step = training.steps
     if arguments.stop_at is not None:
@@ -166,8 +182,20 @@ def prepare(arguments: argparse.Namespace) -> Run:
     if arguments.resume:
         run.progress = checkpoint.load(run.checkpoint_path, config, model, optimizer, device)
     console.print(model.explain_attention(next(run.batches()).to(device)), markup=False)
-    out.mkdir(parents=True, exist_ok=True)
+    make_room(run)
     return run
+
+
+def make_room(run: Run) -> None:
+    """Make the directory of the run, and find out now whether files can be written there."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.out):
+            pass
+        if run.checkpoint_path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "its checkpoint.pt is a directory")
+    except OSError as error:
+        raise RunError(f"cannot write to --out {run.out}: {error.strerror}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,7 +207,11 @@ def pick_device(name: str) -> torch.device:
     if not available.get(kind):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise RunError(f"--device {name} is not available here; there is: {there}")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"--device {name} is not available here: {reason}") from None
 
 
 def has_npu() -> bool:

@@ -23,13 +23,13 @@ class RunError(Exception):
 class Section(BaseModel):
     """A part of the file: a value, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainingConfig(Section):
     """How long and how hard to train."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     steps: Count
     max_len: Count
     """Bytes in a sequence at most; longer documents are cut."""
@@ -42,7 +42,7 @@ class TrainingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Count = 100
     checkpoint_every: Count = 100
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; none given: as many as torch likes. The last bits of sums depend on it."""
 
 
@@ -102,8 +102,8 @@ def load_config(path: Path, **overrides: int | None) -> RunConfig:
     except OSError as error:
         near = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) or "no *.yaml beside it"
         raise RunError(f"cannot read the config {path}: {error.strerror} (found: {near})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no sections; it needs {_join(RunConfig.model_fields)}")
     given = {key: value for key, value in overrides.items() if value is not None}

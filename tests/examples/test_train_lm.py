@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 
 import attnkit as ak
 import train_lm
-from lm.config import load_config
+from lm import checkpoint
+from lm.config import RunError, load_config
 from lm.data import START, Corpus, load_corpus, training_batches
 from lm.model import LanguageModel, write_on
 from tests.examples.conftest import WriteConfig
@@ -166,6 +169,11 @@ def test_the_schedule_warms_up_and_comes_down(write_config: WriteConfig) -> None
         ({"training": {"stpes": 5}}, ["training.stpes", "did you mean 'steps'", "learning_rate"]),
         ({"training": {"steps": 0}}, ["training.steps", "greater than or equal to 1", "given: 0"]),
         ({"training": {"steps": "many"}}, ["training.steps", "'many'"]),
+        ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate", "finite"]),
+        ({"training": {"clip_norm": float("nan")}}, ["training.clip_norm"]),
+        ({"sample": {"temperature": float("inf")}}, ["sample.temperature", "finite"]),
+        ({"training": {"seed": 2**70}}, ["training.seed", "less than"]),
+        ({"model": {"dim": 2**50}}, ["no room for this model on cpu"]),
         ({"training": None}, ["training", "required"]),
         ({"model": {"dim": None}}, ["model.dim", "given: None"]),
         ({"attention": {"num_head": 4}}, ["attention", "num_head:", "'num_heads'"]),
@@ -206,7 +214,9 @@ def test_a_wrong_path_ends_with_one_line_and_code_2(
     assert "tiny.yaml" in capsys.readouterr().err  # what is there instead
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", ""])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [1\n", "", "a: !!int foo\n", "[" * 2000, "a: 2020-99-99\n"]
+)
 def test_a_file_that_is_no_config_ends_with_one_line_and_code_2(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +239,140 @@ def test_resume_refuses_a_missing_damaged_or_foreign_checkpoint(
     (out / "checkpoint.pt").write_bytes(b"no checkpoint at all")
     assert run(config, out, "--resume") == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def saved(
+    config: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[dict[str, Any], bytes]:
+    """Leave a checkpoint of the first steps; return its content, read and as bytes."""
+    assert run(config, out, "--stop-at", "4") == 0
+    capsys.readouterr()
+    return state(out), (out / "checkpoint.pt").read_bytes()
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_the_checkpoint_before(
+    straight: dict[str, Any],
+    write_config: WriteConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no disk that is always full")
+    config, out = write_config(), tmp_path / "out"
+    _, before = saved(config, out, capsys)
+    (out / "checkpoint.unfinished").symlink_to("/dev/full")
+    assert run(config, out, "--resume") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for words in ("cannot write the checkpoint", "No space left", "the one before, and whole"):
+        assert words in message
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt"}
+    assert (out / "checkpoint.pt").read_bytes() == before
+    assert run(config, out, "--resume") == 0  # once there is room
+    assert_same(straight, state(out))
+
+
+def test_a_place_that_takes_no_files_is_noticed_before_training(
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train_lm, "train", lambda run: pytest.fail("it trains"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "checkpoint.pt").mkdir(parents=True)
+    places = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "taken"]
+    if Path("/proc/self").exists():
+        places.append(Path("/proc/self"))  # a directory that takes nobody's files, root's included
+    for place in places:
+        assert run(write_config(), place) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f"cannot write to --out {place}" in message
+    for flags in (["--resume"], ["--stop-at", "0"]):
+        assert run(write_config(), tmp_path / "file", *flags) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no format": lambda s: s.pop("format"),
+    "no config": lambda s: s.pop("config"),
+    "no model": lambda s: s.pop("model"),
+    "no generators": lambda s: s.pop("generators"),
+    "one part more": lambda s: s.update(extra={}),
+    "config a list": lambda s: s.update(config=[]),
+    "model a tensor": lambda s: s.update(model=torch.zeros(3)),
+    "progress a number": lambda s: s.update(progress=3),
+    "no step": lambda s: s["progress"].pop("step"),
+    "step a word": lambda s: s["progress"].update(step="x"),
+    "step below 0": lambda s: s["progress"].update(step=-5),
+    "step beyond the end": lambda s: s["progress"].update(step=7),
+    "step a truth value": lambda s: s["progress"].update(step=True, train_bits=[1.0]),
+    "step without its losses": lambda s: s["progress"].update(step=3),
+    "losses a word": lambda s: s["progress"].update(train_bits="1234"),
+    "losses of words": lambda s: s["progress"].update(train_bits=["1"] * 4),
+    "held out a list": lambda s: s["progress"].update(held_out_bits=[1.0]),
+    "held out at a word": lambda s: s["progress"].update(held_out_bits={"4": 1.0}),
+    "another name in progress": lambda s: s["progress"].update(speed=3),
+    "a weight less": lambda s: s["model"].popitem(),
+    "a weight more": lambda s: s["model"].update(more=torch.zeros(2)),
+    "a weight of another shape": lambda s: s["model"].update({"norm.weight": torch.zeros(3)}),
+    "a weight of another dtype": lambda s: s["model"].update(
+        {"norm.weight": torch.zeros(16, dtype=torch.float64)}
+    ),
+    "a weight that is a word": lambda s: s["model"].update({"norm.weight": "x"}),
+    "no groups": lambda s: s["optimizer"].pop("param_groups"),
+    "groups of others": lambda s: s["optimizer"].update(param_groups=[]),
+    "other choices": lambda s: s["optimizer"]["param_groups"][0].update(weight_decay=0.5),
+    "moments of another shape": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "moments that are words": lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
+    "no generator": lambda s: s["generators"].pop("cpu"),
+    "a generator too short": lambda s: s["generators"].update(cpu=torch.zeros(3)),
+    "a generator that is a word": lambda s: s["generators"].update(cpu="x"),
+    "a key of another run": lambda s: s["config"]["model"].update(window=3),
+    "a key of another run at the top": lambda s: s["config"].update(extra={"a": 1}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_checkpoint_with_other_parts_is_refused_in_one_line(
+    change: Callable[[dict[str, Any]], object],
+    write_config: WriteConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, out = write_config(), tmp_path / "out"
+    content, _ = saved(config, out, capsys)
+    change(content)
+    torch.save(content, out / "checkpoint.pt")
+    assert run(config, out, "--resume") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert str(out / "checkpoint.pt") in message
+
+
+def test_a_damaged_checkpoint_never_loads_as_another(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = write_config(), tmp_path / "out"
+    content, whole = saved(config, out, capsys)
+    path = out / "checkpoint.pt"
+    for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert run(config, out, "--resume") == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "cannot be read as a checkpoint" in message
+    draw, refused = random.Random(0), 0
+    for _ in range(200):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert_same(content, checkpoint._read(path, torch.device("cpu")))  # padding, a date
+        except RunError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_device_that_is_not_there_is_named(
