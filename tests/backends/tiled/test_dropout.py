@@ -37,8 +37,33 @@ def test_rate_and_scale(p: float) -> None:
     kept = found > 0
     assert abs(kept.double().mean().item() - (1 - p)) < 5e-3
     torch.testing.assert_close(
-        found[kept], torch.full_like(found[kept], 1 / (1 - p)), rtol=1e-4, atol=0.0
+        found[kept], torch.full_like(found[kept], 1 / (1 - p)), rtol=1e-12, atol=0.0
     )
+
+
+@pytest.mark.parametrize("p", [5e-6, 3e-5, 0.01, 0.3, 1 - 3e-5, 1 - 5e-6])
+def test_rare_events_have_their_rate(p: float) -> None:
+    """Counts of 16.8 million cells, five standard deviations wide: values of 1 count survivors."""
+    torch.manual_seed(11)
+    query, value = torch.zeros(1, 2048, 4, 1), torch.ones(1, 2048, 4, 1)
+    out = attend([query, query, value], p, masks.Full()).double()
+    cells = 2048 * out.numel()
+    kept = (out * (2048 * (1 - p))).round().sum().item()
+    spread = (cells * p * (1 - p)) ** 0.5
+    assert abs(kept - cells * (1 - p)) < 5 * spread
+    # What survives is scaled by the probability asked for, so that the mean is 1.
+    assert abs(out.mean().item() - 1.0) < 5 * spread / (cells * (1 - p)) + 1e-6
+
+
+def test_rare_events_are_spread_over_rows_and_heads() -> None:
+    torch.manual_seed(12)
+    query, value = torch.zeros(1, 2048, 4, 1), torch.ones(1, 2048, 4, 1)
+    out = attend([query, query, value], 1e-5, masks.Full()).double()[0, :, :, 0]
+    lost = 2048 - (out * (2048 * (1 - 1e-5))).round()
+    # As many per row as independent cells lose, where a row's level alone would give it several.
+    assert lost.max() <= 3
+    by_head = lost.sum(0)
+    assert (by_head - by_head.mean()).abs().max() < 5 * by_head.mean() ** 0.5
 
 
 def test_cells_are_independent() -> None:
