@@ -38,15 +38,18 @@ class Attention(nn.Module):
     - `pse`: what is added to the scores (`attnkit.pse`); default nothing. Its tensors belong
       to the module: an `nn.Parameter` trains with it and is part of its state, another tensor
       is a buffer that moves with it (and is not part of its state).
-    - `scale`: default ``head_dim ** -0.5``. `softcap`: ``c * tanh(score / c)`` before the mask.
+    - `scale`: default ``head_dim ** -0.5``. `softcap`: ``c * tanh(scale * q.k / c)``
+      in place of ``scale * q.k``; the bias is added after it, as in flash-attention.
     - `dropout`: on the softmax weights, in training mode, from torch's generator.
     - `sink`: a learnable logit per head that joins the softmax's denominator, initially 0.
       It is computed with in float32 (float64), whatever dtype the module is cast to.
     - `backend`: "auto", or a name that must be able to run the composition.
 
-    A row without any allowed key gives 0. Autocast does not reach inside: the dtype of the
-    tensors is the dtype of the computation. Raises `CompositionError` when the parts contradict
-    each other or the tensors, `BackendRefused` when the named backend cannot run them.
+    A row without any allowed key gives 0. A key that no query of its sequence may see counts
+    for nothing, whatever it and its value hold, NaN included. Autocast does not reach inside:
+    the dtype of the tensors is the dtype of the computation. Raises `CompositionError` when the
+    parts contradict each other or the tensors, `BackendRefused` when the named backend cannot
+    run them.
 
     >>> import torch
     >>> from attnkit import masks

@@ -53,8 +53,8 @@ def define(layer, x, context=None, mask=None, bias=None, softcap=None):
     for h in range(n):
         shared = h // (n // core.num_kv_heads)
         scores = q[:, h] @ k[:, shared].T * core.composition.scale
-        scores = scores + (0 if bias is None else bias[h])
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores + (0 if bias is None else bias[h])
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         if core.sink is not None:
             scores = torch.cat([scores, core.sink[h].double().expand(len(x), 1)], dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnkit.backends.numbers import largest_bias
 from attnkit.constants import constant
 from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
@@ -66,10 +67,16 @@ def _piece(
         pse = pse.cut(rows, keys, q_len=q_len, kv_len=kv_len)
     index = None if every else block.batch
     if before:
-        return pse.materialize(*block.sizes, batch_index=index, dtype=spec.dtype, device=device)
-    return pse.term(
-        *block.sizes, scale=request.scale, batch_index=index, dtype=spec.dtype, device=device
-    )
+        bias = pse.materialize(*block.sizes, batch_index=index, dtype=spec.dtype, device=device)
+    else:
+        bias = pse.term(
+            *block.sizes, scale=request.scale, batch_index=index, dtype=spec.dtype, device=device
+        )
+    most = largest_bias(torch.float32)
+    if not pse.tensors or torch.finfo(spec.dtype).max <= most:
+        return bias
+    # The kernel's score of a masked cell is the lowest float32: those of others stay above.
+    return bias.clamp(-most, most)
 
 
 def _slopes(

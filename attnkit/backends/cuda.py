@@ -20,6 +20,7 @@ from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, reg
 from attnkit.backends.flex import Flex
 from attnkit.backends.flex.backend import FlexPlan
 from attnkit.backends.form import form
+from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.rows import maxima
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.geometry import Region, Slice
@@ -111,7 +112,7 @@ def _unfused(request: Request) -> Iterator[str]:
         yield "fused attention has no soft-cap"
     if request.sink:
         yield "fused attention has no sink"
-    if not request.scale > 0:
+    if not masks_before_scale(request.scale, torch.float32):
         yield f"fused kernels take the largest score before they scale it, by {request.scale:g}"
     if request.num_heads != request.num_kv_heads and request.dtype not in _HALVES:
         yield "fused kernels share key heads among query heads in half precision only"
@@ -144,6 +145,8 @@ def _fused(plan: CudaPlan, operands: Operands) -> Tensor:
     if layout.packed:  # sequences of one length: the token axis is batch and length
         pattern = "1 n (b s) d -> b n s d"
         query, key, value = (rearrange(t, pattern, b=request.batch) for t in (query, key, value))
+    if plan.causal:  # what lies behind the square nobody sees: it must not even be multiplied
+        key, value = (t[..., : query.shape[-2], :] for t in (key, value))
     output = scaled_dot_product_attention(
         query,
         key,

@@ -25,6 +25,7 @@ from attnkit.backends.base import (
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, run_merged, run_single, steps_of
+from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
@@ -85,6 +86,7 @@ class Fused(Backend):
             return run_on_route(self.run, plan, plan.route, operands)
         if plan.in_order is not None:
             return _run_in_order(self, plan, plan.in_order, operands)
+        operands = cleared(plan.request, operands)
         if plan.steps[0].form.partial:
             return _run_parts(self, plan, operands)
         (step,) = plan.steps

@@ -1,9 +1,10 @@
 """The reference backend: what every composition means, in einops. Runs anything, anywhere.
 
-    score = scale * q.k + bias;  score = c * tanh(score / c) with a soft-cap;  masked: -inf
+    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias;  masked: -inf
     output = softmax(score) @ v, over the allowed keys (and the sink, which has no value)
 
-A row without any allowed key gives 0. Low precision is computed in float32.
+A row without any allowed key gives 0. A key that no query of its sequence may see counts for
+nothing, whatever it and its value hold. Low precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, stats_dtype
+from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask
@@ -99,7 +101,7 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output ``[b n s d]``, the log-sum-exp and the largest score ``[b n s]``."""
     request, wide = one.request, stats_dtype(one.query.dtype)
-    scores = scores_of(one)
+    scores, value = scores_of(one)
     columns = scores
     if one.sink is not None:
         logits = one.sink.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -111,35 +113,69 @@ def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
         weights = weights * kept / (1.0 - request.dropout)
     output = einsum(
         rearrange(weights, "b (n g) i j -> b n g i j", n=request.num_kv_heads),
-        one.value.to(wide),
+        value.to(wide),
         "b n g i j, b n j d -> b n g i d",
     )
     return rearrange(output, "b n g i d -> b (n g) i d").to(one.query.dtype), lse, peak
 
 
-def scores_of(one: Matrix) -> Tensor:
-    """Return the scores ``[b n i j]``; -inf where a cell is masked."""
+def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:
+    """Return the scores ``[b n i j]``, -inf where a cell is masked, and the values ``[b n j d]``.
+
+    Keys and values that no query sees are 0 there: 0 * NaN is NaN, so they are not multiplied.
+    """
     request, wide = one.request, stats_dtype(one.query.dtype)
-    q_len, kv_len = one.query.shape[2], one.key.shape[2]
-    scores = request.scale * einsum(
+    key, value = one.key, one.value
+    allowed = _allowed(one.mask, one.sequence, one.query.shape[2], key.shape[2], key.device)
+    if allowed is not None:
+        unseen = ~_by_key_head(allowed, request)
+        key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+    scores = bounded(request.scale, wide) * einsum(
         rearrange(one.query.to(wide), "b (n g) i d -> b n g i d", n=request.num_kv_heads),
-        one.key.to(wide),
+        key.to(wide),
         "b n g i d, b n j d -> b n g i j",
     )
     scores = rearrange(scores, "b n g i j -> b (n g) i j")
+    if request.softcap is not None:
+        cap = usable_cap(request.softcap, wide)
+        scores = cap * torch.tanh(scores / cap)
     if one.pse is not None:
-        scores = scores + one.pse.term(
+        scores = scores + _bias(one.pse, request, one.sequence, scores)
+    return (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)), value
+
+
+def _bias(pse: Pse, request: Request, sequence: int | None, scores: Tensor) -> Tensor:
+    """Return what is added to the scores, cut off where sums of it would not be finite."""
+    q_len, kv_len = scores.shape[-2:]
+    most = largest_bias(scores.dtype)
+    terms = [
+        part.term(
             q_len,
             kv_len,
             scale=request.scale,
-            batch_index=one.sequence,
-            dtype=wide,
+            batch_index=sequence,
+            dtype=scores.dtype,
             device=scores.device,
         )
-    if request.softcap is not None:
-        scores = request.softcap * torch.tanh(scores / request.softcap)
-    allowed = _allowed(one.mask, one.sequence, q_len, kv_len, scores.device)
-    return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        for part in pse.parts
+    ]
+    # The values are cut, the gradient is not: it is that of the bias as it was given.
+    halves = [_cut(term, 4 * most / len(terms)) for term in terms]
+    return _cut(sum(halves[1:], halves[0]), most)
+
+
+def _cut(bias: Tensor, most: float) -> Tensor:
+    top = torch.finfo(bias.dtype).max
+    finite = bias.clamp(-top, top)
+    return finite.detach().clamp(-most, most) + (finite - finite.detach())
+
+
+def _by_key_head(allowed: Tensor, request: Request) -> Tensor:
+    """Return which keys some query sees, ``[1 | b, 1 | n, j, 1]``, over heads that share a key."""
+    seen = allowed.any(-2)[..., None]
+    if seen.shape[1] > 1:
+        seen = rearrange(seen, "b (n g) j 1 -> b n g j 1", n=request.num_kv_heads).any(2)
+    return seen
 
 
 def _softmax(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,7 @@ def maxima(request: Request, operands: Operands) -> Tensor:
 
 
 def _largest(one: Matrix) -> Tensor:
-    scores = scores_of(one)
+    scores, _ = scores_of(one)
     least = scores.new_full((), -torch.inf)
     if one.sink is not None:
         least = one.sink.to(scores.dtype)[:, None]

@@ -203,7 +203,7 @@ class _Composition(_Config):
         default=False, description="a learnable logit per head that joins the denominator"
     )
     softcap: Annotated[Real, Field(gt=0)] | None = Field(
-        default=None, description="c of c*tanh(score/c), before the mask"
+        default=None, description="c of c*tanh(scale*q.k/c), before the bias"
     )
     backend: Annotated[str, Named("backend", lambda: {"auto": None} | dict(BACKENDS.items()))] = (
         Field(default="auto", description="who computes; a name never falls back to another")

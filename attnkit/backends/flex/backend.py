@@ -18,6 +18,7 @@ from attnkit.backends.flex.scores import scores_of
 from attnkit.backends.flex.tables import mask_mod_of, tables_of
 from attnkit.backends.form import form
 from attnkit.backends.rows import maxima
+from attnkit.backends.unseen import without_unseen
 from attnkit.constants import constant
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
@@ -68,6 +69,7 @@ class Flex(Backend):
         if not request.needs_grad:
             # FlexAttention asks whether a tensor could train, not whether it does now.
             query, key, value = query.detach(), key.detach(), value.detach()
+        key, value = without_unseen(request, key, value)
         mask = (plan.mask if isinstance(plan, FlexPlan) else None) or made(request)
         with torch.set_grad_enabled(request.needs_grad):
             scores = scores_of(request, operands.pse, device)

@@ -1,6 +1,7 @@
 """A bias and a soft-cap as the function that FlexAttention calls per score.
 
-FlexAttention hands over ``scale * q.k``, so a bias before the scale is multiplied by it here.
+FlexAttention hands over ``scale * q.k``: the soft-cap bends that, and a bias is added after. A
+bias before the scale is multiplied by it here.
 Tensors are captured, and gradients reach them where FlexAttention has a backward.
 """
 
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit.backends.numbers import largest_bias, usable_cap
 from attnkit.planner import Request
 from attnkit.pse import ALiBi, ByDistance, Cut, Pse, SqrtALiBi
 
@@ -33,23 +35,30 @@ def scores_of(request: Request, pse: Pse | None, device: torch.device) -> Scores
     """Return the score function of a request; None where scores stay as they are."""
     found = [_term(part, request, device) for part in (pse.parts if pse is not None else ())]
     terms, shapes = [term for term, _ in found], [shape for _, shape in found]
-    cap = request.softcap
+    cap = None if request.softcap is None else usable_cap(request.softcap, torch.float32)
+    most = largest_bias(torch.float32)
     if not terms and cap is None:
         return Scores()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        for term in terms:
-            score = term(score, b, h, i, j)
-        return score if cap is None else cap * torch.tanh(score / cap)
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        if not terms:
+            return score
+        first, *more = (term(b, h, i, j) for term in terms)
+        return score + sum(more, first).clamp(-most, most)
 
     return Scores(score_mod, (*shapes, cap))
 
 
-Term = tuple[ScoreMod, object]
+Cells = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A bias as a function of batch element, head, query and key."""
+
+Term = tuple[Cells, object]
 
 
 def _term(part: Pse, request: Request, device: torch.device) -> Term:
-    """Return one addend as a function of scores, and what decides its code."""
+    """Return one addend as a function of cells, and what decides its code."""
     factor = request.scale if part.before_scale else 1.0
     known = _placed(part, request)
     if known is None:
@@ -89,22 +98,22 @@ def _positions(request: Request, offsets: Sequence[int]) -> Tensor:
 
 
 def _sloped(family: ALiBi | SqrtALiBi, at: Tensor) -> Term:
-    """Return ``score - slope[h] * curve(abs(at[i] - j))``: arithmetic, where there is a formula."""
+    """Return ``-slope[h] * curve(abs(at[i] - j))``: arithmetic, where there is a formula."""
     slopes = torch.tensor(family.slopes, device=at.device)
     root = isinstance(family, SqrtALiBi)
 
-    def term(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = (at[i] - j).abs().to(torch.float32)
-        return score - slopes[h] * (distance.sqrt() if root else distance)
+        return -slopes[h] * (distance.sqrt() if root else distance)
 
     return term, ("sloped", root)
 
 
 def _looked_up(by_distance: Tensor, first: Tensor) -> Term:
-    """Return ``score + by_distance[h, j - first[i]]``."""
+    """Return ``by_distance[h, j - first[i]]``."""
 
-    def term(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + by_distance[h, j - first[i]]
+    def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return by_distance[h, j - first[i]]
 
     return term, "looked up"
 
@@ -118,13 +127,13 @@ def _matrix(part: Pse, request: Request, device: torch.device) -> Tensor:
 
 
 def _given(matrix: Tensor, factor: float) -> Term:
-    """Return ``score + factor * matrix[b, h, i, j]``; axes of one entry are not indexed."""
+    """Return ``factor * matrix[b, h, i, j]``; axes of one entry are not indexed."""
     kept = (*(extent > 1 for extent in matrix.shape[:3]), True)
     shape = zip(matrix.shape, kept, strict=True)
     cells = matrix.reshape([extent for extent, keep in shape if keep])
 
-    def term(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         index = tuple(x for x, keep in zip((b, h, i, j), kept, strict=True) if keep)
-        return score + factor * cells[index].to(torch.float32)
+        return factor * cells[index].to(torch.float32)
 
     return term, ("given", kept, factor, matrix.dtype)

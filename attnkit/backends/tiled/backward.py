@@ -2,6 +2,7 @@
 
     p = exp(score - lse);  dp = do @ v^T;  ds = p * (dp - delta)
     dq = scale * ds @ k;  dk = scale * ds^T @ q;  dv = p^T @ do
+    with a soft-cap, ds * (1 - tanh**2) in dq and dk
 
 where ``delta = sum(do * o) - dlse`` per row. With dropout, `keep` scales both p in dv and dp.
 """
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnkit.backends.tiled.guard import guarded
 from attnkit.backends.tiled.schedule import Block, Chunk, Whole
 from attnkit.backends.tiled.scores import LOG2E, Job, Scores
 from attnkit.backends.tiled.tiles import (
@@ -62,6 +64,9 @@ class Slopes:
 
 def backward(job: Job, saved: Saved, slopes: Slopes) -> None:
     """Write the gradients of everything but the sink."""
+    query, *keys = saved.operands
+    job, key, value = guarded(job, *keys)
+    saved.operands = (query, key, value)
     run = _Run(job, saved, slopes)
     for lane in job.schedule.lanes:
         for item in lane.items:
@@ -100,6 +105,17 @@ def sink_gradient(saved: Saved, sink: Tensor) -> Tensor:
     return torch.stack(grads).to(sink.dtype)
 
 
+# Rows of so few keys are cheap to put right, and may be many for each of their keys.
+FEW = 64
+# Beside a maximum of this size the log of a sum loses digits that weights need.
+LARGE = 4096.0
+
+
+def _swallows(lse: Tensor) -> bool:
+    """Whether some row's statistics are so large that they swallow the log of its sum."""
+    return not bool(torch.linalg.vector_norm(lse, torch.inf) < LARGE)
+
+
 class _Run:
     """One backward call."""
 
@@ -111,6 +127,8 @@ class _Run:
         self.lse = Source(saved.lse[..., None])
         grad_lse = saved.grad_lse
         self.grad_lse = None if grad_lse is None else Source(grad_lse[..., None])
+        # Whether the weights of a row are all there is: nothing else takes a share of its slope.
+        self.whole_rows = not job.request.sink and grad_lse is None
         self.to_query, self.to_key, self.to_value = (
             Source(t) for t in (slopes.query, slopes.key, slopes.value)
         )
@@ -122,11 +140,12 @@ class _Run:
         grad = query_tile(work, "grad", self.grad, step, wide)
         delta = self._delta(step, grad)
         lse = self._lse(step, grad, block)
+        total = self._total(step, block, query, lse) if _swallows(lse) else None
         to_query = work.take("to query", wide, *query.shape)
         scale = self.job.request.scale
         for k, chunk in enumerate(block.chunks):
             key = key_tile(work, "key", self.key, step, chunk, wide)
-            weights, ds = self._weights(step, chunk, (query, key, grad), lse, delta)
+            weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
             to_value = work.take("to value", wide, *key.shape[:2], self.value.width)
             torch.bmm(weights.transpose(1, 2), grad, out=to_value)
             add_to_keys(self.to_value, step, chunk, to_value)
@@ -142,13 +161,16 @@ class _Run:
         step: Step,
         chunk: Chunk,
         operands: tuple[Tensor, Tensor, Tensor],
-        lse: Tensor,
+        rows: tuple[Tensor, Tensor | None],
         delta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the weights that the values had, and the gradient of the scores `ds`."""
         scores, work, wide = self.scores, self.scores.work, self.scores.wide
         query, key, grad = operands
+        lse, total = rows
         p, bend = self._probabilities(step, chunk, query, key, lse)
+        if total is not None:
+            p.div_(total)
         value = key_tile(work, "value", self.value, step, chunk, wide)
         ds = work.take("slopes", wide, *p.shape)
         torch.bmm(grad, value.transpose(1, 2), out=ds)
@@ -158,10 +180,15 @@ class _Run:
             ds.mul_(keep)
             weights = keep.mul_(p)
         ds.sub_(delta).mul_(p)
-        if bend is not None:
-            ds.mul_(bend)
+        if self.whole_rows and chunk.width <= FEW and len(step.block.chunks) == 1:
+            # The slopes of a softmax add up to 0. What rounding leaves instead would add up
+            # over all rows that see one key and nothing else.
+            left = torch.sum(ds, -1, keepdim=True, out=work.take("left", wide, *p.shape[:2], 1))
+            ds.addcmul_(p, left, value=-1.0)
         if scores.bias is not None and any(grad is not None for grad in self.slopes.bias):
             scores.bias.add_gradient(self.slopes.bias, scores.by_head(ds, step, chunk), step, chunk)
+        if bend is not None:
+            ds.mul_(bend)
         return weights, ds
 
     def _probabilities(
@@ -169,14 +196,32 @@ class _Run:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the softmax weights of a tile, and the slope of a soft-cap."""
         scores = self.scores
-        p = scores.capped(step, chunk, query, key)
+        p = scores.bent(step, chunk, query, key)
         bend = None
         if scores.cap is not None:
             bend = scores.work.take("bend", scores.wide, *p.shape)
             torch.mul(p, p, out=bend).neg_().add_(1.0)
-            p.mul_(scores.cap * LOG2E)
-        scores.mask(p, step, chunk)
+        scores.finish(p, step, chunk)
         return p.sub_(lse).exp2_(), bend
+
+    def _total(self, step: Step, block: Block, query: Tensor, lse: Tensor) -> Tensor | None:
+        """Put the rows' maxima in place of their statistics, and return the sums beside them."""
+        scores, wide = self.scores, self.scores.wide
+        peak, total = torch.full_like(lse, -torch.inf), torch.zeros_like(lse)
+        for chunk in block.chunks:
+            key = key_tile(scores.work, "key", self.key, step, chunk, wide)
+            tile = scores.tile(step, chunk, query, key)
+            torch.maximum(peak, tile.amax(-1, keepdim=True), out=peak)
+        peak.masked_fill_(peak == -torch.inf, 0.0)
+        if self.job.request.sink:
+            # The sink has its share; where rounding puts the statistics below a score, it has none.
+            torch.maximum(lse, peak, out=lse)
+            return None
+        lse.copy_(peak)
+        for chunk in block.chunks:
+            key = key_tile(scores.work, "key", self.key, step, chunk, wide)
+            total += self._probabilities(step, chunk, query, key, lse)[0].sum(-1, keepdim=True)
+        return total.masked_fill_(total == 0.0, 1.0)
 
     def _delta(self, step: Step, grad: Tensor) -> Tensor:
         """Return ``sum(do * o) - dlse`` per row, ``[g r 1]``."""

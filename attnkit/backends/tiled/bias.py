@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import Chunk
 from attnkit.backends.tiled.terms import (
     Carried,
@@ -129,7 +130,10 @@ def _diagonals(request: Request, part: Pse, dtype: torch.dtype, device: torch.de
 
 @dataclass(eq=False)
 class Bias:
-    """The addends of one call. `unit` is what one unit of score is in the tiles."""
+    """The addends of one call. `unit` is what one unit of score is in the tiles.
+
+    Their sum is cut off where it would not be finite, as in every backend.
+    """
 
     terms: Sequence[Term]
     unit: float
@@ -138,19 +142,22 @@ class Bias:
     _slopes: dict[int, Tensor] = field(default_factory=dict)
     _known: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
 
-    def fill(self, scores: Tensor, step: Step, chunk: Chunk) -> None:
-        """Overwrite ``[b h i j]`` scores with the bias of their cells."""
+    def put(self, scores: Tensor, step: Step, chunk: Chunk, more: bool = False) -> None:
+        """Overwrite ``[b h i j]`` scores with the bias of their cells, or add it to them."""
+        most = largest_bias(self.dtype) * self.unit
         for column, first, count in step.runs(chunk):
             target = scores[..., column : column + count]
             for k, term in enumerate(self.terms):
                 if isinstance(term, Carried):
                     cells = term.cells(step, first, count, self.work).expand(target.shape)
-                    _put(target, cells, term.factor * self.unit, more=k > 0)
+                    factor = bounded(term.factor * self.unit, self.dtype)
+                    _put(target, cells, factor, more=more or k > 0)
+                    target.clamp_(-most, most)
                     continue
                 base = step.row + term.anchor(step.lane) - first
                 distance = self._distance(k, term.part, base, step.block.rows, count)
                 slopes = self._slope(k, term.part)[step.head : step.head + step.heads]
-                if k:
+                if more or k:
                     target.addcmul_(distance, slopes)
                 else:
                     torch.mul(distance.expand(target.shape), slopes, out=target)

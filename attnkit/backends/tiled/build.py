@@ -7,6 +7,7 @@ block stands for all its repetitions, so that a long window costs as little to p
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from attnkit.backends.tiled.columns import Pieces, chunks_of, pattern_of
+from attnkit.backends.numbers import masks_before_scale
+from attnkit.backends.tiled.columns import Pieces, Span, chunks_of, pattern_of, span_around
 from attnkit.backends.tiled.schedule import Block, Chunk, Lane, Schedule, Tile, Whole
+from attnkit.backends.unseen import seen_spans
 from attnkit.geometry import Region, Strip
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
@@ -39,6 +42,8 @@ HEIGHTS = {64: 1.19, 128: 1.04, 256: 1.0}
 SMALL, LARGE = 256, 1024
 # Its tiles are this low at least, and as high as can be from so many rows on.
 LOWEST_TILE, FULL_TILES = 32, 768
+# From this scale on torch's fused kernel is left alone.
+HUGE_SCALE = 1024.0
 # A run that jumps by more keys than this between two rows starts a new block, unless that is a
 # small part of the keys that both rows see.
 JUMP = 32
@@ -49,15 +54,17 @@ class Traits(NamedTuple):
 
     `matrices` counts the score matrices that share the blocks. Where `alike` is False, what is
     done to the scores differs from one repetition of a block to the next. `wholes` allows pieces
-    on torch's fused kernel, `merges` the sum of two of its outputs.
+    on torch's fused kernel, `merges` the sum of two of its outputs, `causal` its causal squares.
+    `seen` are the ranges of keys that some row sees.
     """
 
     q_len: int
-    kv_len: int
+    seen: tuple[Span, ...]
     matrices: int
     alike: bool
     wholes: bool
     merges: bool
+    causal: bool
 
 
 class Policy(NamedTuple):
@@ -66,20 +73,26 @@ class Policy(NamedTuple):
     alike: bool
     wholes: bool
     merges: bool
+    causal: bool
 
 
 @lru_cache(maxsize=256)
-def schedule(request: Request, wholes: bool = True) -> Schedule:
-    """Return the schedule of a request; `wholes=False` keeps torch's fused kernel out of it."""
+def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Schedule:
+    """Return the schedule of a request.
+
+    `wholes=False` keeps torch's fused kernel out of it; `apart` gives every packed sequence a
+    lane of its own, so that no tile holds keys of two.
+    """
     policy = Policy(
         alike=not (request.bias or request.dropout),
         wholes=wholes and _fused_fits(request),
         merges=request.dtype in (torch.float32, torch.float64),
+        causal=masks_before_scale(request.scale, torch.float32),
     )
     lanes: list[Lane] = []
     for heads, plane in _equal_heads(matrices(request).planes, request.num_heads):
         if request.seqlens is not None:
-            lanes += _packed_lanes(request, plane, heads, policy)
+            lanes += _packed_lanes(request, plane, heads, policy, apart)
             continue
         for start, stop in _equal_stretches(plane):
             place = Lane((start, stop), heads, start, (0, 0), request.sequences[0], (), (), False)
@@ -94,7 +107,10 @@ def _fused_fits(request: Request) -> bool:
     sink = request.sink and request.dtype not in (torch.float32, torch.float64)
     # Its float16 backward is many times slower than float32 blocks.
     half = request.dtype == torch.float16
-    return plain and not sink and not half and request.head_dim == request.value_dim
+    # Its backward makes weights from the statistics alone, which swallow the sum of a row there.
+    huge = abs(request.scale) > HUGE_SCALE
+    fits = plain and request.head_dim == request.value_dim
+    return fits and not (sink or half or huge)
 
 
 def _equal_stretches(plane: Plane) -> Iterator[tuple[int, int]]:
@@ -118,21 +134,23 @@ def _packed_lanes(
     plane: Plane,
     heads: tuple[int, int],
     policy: Policy,
+    apart: bool,
 ) -> list[Lane]:
     """Return one lane over all tokens; or one per sequence, where something is counted from it."""
     seqlens = request.seqlens
     if seqlens is None:
         return []
     origins = list(zip(seqlens.cu_q, seqlens.cu_kv, strict=True))[:-1]
-    if not request.bias and all(e.exact for e in set(plane)):
-        strips = [
-            strip
-            for (q0, k0), known in zip(origins, plane, strict=True)
-            for strip in known.outer.shift(q0, k0).strips
+    if not (apart or request.bias) and all(e.exact for e in set(plane)):
+        regions = [
+            known.outer.shift(q0, k0) for (q0, k0), known in zip(origins, plane, strict=True)
         ]
         place = Lane((0, 1), heads, 0, (0, 0), (request.q_len, request.kv_len), (), (), False)
-        joined = Region(tuple(strips))
-        return [_lane(place, Enclosure(joined, joined), policy)]
+        joined = Region(tuple(strip for region in regions for strip in region.strips))
+        # Not joined where sequences meet: runs do not grow into the next one.
+        seen = tuple(span for region in regions for span in seen_spans(region.strips))
+        lane = _lane(place, Enclosure(joined, joined), policy, seen)
+        return [lane._replace(mixes=_mixes(lane.items, request))]
     return [
         _lane(
             Lane((0, 1), heads, b, origin, lengths, (), (), False),
@@ -143,14 +161,17 @@ def _packed_lanes(
     ]
 
 
-def _lane(place: Lane, known: Enclosure, policy: Policy) -> Lane:
-    q_len, kv_len = place.lengths
+def _lane(
+    place: Lane, known: Enclosure, policy: Policy, seen: tuple[Span, ...] | None = None
+) -> Lane:
+    q_len, _ = place.lengths
+    seen = tuple(seen_spans(known.outer.strips)) if seen is None else seen
     heads = place.heads[1] - place.heads[0]
     opaque = not known.exact
     batch = place.batches[1] - place.batches[0]
     if opaque:
-        policy = Policy(alike=False, wholes=False, merges=False)
-    traits = Traits(q_len, kv_len, heads * batch, *policy)
+        policy = Policy(alike=False, wholes=False, merges=False, causal=False)
+    traits = Traits(q_len, seen, heads * batch, *policy)
     items = []
     for item in _items(known.outer.strips, traits):
         if isinstance(item, Block):
@@ -161,7 +182,54 @@ def _lane(place: Lane, known: Enclosure, policy: Policy) -> Lane:
             item = item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
         items.append(item)
     blank = known.outer.empty_rows(q_len)
-    return place._replace(items=tuple(items), blank=blank, opaque=opaque)
+    strays = opaque or _strays(items, seen)
+    return place._replace(items=tuple(items), blank=blank, opaque=opaque, strays=strays)
+
+
+def _strays(items: Iterable[Block | Whole], seen: Sequence[Span]) -> bool:
+    """Whether some item reads keys that no row sees."""
+    spans: list[Span] = []
+    for a, b in seen:  # those of neighbouring sequences are one range here
+        if spans and spans[-1][1] == a:
+            a = spans.pop()[0]
+        spans.append((a, b))
+    return any(
+        not _inside(spans, a, b, step, item.times) for item in items for a, b, step in _reads(item)
+    )
+
+
+def _reads(item: Block | Whole) -> Iterator[tuple[int, int, int]]:
+    """Yield the runs of keys that an item reads, and how they move from repetition to the next."""
+    if isinstance(item, Whole):
+        yield item.key - item.before, item.key + item.keys, item.step
+        return
+    for chunk in item.chunks:
+        yield from chunk.runs
+
+
+def _inside(spans: Sequence[Span], a: int, b: int, step: int, times: int) -> bool:
+    """Whether a run of keys lies in one of the ranges, in each of its repetitions."""
+    last = (times - 1) * step
+    if b + last <= span_around(spans, a)[1] and a >= span_around(spans, a)[0]:
+        return True
+    return times > 1 and all(
+        _inside(spans, a + move, b + move, 0, 1) for move in range(0, last + 1, step or 1)
+    )
+
+
+def _mixes(items: Iterable[Block | Whole], request: Request) -> bool:
+    """Whether some item of a packed batch reads keys of a sequence that is not its rows'."""
+    rows, keys = request.token_starts
+    for item in items:
+        for repeat in range(item.times):
+            row = item.row + repeat * item.step
+            own = bisect_right(rows, row) - 1
+            if row + item.rows > rows[own + 1]:
+                return True
+            for a, b, step in _reads(item):
+                if a + repeat * step < keys[own] or b + repeat * step > keys[own + 1]:
+                    return True
+    return False
 
 
 def _tile(block: Block, heads: int, batch: int) -> Tile:
@@ -249,11 +317,11 @@ def _low(wholes: Sequence[Whole], rows: int, traits: Traits) -> bool:
 def _whole(strip: Strip, traits: Traits) -> Whole | None:
     i0, i1, ((a, da, b, db),) = strip
     rows = i1 - i0
-    if _rounds_more(rows, traits):
+    if _rounds_more(rows, traits) or _lonely(strip):
         return None
     if (da, db) == (0, 0):
         return Whole(i0, rows, a, b - a)
-    if (da, db) != (0, 1):
+    if (da, db) != (0, 1) or not traits.causal:
         return None
     before = b - a - 1
     # In 16 bits the kernel is fast at every size, but its output is rounded: no sums of two.
@@ -262,6 +330,16 @@ def _whole(strip: Strip, traits: Traits) -> Whole | None:
     if rows <= SMALL or rows >= LARGE or not traits.merges:
         return Whole(i0, rows, a + before, rows, True, before=before)
     return None
+
+
+def _lonely(strip: Strip) -> bool:
+    """Whether many rows see one and the same key, and nothing else.
+
+    Their scores have no gradient. Torch's kernel leaves what rounding makes of it, and over
+    many rows that adds up in the key's.
+    """
+    i0, i1, ((a, da, b, db), *more) = strip
+    return i1 - i0 > 1 and not more and b - a == 1 and (da, db) == (0, 0)
 
 
 def _rounds_more(rows: int, traits: Traits) -> bool:
@@ -275,6 +353,8 @@ def _rounds_more(rows: int, traits: Traits) -> bool:
 def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> Whole | None:
     """Return rows over all of their keys as one small masked call, if they are few."""
     if not traits.wholes or rows > SMALL or _rounds_more(rows, traits):
+        return None
+    if any(map(_lonely, strips)):
         return None
     pieces = _pieces(strips, row, rows)
     start = min(runs[0][0] for _, _, runs in pieces)
@@ -335,7 +415,7 @@ def _steps(strip: Strip) -> int:
 def _same_below(strip: Strip, row: int, rows: int, traits: Traits) -> int:
     """Return how many blocks from `row` on look alike, but for one shift of all their keys.
 
-    Runs are widened by up to 64 keys, which must not meet the borders of the matrix.
+    Runs are widened by up to 64 keys, which must not meet the borders of what is seen.
     """
     runs = strip.runs
     if any(da != runs[0][1] or db != runs[0][1] for _, da, _, db in runs):
@@ -343,9 +423,10 @@ def _same_below(strip: Strip, row: int, rows: int, traits: Traits) -> int:
     count = (strip.i1 - row) // rows
     if count > 1 and runs[0][1]:
         past = row - strip.i0
-        if runs[0][0] + past < 64:
+        first, last = runs[0][0] + past, runs[-1][2] + past
+        if first < span_around(traits.seen, first)[0] + 64:
             return 1
-        room = traits.kv_len - 64 - (runs[-1][2] + past)
+        room = span_around(traits.seen, last - 1)[1] - 64 - last
         count = min(count, max(1, room // rows))
     return max(1, count)
 
@@ -353,7 +434,7 @@ def _same_below(strip: Strip, row: int, rows: int, traits: Traits) -> int:
 def _block(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> Block:
     """Return the block of rows ``[row, row + rows)``; strips above them are left out already."""
     pieces = _pieces(strips, row, rows)
-    return Block(row, rows, 1, 0, chunks_of(pieces, rows, traits.kv_len))
+    return Block(row, rows, 1, 0, chunks_of(pieces, rows, traits.seen))
 
 
 def _pieces(strips: Sequence[Strip], row: int, rows: int) -> Pieces:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 from attnkit.backends.tiled.schedule import Chunk, Patch, Pattern, Piece
 from attnkit.strips import Run
 
-__all__ = ["Pieces", "chunks_of", "pattern_of"]
+__all__ = ["Pieces", "Span", "chunks_of", "pattern_of", "span_around"]
 
-Spans = list[tuple[int, int]]
+Span = tuple[int, int]
+Spans = list[Span]
 # Strip pieces of a block: (first row from the block's top, rows, runs at that row).
 Pieces = Sequence[tuple[int, int, tuple[Run, ...]]]
 
@@ -24,10 +27,13 @@ GAP = 64
 NARROW = 32
 
 
-def chunks_of(pieces: Pieces, rows: int, kv_len: int) -> tuple[Chunk, ...]:
-    """Return the chunks of key runs that hold every allowed cell of the pieces."""
+def chunks_of(pieces: Pieces, rows: int, seen: Sequence[Span]) -> tuple[Chunk, ...]:
+    """Return the chunks of key runs that hold every allowed cell of the pieces.
+
+    `seen` are the ranges of keys that some row of the lane sees: runs grow inside of them only.
+    """
     full = _full(pieces, rows)
-    runs = _widened(_touched(pieces), full, kv_len)
+    runs = _widened(_touched(pieces), full, seen)
     chunks = []
     for spans in _cut(runs):
         patches, column = [], 0
@@ -72,15 +78,21 @@ def _full(pieces: Pieces, rows: int) -> Spans:
     return [(a, b) for a, b in common or () if b - a >= NARROW]
 
 
-def _widened(spans: Spans, full: Spans, kv_len: int) -> Spans:
+def span_around(seen: Sequence[Span], key: int) -> Span:
+    """Return the range of `seen` that holds a key."""
+    return seen[bisect_right(seen, key, key=itemgetter(0)) - 1]
+
+
+def _widened(spans: Spans, full: Spans, seen: Sequence[Span]) -> Spans:
     """Round the widths of runs up, on a side that is masked anyway, so that tiles are aligned."""
     starts, stops = {a for a, _ in full}, {b for _, b in full}
     out: Spans = []
     for k, (start, stop) in enumerate(spans):
         unit = 64 if stop - start > 192 else 16
         lack = -(stop - start) % unit
-        low = out[-1][1] if out else 0
-        high = spans[k + 1][0] if k + 1 < len(spans) else kv_len
+        low = max(out[-1][1] if out else 0, span_around(seen, start)[0])
+        high = span_around(seen, stop - 1)[1]
+        high = min(high, spans[k + 1][0]) if k + 1 < len(spans) else high
         if start not in starts and start - lack >= low:
             start -= lack
         elif stop not in stops and stop + lack <= high:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnkit.backends.tiled.guard import guarded
 from attnkit.backends.tiled.schedule import Block, Lane, Whole
 from attnkit.backends.tiled.scores import LN2, LOG2E, Job, Scores
 from attnkit.backends.tiled.tiles import Source, Step, key_tile, query_tile, steps
@@ -12,8 +13,10 @@ from attnkit.backends.tiled.whole import Part, parts, run_whole
 
 __all__ = ["forward"]
 
-# A row without a key has no maximum. This stands for one: far below every score, and finite.
-FLOOR = -1e30
+# A row without a key has no maximum. This part of the lowest number stands for one: finite, and
+# below every score, those of biases that are cut off included. Statistics below the other part
+# are such a row's.
+FLOOR, EMPTY = 0.25, 0.15
 # A sum of exponentials is at least 1, except in such a row, whose output must be 0.
 LEAST = 1e-30
 
@@ -43,6 +46,7 @@ def forward(
 
     Writes `output` ``[b n s d]`` and returns the log of the softmax denominator, ``[b n s]``.
     """
+    job, key, value = guarded(job, key, value)
     lse = torch.empty(job.sizes[:3], dtype=job.wide, device=query.device)
     run = _Run(job, query, key, value, sink, seed, output, lse)
     for lane in job.schedule.lanes:
@@ -108,7 +112,7 @@ class _Run:
         torch.log2(rows.total, out=rows.spare)
         torch.mul(rows.spare.add_(rows.peak).view(lse.shape), LN2, out=lse)
         if bare and self.sink is None:
-            lse.masked_fill_(lse < FLOOR / 2, -torch.inf)
+            lse.masked_fill_(lse < EMPTY * torch.finfo(lse.dtype).min, -torch.inf)
         if self.scores.dropout is not None:
             rows.total.mul_(self.scores.dropout.kept)
 
@@ -154,7 +158,7 @@ def _soften(rows: Rows, tile: Tensor, first: bool, bare: bool) -> None:
     peak = rows.peak if first else rows.spare
     torch.amax(tile, -1, keepdim=True, out=peak)
     if bare:
-        peak.clamp_(min=FLOOR)
+        peak.clamp_(min=FLOOR * torch.finfo(peak.dtype).min)
     if not first:
         torch.maximum(rows.peak, rows.spare, out=rows.spare)
         rows.peak.sub_(rows.spare).exp2_()

@@ -109,7 +109,8 @@ class Lane(NamedTuple):
     Positions count from `origin`, where the score matrix of `lengths` begins: (0, 0), unless a
     packed sequence has a lane of its own. `matrix` is the number of its first score matrix.
     `blank` are the row ranges without any allowed key. With `opaque`, the mask itself is asked
-    for its cells: the runs only enclose them.
+    for its cells: the runs only enclose them. With `strays`, tiles may hold keys that no row of
+    the lane sees; with `mixes`, rows of one packed sequence and masked keys of another.
     """
 
     batches: tuple[int, int]
@@ -120,6 +121,8 @@ class Lane(NamedTuple):
     items: tuple[Block | Whole, ...]
     blank: tuple[tuple[int, int], ...]
     opaque: bool
+    strays: bool = False
+    mixes: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,16 @@ class Schedule:
             or any(chunk.bare for item in lane.items for chunk in getattr(item, "chunks", ()))
             for lane in self.lanes
         )
+
+    @cached_property
+    def strays(self) -> bool:
+        """Whether some tile may hold a key that no row sees."""
+        return any(lane.strays for lane in self.lanes)
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether some tile holds keys of another packed sequence than that of its rows."""
+        return any(lane.mixes for lane in self.lanes)
 
     @cached_property
     def wholes(self) -> bool:

@@ -1,6 +1,6 @@
 """Score tiles, the part that forward and backward share.
 
-    score = scale * q.k + bias;  score = c * tanh(score / c) with a soft-cap;  masked: -inf
+    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias;  masked: -inf
 
 Tiles hold ``score * log2(e)``: powers of two are several times cheaper than powers of e.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.form import Form, form
+from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.build import schedule
 from attnkit.backends.tiled.dropout import Dropout
@@ -29,6 +30,9 @@ __all__ = ["LN2", "LOG2E", "Job", "Scores"]
 
 # Keys per row up to which blocks cast 16 bits in their tiles: a window of 1,024 and its edges.
 FEW_KEYS = 1280
+
+# From this on a factor is kept out of matrix products.
+HUGE = 1024.0
 
 LOG2E = log2(2.718281828459045)
 LN2 = 1.0 / LOG2E
@@ -97,10 +101,12 @@ class Scores:
         self.job = job
         self.wide = job.wide
         self.work = Workspace.lent(like)
-        self.cap = request.softcap
+        self.cap = None if request.softcap is None else usable_cap(request.softcap, self.wide)
         unit = LOG2E if self.cap is None else 1.0 / self.cap
-        self.alpha = request.scale * unit
-        self.bias = Bias(job.terms, unit, self.wide, self.work) if job.terms else None
+        # Products that are multiplied by a huge number before they are added up may overflow.
+        self.unit = unit if unit > HUGE else None
+        self.alpha = bounded(request.scale * (1.0 if self.unit else unit), self.wide)
+        self.bias = Bias(job.terms, LOG2E, self.wide, self.work) if job.terms else None
         self.dropout: Dropout | None = None
         if request.dropout and seed is not None:
             self.dropout = Dropout(request.dropout, seed, job.sizes)
@@ -108,21 +114,30 @@ class Scores:
 
     def tile(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
         """Return the masked scores of a tile, ``[g r w]``, times log2(e)."""
-        scores = self.capped(step, chunk, query, key)
-        if self.cap is not None:
-            scores.mul_(self.cap * LOG2E)
-        self.mask(scores, step, chunk)
+        scores = self.bent(step, chunk, query, key)
+        self.finish(scores, step, chunk)
         return scores
 
-    def capped(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
-        """Return unmasked scores times log2(e); with a soft-cap, ``tanh(score / c)``."""
+    def bent(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Return unmasked scores times log2(e); with a soft-cap, ``tanh(scale * q.k / c)``."""
         group, rows, _ = query.shape
         scores = self.work.take("scores", self.wide, group, rows, chunk.width)
-        if self.bias is not None:
-            self.bias.fill(self.by_head(scores, step, chunk), step, chunk)
-        beta = 0.0 if self.bias is None else 1.0
+        joined = self.bias is not None and self.cap is None
+        if self.bias is not None and joined:
+            self.bias.put(self.by_head(scores, step, chunk), step, chunk)
+        beta = 1.0 if joined else 0.0
         scores.baddbmm_(query, key.transpose(1, 2), beta=beta, alpha=self.alpha)
+        if self.unit is not None:
+            scores.mul_(self.unit)
         return scores if self.cap is None else scores.tanh_()
+
+    def finish(self, scores: Tensor, step: Step, chunk: Chunk) -> None:
+        """Make the masked scores of a tile from what `bent` returned."""
+        if self.cap is not None:
+            scores.mul_(self.cap * LOG2E)
+            if self.bias is not None:
+                self.bias.put(self.by_head(scores, step, chunk), step, chunk, more=True)
+        self.mask(scores, step, chunk)
 
     def mask(self, scores: Tensor, step: Step, chunk: Chunk) -> None:
         """Set the cells of a tile that are not allowed to -inf."""

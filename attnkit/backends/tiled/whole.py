@@ -1,8 +1,9 @@
 """Pieces that torch's own fused CPU kernel computes: rectangles, causal squares, small masks.
 
 The raw operator has traps, all of which the schedule keeps away from: it divides by zero on
-empty tensors, reads a last axis whose stride is not 1 wrongly, and answers 0 for the statistics
-of a row without keys.
+empty tensors, reads a last axis whose stride is not 1 wrongly, answers 0 for the statistics
+of a row without keys, and masks a causal square before it scales it, which turns -inf into inf
+or NaN unless the scale is above 0.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def sole_part(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) 
     if len(schedule.lanes) != 1:
         return None
     lane = schedule.lanes[0]
+    if lane.strays or lane.mixes:
+        return None
     if lane.batches != (0, batch) or lane.heads != (0, heads) or len(lane.items) != 1:
         return None
     item = lane.items[0]

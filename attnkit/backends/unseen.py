@@ -1,0 +1,107 @@
+"""Keys that no query may see, and what they hold: NaN and infinities there must reach nothing.
+
+Masked weights are 0, and 0 times NaN is NaN. Where a kernel multiplies with what it masks, keys
+and values that no query of their sequence may see are put to 0 before the call. Masks whose
+keys are all seen by someone pay nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnkit.backends.base import Operands
+from attnkit.constants import constant
+from attnkit.geometry import Strip
+from attnkit.planner import Request
+from attnkit.planner.matrices import matrices
+
+__all__ = ["cleared", "seen_spans", "unseen_keys", "without_unseen"]
+
+
+def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
+    """Return the keys that some row sees, as maximal ranges in order.
+
+    >>> from attnkit.masks import Causal
+    >>> seen_spans(Causal(align="top_left").region(2, 4).strips)
+    [(0, 2)]
+    """
+    # The runs of a strip overlap from row to row: each leaves one range behind.
+    runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
+    spans: list[tuple[int, int]] = []
+    for a, b in runs:
+        if spans and a <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
+        else:
+            spans.append((a, b))
+    return spans
+
+
+@constant(maxsize=64)
+def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
+    """Return True where no query may see a key, ``[1 | b, 1 | n, kv_len, 1]`` (packed: b is 1).
+
+    `n` counts key heads: one is unseen where none of the query heads that share it sees it.
+    None where every key is seen.
+    """
+    if not request.batch:
+        return None
+    heads = _groups(request) if (request.mask.heads or 1) > 1 else [range(1)]
+    alike = request.seqlens is None and request.mask.batches is None
+    seen = [
+        torch.stack([_seen(request, batch, own, device) for own in heads])
+        for batch in range(1 if alike else request.batch)
+    ]
+    found = torch.stack(seen) if request.seqlens is None else torch.cat(seen, -1)[None]
+    return None if bool(found.all()) else found.logical_not()[..., None]
+
+
+def without_unseen(request: Request, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``[b n s d]`` key and value with 0 where no query may see them."""
+    unseen = unseen_keys(request, key.device)
+    if unseen is None:
+        return key, value
+    return key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+
+
+def cleared(request: Request, operands: Operands) -> Operands:
+    """Return operands in the request's layout with 0 at the keys that no query may see.
+
+    For kernels that replace masked scores, but multiply all values of a tile that they visit.
+    """
+    layout, count = request.layout_of, request.num_kv_heads
+    unseen = unseen_keys(request, operands.key.device)
+    if unseen is None:
+        return operands
+    given = (operands.key, operands.value)
+    if layout.packed:
+        tokens = unseen[0].transpose(0, 1)
+        key, value = (tensor.masked_fill(tokens, 0.0) for tensor in given)
+    else:
+        views = (layout.to_bnsd(tensor, count) for tensor in given)
+        key, value = (layout.from_bnsd(view.masked_fill(unseen, 0.0)) for view in views)
+    return replace(operands, key=key, value=value)
+
+
+def _groups(request: Request) -> list[range]:
+    """Return the query heads that share each key head."""
+    group = request.num_heads // request.num_kv_heads
+    return [range(head * group, (head + 1) * group) for head in range(request.num_kv_heads)]
+
+
+def _seen(request: Request, batch: int, heads: range, device: torch.device) -> Tensor:
+    """Return which keys of a score matrix some of the heads see, ``[kv_len]``."""
+    planes, (q_len, kv_len) = matrices(request).planes, request.sequences[batch]
+    found = torch.zeros(kv_len, dtype=torch.bool, device=device)
+    for head in heads:
+        known = planes[head if len(planes) > 1 else 0][batch]
+        if known.exact:
+            for a, b in seen_spans(known.outer.strips):
+                found[a:b] = True
+        else:
+            number = batch if request.mask.batches is not None else 0
+            found |= request.mask._plane(q_len, kv_len, number, head, device).any(0)
+    return found

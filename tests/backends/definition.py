@@ -1,0 +1,110 @@
+"""Attention by its formula, one row at a time, over the allowed keys only; float64, plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnkit as ak
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+def define(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cells: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[b s n d]`` and lse ``[b n s]``; `cells` and `bias` are ``[b n i j]``.
+
+    A key that a row does not see is not even read.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    group = query.shape[2] // key.shape[2]
+    out, lse = [], []
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, cells.shape[:3])).tolist():
+        keys = cells[b, h, i].nonzero()[:, 0]
+        scores = scale * (key[b, keys, h // group] @ query[b, i, h])
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias[b, h, i, keys]
+        out.append(scores.softmax(-1) @ value[b, keys, h // group])
+        lse.append(scores.logsumexp(-1))
+    batch, heads, rows = cells.shape[:3]
+    return (
+        torch.stack(out).view(batch, heads, rows, -1).transpose(1, 2),
+        torch.stack(lse).view(batch, heads, rows),
+    )
+
+
+def slopes(output: Tensor) -> Tensor:
+    """A gradient that arrives at an output: the same for every backend and dtype."""
+    count = torch.arange(output.numel(), dtype=torch.float64)
+    return count.mul(0.7).sin().view(output.shape).to(output.dtype)
+
+
+def meant(
+    tensors: tuple[Tensor, ...], cells: Tensor, *, bias: Tensor | None = None, **how: Any
+) -> list[Tensor]:
+    """Output, lse and gradients of the definition, in float64."""
+    leaves = [t.detach().double().requires_grad_() for t in tensors]
+    extra = [] if bias is None else [bias.detach().double().requires_grad_()]
+    full = extra[0].expand(cells.shape) if extra else None
+    out, lse = define(*leaves, cells, bias=full, **how)
+    grads = torch.autograd.grad(out, leaves + extra, slopes(out))
+    return [out.detach(), lse.detach(), *grads]
+
+
+def found(
+    backend: str,
+    tensors: tuple[Tensor, ...],
+    *,
+    bias: Tensor | None = None,
+    make_bias: Callable[[Tensor], ak.pse.Pse] | None = None,
+    **how: Any,
+) -> list[Tensor]:
+    """Output, lse and gradients of a backend."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    extra = [] if bias is None else [bias.detach().clone().requires_grad_()]
+    if extra:
+        how["pse"] = (make_bias or ak.pse.Dense)(extra[0])
+    made = ak.attention(*leaves, backend=backend, return_stats=True, **how)
+    grads = torch.autograd.grad(made.output, leaves + extra, slopes(made.output))
+    return [made.output.detach(), made.stats.lse.detach(), *grads]
+
+
+def compare(one: list[Tensor], other: list[Tensor], rtol: float, atol: float) -> None:
+    """Assert that two lists of results agree; NaN equals nothing."""
+    for name, a, b in zip(NAMES, one, other, strict=False):
+        torch.testing.assert_close(
+            a.to(b.dtype), b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def tensors(
+    *,
+    batch: int = 2,
+    lengths: tuple[int, int] = (20, 20),
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 4,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, ``[b s n d]``."""
+    generator = torch.Generator().manual_seed(lengths[0] * 31 + lengths[1])
+    shapes = (
+        (batch, lengths[0], heads[0], dim),
+        (batch, lengths[1], heads[1], dim),
+        (batch, lengths[1], heads[1], value_dim or dim),
+    )
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return q, k, v
