@@ -32,7 +32,7 @@ __all__ = [
 LONGEST = 200
 """Characters that a given value takes in a message, at most."""
 
-LONGEST_MESSAGE = 8000
+LONGEST_MESSAGE = 2_000
 """Characters of a whole message, at most: its beginning and its end are kept."""
 
 
@@ -138,7 +138,15 @@ class Refusal:
 class AttnkitError(Exception):
     """Base class of every error that attnkit raises on purpose.
 
-    A message is never longer than `LONGEST_MESSAGE`, whatever was given.
+    Its message has at most 2,000 characters, whatever was given: the middle of a longer one is
+    left out.
+
+    >>> import attnkit as ak
+    >>> try:
+    ...     ak.masks.Columns(0, 8).region("16", 16)
+    ... except ak.AttnkitError as error:
+    ...     print(type(error).__name__)
+    CompositionTypeError
     """
 
     def __str__(self) -> str:
@@ -146,38 +154,77 @@ class AttnkitError(Exception):
 
 
 class CompositionError(AttnkitError, ValueError):
-    """The author's request is inconsistent: shapes, lengths, heads, mask, bias or layout."""
+    """The author's request is inconsistent: shapes, lengths, heads, mask, bias or layout.
+
+    >>> import attnkit as ak
+    >>> ak.layouts.get("BSDN")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: unknown layout 'BSDN'; did you mean 'BSND'? Known: ...
+    """
 
 
 class CompositionTypeError(CompositionError, TypeError):
-    """A `CompositionError` about the type or dtype of an argument."""
+    """A `CompositionError` about the type or dtype of an argument.
+
+    >>> issubclass(CompositionTypeError, TypeError) and issubclass(CompositionError, ValueError)
+    True
+    """
 
 
 class KernelContractError(AttnkitError, ValueError):
     """An argument set that the fused kernel rejects or would compute wrongly.
 
     `codes` are the codes of the rules that are broken.
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.zeros(1, 4, 2, 16)
+    >>> try:
+    ...     _ = ak.fusion_attention(x, x, x, 2, "BSND", sparse_mode=2)
+    ... except ak.KernelContractError as error:
+    ...     print(error.codes)
+    ('mode-without-mask',)
     """
 
-    def __init__(self, message: str, codes: Sequence[str] = ()) -> None:
+    def __init__(self, message: str = "", codes: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.codes = tuple(codes)
 
 
 class KernelContractTypeError(KernelContractError, TypeError):
-    """A `KernelContractError` about the type or dtype of an argument."""
+    """A `KernelContractError` about the type or dtype of an argument.
+
+    >>> issubclass(KernelContractTypeError, TypeError)
+    True
+    """
 
 
 class BackendRefused(AttnkitError, RuntimeError):
     """The backend that was asked for by name cannot run the composition.
 
     `refusals` holds every reason, not only the first one.
+
+    >>> import attnkit as ak
+    >>> try:
+    ...     _ = ak.Attention(2, 8, softcap=30.0, backend="emulated")
+    ... except ak.BackendRefused as error:
+    ...     print([refusal.code for refusal in error.refusals])
+    ['softcap']
     """
 
-    def __init__(self, message: str, refusals: Sequence[Refusal] = ()) -> None:
+    def __init__(self, message: str = "", refusals: Sequence[Refusal] = ()) -> None:
         super().__init__(message)
         self.refusals = tuple(refusals)
 
 
 class ConfigError(AttnkitError, ValueError):
-    """A configuration names an unknown key, kind or value; the message lists what is possible."""
+    """A configuration names an unknown key, kind or value; the message lists what is possible.
+
+    >>> import attnkit as ak
+    >>> ak.AttentionConfig(num_heads=2, head_dim=8, dropout=2.0)
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.ConfigError: AttentionConfig: 1 problem
+      dropout: must be less than 1; got 2.0
+    """

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "closest"]
 
 T = TypeVar("T")
+
+_LONGEST_WORD = 100  # longer ones are close to no name, and are not compared
+
+
+def closest(word: object, known: Iterable[str]) -> str | None:
+    """Return the known word that a mistyped one may have meant; None if there is none.
+
+    >>> closest("casual", ["full", "causal"])
+    'causal'
+    """
+    if not isinstance(word, str) or len(word) > _LONGEST_WORD:
+        return None
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 class Registry(Generic[T]):
@@ -40,8 +53,8 @@ class Registry(Generic[T]):
             )
         if name in self._entries:
             raise CompositionError(
-                f"the {self.what} {shown(name)} is registered already (as "
-                f"{shown(self._entries[name])}); choose another name"
+                f"the {self.what} {shown(name)} is registered already "
+                f"(as {shown(self._entries[name])}); choose another name"
             )
         self._entries[name] = entry
         return entry
@@ -56,16 +69,16 @@ class Registry(Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
-        if name in self._entries:
+        if name in self:
             return self._entries[name]
-        close = difflib.get_close_matches(str(name)[:64], self._entries, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
+        close = closest(name, self._entries)
+        hint = "." if close is None else f"; did you mean {close!r}?"
         raise CompositionError(
             f"unknown {self.what} {shown(name)}{hint} Known: {', '.join(self._entries)}"
         )
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -256,9 +256,30 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         (["doctor", "--device", "abacus"], "no such device"),
         (["doctor", "--device", "cpu", "--out", "no/such/folder.json"], "No such file"),
         (["plan"], "the following arguments are required: --config"),
-        (["plan", "--config", "none.yaml", "--q-len", "8"], "none.yaml: No such file"),
+        (["doctor", "--only", "x" * 100_000], "no case has this name; --list shows them"),
+        (["doctor", "--device", "cuda:99"], "--device cuda:99: "),
+        (["doctor", "--out", "folder"], "--out folder: Is a directory"),
+        (["doctor", "--out", ""], "has an empty name"),
+        (["doctor", "--out", "a\0b"], "embedded null byte"),
+        (["plan", "--config", "none.yaml", "--q-len", "8"], "none.yaml': No such file"),
+        (["plan", "--config", "folder", "--q-len", "8"], "'folder': Is a directory"),
+        (["plan", "--config", "a\0b", "--q-len", "8"], "embedded null byte"),
+        (["plan", "--config", "binary.yaml", "--q-len", "8"], "is no UTF-8 text"),
+        (["plan", "--config", "model.yaml", "--q-len", "9" * 30], "from 1 to 2147483647"),
+        (["plan", "--config", "model.yaml", "--q-len", "9" * 5_000], "from 1 to 2147483647"),
+        (
+            ["plan", "--config", "model.yaml", "--q-len", "8", "--batch", "10000000"],
+            "at most 4,096",
+        ),
+        (["plan", "--config", "packed.yaml", "--lengths", "9" * 30], "is no list of lengths"),
+        (["plan", "--config", "packed.yaml", "--lengths", "1," * 9_999 + "1"], "at most 4,096"),
+        (["plan", "--config", "wide.yaml", "--q-len", "2147483647"], "than any device addresses"),
+        (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "folder"], "with its format"),
+        (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "folder.png"], "a directory"),
+        (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "no/a.png"], "no directory"),
+        (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "a\0.png"], "--plot a"),
         (["plan", "--config", "model.yaml"], "layout BSND needs --q-len N"),
-        (["plan", "--config", "model.yaml", "--q-len", "none"], "is no whole number above 0"),
+        (["plan", "--config", "model.yaml", "--q-len", "none"], "is no whole number from 1"),
         (["plan", "--config", "model.yaml", "--lengths", "3,5"], "takes --batch, --q-len"),
         (["plan", "--config", "packed.yaml", "--q-len", "8"], "say --lengths 3,5,8"),
         (["plan", "--config", "packed.yaml", "--lengths", "3;5"], "is no list of lengths"),
@@ -278,11 +299,41 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
 def test_a_mistake_is_one_line_and_exit_code_2(command_line: list[str], told: str, capsys: Any):
     Path("broken.yaml").write_text("{num_heads: 4, head_dim: 32, maks: Causal(), layot: TND}")
     Path("capped.yaml").write_text("{num_heads: 4, head_dim: 32, softcap: 3.0}")
+    Path("wide.yaml").write_text("{num_heads: 2147483647, head_dim: 2147483647}")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\0")
+    Path("folder").mkdir()
+    Path("folder.png").mkdir()
+    before = set(Path().iterdir())
     assert main(command_line) == 2
+    assert set(Path().iterdir()) <= before | {Path(command.DEFAULT_FILE)}  # nothing beside it
     err = capsys.readouterr().err
+    assert len(err) < 2_100
     assert err.startswith("error: ")
     assert told in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "code"), [(BrokenPipeError, 0), (OSError(28, "No space"), 2)])
+def test_a_standard_output_that_takes_no_more(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def full(screen: Screen, text: str = "") -> None:
+        raise error
+
+    monkeypatch.setattr(Screen, "line", full)
+    assert main(["doctor", "--list"]) == code
+    assert capsys.readouterr().err == ("error: cannot write: No space\n" if code else "")
+
+
+def test_a_report_that_does_not_fit_leaves_no_draft(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["doctor", *FEW, "--device", "cpu", "--out", "found.json"]) == 2
+    assert capsys.readouterr().err == "error: --out found.json: No space left on device\n"
+    assert not list(Path().iterdir())
 
 
 def test_help_is_no_mistake(capsys: Any):

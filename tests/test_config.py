@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import pickle
 import re
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from pydantic import BaseModel
 
 from attnkit import masks, pse
 from attnkit.attention import Attention
-from attnkit.config import AttentionConfig, MaskField, MultiHeadAttentionConfig
+from attnkit.config import AttentionConfig, MaskField, MultiHeadAttentionConfig, kinds, problems
 from attnkit.errors import AttnkitError, ConfigError
 from attnkit.geometry import Region, Slice
 from attnkit.layouts import BNSD, LAYOUTS, Layout
@@ -404,6 +406,168 @@ def test_a_yaml_merge_is_no_double_key() -> None:
     assert AttentionConfig.from_yaml(text).num_heads == 2
 
 
+# -- limits and broken texts ----------------------------------------------------------------
+
+
+def laughs(levels: int) -> str:
+    """Return lists of lists by alias: 9 ** levels entries in as many lines."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, levels)]
+    return "\n".join(lines)
+
+
+def merges(levels: int) -> str:
+    """Return mappings that merge the one before nine times."""
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 9)}]}}" for k in range(1, levels)]
+    return "\n".join(lines)
+
+
+def doubled(levels: int) -> dict[str, Any]:
+    """Return a mask that holds the one before twice."""
+    mask: dict[str, Any] = {"kind": "causal"}
+    for k in range(levels):
+        mask = {"kind": "and" if k % 2 else "or", "parts": [{"kind": "not", "part": mask}, mask]}
+    return mask
+
+
+def nested(levels: int) -> dict[str, Any]:
+    mask: dict[str, Any] = {"kind": "causal"}
+    for _ in range(levels):
+        mask = {"kind": "not", "part": mask}
+    return mask
+
+
+def endless() -> dict[str, Any]:
+    mask: dict[str, Any] = {"kind": "not"}
+    mask["part"] = mask
+    return mask
+
+
+def tall(levels: int) -> masks.Mask:
+    mask: masks.Mask = masks.Causal()
+    for k in range(levels):
+        mask = ~(mask & masks.SlidingWindow(k + 2))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (laughs(9), "more than 20,000 keys and values (an alias counts as a copy)"),
+        (laughs(25), "more than 20,000 keys and values"),
+        (merges(25), "more than 20,000 keys and values"),
+        (yaml.safe_dump(BASE | {"mask": doubled(20)}), "more than 20,000 keys and values"),
+        (BASE | {"mask": doubled(20)}, "more than 20,000 keys and values"),
+        (BASE | {"mask": {"kind": "and", "parts": [{"kind": "x"}] * 20_000}}, "more than 20,000"),
+        ("mask: " + "[" * 50_000, "nests deeper than 100 levels"),
+        ("\n".join(" " * k + "a:" for k in range(1_200)), "nests deeper than 100 levels"),
+        (BASE | {"mask": nested(3_000)}, "nests deeper than 100 levels"),
+        (BASE | {"mask": endless()}, "it contains itself"),
+        ("a: " + "x" * 1_000_000, "the text has 1,000,003 characters or more"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_what_is_too_large_is_told_before_it_is_unfolded(data: object, told: str) -> None:
+    with at_most(100):
+        message = fails(data)
+    assert told in message
+    assert len(message) < 500
+
+
+def test_json_that_is_too_large() -> None:
+    for text, told in (
+        ("[" * 100_000, "nests deeper than 100 levels"),
+        ('{"mask": ' * 500 + "1" + "}" * 500, "nests deeper than 100 levels"),
+        (json.dumps({f"key {k}": k for k in range(20_000)}), "more than 20,000 keys and values"),
+    ):
+        with pytest.raises(ConfigError, match=told), at_most(100):
+            AttentionConfig.model_validate_json(text)
+
+
+def test_what_is_large_and_legal_is_read() -> None:
+    lengths = tuple(range(1, 9_000))
+    config = AttentionConfig(num_heads=4, head_dim=8, mask=masks.Padding(lengths))
+    round_trip(config)
+    deep = AttentionConfig.model_validate(BASE | {"mask": nested(98)}).mask
+    assert deep.region(3, 3) == masks.Causal().region(3, 3)
+
+
+def test_thousands_of_problems_are_counted_and_few_are_told() -> None:
+    many = BASE | {"mask": {"kind": "and", "parts": [{"kind": "x"}] * 5_000}}
+    message = fails(many | {f"key {k}": k for k in range(2_000)})
+    assert message.startswith("AttentionConfig: 7000 problems")
+    assert len(message) <= 2_000
+    with pytest.MonkeyPatch.context() as patch:
+        compared: list[str] = []
+        right = kinds.suggestion
+        patch.setattr(
+            problems, "suggestion", lambda word, *rest: compared.append(word) or right(word, *rest)
+        )
+        fails(BASE | {f"key {k}": k for k in range(2_000)})
+    assert len(compared) <= 16  # of what is not told, nothing is worked out
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int foo", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "2001-99-99"),
+        *("!!omap x", "!!binary 'x'", "!!python/name:os.system", "9" * 5_000, "*none"),
+        *("1" + ":1" * 400_000, "!" + "x" * 100_000 + " 1", "{[1]: 2}", "\0", "{<<: 3}"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_value_that_yaml_cannot_read(value: str) -> None:
+    message = fails(f"num_heads: {value}")
+    assert "the text is no YAML" in message
+    assert len(message) <= 2_000
+
+
+@pytest.mark.parametrize("text", [None, 5, [], b"\xff\xfe{", "9" * 5_000, '{"a": ' + "9" * 5_000])
+def test_json_that_is_no_text(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"AttentionConfig: (a JSON text is|the text is no JSON)"):
+        AttentionConfig.model_validate_json(text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00num_heads")
+    large = tmp_path / "large.yaml"
+    large.write_text("a: " + "x" * 1_100_000)
+    for source, told in (
+        (tmp_path / "none.yaml", "none.yaml': No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (Path("a\0b"), "embedded null byte"),
+        (binary, "is no UTF-8 text"),
+        (large, "the text has 1,000,001 characters or more"),
+        (None, "comes from a text or a pathlib.Path, not None"),
+        (b"num_heads: 4", "not b'num_heads: 4'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            AttentionConfig.from_yaml(source)  # type: ignore[arg-type]
+        assert told in str(caught.value)
+
+
+def test_what_a_text_could_not_be_read_back_from_is_not_written() -> None:
+    deep = AttentionConfig(num_heads=4, head_dim=8, mask=tall(60))
+    wide = AttentionConfig(num_heads=4, head_dim=8, mask=masks.Padding([3] * 30_000))
+    for config, told in ((deep, "nests deeper than 100"), (wide, "more than 20,000 keys")):
+        for write in (config.to_yaml, config.model_dump, config.model_dump_json):
+            with pytest.raises(ConfigError, match=f"^no file can hold this mask: .*{told}"):
+                write()
+
+
+@contextlib.contextmanager
+def at_most(mebibytes: int) -> Iterator[None]:
+    """Fail where Python's objects take more memory than this at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < mebibytes << 20
+    finally:
+        tracemalloc.stop()
+
+
 # -- multi-head attention ------------------------------------------------------------------
 
 
@@ -699,6 +863,8 @@ def validates(value: Any, schema: Any, root: Any = None) -> bool:
                 return not isinstance(value, str) or len(value) >= said
             case "minimum":
                 return not number or value >= said
+            case "maximum":
+                return not number or value <= said
             case "exclusiveMinimum":
                 return not number or value > said
             case "exclusiveMaximum":

@@ -56,6 +56,14 @@ def test_unknown_names_say_what_is_known(fruits):
         fruits.add(3, 3)
 
 
+@pytest.mark.parametrize("name", [["apple"], {}, None, 10**5000, "x" * 100_000, b"apple"], ids=type)
+def test_a_name_of_any_kind_is_unknown(fruits, name):
+    assert name not in fruits
+    with pytest.raises(CompositionError, match=r"^unknown fruit .*Known: apple, pear$") as caught:
+        fruits[name]
+    assert len(str(caught.value)) < 300
+
+
 @dataclass
 class Point:
     x: int

@@ -7,7 +7,6 @@ so a family that someone registers later is as good as a built-in one.
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -31,11 +30,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
+from attnkit.config.text import check_size, parts_of_data
 from attnkit.errors import CompositionError, ConfigError
 from attnkit.masks import MASKS, Mask
 from attnkit.masks import parse as parse_mask
 from attnkit.pse import PSE, Pse, Sum
 from attnkit.pse import parse as parse_pse
+from attnkit.registry import closest
 
 __all__ = [
     "BIAS",
@@ -81,6 +82,9 @@ class Family:
         if isinstance(value, str):
             return self._from_text(value)
         if isinstance(value, Mapping):
+            too_large = None if self.inside else check_size(value)
+            if too_large is not None:
+                raise problem(too_large)
             return self._from_mapping(value)
         raise problem(
             f"must be a mapping such as {{kind: {next(iter(self.classes()))}}}, or text such as "
@@ -110,8 +114,20 @@ class Family:
     def write(self, value: object) -> dict[str, Any]:
         """Return `value` as the shortest mapping that reads back as it, in plain types.
 
-        A field is left out where the object is the same without it.
+        A field is left out where the object is the same without it. Raises `ConfigError` for an
+        object that no file can hold.
         """
+        too_large = None if self.inside else check_size(value, self._parts)
+        if too_large is not None:
+            raise ConfigError(f"no file can hold this {self.what}: {too_large}")
+        return self._mapping(value)
+
+    def _parts(self, value: object) -> Iterable[object]:
+        if isinstance(value, self.base) and is_dataclass(value):
+            return [getattr(value, item.name) for item in _arguments(type(value))]
+        return parts_of_data(value)
+
+    def _mapping(self, value: object) -> dict[str, Any]:
         kind = next((k for k, family in self.classes().items() if family is type(value)), None)
         if kind is None:
             raise ConfigError(
@@ -125,7 +141,7 @@ class Family:
 
     def _plain(self, where: str, value: object) -> Any:
         if isinstance(value, self.base):
-            return self.write(value)
+            return self._mapping(value)
         if isinstance(value, (tuple, list)):
             return [self._plain(f"{where}[{k}]", item) for k, item in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -258,8 +274,8 @@ def suggestion(
     "; did you mean 'size'? Known: kind, size"
     """
     words = {name: name for name in known} | dict(aliases or {})
-    close = difflib.get_close_matches(str(given), words, n=1)
-    hint = f"; did you mean {words[close[0]]!r}?" if close else "."
+    close = closest(given, words)
+    hint = "." if close is None else f"; did you mean {words[close]!r}?"
     return f"{hint} Known: {', '.join(known)}"
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from os import PathLike
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import yaml
 from pydantic import (
@@ -29,6 +28,7 @@ from attnkit.attention import Attention
 from attnkit.backends import BACKENDS
 from attnkit.config.kinds import BIAS, MASK, Named, Record, first_line, problem, problems_at
 from attnkit.config.problems import config_error
+from attnkit.config.text import check_size, read_file, read_json, read_yaml
 from attnkit.errors import AttnkitError, ConfigError
 from attnkit.layouts import LAYOUTS
 from attnkit.masks import Full, Mask
@@ -38,11 +38,13 @@ from attnkit.rotary import Rotary
 
 __all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField"]
 
+A = ParamSpec("A")
+R = TypeVar("R")
 C = TypeVar("C", bound="_Config")
 P = TypeVar("P", bound="_Composition")
 M = TypeVar("M", bound="MultiHeadAttentionConfig")
 
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Real = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 MaskField = Annotated[Mask, MASK]
@@ -53,36 +55,19 @@ _ROTARY = Record(Rotary)
 _READS = (1,)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which takes a key that stands twice for the mistake it is."""
+def _ours(method: Callable[A, R]) -> Callable[A, R]:
+    """Return a method of pydantic's that writes, with the errors that are ours."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
+    @wraps(method)
+    def told(*arguments: A.args, **named: A.kwargs) -> R:
+        try:
+            return method(*arguments, **named)
+        except PydanticSerializationError as error:
+            if isinstance(error.__cause__, AttnkitError):
+                raise error.__cause__ from None
+            raise ConfigError(str(error).rpartition("Error: ")[2]) from None
 
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"the key {name!r} stands twice")
-    return dict(pairs)
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the text is no YAML: {error}") from None
+    return told
 
 
 class _Config(BaseModel):
@@ -109,7 +94,8 @@ class _Config(BaseModel):
 
         Raises `ConfigError` with every problem found.
         """
-        data = _read_yaml(obj) if isinstance(obj, str) else obj
+        with _teaching(cls, obj):
+            data = read_yaml(obj) if isinstance(obj, str) else obj
         with _teaching(cls, data):
             return super().model_validate(data)
 
@@ -118,16 +104,16 @@ class _Config(BaseModel):
         cls: type[C], json_data: str | bytes | bytearray
     ) -> C:
         """Return the configuration that JSON text writes; as `model_validate` otherwise."""
-        try:
-            data = json.loads(json_data, object_pairs_hook=_unique)
-        except ValueError as error:
-            raise ConfigError(f"{cls.__name__}: the text is no JSON: {error}") from None
-        return cls.model_validate(data)
+        with _teaching(cls, json_data):
+            data = read_json(json_data)
+        with _teaching(cls, data):
+            return super().model_validate(data)
 
     @classmethod
     def from_yaml(cls: type[C], source: str | PathLike[str]) -> C:
         """Return the configuration in a YAML text, or in a file given as a `pathlib.Path`."""
-        text = source if isinstance(source, str) else Path(source).read_text(encoding="utf-8")
+        with _teaching(cls, source):
+            text = source if isinstance(source, str) else read_file(source)
         return cls.model_validate(text)
 
     def to_yaml(self) -> str:
@@ -137,10 +123,7 @@ class _Config(BaseModel):
 
         Raises `ConfigError` for a mask or bias that no text can hold.
         """
-        try:
-            said = self.model_dump(mode="json", exclude_defaults=True)
-        except PydanticSerializationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, AttnkitError) else error from None
+        said = self.model_dump(mode="json", exclude_defaults=True)
         required = {
             name: said.pop(name)
             for name, item in type(self).model_fields.items()
@@ -149,12 +132,18 @@ class _Config(BaseModel):
         content = {"version": self.version, **required, **said}
         return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
 
+    model_dump = _ours(BaseModel.model_dump)
+    model_dump_json = _ours(BaseModel.model_dump_json)
+
     @model_validator(mode="before")
     @classmethod
     def _read(cls, data: Any) -> Any:
-        data = _read_yaml(data) if isinstance(data, str) else data
+        data = read_yaml(data) if isinstance(data, str) else data
         if isinstance(data, cls):
             return data
+        too_large = check_size(data)
+        if too_large is not None:
+            raise problem(too_large)
         if not isinstance(data, Mapping):
             file = " (is it a file? give pathlib.Path(...) to from_yaml)"
             required = (name for name, item in cls.model_fields.items() if item.is_required())
@@ -350,5 +339,9 @@ def _teaching(model: type[BaseModel], data: object) -> Iterator[None]:
         raise config_error(
             error, model, data, {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
         ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{model.__name__}: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{model.__name__}: it nests too deep, or contains itself") from None
+        raise ConfigError(
+            f"{model.__name__}: too deep for what is left of Python's stack; call it less deep"
+        ) from None

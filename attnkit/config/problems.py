@@ -8,12 +8,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from attnkit.config.kinds import Family, Record, suggestion
-from attnkit.errors import ConfigError
+from attnkit.errors import ConfigError, clipped, shown
 
 __all__ = ["config_error"]
 
 _SHOWN = 16
 _WIDTH = 80
+_ROOM = 1_600  # characters, for all problems together
 Path = tuple[str | int, ...]
 
 
@@ -27,22 +28,25 @@ def config_error(
 
     `families` names the fields of `model` that hold objects of a family.
     """
-    told: dict[Path, list[str]] = {}
+    found: dict[Path, list[Any]] = {}
     for problem in error.errors(include_url=False):
-        path = _path(problem, data)
-        sentence = _sentence(problem, path, model, data, families)
-        sentences = told.setdefault(path, [])
-        if sentence not in sentences:
-            sentences.append(sentence)
-    lines = [
-        f"{_text(path)}{sentence}{_given(path, data, sentence)}"
-        for path, sentences in told.items()
-        for sentence in [" or ".join(sentences)]
-        if not _told_deeper(path, told)
-    ]
-    more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    listed = "\n  ".join(lines[:_SHOWN])
+        found.setdefault(_path(problem, data), []).append(problem)
+    # Of a union `int | list of int` both branches fail; what is wrong inside says more.
+    outer = {path[:end] for path in found for end in range(len(path))}
+    told = [path for path in found if path not in outer]
+    count = "1 problem" if len(told) == 1 else f"{len(told)} problems"
+    lines: list[str] = []
+    room = _ROOM
+    for path in told[:_SHOWN]:
+        sentences = [_sentence(one, path, model, data, families) for one in found[path]]
+        sentence = " or ".join(dict.fromkeys(sentences))
+        line = f"{_text(path)}{clipped(sentence, _ROOM)}{_given(path, data, sentence)}"
+        room -= len(line)
+        if lines and room < 0:
+            break
+        lines.append(line)
+    more = f"\n  ... and {len(told) - len(lines)} more" if len(told) > len(lines) else ""
+    listed = "\n  ".join(lines)
     return ConfigError(f"{model.__name__}: {count}\n  {listed}{more}")
 
 
@@ -100,18 +104,13 @@ def _known(
     return families[str(path[0])].keys(kind)
 
 
-def _told_deeper(path: Path, told: Mapping[Path, object]) -> bool:
-    # Of a union `int | list of int` both branches fail; what is wrong inside says more.
-    return any(len(other) > len(path) and other[: len(path)] == path for other in told)
-
-
 def _text(path: Path) -> str:
     """Return ``mask.parts[1].size: ``, or nothing for the whole.
 
     >>> _text(("mask", "parts", 1, "size"))
     'mask.parts[1].size: '
     """
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    steps = (f"[{step}]" if isinstance(step, int) else f".{clipped(step, _WIDTH)}" for step in path)
     return f"{''.join(steps).removeprefix('.')}: " if path else ""
 
 
@@ -119,10 +118,10 @@ def _given(path: Path, data: object, sentence: str) -> str:
     value = _at(path, data)
     if value is _NOTHING or isinstance(value, Mapping):
         return ""
-    text = repr(value)
+    text = clipped(shown(value), _WIDTH)
     if len(text) > 8 and text in sentence:
         return ""
-    return f"; got {text if len(text) <= _WIDTH else text[: _WIDTH - 3] + '...'}"
+    return f"; got {text}"
 
 
 _NOTHING = object()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from attnkit.doctor.screen import Screen
 from attnkit.doctor.suite import DTYPES, Result, run_case
 from attnkit.doctor.timing import Timing, make_timing_cases, run_timings
 from attnkit.doctor.usage import FAILED, GOOD, INTERRUPTED, NoNpu, UsageError
+from attnkit.errors import shown
+from attnkit.registry import closest
 
 __all__ = ["add_arguments", "run"]
 
@@ -105,6 +106,8 @@ def _target(device: str) -> Target:
         return find_target(device if ":" in device else "npu:0")
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} of them")
     return find_target(device)
 
 
@@ -119,9 +122,11 @@ def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
         name, _, dtype = wanted.partition("@")
         found = [case for case in CASES if fnmatchcase(case.name, name)]
         if not found:
-            close = difflib.get_close_matches(name, [case.name for case in CASES], n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"--only {wanted}: no case has this name; {hint}--list shows them")
+            close = closest(name, [case.name for case in CASES])
+            hint = "" if close is None else f"did you mean {close!r}? "
+            raise UsageError(
+                f"--only {shown(wanted)}: no case has this name; {hint}--list shows them"
+            )
         if dtype and dtype not in names.values():
             raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(names.values())}")
         dtypes = tuple(d for d in DTYPES if names[d] == dtype) or DTYPES
@@ -134,8 +139,9 @@ def _save(report: Report, out: Path | None) -> None:
         return
     try:
         report.write(out)
-    except OSError as error:
-        raise UsageError(f"--out {out}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL, or without a name
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UsageError(f"--out {out}: {reason or error}") from None
 
 
 def _examine(

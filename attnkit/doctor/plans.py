@@ -17,11 +17,15 @@ from attnkit.config import AttentionConfig
 from attnkit.doctor.findings import npu_absence
 from attnkit.doctor.screen import Screen
 from attnkit.doctor.usage import GOOD, UsageError
-from attnkit.errors import BackendRefused
+from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.planner import Plan, Request, read_request
 
 __all__ = ["add_arguments", "run"]
+
+_MOST_BATCH = 4_096
+_LONGEST = 2**31 - 1
+_MOST_NUMBERS = 2**60  # in one tensor
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", type=Path, required=True,
         help="an AttentionConfig in YAML; its layout decides which sizes are needed",
     )  # fmt: skip
-    parser.add_argument("--batch", type=_count, metavar="B", help="batch elements (default 1)")
+    parser.add_argument("--batch", type=_batch, metavar="B", help="batch elements (default 1)")
     parser.add_argument("--q-len", type=_count, metavar="N", help="queries of each")
     parser.add_argument("--kv-len", type=_count, metavar="M", help="keys of each (default: N)")
     parser.add_argument(
@@ -55,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run the command and return its exit code."""
-    config = _read(arguments.config)
+    config = AttentionConfig.from_yaml(arguments.config)
+    if arguments.plot is not None:
+        _check_picture(arguments.plot)  # a file that cannot be is known before the plan is made
     if arguments.backend is not None:
         config = config.model_copy(update={"backend": arguments.backend})
     request = _request(config, arguments)
@@ -73,14 +79,6 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return GOOD
 
 
-def _read(path: Path) -> AttentionConfig:
-    try:
-        return AttentionConfig.from_yaml(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise UsageError(f"--config {path}: {reason}") from None
-
-
 def _request(config: AttentionConfig, arguments: argparse.Namespace) -> Request:
     """Return the request that a module of this configuration would make of such tensors."""
     layout = layouts.get(config.layout)
@@ -92,6 +90,12 @@ def _request(config: AttentionConfig, arguments: argparse.Namespace) -> Request:
         kv_len = arguments.kv_len or q_len
     module = config.model_copy(update={"backend": "auto"}).build()
     kv_heads = module.num_kv_heads
+    largest = batch * max(q_len, kv_len) * module.num_heads * module.head_dim
+    if largest > _MOST_NUMBERS:
+        raise UsageError(
+            f"a tensor of {largest:,} numbers (batch {batch}, {max(q_len, kv_len)} tokens, "
+            f"{module.num_heads} heads of {module.head_dim}) is more than any device addresses"
+        )
     shapes = ((q_len, module.num_heads), (kv_len, kv_heads), (kv_len, kv_heads))
     tensors = (
         torch.empty(
@@ -150,6 +154,19 @@ def _plan(request: Request, name: str) -> tuple[Plan, str]:
     return plan, f"{absence}, so no installed op was asked whether it takes these calls"
 
 
+def _check_picture(path: Path) -> None:
+    """Complain about a picture that cannot be written, or that would get another name."""
+    if not path.suffix:
+        raise UsageError(f"--plot {path}: name a file with its format, such as plan.png")
+    try:
+        if path.is_dir():
+            raise UsageError(f"--plot {path}: is a directory; name a file in it")
+        if not path.parent.is_dir():
+            raise UsageError(f"--plot {path}: there is no directory {path.parent}")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: {error}") from None
+
+
 def _plot(plan: Plan, path: Path) -> None:
     figure = plan.plot()
     try:
@@ -158,14 +175,35 @@ def _plot(plan: Plan, path: Path) -> None:
         raise UsageError(f"--plot {path}: {error}") from None
 
 
+def _batch(text: str) -> int:
+    count = _count(text)
+    if count > _MOST_BATCH:
+        raise argparse.ArgumentTypeError(
+            f"{text} batch elements; a plan is shown for at most {_MOST_BATCH:,} of them"
+        )
+    return count
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
+    count = _whole(text)
+    if count is None or count < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from 1 to {_LONGEST}")
+    return count
 
 
 def _lengths(text: str) -> Sequence[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 3,5,8")
-    return [int(part) for part in parts]
+    parts = text.split(",", maxsplit=_MOST_BATCH)
+    lengths = [_whole(part.strip()) for part in parts]
+    if any(length is None for length in lengths):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no list of lengths such as 3,5,8 (at most {_MOST_BATCH:,} of them, "
+            f"each at most {_LONGEST})"
+        )
+    return [length for length in lengths if length is not None]
+
+
+def _whole(text: str) -> int | None:
+    """Return a number of at most `_LONGEST`; digits are counted before they are read."""
+    if not text.isdecimal() or len(text) > len(str(_LONGEST)) or int(text) > _LONGEST:
+        return None
+    return int(text)

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -80,8 +81,13 @@ class Report:
     def write(self, path: Path) -> None:
         """Write the report; a reader sees the old file or the new one, never half of one."""
         draft = path.with_name(f"{path.name}.part")
-        draft.write_text(self.text(), encoding="utf-8")
-        os.replace(draft, path)
+        try:
+            draft.write_text(self.text(), encoding="utf-8")
+            os.replace(draft, path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)  # a full disk does not need half a report
+            raise
 
     # -- in words ------------------------------------------------------------------------
 
