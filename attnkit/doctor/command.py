@@ -27,6 +27,7 @@ from attnkit.registry import closest
 __all__ = ["add_arguments", "run"]
 
 DEFAULT_FILE = "attnkit-doctor.json"
+_LONGEST_NAME = 1_000
 Job = tuple[Case, torch.dtype]
 
 
@@ -120,7 +121,9 @@ def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
     jobs = []
     for wanted in only:
         name, _, dtype = wanted.partition("@")
-        found = [case for case in CASES if fnmatchcase(case.name, name)]
+        # A pattern of a megabyte matches nothing, and is long in being read.
+        known = CASES if len(name) <= _LONGEST_NAME else ()
+        found = [case for case in known if fnmatchcase(case.name, name)]
         if not found:
             close = closest(name, [case.name for case in CASES])
             hint = "" if close is None else f"did you mean {close!r}? "
