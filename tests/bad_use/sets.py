@@ -205,7 +205,9 @@ def families() -> Iterator[Case]:
         without(NOT_A_MASK, "a region"),
         {"none": lambda: None},
     )
-    yield from each("masks.register", type(masks.MASKS)("mask").register("bad"), NOT_A_MASK)
+    yield from each(
+        "masks.register", type(masks.MASKS)("mask").register("bad"), without(NOT_A_MASK, "a family")
+    )
     yield from each(
         "masks.register name",
         lambda bad: masks.register(bad)(masks.Causal),
@@ -456,7 +458,11 @@ def biases() -> Iterator[Case]:
     yield from each("press_slopes", pse.press_slopes, NOT_A_COUNT, HUGE)
     yield from each("Bias +", lambda bad: pse.ALiBi(2) + bad, NOT_A_BIAS, {"none": lambda: None})
     yield from each("right Bias +", lambda bad: bad + pse.ALiBi(2), NOT_A_BIAS)
-    yield from each("PSE.register", type(pse.PSE)("positional bias").register("bad"), NOT_A_BIAS)
+    yield from each(
+        "PSE.register",
+        type(pse.PSE)("positional bias").register("bad"),
+        without(NOT_A_BIAS, "a family"),
+    )
     yield Case("biases of other heads", lambda: pse.ALiBi(2) + pse.ALiBi(3))
 
 

@@ -174,7 +174,6 @@ def strange_tensors(*shape: int) -> Values:
         "mkldnn": lambda: whole().to_mkldnn(),
         "meta": lambda: torch.ones(shape, device="meta"),
         "nested": lambda: torch.nested.nested_tensor([whole(), whole()]),
-        "jagged": lambda: torch.nested.nested_tensor([whole()[0]] * 2, layout=torch.jagged),
     }
 
 
