@@ -45,7 +45,7 @@ def test_decoding_is_right_or_refused() -> None:
 
 
 def test_compiled_modules_compute_the_same() -> None:
-    for index in range(4):
+    for index in range(3):
         problem = Problem.of(draw(11, index, COMPILED))
         verdict = judge_compiled(problem, "tiled")
         assert verdict.outcome == "agrees", (problem.case, verdict)
@@ -102,13 +102,11 @@ class Planted(Backend):
         total = powers.sum(-1, keepdim=True)
         weights = powers / total.masked_fill(total == 0, 1.0)
         output = (weights[..., : request.kv_len] @ v).transpose(1, 2)
-        peak, total = peak[..., 0], total[..., 0].detach()
+        peak = peak[..., 0]
+        lse = (peak + total[..., 0].log()).detach().masked_fill(peak == -math.inf, -math.inf)
         if wrong == "lse of empty rows":
-            total = total.masked_fill(total == 0, 1.0)
-            peak = peak.masked_fill(peak == -math.inf, 0.0)
-        if wrong == "max is lse":
-            peak, total = peak + total.log(), torch.ones_like(total)
-        return AttentionOutput(output, Stats(peak, total))
+            lse = lse.masked_fill(lse == -math.inf, 0.0)
+        return AttentionOutput(output, Stats(lse, lse if wrong == "max is lse" else peak))
 
 
 def _capped(scores: Tensor, request: Request) -> Tensor:
