@@ -76,7 +76,7 @@ def _dropout_mask(call: KernelCall, on: Target) -> str | None:
 
 
 def _dropout_mask_unused(call: KernelCall, on: Target) -> str | None:
-    if call.dropout_mask is None or call.keep_prob < 1:
+    if call.dropout_mask is None or not call.keep_prob >= 1:
         return None
     return f"dropout_mask with keep_prob={call.keep_prob}"
 
