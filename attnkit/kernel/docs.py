@@ -70,7 +70,10 @@ _DOUBTS = """\
 ## What only a device can settle
 
 - Which columns a row without a key averages when tiles are skipped, and its backward.
-- Whether equal-length TND batches are turned into BSH, and what that changes for empty rows.
+- What it changes for empty rows that newer tilings turn TND batches of equal, full lengths into
+  BSH (heads of 128, no pse, no rope, no modes 7 and 8, no softmax_layout).
+- One-axis packed biases in TND, [N * sum(Skv)] and [N * sum(Sq * Skv)], which newer tilings take;
+  here they break `pse-shape`.
 - Rounding of the dropout scale and of casts, at one unit in the last place.
 - The contents of a 2048 x 2048 mask that is not the canonical one: tiles known to be visible
   skip the read.

@@ -169,7 +169,8 @@ def _shapes(call: Call, s: Sizes) -> set[str]:
     if s.packed:
         used_q, used_kv = sum(q for q, _ in s.pairs), sum(kv for _, kv in s.pairs)
         rules["varlen-total"] = used_q > s.tokens[0] or used_kv > s.tokens[1]
-        rules["varlen-tail"] = used_q < s.tokens[0] and q_list[-1] != 0
+        open_kv = used_kv < s.tokens[1] and kv_list[-1] != 0
+        rules["varlen-tail"] = used_q < s.tokens[0] and (q_list[-1] != 0 or open_kv)
         rules["varlen-decreasing"] = any(_falls(given) for given in (q_list, kv_list))
     return {code for code, is_broken in rules.items() if is_broken}
 

@@ -35,6 +35,11 @@ def packed(q=(4, 8), kv=(4, 8), **arguments) -> KernelCall:
     return replace(made, **arguments)
 
 
+def longer(**arguments) -> KernelCall:
+    """More queries and keys than the lists speak of."""
+    return packed(query=spec(9, 4, 16), key=spec(9, 2, 16), value=spec(9, 2, 16), **arguments)
+
+
 def square(mode: int, make: Callable[..., KernelCall] = dense, **arguments) -> KernelCall:
     """A call whose mode reads its compressed mask."""
     mask = AttenMask.prefix() if mode == 6 else AttenMask.causal()
@@ -166,7 +171,14 @@ CASES: dict[str, list[Case]] = {
         Case(packed(query=spec(7, 4, 16)), packed()),
         Case(packed(key=spec(7, 2, 16), value=spec(7, 2, 16)), packed()),
     ],
-    "varlen-tail": [Case(packed(query=spec(9, 4, 16)), packed(q=(4, 8, 0), kv=(4, 8, 0)))],
+    "varlen-tail": [
+        Case(packed(query=spec(9, 4, 16)), packed(q=(4, 8, 0), kv=(4, 8, 0))),
+        Case(
+            longer(q=(4, 8, 0), kv=(4, 8, 8)),
+            longer(q=(4, 8, 0), kv=(4, 8, 0)),
+        ),
+        Case(longer(), packed(q=(4, 8, 0), kv=(4, 8, 8), query=spec(9, 4, 16))),
+    ],
     "varlen-decreasing": [
         Case(packed(q=(4, 3), kv=(4, 8)), packed(q=(4, 4, 8, 0, 0), kv=(4, 5, 8, 0, 0))),
         Case(packed(q=(-1, 8), kv=(4, 8)), packed(q=(0, 8), kv=(0, 8))),

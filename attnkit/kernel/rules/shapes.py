@@ -168,11 +168,18 @@ def _varlen_total(call: KernelCall, on: Target) -> str | None:
 
 
 def _varlen_tail(call: KernelCall, on: Target) -> str | None:
-    if not call.is_packed or not call.actual_seq_qlen or call.actual_seq_qlen[-1] == 0:
+    if not call.is_packed:
         return None
-    used = sum(q_len for q_len, _ in call.sequences)
-    spare = call.query_sizes.length - used
-    return f"{spare} query rows lie beyond the last sequence" if spare > 0 else None
+    used_q, used_kv = (sum(column) for column in zip(*call.sequences, strict=True))
+    spare_q, spare_kv = call.query_sizes.length - used_q, call.key_sizes.length - used_kv
+    q_ends, kv_ends = (given and given[-1] == 0 for given in _cumulative(call))
+    if spare_q <= 0 or (q_ends and (kv_ends or spare_kv <= 0)):
+        return None
+    return f"{spare_q} query rows and {spare_kv} keys lie beyond the last sequence"
+
+
+def _cumulative(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return call.actual_seq_qlen or (), call.actual_seq_kvlen or ()
 
 
 def _varlen_decreasing(call: KernelCall, on: Target) -> str | None:
@@ -331,8 +338,8 @@ SHAPE_RULES: tuple[Rule, ...] = (
     Rule(
         "varlen-tail",
         "silent",
-        "tokens beyond the last sequence stay uninitialised (and are rejected from CANN 9.0 on) "
-        "unless both lists end in 0",
+        "query rows beyond the last sequence stay uninitialised (and, with keys beyond it, are "
+        "rejected from CANN 9.0 on) unless both lists end in 0",
         "Append 0 to both lists, which makes those rows zero, or cut the tensors.",
         _varlen_tail,
     ),
