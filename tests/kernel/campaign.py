@@ -30,8 +30,7 @@ __all__ = ["check"]
 
 TENSORS = ("query", "key", "value")
 STEPPED = [-(2**63), -(2**40), -9, -3, -2, -1, 0, 1, 2, 3, 5, 9, 2**31 - 1, 2**63 - 1]
-TRIU = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
-PREFIX = torch.cat([TRIU, (torch.arange(2048) >= 1024).expand(1024, -1)])
+TRIU, PREFIX = oracle.CAUSAL, oracle.PREFIX
 
 
 # -- drawing -----------------------------------------------------------------------------
@@ -508,7 +507,9 @@ def main() -> int:
     kinds: Counter[str] = Counter()
     rules: Counter[str] = Counter()
     begun = time.monotonic()
-    for number in range(given.start, given.start + given.count):
+    for done, number in enumerate(range(given.start, given.start + given.count)):
+        if done and done % 500 == 0:
+            print(f"{done} done: {dict(kinds)}", file=sys.stderr, flush=True)
         try:
             kind, codes = check(f"{given.seed}:{number}")
             kinds[kind] += 1

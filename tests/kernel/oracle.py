@@ -13,13 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Sizes", "attention", "broken", "decisions", "defaults", "sizes_of", "structure"]
+__all__ = [
+    "CAUSAL",
+    "PREFIX",
+    "Sizes",
+    "attention",
+    "broken",
+    "decisions",
+    "defaults",
+    "sizes_of",
+    "structure",
+]
 
 Call = dict[str, Any]
 
 LARGEST = float(np.finfo(np.float32).max)
 UNBOUNDED = 2**31 - 1
 FULL, COMPRESSED = (0, 1, 5), (2, 3, 4, 6, 7, 8)
+CAUSAL = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+PREFIX = torch.cat([CAUSAL, (torch.arange(2048) >= 1024).expand(1024, -1)])
 AXES = {"BSH": "bsh", "SBH": "sbh", "BSND": "bsnd", "BNSD": "bnsd", "TND": "tnd"}
 
 
@@ -374,11 +386,7 @@ def _content(call: Call, s: Sizes) -> set[str]:
     if mask.dtype == torch.uint8 and mask.numel() and mask.max() > 1:
         found.add("mask-values")
     if mode in COMPRESSED:
-        good = torch.ones(2048, 2048).triu(1).bool()
-        if mode == 6:
-            below = torch.zeros(1024, 2048).bool()
-            below[:, 1024:] = True
-            good = torch.cat([good, below])
+        good = PREFIX if mode == 6 else CAUSAL
         return found | (set() if (mask.bool() == good).all() else {"mask-content"})
     outside, empty = False, False
     for q, kv in set(s.pairs):
