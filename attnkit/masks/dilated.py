@@ -57,7 +57,8 @@ class Dilated(Mask):
     ) -> torch.Tensor:
         i = torch.arange(*rows, device=device)[:, None] + anchor(self.align, q_len, kv_len)
         j = torch.arange(*keys, device=device)[None, :]
-        return (i - j) % self.step == 0
+        # Beyond all distances of the matrix, a step of any size leaves distance 0 alone.
+        return (i - j) % min(self.step, q_len + kv_len + 1) == 0
 
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """True: either anchor is the diagonal of a square matrix."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from attnkit.geometry import Region, Slice
 from attnkit.masks import And, Dilated, Full, Mask
+from attnkit.masks.base import anchor
 from attnkit.planner.request import Request
 
 __all__ = ["Resorted", "residue_order", "resort"]
@@ -45,10 +46,14 @@ class Resorted(Mask):
         return Region.of(*parts)
 
     def _origins(self, q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
-        """Yield the first row and the first key of every residue class."""
-        at = 0 if self.dilated.align == "top_left" else kv_len - q_len
-        for residue in range(self.dilated.step):
-            yield (residue - at) % self.dilated.step, residue
+        """Yield the first row and the first key of every residue class that has either.
+
+        There are no more of them than positions, however large the step is.
+        """
+        at, step = anchor(self.dilated.align, q_len, kv_len), self.dilated.step
+        of_rows = {(i + at) % step for i in range(min(q_len, step))}
+        for residue in sorted(of_rows.union(range(min(kv_len, step)))):
+            yield (residue - at) % step, residue
 
     def order(self, q_len: int, kv_len: int) -> tuple[tuple[range, ...], tuple[range, ...]]:
         """Return the positions of queries and of keys, class after class."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,22 @@ def test_a_wrong_order_would_be_caught() -> None:
     right = [j for part in keys for j in part]
     cells = (Dilated(3) & masks.Causal()).materialize(6, 6)[0, 0]
     assert not torch.equal(cells[wrong][:, right], in_order.materialize(6, 6)[0, 0])
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("step", [1, 3, 6, 7, 12, 13, 10**6, 2**63 - 1, 2**63, 10**30])
+def test_the_size_of_a_step_costs_nothing(step: int, align: Any) -> None:
+    """The classes that have a position are walked, not those that the step would allow."""
+    q, k = torch.randn(1, 4, 2, 4, dtype=torch.float64), torch.randn(1, 6, 2, 4).double()
+    mask = Dilated(step, align) & masks.Band(9, 9)
+    order = Resorted(Dilated(step, align), masks.Band(9, 9)).order(4, 6)
+    for side, length in zip(order, (4, 6), strict=True):
+        assert len(side) <= 10
+        assert sorted(i for part in side for i in part) == list(range(length))
+    meant = [
+        [(i + 2 * (align == "bottom_right") - j) % step == 0 for j in range(6)] for i in range(4)
+    ]
+    assert mask.materialize(4, 6)[0, 0].tolist() == meant
+    found = [ak.attention(q, k, k, mask=mask, backend=name) for name in ("emulated", "reference")]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    ak.attention(q, k, k, mask=mask)
