@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import check_tensor
-from attnkit.masks.base import check_int, check_ints
+from attnkit.layouts import check_device, check_lengths, check_tensor
+from attnkit.masks.base import check_int
 from attnkit.traced import is_tracing
 
 __all__ = ["Pairing", "Rotary", "positions"]
 
 Pairing = Literal["half", "interleaved"]
 
+_FARTHEST = 2**40
 _BASES = (1e-30, 1e30)  # beyond, the angles of some pair do not fit into float32
 
 
@@ -61,7 +62,7 @@ class Rotary:
                 f"Rotary: rotary_dim={shown(dim)}; dimensions turn in pairs, so give an even "
                 "number, or None for the whole head"
             )
-        if self.pairing not in get_args(Pairing):
+        if not isinstance(self.pairing, str) or self.pairing not in get_args(Pairing):
             raise CompositionError(
                 f"Rotary: pairing={shown(self.pairing)}; choose 'half' (dimensions c and c + r/2, "
                 "as in Hugging Face weights) or 'interleaved' (2c and 2c + 1, as in the paper)"
@@ -138,12 +139,21 @@ def positions(
 ) -> Tensor:
     """Return the position of every token: each sequence counts from `offset`.
 
+    Raises `CompositionError` for what is no length, offset or device.
+
     >>> positions([2, 3]).tolist()
     [0, 1, 0, 1, 2]
     """
     if not is_tracing():
-        check_ints("positions: lengths", lengths, 0)
+        lengths = check_lengths("positions: lengths", lengths)
         check_int("positions: offset", offset, None)
+        if abs(offset) > _FARTHEST or sum(lengths) > _FARTHEST:
+            raise CompositionError(
+                f"positions: {shown(sum(lengths))} tokens from {shown(offset)} on; a position is a "
+                "64-bit number"
+            )
+        if not isinstance(device, torch.device):  # one that exists
+            check_device(device)
     if len(lengths) == 1:
         return torch.arange(offset, offset + lengths[0], device=device)
     # Built on the host: one copy to the device instead of one launch per sequence.

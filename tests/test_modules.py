@@ -9,6 +9,7 @@ import io
 import itertools
 from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -398,12 +399,16 @@ X = noise(1, 3, DIM)
         (lambda: MultiHeadAttention(DIM, 4, dtype=torch.int64), ["dtype=torch.int64"]),
         (lambda: MultiHeadAttention(DIM, 4, dtype=torch.float8_e5m2), ["float8_e5m2"]),
         (lambda: MultiHeadAttention(DIM, 4, dtype=[]), ["dtype=[]"]),
+        (lambda: MultiHeadAttention(DIM, 4, dtype=np.ones(2)), ["dtype=array"]),
         (lambda: build(device=1.5), ["device=1.5"]),
         (lambda: build(device=True), ["device=True"]),
         (lambda: build(device="abacus"), ["device='abacus'", "not there"]),
         (lambda: build(device="xpu:77"), ["device='xpu:77'", "not there"]),
         (lambda: call(X.to_sparse()), ["x is a sparse_coo tensor", "SeqLens"]),
         (lambda: call(torch.nested.nested_tensor([X[0], X[0]])), ["x is a nested tensor"]),
+        (lambda: call(X, mask="causal"), ["mask='causal'", "Dense.keep"]),
+        (lambda: call(X, pse=noise(3, 3)), ["pse=<tensor [3, 3]", "pse.Dense(t)"]),
+        (lambda: call(X, pse=noise(3, 3), cache=KVCache()), ["pse=<tensor [3, 3]"]),
         (lambda: call(X, cache=True), ["cache=True", "KVCache()"]),
         (lambda: call(X, cache=KVCache), ["cache=<class", "KVCache()"]),
         (lambda: call(X, cache=0), ["cache=0"]),

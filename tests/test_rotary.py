@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -115,9 +116,15 @@ def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
         (lambda: Rotary().rotate(noise(4, 2, 8), torch.arange(4).to_sparse()), ["sparse"]),
         (lambda: Rotary().rotate(noise(4, 2, 8), torch.arange(4, device="meta")), ["on meta"]),
         (lambda: Rotary().rotate(noise(4, 2, 8), torch.zeros(4, 1)), ["[4, 1]", "[s]"]),
-        (lambda: positions("12"), ["lengths", "sequence of int"]),
-        (lambda: positions([2, -1]), ["lengths[1]=-1"]),
+        (lambda: Rotary(pairing=np.ones(2)), ["pairing=array"]),
+        (lambda: positions("12"), ["lengths", "list of ints"]),
+        (lambda: positions([2, -1]), ["lengths[1] is -1"]),
+        (lambda: positions(range(10**12)), ["lengths", "entries"]),
+        (lambda: positions([2**60]), ["tokens from 0 on"]),
         (lambda: positions([2], 0.5), ["offset=0.5"]),
+        (lambda: positions([2], 10**30), ["2 tokens from 1000"]),
+        (lambda: positions([2], 0, 1.5), ["device=1.5"]),
+        (lambda: positions([2], 0, "abacus"), ["device='abacus' is not there"]),
         (lambda: Rotary(rotary_dim=3), ["rotary_dim=3", "even"]),
         (lambda: Rotary(rotary_dim=0), ["rotary_dim=0"]),
         (lambda: Rotary(pairing="neox"), ["'neox'", "'half'", "'interleaved'"]),
