@@ -15,6 +15,7 @@ __all__ = [
     "check_align",
     "check_int",
     "check_ints",
+    "check_length",
     "check_readable",
     "describe",
     "holds_integers",
@@ -32,6 +33,9 @@ INTEGERS = frozenset(
 
 LARGEST = (1 << 63) - 1
 """The largest integer that a mask holds: positions are int64 in tensors."""
+
+MOST_ENTRIES = 1 << 24
+"""How many numbers a list of lengths has, at most."""
 
 
 def short(value: Any) -> str:
@@ -135,10 +139,17 @@ def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
         raise CompositionTypeError(f"{name} is {describe(values)}; it must be a sequence of int")
     if not values:
         raise CompositionError(f"{name} is empty; give at least one entry")
+    check_length(name, values)
     for k, value in enumerate(values):
         if type(value) is not int or not minimum <= value <= LARGEST:
             check_int(f"{name}[{k}]", value, minimum)
     return tuple(values)
+
+
+def check_length(name: str, values: Sequence[Any]) -> None:
+    """Raise `CompositionError` for a list that nobody means to be read entry by entry."""
+    if len(values) > MOST_ENTRIES:
+        raise CompositionError(f"{name} has {len(values)} entries; it has at most {MOST_ENTRIES}")
 
 
 def holds_integers(values: torch.Tensor | np.ndarray[Any, Any]) -> bool:

@@ -18,6 +18,7 @@ from attnkit.masks.arguments import (
     check_align,
     check_int,
     check_ints,
+    check_length,
     check_readable,
     describe,
     holds_integers,
@@ -46,6 +47,7 @@ __all__ = [
     "check_align",
     "check_int",
     "check_ints",
+    "check_length",
     "check_readable",
     "describe",
     "full_text",
@@ -463,7 +465,8 @@ class Mask(ABC):
                 f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{shown(index)}]"
             )
         rows, keys = index
-        return Cut(self, (rows.start or 0, rows.stop), (keys.start or 0, keys.stop))
+        first, other = (0 if part.start is None else part.start for part in (rows, keys))
+        return Cut(self, (first, rows.stop), (other, keys.stop))
 
     def cut(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Align, Mask, anchor, check_align, check_int
 
@@ -75,8 +75,8 @@ class SlidingWindow(Mask):
     def __post_init__(self) -> None:
         if type(self.size) is int and self.size < 1:
             raise CompositionError(
-                f"SlidingWindow(size={self.size}) is an empty window; size counts the keys that a "
-                "query keeps, itself included, so it is at least 1"
+                f"SlidingWindow(size={shown(self.size)}) is an empty window; size counts the keys "
+                "that a query keeps, itself included, so it is at least 1"
             )
         check_int("SlidingWindow size", self.size, 1)
         check_align("SlidingWindow", self.align)
@@ -115,8 +115,8 @@ class Band(Mask):
                 check_int(f"Band {name}", end, None)
         if self.left is not None and self.right is not None and self.left + self.right < 0:
             raise CompositionError(
-                f"Band(left={self.left}, right={self.right}) is empty: it keeps the keys from "
-                "p - left to p + right, so left + right must be >= 0"
+                f"Band(left={shown(self.left)}, right={shown(self.right)}) is empty: it keeps the "
+                "keys from p - left to p + right, so left + right must be >= 0"
             )
         check_align("Band", self.align)
 

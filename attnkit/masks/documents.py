@@ -20,6 +20,7 @@ from attnkit.masks.base import (
     Mask,
     agree,
     check_ints,
+    check_length,
     check_readable,
     describe,
     holds_integers,
@@ -270,6 +271,10 @@ def _rows_of_ids(ids: object) -> torch.Tensor:
     """Return document numbers as an integer tensor [S] or [B, S]."""
     if isinstance(ids, torch.Tensor):
         check_readable("from_ids", ids)
+    elif isinstance(ids, Sequence):
+        for row in (ids, *(ids[:1])):
+            if isinstance(row, Sequence):
+                check_length("from_ids", row)
     try:
         rows = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

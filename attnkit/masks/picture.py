@@ -47,6 +47,7 @@ def _share(region: Region, block: Slice) -> float:
 def show(mask: Mask, q_len: int, kv_len: int, batch: int, head: int, width: int) -> str:
     """Return the terminal picture that `Mask.show` documents."""
     check_int("show width", width, 1)
+    mask.check(q_len, kv_len)
     rows = q_len if q_len <= width else _ROWS
     grid = densities(mask, q_len, kv_len, batch, head, rows, width)
     return "\n".join(

@@ -287,8 +287,8 @@ def _row(i: int, row: object, kv_len: int) -> list[tuple[int, int]]:
     for start, stop in sorted(pair for pair in pairs if pair[0] < pair[1]):
         if start < 0 or stop > kv_len:
             raise CompositionError(
-                f"recover got the keys {start} <= j < {stop} for row {i}, but there are "
-                f"kv_len={kv_len}; bounds lie within the score matrix"
+                f"recover got the keys {shown(start)} <= j < {shown(stop)} for row {i}, but there "
+                f"are kv_len={kv_len}; bounds lie within the score matrix"
             )
         if runs and start <= runs[-1][1]:
             runs[-1] = (runs[-1][0], max(runs[-1][1], stop))

@@ -127,6 +127,12 @@ class Pse(ABC):
         attnkit.errors.CompositionError: ALiBi(6) was made for 6 heads, but the query has 8; \
 give one slope per query head
         """
+        for name, length in (("q_len", q_len), ("kv_len", kv_len)):
+            if not isinstance(length, int | torch.SymInt) or not 0 <= length <= LARGEST:
+                raise CompositionTypeError(
+                    f"{self} was asked for {name}={shown(length)}; a length is an int from 0 to "
+                    f"{LARGEST}"
+                )
         for what, own, given in (("heads", self.heads, heads), ("batch", self.batch, batch)):
             if own is not None and given is not None and own != given:
                 raise CompositionError(self._misfit(what, own, given))
@@ -272,6 +278,9 @@ class PseRegistry(Registry[type[Pse]]):
         return entry
 
 
+LARGEST = (1 << 63) - 1
+"""The largest length: positions are int64 in tensors."""
+
 PSE = PseRegistry("positional bias")
 
 
@@ -297,14 +306,16 @@ class Sum(Pse):
     addends: tuple[Pse, ...]
 
     def __init__(self, addends: Iterable[Pse]) -> None:
-        given = tuple(addends)
-        for addend in given:
+        if not isinstance(addends, Iterable):
+            raise CompositionTypeError(f"Sum adds a list of biases, not {shown(addends)}")
+        flat: tuple[Pse, ...] = ()
+        for addend in addends:
             if not isinstance(addend, Pse):
                 raise CompositionTypeError(
                     f"Sum adds positional biases, not {type(addend).__name__}; "
                     "wrap a tensor as pse.Dense(tensor)"
                 )
-        flat = tuple(part for addend in given for part in addend.parts)
+            flat += addend.parts
         if not flat:
             raise CompositionError("Sum of no biases; pass pse=None for none")
         object.__setattr__(self, "addends", flat)

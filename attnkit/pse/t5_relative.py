@@ -37,6 +37,8 @@ def t5_bucket(
     >>> t5_bucket(torch.tensor([-500, -20, -3, 0, 3]), bidirectional=False).tolist()
     [31, 17, 3, 0, 0]
     """
+    check_count("t5_bucket: num_buckets", num_buckets, _MOST_BUCKETS)
+    check_count("t5_bucket: max_distance", max_distance, _MOST_DISTANCE)
     base = torch.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -172,7 +175,87 @@ BAD = {
     "null byte": (lambda: parse("\0"), ValueError, "null"),
     "too deep": (lambda: parse("~" * 20000 + "Full()"), ValueError, "cannot read the mask"),
     "bad argument in text": (lambda: parse("Full() & Chunked(0)"), ValueError, "Chunked size=0"),
+    "keyword twice": (
+        lambda: parse("SlidingWindow(size=3, size=4)"),
+        ValueError,
+        "SlidingWindow got 'size' twice|say it once",
+    ),
+    "10 MB of text": (lambda: parse("Full() | " * 10**6), ValueError, "too long|262144|4194304"),
+    "10 MB in quotes": (lambda: parse(f"Dense('{'x' * 10**7}')"), ValueError, "too long"),
+    "4 MB in quotes": (lambda: parse(f"Dense('{'x' * 4 * 10**6}')"), ValueError, "no packed mask"),
+    "5,000 digits": (lambda: parse(f"Chunked({'9' * 5000})"), ValueError, "cannot read the mask"),
+    "4,000 digits": (lambda: parse(f"Chunked({'9' * 4000})"), ValueError, "int of 13288 bits"),
+    "deep brackets": (lambda: parse("(" * 10**5 + ")" * 10**5), ValueError, "nested"),
+    "a long name": (lambda: parse("f" * 10**5 + "()"), ValueError, "unknown mask"),
+    "a power": (lambda: parse("Chunked(9**9**9**9)"), ValueError, "not part of the language"),
     "sum of masks": (lambda: parse("Full() + Full()"), ValueError, "cannot read the mask"),
+}
+
+
+def zip_bomb(shape):
+    bits = zlib.compressobj(9)
+    packed = b"".join(bits.compress(bytes(1 << 20)) for _ in range(32)) + bits.flush()
+    return f"{shape}:{base64.b64encode(packed).decode()}"
+
+
+HUGE = 10**5000
+BAD |= {
+    "a bomb": (lambda: masks.Dense(zip_bomb("1x1x4x4")), ValueError, "does not fit the shape"),
+    "a shape of 2**80 cells": (
+        lambda: masks.Dense(zip_bomb("1x1x1099511627776x1099511627776")),
+        ValueError,
+        "1 to 8589934592 cells",
+    ),
+    "a shape that nothing packs": (
+        lambda: masks.Dense("1x1x92681x92681:eNpjAAAAAQAB"),
+        ValueError,
+        "does not fit the shape",
+    ),
+    "dense of a tensor": (
+        lambda: masks.Dense(CELLS),
+        TypeError,
+        "Dense.keep(tensor)|Dense.drop(tensor)|shape (4, 4)",
+    ),
+    "window of 2**63": (lambda: masks.SlidingWindow(1 << 63), ValueError, "64-bit|at most"),
+    "window of 5,000 digits": (
+        lambda: masks.SlidingWindow(HUGE),
+        ValueError,
+        "<int of 16610 bits>",
+    ),
+    "window of -5,000 digits": (lambda: masks.SlidingWindow(-HUGE), ValueError, "empty window"),
+    "lengths of 2**70": (lambda: masks.Documents([1 << 70]), ValueError, "lengths[0]|64-bit"),
+    "ids of 2**70": (lambda: masks.Documents.from_ids([1 << 70]), TypeError, "from_ids"),
+    "rows of 2**70": (lambda: C.region(1 << 70, 4), ValueError, "q_len|64-bit"),
+    "bytes of lengths": (lambda: masks.Documents(bytearray(b"12")), TypeError, "sequence of int"),
+    "lengths without end": (lambda: masks.Padding(range(10**12)), ValueError, "1000000000000"),
+    "dense of sparse": (lambda: masks.Dense.keep(CELLS.to_sparse()), ValueError, "sparse_coo"),
+    "dense of nested": (
+        lambda: masks.Dense.keep(torch.nested.as_nested_tensor([CELLS, CELLS[:2]])),
+        ValueError,
+        "nested",
+    ),
+    "dense of mkldnn": (
+        lambda: masks.Dense.drop(torch.ones(2, 2).to_mkldnn()),
+        ValueError,
+        "mkldnn",
+    ),
+    "dense of complex": (
+        lambda: masks.Dense.keep(torch.ones(2, 2, dtype=torch.complex64)),
+        TypeError,
+        "complex64",
+    ),
+    "lengths on meta": (lambda: masks.Padding(IDS.to("meta")), ValueError, "meta device"),
+    "lengths of sparse": (lambda: masks.Documents(IDS.to_sparse()), ValueError, "sparse"),
+    "ids on meta": (lambda: masks.Documents.from_ids(IDS.to("meta")), ValueError, "meta device"),
+    "cells on meta": (lambda: masks.recover(CELLS.to("meta")), ValueError, "meta device"),
+    "align of an array": (lambda: masks.Causal(np.ones(3)), ValueError, "bottom_right"),
+    "bounds of 5,000 digits": (
+        lambda: masks.recover([(0, HUGE)], kv_len=4),
+        ValueError,
+        "<int of 16610 bits>",
+    ),
+    "picture of no number": (lambda: C.show(None, 2), TypeError, "q_len=None"),
+    "cut by an array": (lambda: C[np.ones(2) :, :], TypeError, "q_range start"),
 }
 
 
@@ -185,5 +268,6 @@ def test_bad_input_is_explained(name):
     assert isinstance(caught.value, CompositionError)
     assert isinstance(caught.value, CompositionTypeError) is (kind is TypeError)
     message = str(caught.value)
+    assert len(message) < 1200
     missing = [word for word in words.split("|") if word and word not in message]
     assert not missing, f"{missing} not in {message!r}"
