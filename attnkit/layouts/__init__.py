@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from attnkit.layouts.base import LAYOUTS, Layout, Sizes, check_tensor, get, register
+from attnkit.layouts.base import LAYOUTS, Layout, Sizes, check_device, check_tensor, get, register
 from attnkit.layouts.bnsd import BNSD
 from attnkit.layouts.bsh import BSH
 from attnkit.layouts.bsnd import BSND
 from attnkit.layouts.sbh import SBH
-from attnkit.layouts.seqlens import SeqLens
+from attnkit.layouts.seqlens import SeqLens, check_lengths
 from attnkit.layouts.tnd import TND
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "Layout",
     "SeqLens",
     "Sizes",
+    "check_device",
+    "check_lengths",
     "check_tensor",
     "get",
     "register",

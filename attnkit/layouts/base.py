@@ -19,11 +19,12 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts.seqlens import check_lengths
 from attnkit.registry import Registry
 
-__all__ = ["LAYOUTS", "Layout", "Sizes", "check_tensor", "get", "register"]
+__all__ = ["LAYOUTS", "Layout", "Sizes", "check_device", "check_tensor", "get", "register"]
 
 _AXES = {"b": "batch", "s": "length", "n": "heads", "d": "dim", "t": "tokens"}
 _DENSE = frozenset("bsnd")
 _PACKED = frozenset("tnd")
+_MOST_AXES = 64  # what a tensor can have
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -42,6 +43,24 @@ def check_tensor(name: str, tensor: object) -> None:
             f"{name} is a {kind} tensor; give a dense one (tensor.to_dense()), and texts of unlike "
             "lengths packed into one, with SeqLens"
         )
+
+
+def check_device(device: object) -> None:
+    """Raise `CompositionError` unless tensors can be made there: nothing else tells for certain.
+
+    >>> check_device("cpu")
+    >>> check_device(1.5)
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionTypeError: device=1.5; give a name such as 'cpu', or None
+    """
+    if not isinstance(device, torch.device | str | int | None) or isinstance(device, bool):
+        raise CompositionTypeError(f"device={shown(device)}; give a name such as 'cpu', or None")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each kind of device has an error of its own
+        reason = shown(str(error).partition("\n")[0])
+        raise CompositionError(f"device={shown(device)} is not there: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -184,10 +203,7 @@ or num_heads
         >>> get("SBH").shape(Sizes(batch=2, length=16, heads=4, dim=8))
         (16, 2, 32)
         """
-        if not isinstance(sizes, Sizes):
-            raise CompositionTypeError(
-                f"shape takes Sizes(batch=, length=, heads=, dim=), not {shown(sizes)}"
-            )
+        _need_sizes("shape", sizes)
         tokens = sizes.batch * sizes.length
         extents = {"b": sizes.batch, "s": sizes.length, "t": tokens}
         extents |= {"n": sizes.heads, "d": sizes.dim}
@@ -235,7 +251,7 @@ or num_heads
         >>> get("BNSD").from_tnd(torch.zeros(32, 4, 8), batch=2).shape
         torch.Size([2, 4, 16, 8])
         """
-        _positive("batch", batch)
+        _positive("batch", batch, needed=True)
         if self.packed:
             return self._to_own(tensor, "t n d")
         _need_rank(tensor, "t n d")
@@ -356,20 +372,23 @@ or num_heads
         swapped = self.pattern.translate(str.maketrans("sn", "ns"))
         return next((known for _, known in LAYOUTS.items() if known.pattern == swapped), None)
 
-    def doubt(self, query: tuple[int, int], key: tuple[int, int]) -> str | None:
+    def doubt(self, query: Sizes, key: Sizes) -> str | None:
         """Return why tensors may be in another layout than this; None where nothing says so.
 
-        `query` and `key` are (length, heads) as read in this layout. Where both have more heads
-        than positions and the layout has a `twin`, lengths and heads are likely to be confused:
-        one axis cannot be told from another by its extent.
+        The sizes are those read in this layout. Where both have more heads than positions and the
+        layout has a `twin`, lengths and heads are likely to be confused: one axis cannot be told
+        from another by its extent.
 
-        >>> get("BSND").doubt((8, 128), (8, 128))
+        >>> x = get("BSND").sizes((2, 8, 128, 64))
+        >>> get("BSND").doubt(x, x)
         "8 positions and 128 heads were read off the shapes; if these are 8 heads and 128 \
 positions, say layout='BNSD'"
-        >>> get("BSND").doubt((1, 8), (4096, 8))
+        >>> get("BSND").doubt(get("BSND").sizes((2, 1, 8, 64)), get("BSND").sizes((2, 4096, 8, 64)))
         """
-        twin, (length, heads) = self.twin(), query
-        if twin is None or length >= heads or key[0] >= key[1] or length == 0:
+        _need_sizes("doubt", query)
+        _need_sizes("doubt", key)
+        twin, length, heads = self.twin(), query.length, query.heads
+        if twin is None or not 0 < length < heads or key.length >= key.heads:
             return None
         return (
             f"{length:,} positions and {heads:,} heads were read off the shapes; if these are "
@@ -455,20 +474,31 @@ def _groups(pattern: str) -> tuple[str, ...]:
     return groups
 
 
-def _positive(label: str, value: int | None) -> None:
-    if value is None:
+def _positive(label: str, value: int | None, *, needed: bool = False) -> None:
+    if value is None and not needed:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise CompositionTypeError(f"{label} is a positive int, got {shown(value)}")
     if value < 1:
-        raise CompositionError(f"{label} is a positive int, got {value}")
+        raise CompositionError(f"{label} is a positive int, got {shown(value)}")
 
 
 def _check_shape(shape: Sequence[int], what: str) -> None:
     whole = isinstance(shape, Sequence) and not isinstance(shape, str | bytes)
-    if not whole or any(type(extent) is not int or extent < 0 for extent in shape):
+    if (
+        not whole
+        or len(shape) > _MOST_AXES
+        or any(type(extent) is not int or extent < 0 for extent in shape)
+    ):
         raise CompositionTypeError(
             f"{what}: a shape is a list of ints that are 0 or more, got {shown(shape)}"
+        )
+
+
+def _need_sizes(method: str, sizes: Sizes) -> None:
+    if not isinstance(sizes, Sizes):
+        raise CompositionTypeError(
+            f"{method} takes Sizes(batch=, length=, heads=, dim=), not {shown(sizes)}"
         )
 
 

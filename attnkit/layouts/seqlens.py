@@ -140,6 +140,11 @@ cumulative lengths start with 0; prepend the 0, or use SeqLens(...) if these are
         attnkit.errors.CompositionError: SeqLens: the kv lengths (3, 5) sum to 8, but key and \
 value hold 9 tokens; every token belongs to exactly one sequence
         """
+        for tokens in (total_q, total_kv):
+            if type(tokens) is not int:
+                raise CompositionTypeError(
+                    f"check_totals takes two numbers of tokens, not {shown(tokens)}"
+                )
         sides = (
             ("q", self.q, self.total_q, total_q, "query holds"),
             ("kv", self.kv, self.total_kv, total_kv, "key and value hold"),
@@ -148,7 +153,7 @@ value hold 9 tokens; every token belongs to exactly one sequence
             if total != tokens:
                 raise CompositionError(
                     f"SeqLens: the {name} lengths {_short(lengths)} sum to {total}, but {holder} "
-                    f"{tokens} tokens; {_sum_remedy(lengths, tokens)}"
+                    f"{shown(tokens)} tokens; {_sum_remedy(lengths, tokens)}"
                 )
 
     def __len__(self) -> int:

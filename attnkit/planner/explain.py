@@ -9,6 +9,7 @@ from typing import Any
 
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
+from attnkit.layouts import Sizes
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.lower import lower
 from attnkit.planner.matrices import matrices
@@ -116,8 +117,9 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
         f"{' in all' if request.seqlens is not None else ''}, "
         f"{request.num_heads}{groups} heads of {dims}",
     )
-    read = (request.q_len, request.num_heads), (request.kv_len, request.num_kv_heads)
-    doubt = request.layout_of.doubt(*read)
+    query = Sizes(request.batch, request.q_len, request.num_heads, request.head_dim)
+    key = Sizes(request.batch, request.kv_len, request.num_kv_heads, request.head_dim)
+    doubt = request.layout_of.doubt(query, key)
     if doubt is not None:
         yield "layout?", doubt
     extras = [str(request.dtype).removeprefix("torch."), f"scale {request.scale:.6g}"]

@@ -142,7 +142,10 @@ def test_sizes_takes_heads_from_the_head_dim_where_they_are_merged():
         (lambda: BSND.sizes("abcd"), ["a shape is a list of ints"]),
         (lambda: BSND.sizes((2, 7, 3.0, 8)), ["a shape is a list of ints"]),
         (lambda: BSND.sizes((2, -7, 3, 8)), ["0 or more"]),
-        (lambda: BSND.shape((2, 7, 3, 8)), ["Sizes(batch="]),
+        (lambda: BSND.shape((2, 7, 3, 8)), ["shape takes Sizes(batch="]),
+        (lambda: BSND.doubt((7, 3), (7, 3)), ["doubt takes Sizes(batch="]),
+        (lambda: BSND.sizes(range(10**12)), ["a shape is a list of ints"]),
+        (lambda: BSND.from_tnd(counted(7, 3, 8), batch=None), ["batch", "None"]),
         (lambda: TND.split(counted(7, 3, 8), 7), ["lengths", "int"]),
         (lambda: TND.split(counted(7, 3, 8), (9, -2)), ["lengths[1] is -2"]),
         (lambda: TND.split(counted(7, 3, 8), ("a",)), ["'a' (str)"]),
@@ -229,13 +232,17 @@ def test_more_heads_than_positions_are_doubted_where_another_layout_swaps_them()
     assert BSND.twin() == BNSD
     assert BNSD.twin() == BSND
     assert all(form.twin() is None for form in (BSH, SBH, TND))
-    doubt = BSND.doubt((4, 16), (4, 8))
-    assert doubt is not None
-    assert "4 heads and 16 positions, say layout='BNSD'" in doubt
-    assert BNSD.doubt((4, 16), (4, 16)) is not None
+
+    def doubt(form: Layout, query: tuple[int, int], key: tuple[int, int]) -> str | None:
+        return form.doubt(*(Sizes(2, length, heads, 8) for length, heads in (query, key)))
+
+    told = doubt(BSND, (4, 16), (4, 8))
+    assert told is not None
+    assert "4 heads and 16 positions, say layout='BNSD'" in told
+    assert doubt(BNSD, (4, 16), (4, 16)) is not None
     # A text, a decoding step, a context: what is usual is never doubted.
     for query, key in [((64, 8), (64, 8)), ((1, 8), (64, 8)), ((1, 8), (64, 2)), ((0, 8), (0, 8))]:
-        assert BSND.doubt(query, key) is None
+        assert doubt(BSND, query, key) is None
 
 
 def test_explain_tells_of_the_doubt_and_a_module_names_the_layout_that_fits():

@@ -185,3 +185,9 @@ def test_numbers_that_are_no_lengths_are_refused(lengths, words):
     with pytest.raises(CompositionError) as caught:
         SeqLens(lengths)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [None, 8.0, True, "8", torch.ones(2), np.ones(2)])
+def test_totals_are_numbers_of_tokens(tokens):
+    with pytest.raises(CompositionTypeError, match="two numbers of tokens"):
+        SeqLens([8]).check_totals(tokens, 8)
