@@ -166,3 +166,13 @@ def test_plans_are_values(mask: Mask) -> None:
     assert (one, hash(one)) == (other, hash(other))
     assert isinstance(one, CudaPlan)
     assert "backend 'cuda'" in one.explain()
+
+
+def test_keys_behind_the_square_may_hold_anything() -> None:
+    """``is_causal`` from the corner leaves keys that no query sees: they are not handed over."""
+    query, key, value = qkv(4, 6)
+    plan = CUDA.plan(ask((query, key, value), mask=masks.Causal("top_left")))
+    clean = CUDA.run(plan, Operands(query, key, value)).output
+    for tensor in (key, value):
+        tensor[:, 4:] = torch.nan
+    assert torch.equal(CUDA.run(plan, Operands(query, key, value)).output, clean)
