@@ -66,7 +66,15 @@ class Stats:
 
 
 class AttentionOutput(NamedTuple):
-    """The output in the layout of the query, and the softmax statistics."""
+    """The output in the layout of the query, and the softmax statistics.
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.zeros(1, 4, 2, 8)
+    >>> output, stats = ak.attention(x, x, x, return_stats=True)
+    >>> output.shape, stats.lse.shape
+    (torch.Size([1, 4, 2, 8]), torch.Size([1, 2, 4]))
+    """
 
     output: Tensor
     stats: Stats

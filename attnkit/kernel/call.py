@@ -263,6 +263,13 @@ class KernelCall:
 
         The window of mode 0 and the prefix of mode 5 say so, and the mask must lie inside;
         None where every tile is read.
+
+        >>> from attnkit.kernel import AttenMask, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
+        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
+        >>> call.visited() is None
+        True
         """
         if self.atten_mask is None or self.sparse_mode not in (0, 5):
             return None
@@ -310,6 +317,13 @@ class KernelCall:
 
         Packed sequences all read the top-left corner of a mask of the longest lengths. A mask
         of the total lengths is accepted too and read at each sequence's own place.
+
+        >>> from attnkit.kernel import AttenMask, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
+        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
+        >>> call.mask_origin(0)
+        (0, 0)
         """
         mask = self.atten_mask
         if not self.is_packed or mask is None:
@@ -367,7 +381,15 @@ class KernelCall:
         return "zero" if self.invalid_line or self.sink is not None else "mean"
 
     def empty_rows(self, head: int | None = None) -> tuple[RowRanges, ...]:
-        """Return the rows without an allowed key, as ranges per score matrix."""
+        """Return the rows without an allowed key, as ranges per score matrix.
+
+        >>> from attnkit.kernel import AttenMask, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
+        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
+        >>> call.empty_rows()
+        ((),)
+        """
         pairs = zip(self.regions(head), self.sequences, strict=True)
         return tuple(region.empty_rows(q_len) for region, (q_len, _) in pairs)
 
@@ -375,6 +397,13 @@ class KernelCall:
         """Return the rows for which the kernel answers the mean of V, per score matrix.
 
         A call computes what attnkit means by its regions exactly when these are all empty.
+
+        >>> from attnkit.kernel import AttenMask, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
+        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
+        >>> call.averaged_rows()
+        ((),)
         """
         if self.empty_row_output == "zero" or self.atten_mask is None:
             return ((),) * len(self.sequences)
@@ -405,6 +434,13 @@ class KernelCall:
         """Return the exact keyword arguments of an op version, or why it cannot express this.
 
         Tensors stand as their descriptions; arguments at their defaults are left out.
+
+        >>> from attnkit.kernel import AttenMask, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
+        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
+        >>> call.arguments_for("v1")["sparse_mode"]
+        2
         """
         return arguments_for(self, version)
 

@@ -26,7 +26,11 @@ __all__ = ["Gradients", "emulate", "emulate_grad"]
 
 
 class Gradients(NamedTuple):
-    """What the grad op returns; `sink` is None when the call has no sink."""
+    """What the grad op returns; `sink` is None when the call has no sink.
+
+    >>> Gradients._fields
+    ('query', 'key', 'value', 'pse', 'sink')
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -372,6 +376,18 @@ def emulate_grad(
     `softmax_max` and `softmax_sum` are in the op's shapes; they and `attention_in` may be
     those of a softmax over more keys than this call sees, so the gradients of a set of calls
     merged by their statistics add up to the whole.
+
+    >>> import torch
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> x = torch.ones(1, 2, 1, 16)
+    >>> spec = TensorSpec.of(x)
+    >>> call = KernelCall(spec, spec, spec, head_num=1, input_layout="BSND")
+    >>> out, peak, total = emulate(call, x, x, x)
+    >>> grads = emulate_grad(
+    ...     call, x, x, x, x, softmax_max=peak, softmax_sum=total, attention_in=out
+    ... )
+    >>> grads.value[0, :, 0, 0]
+    tensor([1., 1.])
     """
     tensors = {"query": query, "key": key, "value": value}
     operands = _operands(call, tensors, pse, atten_mask, sink, dropout_mask)

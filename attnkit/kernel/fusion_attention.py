@@ -26,7 +26,14 @@ _SEEDS = 2**62
 
 
 class FusionOutput(NamedTuple):
-    """The op's seven outputs."""
+    """The op's seven outputs.
+
+    >>> import torch
+    >>> from attnkit import fusion_attention
+    >>> x = torch.zeros(1, 2, 1, 16)
+    >>> fusion_attention(x, x, x, 1, "BSND").softmax_max.shape  # eight equal copies per row
+    torch.Size([1, 1, 2, 8])
+    """
 
     attention_out: torch.Tensor
     softmax_max: torch.Tensor

@@ -49,7 +49,15 @@ def pack_stats(call: KernelCall, rows: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_stats(call: KernelCall, stats: torch.Tensor) -> torch.Tensor:
-    """Return [B, N, Sq] (TND: [T, N]) statistics from the op's; the inverse of `pack_stats`."""
+    """Return [B, N, Sq] (TND: [T, N]) statistics from the op's; the inverse of `pack_stats`.
+
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> spec = TensorSpec((1, 3, 2, 16), torch.float32)
+    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND")
+    >>> rows = torch.arange(6.0).view(1, 2, 3)
+    >>> torch.equal(unpack_stats(call, pack_stats(call, rows)), rows)
+    True
+    """
     if tuple(stats.shape) != call.stats.shape:
         raise KernelContractError(
             f"softmax statistics of shape {tuple(stats.shape)} were given; this call's are "
@@ -90,6 +98,10 @@ def merge_partials(
 
     The op's statistics carry no gradient, so that of the merged output would lack what flows
     through the weights. Outputs that ask for a gradient beside statistics that do not are refused.
+
+    >>> zero, one = torch.zeros(1), torch.ones(1)
+    >>> merge_partials([torch.zeros(1, 1), torch.ones(1, 1)], [zero, zero], [one, 3 * one])
+    (tensor([[0.7500]]), tensor([0.]), tensor([4.]))
     """
     if not outputs or not len(outputs) == len(maxima) == len(sums):
         raise KernelContractError(

@@ -75,6 +75,9 @@ class OpVersion:
     the torch_npu op-plugin release that added an argument, `grad_scale` the grad op's name for
     scale, and `lists_are_tensors` whether actual_seq_qlen and actual_seq_kvlen are
     one-dimensional integer CPU tensors there instead of lists.
+
+    >>> OP_VERSIONS["v1"].op
+    'npu_fusion_attention'
     """
 
     name: str
@@ -204,6 +207,14 @@ def arguments_for(call: KernelCall, version: str) -> dict[str, object] | Refusal
 
     Tensors stand as their descriptions, lists as tuples. Arguments at the op's defaults are
     left out, so that releases which do not know them yet can still be called.
+
+    >>> import torch
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", scale=0.25)
+    >>> arguments = arguments_for(call, "v1")
+    >>> arguments["scale"], arguments["head_num"]
+    (0.25, 2)
     """
     target = op_version(version)
     reason = inexpressible(call, version)

@@ -151,7 +151,12 @@ def _around(nesting: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class And(_Joined):
-    """Cells that every part allows: ``m1 & m2``."""
+    """Cells that every part allows: ``m1 & m2``.
+
+    >>> from attnkit import masks
+    >>> masks.And((masks.Causal(), masks.SlidingWindow(4)))
+    Causal() & SlidingWindow(4)
+    """
 
     _sign = "&"
     _combine = Region.__and__
@@ -160,7 +165,12 @@ class And(_Joined):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Or(_Joined):
-    """Cells that some part allows: ``m1 | m2``."""
+    """Cells that some part allows: ``m1 | m2``.
+
+    >>> from attnkit import masks
+    >>> masks.Or((masks.Causal(), masks.Prefix(4)))
+    Causal() | Prefix(4)
+    """
 
     _sign = "|"
     _combine = Region.__or__
@@ -169,7 +179,12 @@ class Or(_Joined):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Not(Composite):
-    """Cells that the part does not allow: ``~m``."""
+    """Cells that the part does not allow: ``~m``.
+
+    >>> from attnkit import masks
+    >>> masks.Not(masks.Causal())
+    ~Causal()
+    """
 
     part: Mask
 

@@ -75,6 +75,10 @@ class Enclosure(NamedTuple):
     """What is known of a mask as a region: ``inner <= mask <= outer``.
 
     For a mask that is a region the two are equal, and are the mask.
+
+    >>> from attnkit import masks
+    >>> masks.Causal().enclosure(4, 4).exact, masks.Dilated(2).enclosure(4, 4).exact
+    (True, False)
     """
 
     inner: Region
@@ -97,6 +101,15 @@ class Mask(ABC):
     ``@masks.register("its_kind")``. One that is not a finite union of slices implements
     `enclosure` and `_cells` instead. With ``@dataclass(frozen=True, repr=False, eq=False)`` it
     inherits a short repr, and a hash that is computed once.
+
+    >>> from attnkit import masks
+    >>> mask = masks.Causal() & masks.SlidingWindow(2)
+    >>> print(mask.show(3, 3))
+    #..
+    ##.
+    .##
+    >>> masks.parse(str(mask)) == mask
+    True
     """
 
     kind: ClassVar[str]
@@ -249,7 +262,12 @@ class Mask(ABC):
         return inner
 
     def outer(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:
-        """Return a region that holds every allowed cell: the mask itself where it is one."""
+        """Return a region that holds every allowed cell: the mask itself where it is one.
+
+        >>> from attnkit import masks
+        >>> masks.Dilated(2).outer(4, 4).area
+        16
+        """
         return self._checked_enclosure(q_len, kv_len, batch, head).outer
 
     def _checked_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> Enclosure:
@@ -290,7 +308,12 @@ class Mask(ABC):
         return self._cells_in(rows, keys, q_len, kv_len, batch, head, device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
-        """Whether the mask is a finite union of slices for every batch element and head."""
+        """Whether the mask is a finite union of slices for every batch element and head.
+
+        >>> from attnkit import masks
+        >>> masks.Causal().is_region(8, 8), masks.Dilated(2).is_region(8, 8)
+        (True, False)
+        """
         self.check(q_len, kv_len)
         return all(
             self.enclosure(q_len, kv_len, b, h).exact
@@ -366,7 +389,12 @@ class Mask(ABC):
         return show(self, q_len, kv_len, batch, head, width)
 
     def plot(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Figure:
-        """Return a matplotlib figure of the score matrix (needs the extra `plot`)."""
+        """Return a matplotlib figure of the score matrix (needs the extra `plot`).
+
+        >>> from attnkit import masks
+        >>> type(masks.Causal().plot(64, 64)).__name__
+        'Figure'
+        """
         from attnkit.masks.picture import plot
 
         return plot(self, q_len, kv_len, batch, head)
@@ -589,7 +617,12 @@ def anchor(align: Align, q_len: int, kv_len: int) -> int:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Full(Mask):
-    """Every key, for every query: ``allowed(i, j) = True``."""
+    """Every key, for every query: ``allowed(i, j) = True``.
+
+    >>> from attnkit import masks
+    >>> masks.Full().region(2, 3).area
+    6
+    """
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return Region.full(q_len, kv_len)

@@ -79,7 +79,12 @@ class Dense(Mask):
 
     @classmethod
     def drop(cls, tensor: torch.Tensor) -> Dense:
-        """Build from a tensor where True marks a cell that is masked out."""
+        """Build from a tensor where True marks a cell that is masked out.
+
+        >>> import torch
+        >>> Dense.drop(torch.tensor([[False, True]])).region(1, 2).area
+        1
+        """
         return cls(_pack(~_boolean(tensor, "drop")))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:

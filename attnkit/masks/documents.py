@@ -189,7 +189,11 @@ class Documents(Mask):
         return self if self.inside is None else replace(self, inside=None)
 
     def blocks(self, batch: int = 0) -> tuple[Slice, ...]:
-        """Return the blocks of one batch element, from the top; empty documents give none."""
+        """Return the blocks of one batch element, from the top; empty documents give none.
+
+        >>> [(block.i0, block.i1) for block in Documents([2, 3]).blocks()]
+        [(0, 2), (2, 5)]
+        """
         sizes = self.sizes(batch)
         i, j = (list(accumulate(one, initial=0)) for one in zip(*sizes, strict=True))
         parts = (Slice(i0, i1, j0, j1) for i0, i1, j0, j1 in zip(i, i[1:], j, j[1:], strict=False))

@@ -55,6 +55,10 @@ class Finding:
 
     Codes of `masks.lint_stack`: ``stack-sees-the-future``, ``stack-documents-leak``,
     ``stack-is-short-sighted``, ``stack-is-bounded``.
+
+    >>> from attnkit import masks
+    >>> [finding.code for finding in masks.SlidingWindow(64).lint(8, 8)]
+    ['window-exceeds-sequence']
     """
 
     code: str

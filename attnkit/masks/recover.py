@@ -40,6 +40,11 @@ class Recovered:
     named families, so it is the shortest way to write that region that was found. Without
     `exact` the mask holds the source as it was given. `reason` is the sentence for people.
     The mask equals the source at these lengths; a named one also exists at others.
+
+    >>> from attnkit import masks
+    >>> found = masks.recover(lambda b, h, i, j: i >= j, 8, 8)
+    >>> found.mask, found.exact, found.named, found.region.area
+    (Causal(), True, True, 36)
     """
 
     mask: Mask

@@ -32,6 +32,10 @@ class StackReport:
     `reach` holds (i, k) when the output at i may depend on the input at k (any batch element and
     head). `lookback` and `lookahead` are the greatest i - k and k - i in it. `exact` is False when
     some mask is no union of slices: its outer bound stood in, so the reach may be too large.
+
+    >>> from attnkit import masks
+    >>> masks.lint_stack([masks.SlidingWindow(4)] * 3, 64).lookback
+    9
     """
 
     findings: tuple[Finding, ...]

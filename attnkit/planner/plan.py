@@ -78,6 +78,13 @@ class Plan:
     that would compute the same, but dearer. `in_order` is what the calls compute where
     positions are sorted before them (`residues`), and put back after. `route` says how biases
     reach the calls that cannot reach them as biases (`routes`).
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.empty(1, 64, 2, 16, device="meta")
+    >>> plan = ak.plan(x, x, x, mask=ak.masks.Causal(), backend="reference")
+    >>> plan.backend, plan.calls
+    ('reference', ())
     """
 
     backend: str
@@ -140,7 +147,14 @@ class Plan:
         return explain(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `explain` tells as plain data: strings, numbers, lists and dicts."""
+        """Return what `explain` tells as plain data: strings, numbers, lists and dicts.
+
+        >>> import torch
+        >>> import attnkit as ak
+        >>> x = torch.empty(1, 4, 2, 16, device="meta")
+        >>> ak.plan(x, x, x, backend="reference").to_dict()["backend"]
+        'reference'
+        """
         from attnkit.planner.explain import as_data
 
         return as_data(self)

@@ -41,6 +41,10 @@ class Pse(ABC):
 
     A new family is a frozen dataclass with `materialize`, and `check` where it can be wrong;
     ``@PSE.register("kind")`` gives it a name in configurations and in `parse`.
+
+    >>> from attnkit import pse
+    >>> pse.ALiBi([0.5]).materialize(1, 3)
+    tensor([[[[-1.0000, -0.5000, -0.0000]]]])
     """
 
     kind: ClassVar[str]
@@ -183,6 +187,10 @@ give one slope per query head
         """Return the part of `materialize` inside a rectangle ``[start, stop)``.
 
         Families with a formula per cell override it, so that no other cell is ever made.
+
+        >>> from attnkit import pse
+        >>> pse.ALiBi([1.0]).rectangle((2, 3), (0, 2), q_len=3, kv_len=3)
+        tensor([[[[-2., -1.]]]])
         """
         whole = self.materialize(
             q_len,
@@ -209,7 +217,12 @@ give one slope per query head
         return True
 
     def key(self) -> Hashable:
-        """Return what a plan may depend on: equal keys mean that one plan serves both biases."""
+        """Return what a plan may depend on: equal keys mean that one plan serves both biases.
+
+        >>> from attnkit import pse
+        >>> pse.ALiBi(2).key() == pse.ALiBi(2).key()
+        True
+        """
         return self
 
     def term(

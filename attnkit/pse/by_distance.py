@@ -19,6 +19,11 @@ class ByDistance(Pse):
     ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands on
     the last key; ``i' = i`` for ``"top_left"``. A family says what it is `at` distances; a whole
     matrix, a rectangle of it, or the vector of all distances follow, each at its own cost.
+
+    >>> import torch
+    >>> from attnkit import pse
+    >>> pse.ALiBi([0.5]).at(torch.arange(-2, 1), torch.float32)
+    tensor([[-1.0000, -0.5000, -0.0000]])
     """
 
     align: Align
@@ -36,7 +41,12 @@ class ByDistance(Pse):
         return True
 
     def offset(self, q_len: int, kv_len: int) -> int:
-        """Return the key position that query 0 stands on: ``i' - i``."""
+        """Return the key position that query 0 stands on: ``i' - i``.
+
+        >>> from attnkit import pse
+        >>> pse.ALiBi(2).offset(2, 5), pse.ALiBi(2, align="top_left").offset(2, 5)
+        (3, 0)
+        """
         return kv_len - q_len if self.align == "bottom_right" else 0
 
     def _extends(self, shorter: int, longer: int) -> bool:

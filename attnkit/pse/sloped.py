@@ -48,6 +48,10 @@ class Sloped(ByDistance):
     `num_heads` may be an int (slopes of `press_slopes`), or a sequence of floats, which
     are the slopes; `slopes` gives them by name. A rank that holds some of the heads passes
     the slopes of those heads: ``ALiBi(slopes=ALiBi(32).slopes[8:16])``.
+
+    >>> from attnkit import pse
+    >>> pse.ALiBi(2).slopes == pse.SqrtALiBi(2).slopes == pse.press_slopes(2)
+    True
     """
 
     num_heads: int | None = None
@@ -114,7 +118,12 @@ class Sloped(ByDistance):
 
     @abstractmethod
     def curve(self, distance: Tensor) -> Tensor:
-        """Return ``f(distance)`` for non-negative floating-point distances."""
+        """Return ``f(distance)`` for non-negative floating-point distances.
+
+        >>> from attnkit import pse
+        >>> pse.SqrtALiBi(2).curve(torch.tensor([4.0]))
+        tensor([2.])
+        """
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``-slope[h] * f(abs(distance))``.

@@ -20,14 +20,25 @@ __all__ = ["Linear", "PerKey", "Stepped", "Structure", "joined"]
 
 @dataclass(frozen=True)
 class Linear:
-    """``bias[h, i, j] = -tensor[h] * abs(i' - j)``, tensor [n]."""
+    """``bias[h, i, j] = -tensor[h] * abs(i' - j)``, tensor [n].
+
+    >>> from attnkit import pse
+    >>> pse.LearnableALiBi(2).structure
+    Linear(align='bottom_right')
+    """
 
     align: Align
 
 
 @dataclass(frozen=True)
 class PerKey:
-    """``bias[b, h, i, j] = tensor[b, h, j]``, tensor [kv_len], [n, kv_len] or [b, n, kv_len]."""
+    """``bias[b, h, i, j] = tensor[b, h, j]``, tensor [kv_len], [n, kv_len] or [b, n, kv_len].
+
+    >>> import torch
+    >>> from attnkit import pse
+    >>> pse.KeyBias(torch.zeros(4)).structure
+    PerKey(per_head=False)
+    """
 
     per_head: bool
 

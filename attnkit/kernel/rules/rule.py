@@ -27,7 +27,11 @@ LAYERS: dict[Layer, str] = {
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What the content of a full-size or compressed mask tensor says; None = not looked at."""
+    """What the content of a full-size or compressed mask tensor says; None = not looked at.
+
+    >>> MaskFacts(empty_rows=2)
+    MaskFacts(is_canonical=None, cells_outside_window=None, empty_rows=2)
+    """
 
     is_canonical: bool | None = None
     is_binary: bool | None = None
@@ -56,6 +60,10 @@ class Rule:
     `broken` returns what was found, in words and numbers, or None when the rule holds.
     Other rules may rely on a `structural` one, so they are asked only when those hold; and all
     of them rely on the rule about types, `argument-type`.
+
+    >>> from attnkit.kernel import RULES
+    >>> any(rule.code == "mode-without-mask" for rule in RULES)
+    True
     """
 
     code: str
@@ -69,7 +77,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that a call breaks, and how."""
+    """A rule that a call breaks, and how.
+
+    >>> import torch
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", sparse_mode=2)
+    >>> [violation.code for violation in call.violations()]
+    ['mode-without-mask']
+    """
 
     rule: Rule
     found: str
