@@ -1,0 +1,98 @@
+"""What modules keep between calls: registries, and the caches that CONTRIBUTING lists."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import pkgutil
+import re
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from importlib import import_module
+from pathlib import Path
+
+import attnkit
+from attnkit.registry import Registry
+
+ROOT = Path(__file__).parents[1]
+KEEPERS = {"lru_cache", "cache", "constant"}
+CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, itertools.count)
+CONTAINERS += (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
+MUTATORS = {"append", "add", "update", "pop", "popitem", "setdefault", "clear", "extend", "remove"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Yield every module of the package: its name without ``attnkit.``, and what it says."""
+    for found in pkgutil.walk_packages(attnkit.__path__, "attnkit."):
+        module = found.module_finder.find_spec(found.name, None)
+        assert module is not None
+        assert module.origin is not None
+        text = Path(module.origin).read_text(encoding="utf-8")
+        yield found.name.removeprefix("attnkit."), ast.parse(text)
+
+
+def kept_functions(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the functions whose results are kept, and how many results are."""
+    for node in ast.walk(tree):
+        for decorator in getattr(node, "decorator_list", []):
+            made = isinstance(decorator, ast.Call)
+            function = decorator.func if made else decorator
+            if not isinstance(function, ast.Name) or function.id not in KEEPERS:
+                continue
+            sizes = [*decorator.args, *(k.value for k in decorator.keywords)] if made else []
+            every = "all" if function.id == "cache" else "128"
+            yield node.name, str(sizes[0].value) if sizes else every
+
+
+def assigned(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that a module gives to values itself."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def mutated(tree: ast.Module, name: str) -> bool:
+    """Whether a module changes what this name of it holds."""
+
+    def named(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == name
+
+    return any(
+        (isinstance(node, ast.Attribute) and node.attr in MUTATORS and named(node.value))
+        or (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.ctx, (ast.Store, ast.Del))
+            and named(node.value)
+        )
+        or (isinstance(node, ast.Global) and name in node.names)
+        for node in ast.walk(tree)
+    )
+
+
+def changes(value: object, tree: ast.Module, name: str) -> bool:
+    """Whether a value of a module is state: it changes while the process runs."""
+    if isinstance(value, Registry) or is_dataclass(value) or isinstance(value, type):
+        return False
+    if isinstance(value, CONTAINERS):
+        return type(value) not in (dict, list, set) or mutated(tree, name)
+    ours = type(value).__module__.startswith("attnkit")
+    return ours and any(isinstance(part, CONTAINERS) for part in vars(value).values())
+
+
+def test_modules_keep_what_contributing_lists() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"`([\w.]+)` \((\w+)\)", page.partition("## State")[2]))
+    found: dict[str, str] = {}
+    for name, tree in modules():
+        found |= {f"{name}.{function}": most for function, most in kept_functions(tree)}
+        if name.endswith("__main__"):
+            continue
+        values = vars(import_module(f"attnkit.{name}"))
+        found |= {
+            f"{name}.{item}": listed.get(f"{name}.{item}", "how many?")
+            for item in assigned(tree)
+            if item in values and changes(values[item], tree, item)
+        }
+    assert found == listed
