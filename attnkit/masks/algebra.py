@@ -207,7 +207,13 @@ class Not(Composite):
 
     @staticmethod
     def flipped(known: Enclosure, q_len: int, kv_len: int) -> Enclosure:
-        """Return what is known of the complement of a mask."""
+        """Return what is known of the complement of a mask.
+
+        >>> from attnkit import masks
+        >>> known = masks.Causal().enclosure(4, 4)
+        >>> Not.flipped(known, 4, 4).inner.area
+        6
+        """
         turned = known.outer.complement(q_len, kv_len)
         return Enclosure(turned, turned if known.exact else known.inner.complement(q_len, kv_len))
 

@@ -29,8 +29,8 @@ LAYERS: dict[Layer, str] = {
 class MaskFacts:
     """What the content of a full-size or compressed mask tensor says; None = not looked at.
 
-    >>> MaskFacts(empty_rows=2)
-    MaskFacts(is_canonical=None, cells_outside_window=None, empty_rows=2)
+    >>> MaskFacts(empty_rows=2).is_canonical is None
+    True
     """
 
     is_canonical: bool | None = None
