@@ -25,6 +25,8 @@ __all__ = ["Attention", "attention", "plan"]
 # Plans kept by a module. Packed batches have new lengths in every step, so there is no end to
 # them; what is dropped here is still found in the planner's own cache for a while.
 _MOST_PLANS = 16
+# Of a module, which makes tensors of its sizes.
+_LARGEST_SIZE = 1 << 20
 
 
 class Attention(nn.Module):
@@ -77,10 +79,10 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.num_heads = check_int("num_heads", num_heads, 1)
-        self.head_dim = check_int("head_dim", head_dim, 1)
+        self.num_heads = _check_size("num_heads", num_heads)
+        self.head_dim = _check_size("head_dim", head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.num_kv_heads = check_int("num_kv_heads", kv_heads, 1)
+        self.num_kv_heads = _check_size("num_kv_heads", kv_heads)
         if num_heads % self.num_kv_heads:
             raise CompositionError(
                 f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; each key "
@@ -326,9 +328,24 @@ def _known_types(query: object, key: object, value: object, mask: object, seqlen
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and (mask is None or isinstance(mask, Mask))
         and (seqlens is None or isinstance(seqlens, SeqLens))
     )
+
+
+def _check_backend_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise CompositionTypeError(
+            f"backend={shown(name)}; it is 'auto' or one of {', '.join(BACKENDS)}"
+        )
+
+
+def _check_size(name: str, value: object) -> int:
+    size = check_int(name, value, 1)
+    if size > _LARGEST_SIZE:
+        raise CompositionError(f"{name}={size}; it is at most {_LARGEST_SIZE:,}")
+    return size
 
 
 def _check_pse(pse: object) -> None:
@@ -363,6 +380,7 @@ def _check_heads(composition: Composition, num_heads: int) -> None:
 
 def _check_backend(name: str, composition: Composition) -> None:
     """Fail when the module is built, not at its first batch, where that much is certain."""
+    _check_backend_name(name)
     if name == "auto":
         return
     reasons = BACKENDS[name].composition_refusals(composition)
@@ -477,6 +495,7 @@ def plan(
     >>> found.calls[0].sparse_mode, found.calls[0].pre_tokens
     (4, 255)
     """
+    _check_backend_name(backend)
     composition = _composition(mask, pse, layout, scale, dropout, softcap)
     request = read_request(
         composition,

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
+from attnkit.errors import (
+    LONGEST,
+    AttnkitError,
+    CompositionError,
+    CompositionTypeError,
+    clipped,
+    shown,
+)
 from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, check_int, describe
 
@@ -128,7 +135,9 @@ def evaluate(
     try:
         with torch.no_grad():
             return torch.vmap(lambda i: torch.vmap(lambda j: cell(i, j))(keys))(rows)
-    except RuntimeError as error:
+    except AttnkitError:
+        raise
+    except Exception as error:  # whatever the author's function does
         raise CompositionError(
             f"{name} cannot be asked for many cells at once ({clipped(str(error), LONGEST)}); "
             "write it with torch operations on single integers, without `if` and .item(), as "

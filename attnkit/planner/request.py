@@ -18,7 +18,9 @@ from torch import Tensor
 from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
+from attnkit.layouts.base import check_tensor
 from attnkit.masks import Full, Mask
+from attnkit.masks.base import check_int
 from attnkit.pse import (
     ALiBi,
     Align,
@@ -138,7 +140,10 @@ def _number(name: str, value: object) -> float | None:
         raise CompositionTypeError(
             f"{name}={shown(value)} is of type {type(value).__name__}; it must be an int or float"
         )
-    return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _refuse_number(name: str, value: float | None, rule: str) -> NoReturn:
@@ -235,6 +240,10 @@ def read_request(
     """
     layout = layouts.get(composition.layout)
     _check_tensors(query, key, value)
+    counts = (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+    for name, count in counts:
+        if count is not None:
+            check_int(name, count, 1)
     q = layout.sizes(query.shape, num_heads, what="query")
     merged_dim = q.dim if layout.merges_heads and num_kv_heads is None else None
     k = layout.sizes(key.shape, num_kv_heads, head_dim=merged_dim, what="key")
@@ -282,10 +291,7 @@ def read_request(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise CompositionTypeError(
-                f"{name} is a {type(tensor).__name__}; attention takes torch tensors"
-            )
+        check_tensor(name, tensor)
     told = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in named)
     if query.dtype not in FLOATS:
         raise CompositionTypeError(
@@ -306,11 +312,11 @@ def _check_carried(
     A query on the meta device is only planned for, so the others may stay where they are.
     """
     if sink is not None:
-        if not isinstance(sink, Tensor) or not sink.is_floating_point():
-            kind = sink.dtype if isinstance(sink, Tensor) else type(sink).__name__
+        check_tensor("sink", sink)
+        if not sink.is_floating_point():
             raise CompositionTypeError(
-                f"sink is of type {kind}; it must be a floating tensor [{heads}], one logit per "
-                "query head"
+                f"sink is of type {sink.dtype}; it must be a floating tensor [{heads}], one logit "
+                "per query head"
             )
         if tuple(sink.shape) != (heads,):
             raise CompositionError(
