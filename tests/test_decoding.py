@@ -336,6 +336,23 @@ def test_what_steps_cannot_honour_is_refused(mask: Mask, bias: Pse | None, words
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "emulated", "reference"])
+def test_steps_in_float32_are_as_near_to_the_truth_as_the_whole(backend: str, trains: bool):
+    n, kind = 40, torch.nn.Parameter if trains else torch.Tensor.clone
+    bias = pse.SqrtALiBi(2) + pse.KeyBias(kind(noise(n).float()))
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(DIM, 2, mask=masks.Causal(), pse=bias, backend=backend)
+    x, cache = noise(1, n, DIM).float(), KVCache()
+    with torch.no_grad():
+        steps = torch.cat([layer(token, cache=cache) for token in x.split(1, dim=1)], dim=1)
+        whole = layer(x)
+        exact = layer.double()(x.double())
+    # A float32 score of a few units, a softmax over n keys and two projections.
+    for got in (steps, whole):
+        assert (got - exact).abs().max() <= 16 * torch.finfo(torch.float32).eps
+
+
 def test_a_step_reads_the_new_rows_and_keys_of_a_mask_that_is_no_region():
     read = Counter()
 
