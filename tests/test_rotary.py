@@ -122,7 +122,7 @@ def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
         (lambda: positions(range(10**12)), ["lengths", "entries"]),
         (lambda: positions([2**60]), ["tokens from 0 on"]),
         (lambda: positions([2], 0.5), ["offset=0.5"]),
-        (lambda: positions([2], 10**30), ["2 tokens from 1000"]),
+        (lambda: positions([2], 10**30), ["positions", "0000000"]),
         (lambda: positions([2], 0, 1.5), ["device=1.5"]),
         (lambda: positions([2], 0, "abacus"), ["device='abacus' is not there"]),
         (lambda: Rotary(rotary_dim=3), ["rotary_dim=3", "even"]),
