@@ -108,7 +108,7 @@ def sink_gradient(saved: Saved, sink: Tensor) -> Tensor:
 # Rows of so few keys are cheap to put right, and may be many for each of their keys.
 FEW = 64
 # Beside a maximum of this size the log of a sum loses digits that weights need.
-LARGE = 4096.0
+LARGE = 512.0
 
 
 def _swallows(lse: Tensor) -> bool:
@@ -180,9 +180,10 @@ class _Run:
             ds.mul_(keep)
             weights = keep.mul_(p)
         ds.sub_(delta).mul_(p)
-        if self.whole_rows and chunk.width <= FEW and len(step.block.chunks) == 1:
+        matters = chunk.width <= FEW or total is not None
+        if self.whole_rows and matters and len(step.block.chunks) == 1:
             # The slopes of a softmax add up to 0. What rounding leaves instead would add up
-            # over all rows that see one key and nothing else.
+            # over all rows that see one key and nothing else, and a huge scale magnifies it.
             left = torch.sum(ds, -1, keepdim=True, out=work.take("left", wide, *p.shape[:2], 1))
             ds.addcmul_(p, left, value=-1.0)
         if scores.bias is not None and any(grad is not None for grad in self.slopes.bias):
