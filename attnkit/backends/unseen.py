@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit.backends.base import Operands
 from attnkit.constants import constant
@@ -51,12 +54,18 @@ def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
         return None
     heads = _groups(request) if (request.mask.heads or 1) > 1 else [range(1)]
     alike = request.seqlens is None and request.mask.batches is None
-    seen = [
-        torch.stack([_seen(request, batch, own, device) for own in heads])
-        for batch in range(1 if alike else request.batch)
-    ]
-    found = torch.stack(seen) if request.seqlens is None else torch.cat(seen, -1)[None]
-    return None if bool(found.all()) else found.logical_not()[..., None]
+    places = [[(b, own) for own in heads] for b in range(1 if alike else request.batch)]
+    if matrices(request).exact:  # then it is known without a tensor, which may be a fake one
+        known = [[_seen(request, *place) for place in row] for row in places]
+        if all(seen.all() for row in known for seen in row):
+            return None
+        rows = [torch.tensor(np.stack(row), device=device) for row in known]
+    else:
+        rows = [torch.stack([_seen_cells(request, *p, device) for p in row]) for row in places]
+    found = torch.stack(rows) if request.seqlens is None else torch.cat(rows, -1)[None]
+    if not isinstance(found, FakeTensor) and bool(found.all()):
+        return None
+    return found.logical_not()[..., None]
 
 
 def without_unseen(request: Request, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,16 +101,22 @@ def _groups(request: Request) -> list[range]:
     return [range(head * group, (head + 1) * group) for head in range(request.num_kv_heads)]
 
 
-def _seen(request: Request, batch: int, heads: range, device: torch.device) -> Tensor:
-    """Return which keys of a score matrix some of the heads see, ``[kv_len]``."""
-    planes, (q_len, kv_len) = matrices(request).planes, request.sequences[batch]
+def _seen(request: Request, batch: int, heads: range) -> NDArray[np.bool_]:
+    """Return which keys of a score matrix some of the heads see, ``[kv_len]``: by its regions."""
+    planes, (_, kv_len) = matrices(request).planes, request.sequences[batch]
+    found = np.zeros(kv_len, np.bool_)
+    for head in heads:
+        region = planes[head if len(planes) > 1 else 0][batch].outer
+        for a, b in seen_spans(region.strips):
+            found[a:b] = True
+    return found
+
+
+def _seen_cells(request: Request, batch: int, heads: range, device: torch.device) -> Tensor:
+    """Return the same by the mask's cells."""
+    q_len, kv_len = request.sequences[batch]
+    number = batch if request.mask.batches is not None else 0
     found = torch.zeros(kv_len, dtype=torch.bool, device=device)
     for head in heads:
-        known = planes[head if len(planes) > 1 else 0][batch]
-        if known.exact:
-            for a, b in seen_spans(known.outer.strips):
-                found[a:b] = True
-        else:
-            number = batch if request.mask.batches is not None else 0
-            found |= request.mask._plane(q_len, kv_len, number, head, device).any(0)
+        found |= request.mask._plane(q_len, kv_len, number, head, device).any(0)
     return found
