@@ -9,16 +9,12 @@ list) is left as it is, for the rule about types to name.
 from __future__ import annotations
 
 import operator
-import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from attnkit.errors import shown
-
-__all__ = ["BOOLS", "FLOATS", "INTEGERS", "LISTS", "TEXTS", "brief", "fits_int64", "plain"]
+__all__ = ["BOOLS", "FLOATS", "INTEGERS", "LISTS", "TEXTS", "fits_int64", "plain"]
 
 INTEGERS = (
     "head_num",
@@ -53,18 +49,6 @@ def plain(name: str, value: Any) -> Any:
 def fits_int64(value: object) -> bool:
     """Return whether a value is an int that the op's 64 bits can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def brief(value: object) -> str:
-    """Return a value for a message, in at most about a hundred characters."""
-    if isinstance(value, torch.Tensor) and value.numel() > 1:
-        return shown(value)
-    try:
-        text = reprlib.repr(value)
-    except ValueError:
-        # Python refuses to write integers of thousands of digits.
-        text = f"a {type(value).__name__} too long to write"
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _int(value: Any) -> int:

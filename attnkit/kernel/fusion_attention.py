@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError
-from attnkit.kernel.arguments import brief, fits_int64, plain
+from attnkit.errors import KernelContractError, KernelContractTypeError, shown
+from attnkit.kernel.arguments import fits_int64, plain
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import UNBOUNDED, KernelCall, TensorSpec
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
@@ -49,7 +49,7 @@ def _spec(name: str, tensor: object) -> TensorSpec | None:
         return None
     if not isinstance(tensor, torch.Tensor):
         raise KernelContractTypeError(
-            f"{name}={brief(tensor)} is a {type(tensor).__name__}; the op takes a torch.Tensor",
+            f"{name}={shown(tensor)} is a {type(tensor).__name__}; the op takes a torch.Tensor",
             ["argument-type"],
         )
     if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
@@ -105,8 +105,8 @@ def _new_spelling(pre_tockens: int | None, next_tockens: int | None) -> None:
 def _one_device(tensors: Mapping[str, torch.Tensor | None]) -> torch.device:
     given = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(given.values())) > 1:
-        shown = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise KernelContractError(f"the tensors are on different devices: {shown}", ["device"])
+        places = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise KernelContractError(f"the tensors are on different devices: {places}", ["device"])
     return given["query"]
 
 
@@ -469,7 +469,7 @@ def fusion_attention_grad(
     seeds = {name: plain(name, given[name]) for name in ("seed", "offset", "numels")}
     for name, number in seeds.items():
         if not fits_int64(number):
-            raise contract_error([Violation(ARGUMENT_TYPE, f"{name}={brief(number)}")])
+            raise contract_error([Violation(ARGUMENT_TYPE, f"{name}={shown(number)}")])
     # The seeds are what the forward returned, not a wish; the rules about wishes do not apply.
     call = _describe({**given, "seed": 0, "offset": 0})
     tensors: dict[str, Any] = {name: given[name] for name in _TENSORS[:-1]}

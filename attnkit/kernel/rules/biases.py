@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnkit.kernel.arguments import brief
+from attnkit.errors import shown
 from attnkit.kernel.rules.rule import Rule, Target
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _mode_8(call: KernelCall, on: Target) -> str | None:
 
 
 def _starts(call: KernelCall) -> str:
-    return f"q_start_idx={brief(call.q_start_idx)}, kv_start_idx={brief(call.kv_start_idx)}"
+    return f"q_start_idx={shown(call.q_start_idx)}, kv_start_idx={shown(call.kv_start_idx)}"
 
 
 def _start_pair(call: KernelCall, on: Target) -> str | None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnkit.errors import shown
 from attnkit.geometry import Region
-from attnkit.kernel.arguments import brief
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.modes import COMPRESSED_MODES, MASK_DECIDES, window
 from attnkit.kernel.rules.rule import Rule, Target
@@ -294,7 +294,7 @@ def _outside(call: KernelCall) -> str | None:
 def _prefix_unused(call: KernelCall, on: Target) -> str | None:
     if not call.prefix or call.sparse_mode in (5, 6):
         return None
-    return f"prefix={brief(call.prefix)} in sparse_mode={call.sparse_mode}"
+    return f"prefix={shown(call.prefix)} in sparse_mode={call.sparse_mode}"
 
 
 def _prefix_batch(call: KernelCall, on: Target) -> str | None:

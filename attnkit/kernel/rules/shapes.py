@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, brief, fits_int64
+from attnkit.errors import shown
+from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, fits_int64
 from attnkit.kernel.rules.rule import Rule, Target
 from attnkit.kernel.sizes import LAYOUTS
 
@@ -42,11 +43,11 @@ def _argument_type(call: KernelCall, on: Target) -> str | None:
     wrong += [n for n in TEXTS if not isinstance(getattr(call, n), str)]
     if not wrong:
         return None
-    return ", ".join(f"{n}={brief(getattr(call, n))}" for n in wrong)
+    return ", ".join(f"{n}={shown(getattr(call, n))}" for n in wrong)
 
 
 def _layout_unknown(call: KernelCall, on: Target) -> str | None:
-    return None if call.layout in LAYOUTS else f"input_layout={brief(call.input_layout)}"
+    return None if call.layout in LAYOUTS else f"input_layout={shown(call.input_layout)}"
 
 
 def _rank(call: KernelCall, on: Target) -> str | None:
@@ -93,7 +94,7 @@ def _varlen_lists(call: KernelCall, on: Target) -> str | None:
         return None
     q_lens, kv_lens = call.actual_seq_qlen, call.actual_seq_kvlen
     if not q_lens or not kv_lens:
-        return f"actual_seq_qlen={brief(q_lens)}, actual_seq_kvlen={brief(kv_lens)}"
+        return f"actual_seq_qlen={shown(q_lens)}, actual_seq_kvlen={shown(kv_lens)}"
     if len(q_lens) != len(kv_lens):
         return f"{len(q_lens)} query lengths and {len(kv_lens)} key lengths"
     return None
@@ -191,7 +192,7 @@ def _varlen_decreasing(call: KernelCall, on: Target) -> str | None:
             : len(given) - next((n for n, v in enumerate(given[::-1]) if v), len(given))
         ]
         if any(now < last for last, now in pairwise((0, *trimmed))):
-            return f"{name}={brief(given)} decreases"
+            return f"{name}={shown(given)} decreases"
     return None
 
 
