@@ -21,16 +21,7 @@ from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.layouts.base import check_tensor
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
-from attnkit.pse import (
-    ALiBi,
-    Align,
-    ByDistance,
-    LearnableALiBi,
-    Linear,
-    Pse,
-    SqrtALiBi,
-    Structure,
-)
+from attnkit.pse import Align, ByDistance, Linear, Pse, Sloped, Structure
 from attnkit.pse.cut import uncut
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
@@ -59,33 +50,29 @@ class BiasTerm:
     batch: int | None = None
     structure: Structure | None = None
     by_distance: bool = False
+    extent: tuple[int | None, int | None] = (None, None)
 
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
         """Describe one addend. A gradient that is not recorded now is none that is asked for."""
-        if isinstance(part, ALiBi | SqrtALiBi) and type(part) in (ALiBi, SqrtALiBi):
-            return cls(
-                repr(part),
-                part.key(),
-                toeplitz=True,
-                slopes=part.slopes,
-                power=0.5 if isinstance(part, SqrtALiBi) else 1.0,
-                align=part.align,
-                structure=Linear(part.align) if isinstance(part, ALiBi) else None,
-                by_distance=True,
-            )
         trains = part.requires_grad and torch.is_grad_enabled()
+        # Constants times a power of the distance, whatever the class is called.
+        fixed = part if isinstance(part, Sloped) and part.power is not None else None
+        structure = Linear(fixed.align) if fixed and fixed.power == 1.0 else part.structure
         return cls(
             repr(part),
             part.key(),
             part.before_scale,
             trains,
             part.toeplitz,
-            align=part.align if isinstance(part, LearnableALiBi) else "bottom_right",
+            slopes=fixed.slopes if fixed else None,
+            power=fixed.power if fixed and fixed.power else 1.0,
+            align=getattr(fixed or structure, "align", "bottom_right"),
             dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
-            structure=part.structure,
+            structure=structure,
             by_distance=isinstance(uncut(part)[0], ByDistance),
+            extent=part.extent,
         )
 
     @property

@@ -43,6 +43,7 @@ class ALiBi(Sloped):
     tensor([0.0625, 0.0039], requires_grad=True)
     """
 
+    power = 1.0
     learnable: bool = False
 
     def __new__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ __all__ = ["MOST_HEADS", "Sloped", "press_slopes"]
 
 MOST_HEADS = 1 << 16
 """Heads that a bias by formula is made for, at most."""
+
+# What a subclass may define to have other cells.
+_CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}
 
 
 def press_slopes(num_heads: int) -> tuple[float, ...]:
@@ -54,9 +58,18 @@ class Sloped(ByDistance):
     True
     """
 
+    power: ClassVar[float | None] = None
+    """``f(d) = d**power`` where that is so, which the kernel computes by itself for 1 and 1/2."""
+
     num_heads: int | None = None
     slopes: tuple[float, ...] = ()
     align: Align = "bottom_right"
+
+    def __init_subclass__(cls) -> None:
+        """Forget the power where a subclass computes its cells in another way and says none."""
+        super().__init_subclass__()
+        if "power" not in vars(cls) and _CELLS & vars(cls).keys():
+            cls.power = None
 
     def __init__(
         self,

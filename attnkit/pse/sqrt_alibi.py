@@ -24,6 +24,8 @@ class SqrtALiBi(Sloped):
     tensor([[[[-1.0000, -0.8660, -0.7071, -0.5000, -0.0000]]]])
     """
 
+    power = 0.5
+
     def curve(self, distance: Tensor) -> Tensor:
         """Return the square root of the distance."""
         return distance.sqrt()
