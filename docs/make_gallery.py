@@ -11,6 +11,7 @@ import torch
 import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region, Slice
+from attnkit.planner.lower import MOST_MASK_CELLS
 
 HERE = Path(__file__).parent
 LENGTH = 2048
@@ -113,6 +114,11 @@ def page() -> str:
         f"What attnkit makes of the masks people ask for: {LENGTH:,} tokens, 8 heads of 64,",
         "bfloat16, training. Every plan is proven equal to its mask, cell for cell, by",
         "`Plan.verify()`. Made by `python docs/make_gallery.py`.",
+        "",
+        "What is cheapest is for the price to say, whose weights nobody has measured yet. At this",
+        f"length that may be one call with a full mask: up to {MOST_MASK_CELLS:,} entries (4,096 x",
+        "4,096) it is built once, and weighed like any other plan; in longer texts it is the last",
+        "resort. What else computes the mask stands under *also right*.",
         "",
         "| mask | kernel calls | sparse modes |",
         "|---|---:|---|",

@@ -19,7 +19,7 @@ README = HERE.parent / "README.md"
 def draw() -> None:
     """Write docs/images/first.png: the plan of the README's first example."""
     mask = masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4))
-    x = torch.empty(1, 2048, 8, 64, device="meta")
+    x = torch.empty(1, 8192, 8, 64, device="meta")
     figure = ak.plan(x, x, x, mask=mask).plot()
     figure.savefig(HERE / "images" / "first.png", dpi=80, metadata={"Software": None})
 

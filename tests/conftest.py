@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from attnkit.backends import make_plan
+from attnkit.planner import lower
+from attnkit.planner.nearby import savings
 
 # Workers share the cores; more threads than cores only make them wait for each other.
 torch.set_num_threads(1)
@@ -20,3 +27,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("attnkit")
+
+
+@pytest.fixture
+def no_full_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plan as for lengths at which no full mask is weighed: several calls are merged instead.
+
+    At the sizes of a test one mask of all cells is nearly always cheaper than two calls.
+    """
+    caches = (make_plan, lower, savings)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(sys.modules["attnkit.planner.lower"], "MOST_MASK_CELLS", 0)
+    yield
+    for cache in caches:
+        cache.cache_clear()

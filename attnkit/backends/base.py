@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from attnkit.backends.rebind import rebound
 from attnkit.errors import Refusal
 from attnkit.planner import Composition, Plan, Request
+from attnkit.planner.plan import RUNNERS
 from attnkit.pse import Pse
 from attnkit.registry import Registry
 
@@ -112,6 +113,10 @@ class Backend(ABC):
     """
 
     name: str
+    plan_type: type[Plan] = Plan
+    """The class of the plans that `run` takes."""
+    by_calls: bool = False
+    """Whether a plan is its kernel calls, and not just a request."""
 
     @abstractmethod
     def refusals(self, request: Request) -> list[Refusal]:
@@ -205,7 +210,7 @@ def recorded() -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
 
 
-BACKENDS: Registry[Backend] = Registry("backend")
+BACKENDS = cast("Registry[Backend]", RUNNERS)
 
 
 def register(backend: Backend) -> Backend:

@@ -21,19 +21,22 @@ AUTO_ORDER = ("ascend", "cuda", "tiled", "reference")
 def make_plan(request: Request, backend: str = "auto") -> Plan:
     """Return the verified plan of the backend that runs `request`.
 
-    An explicit name never falls back: it raises `BackendRefused` with every reason. "auto"
-    keeps the reasons of the backends that it passed over on the plan.
+    An explicit name never falls back: it raises `BackendRefused` with every reason, and
+    `KernelContractError` for a plan whose proof fails. "auto" keeps the reasons of the backends
+    that it passed over on the plan, a failed proof among them.
     """
     passed: list[Refusal] = []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         reasons = BACKENDS[name].refusals(request)
         if not reasons:
             plan = BACKENDS[name].plan(request)
-            dearer = BACKENDS[name].yields(plan) if backend == "auto" else None
-            if dearer is None:
+            if backend != "auto":
                 plan.verify()
+                return plan
+            against = plan.disprove() or BACKENDS[name].yields(plan)
+            if against is None:
                 return replace(plan, passed_over=tuple(passed))
-            reasons = [dearer]
+            reasons = [replace(against, subject=name)]
         passed += reasons
     what = f"{request.mask!r} in layout {request.layout}"
     told = "\n".join(f"  {reason}" for reason in passed)

@@ -55,6 +55,7 @@ class Cuda(Backend):
     """
 
     name = "cuda"
+    plan_type = CudaPlan
 
     def __init__(self, flex: Flex | None = None) -> None:
         self._flex = flex or Flex()

@@ -40,6 +40,8 @@ __all__ = ["Fused"]
 class Fused(Backend):
     """A backend whose plans are calls of the fused kernel."""
 
+    by_calls = True
+
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
         lowering, reasons = lower(request), untransformed(request, self.name)

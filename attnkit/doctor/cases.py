@@ -37,6 +37,7 @@ class Case:
     - `pse` is a bias without tensors, `matrix` the shape of a random bias matrix beside it.
     - `call` forces arguments of the kernel call, by name, where the planner would take others;
       the composition is then whatever the kernel's contract says that this call computes.
+    - `merges` asks for several calls where one that reads a full mask would be cheaper.
     - `dropout` above 0 makes it a case about dropout: its statistics and its backward.
     - `quick` cases are those of the quick suite.
     """
@@ -58,6 +59,7 @@ class Case:
     sink: bool = False
     scale: float | None = None
     call: tuple[tuple[str, Any], ...] = ()
+    merges: bool = False
     dropout: float = 0.0
     group: str = ""
     quick: bool = True
@@ -252,13 +254,14 @@ _EMPTY = _grouped(
 )
 _MERGES = _grouped(
     "merged calls",
-    Case("merge-two-calls", _PIECES, q_len=64, kv_len=64),
-    Case("merge-two-calls-sink", _PIECES, q_len=64, kv_len=64, sink=True),
-    Case("merge-packed", _PIECES, layout="TND", seqlens=_LONGER),
-    Case("merge-heads", _HEADS),
+    Case("merge-two-calls", _PIECES, q_len=64, kv_len=64, merges=True),
+    Case("merge-two-calls-sink", _PIECES, q_len=64, kv_len=64, sink=True, merges=True),
+    Case("merge-packed", _PIECES, layout="TND", seqlens=_LONGER, merges=True),
+    Case("merge-heads", _HEADS, merges=True),
     Case(
         "merge-tiles",
         (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
+        merges=True,
         batch=1,
         q_len=400,
         kv_len=400,
@@ -303,7 +306,7 @@ _DROPOUT = _grouped(
     Case("dropout-heads", _CAUSAL, layout="BNSD", kv_heads=2, **_DROP),
     Case("dropout-sbh", _CAUSAL, layout="SBH", **_DROP),
     Case("dropout-packed", _CAUSAL, layout="TND", seqlens=_LONGER, **_DROP),
-    Case("dropout-merge", _PIECES, **_DROP),
+    Case("dropout-merge", _PIECES, merges=True, **_DROP),
 )
 
 CASES: tuple[Case, ...] = (

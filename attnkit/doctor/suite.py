@@ -148,6 +148,8 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     )
     request = replace(request, device=torch.device(device).type)
     plan = make_plan(request, backend)
+    if case.merges:
+        plan = _in_parts(plan)
     if not case.call:
         return plan
     call = replace(plan.calls[0] if plan.calls else _bare_call(plan), **dict(case.call))
@@ -162,6 +164,15 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     forced = replace(plan, request=request, steps=(Launch(mode, call, form),), alternatives=())
     forced.verify()
     return forced
+
+
+def _in_parts(plan: Plan) -> Plan:
+    """Return the plan of several calls that merge, where a cheaper one was taken."""
+    options = (plan.steps, *(other.launches for other in plan.alternatives))
+    parts = next((some for some in options if some and some[0].form.partial), plan.steps)
+    merged = replace(plan, steps=parts, alternatives=())
+    merged.verify()
+    return merged
 
 
 def _bare_call(plan: Plan) -> KernelCall:

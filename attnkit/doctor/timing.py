@@ -84,6 +84,7 @@ def make_timing_cases(target: Target, quick: bool) -> Iterator[Case]:
                 kv_heads=heads,
                 dim=dim,
                 value_dim=dim,
+                merges=name == "window-and-first-keys",
             )
 
 

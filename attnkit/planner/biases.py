@@ -25,7 +25,9 @@ __all__ = [
     "bias_arguments",
     "disprove_bias",
     "is_compressed",
+    "lacking",
     "matrix_arguments",
+    "part_arguments",
     "slope_arguments",
 ]
 
@@ -40,10 +42,10 @@ def bias_arguments(
 ) -> Iterator[tuple[str, Arguments | Refusal]]:
     """Yield the ways in which one call on some blocks might add the bias, the cheapest first."""
     terms = request.bias
-    if not terms:
+    inside = [block for block in blocks if all(block.sizes)]
+    if not terms or not inside:  # where there is no cell, nothing is added to one
         yield "", {}
         return
-    inside = [block for block in blocks if all(block.sizes)]
     if len(terms) == 1 and terms[0].sloped:
         shift = anchor(request, inside[0], terms[0]) if inside else 0
         yield ", slopes", slope_arguments(request, request.num_heads, shift)
@@ -59,6 +61,44 @@ def bias_arguments(
     batch = next((term.batch for term in terms if term.batch is not None), 1)
     shape = (batch, request.num_heads, request.q_len, request.kv_len)
     yield ", bias matrix", matrix_arguments(request, shape)
+
+
+def part_arguments(
+    request: Request, blocks: Sequence[Block], heads: int, packed: bool
+) -> Arguments | Refusal:
+    """Return the arguments with which a call on pieces adds the bias to some of the heads.
+
+    Slopes go with packed pieces that have one start, a matrix with the pieces of a dense call,
+    which have one size.
+    """
+    terms = request.bias
+    if not terms:
+        return {}
+    if packed:
+        if len(terms) > 1 or not terms[0].sloped:
+            return Refusal("pse-packed", "packed pieces take slopes, and one bias of them")
+        return slope_arguments(request, heads, anchor(request, blocks[0], terms[0]))
+    sizes = {request.sequences[block.batch] for block in blocks}
+    places = {(block.i0, block.j0) for block in blocks}
+    alike = len(sizes) == len(places) == 1 and all(term.batch in (None, 1) for term in terms)
+    batch = 1 if alike else len(blocks)
+    return matrix_arguments(request, (batch, heads, *blocks[0].sizes))
+
+
+def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
+    """Return the terms of a composition that no call of the fused kernel computes."""
+    reasons = []
+    if softcap is not None:
+        reason = f"softcap={softcap} is a term the fused kernel does not have"
+        reasons.append(Refusal("softcap", reason))
+    learnable = [term.text for term in bias if term.requires_grad and term.structure is None]
+    if learnable:
+        reason = (
+            f"{' and '.join(learnable)} asks for a gradient, which the kernel never writes "
+            "(it would be uninitialised memory)"
+        )
+        reasons.append(Refusal("pse-gradient", reason))
+    return reasons
 
 
 def slope_arguments(request: Request, heads: int, shift: int) -> Arguments:

@@ -23,6 +23,7 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import UNBOUNDED, AttenMask, KernelCall, TensorSpec
+from attnkit.kernel.modes import right_down_causal
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.planner.biases import bias_arguments
 from attnkit.planner.blocks import Block, diagonal_blocks, tile_whole
@@ -30,7 +31,7 @@ from attnkit.planner.matrices import Matrices, matrices
 from attnkit.planner.request import Request
 from attnkit.pse import Align
 
-__all__ = ["Candidate", "Form", "Zone", "candidates", "forms"]
+__all__ = ["Candidate", "Form", "Zone", "candidates", "forms", "opaque_shape"]
 
 Arguments = dict[str, Any]
 
@@ -227,7 +228,7 @@ def _full_mask_arguments(request: Request, form: Form) -> Iterator[tuple[str, Ar
         yield f"mode 1{full.told}", {**given, "sparse_mode": 1}
     yield f"mode 0{full.told}", {**given, **window}
     if not form.packed:
-        prefix = _prefix(form.blocks, full.targets)
+        prefix = _prefix_around(form.blocks, full.targets)
         yield f"mode 5{full.told}", {**given, "sparse_mode": 5, "prefix": prefix}
     if not whole:
         yield f"mode 1{full.told}", {**given, "sparse_mode": 1}
@@ -287,6 +288,18 @@ def _prefix(blocks: Sequence[Block], targets: Sequence[Region]) -> tuple[int, ..
     return tuple(lengths)
 
 
+def _prefix_around(blocks: Sequence[Block], targets: Sequence[Region]) -> tuple[int, ...]:
+    """Return the shortest prefix that holds what lies above the diagonal of each target."""
+    found: dict[tuple[tuple[int, int], Region], int] = {}
+    for block, target in zip(blocks, targets, strict=True):
+        key = (block.sizes, target)
+        if key not in found:
+            above = (target - right_down_causal(*block.sizes)).bounds
+            shortest = max(0, block.sizes[1] - block.sizes[0])
+            found[key] = max(above.j1 if above is not None else 0, shortest)
+    return tuple(found[block.sizes, target] for block, target in zip(blocks, targets, strict=True))
+
+
 def _full_mask(request: Request, form: Form) -> _FullMask | Refusal:
     """Return the smallest full mask that holds every target, or why none does."""
     known = matrices(request)
@@ -321,8 +334,8 @@ def _mask_per_head(request: Request, form: Form, known: Matrices) -> _FullMask |
     return _FullMask(mask, known.over_heads(), empty, ", a mask per head")
 
 
-def _opaque_mask(request: Request, form: Form, known: Matrices) -> _FullMask | Refusal:
-    """Describe the full mask that is built from the mask's own cells when the plan runs."""
+def opaque_shape(request: Request, form: Form) -> tuple[int, ...] | Refusal:
+    """Return the shape of a full mask that is built from the mask's own cells, or why none is."""
     if form.packed and (len(form.blocks) > 1 or request.mask.heads is not None):
         return Refusal(
             "mask-opaque-packed",
@@ -331,6 +344,13 @@ def _opaque_mask(request: Request, form: Form, known: Matrices) -> _FullMask | R
         )
     lengths = form.blocks[0].sizes
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
-    mask = AttenMask.full(lengths if batch == heads == 1 else (batch, heads, *lengths))
+    return lengths if batch == heads == 1 else (batch, heads, *lengths)
+
+
+def _opaque_mask(request: Request, form: Form, known: Matrices) -> _FullMask | Refusal:
+    """Describe the full mask that is built from the mask's own cells when the plan runs."""
+    shape = opaque_shape(request, form)
+    if isinstance(shape, Refusal):
+        return shape
     # Which rows are empty is not known without looking: make the kernel handle any.
-    return _FullMask(mask, known.over_heads(), True, ", a mask of unknown cells")
+    return _FullMask(AttenMask.full(shape), known.over_heads(), True, ", a mask of unknown cells")

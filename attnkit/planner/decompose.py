@@ -17,9 +17,9 @@ from typing import NamedTuple
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec
-from attnkit.planner.biases import Arguments, anchor, matrix_arguments, slope_arguments
+from attnkit.planner.biases import Arguments, anchor, part_arguments
 from attnkit.planner.blocks import Block, diagonal_blocks
-from attnkit.planner.grouping import Window, group
+from attnkit.planner.grouping import MOST_WINDOWS, Window, group
 from attnkit.planner.matrices import matrices
 from attnkit.planner.pieces import Piece, cuts
 from attnkit.planner.request import Request
@@ -72,6 +72,10 @@ def decompositions(
             continue
         seen.add(pieces)
         choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
+        if any(some and not options for some, options in zip(pieces, choices, strict=True)):
+            reason = f"its pieces ask for more than {MOST_WINDOWS} windows, each a call of its own"
+            yield Refusal("cut-windows", reason, "several calls")
+            continue
         for n in range(max(map(len, choices))):
             parts = [
                 part
@@ -179,9 +183,8 @@ def _calls(
             sloped.setdefault(anchor(request, piece.block, term), []).append(piece)
         else:
             tables.setdefault((piece.rows, piece.keys), []).append(piece)
-    for shift, some in sloped.items():
-        bias = slope_arguments(request, len(heads), shift)
-        yield _packed_call(request, heads, window, some, bias)
+    for some in sloped.values():
+        yield _packed_call(request, heads, window, some)
     for some in tables.values():
         yield _dense_call(request, heads, window, some)
 
@@ -191,15 +194,14 @@ def _packed_call(
     heads: tuple[int, ...],
     window: Window,
     pieces: list[Piece],
-    bias: Arguments | None = None,
-) -> Part:
-    """Return the TND call whose sequences are the pieces.
+) -> Part | Refusal:
+    """Return the TND call whose sequences are the pieces; with a bias, they have one start.
 
     Where no key occurs twice, the pieces come in the order of their keys, with a sequence
     without queries for the keys between two of them: then keys and values need no copy.
     """
     # A bias does not go with an empty sequence.
-    blocks = None if bias else _in_place(request, [piece.block for piece in pieces])
+    blocks = None if request.bias else _in_place(request, [piece.block for piece in pieces])
     if blocks is None or len(blocks) > (_MOST_PREFIXES if window.mode == 6 else _MOST_SEQUENCES):
         blocks = [piece.block for piece in pieces]
     known = {piece.block: piece for piece in pieces}
@@ -211,7 +213,10 @@ def _packed_call(
         window.prefix(piece) if piece else block.sizes[1]
         for piece, block in zip(found, blocks, strict=True)
     ]
-    arguments = {**lengths, **_mask_arguments(window, prefix), **(bias or {})}
+    bias = part_arguments(request, blocks, len(heads), packed=True)
+    if isinstance(bias, Refusal):
+        return bias
+    arguments = {**lengths, **_mask_arguments(window, prefix), **bias}
     targets = tuple(piece.target if piece else Region.empty() for piece in found)
     sizes = ((rows[-1],), (keys[-1],))
     return _part(request, heads, window, tuple(blocks), targets, "TND", sizes, arguments)
@@ -243,14 +248,11 @@ def _dense_call(
 ) -> Part | Refusal:
     """Return the call whose batch elements are the pieces, which have equal sizes."""
     (rows, keys), batch = pieces[0].block.sizes, len(pieces)
-    places = {(piece.block.i0, piece.block.j0) for piece in pieces}
-    shared = len(places) == 1 and all(term.batch in (None, 1) for term in request.bias)
-    shared &= len({request.sequences[piece.batch] for piece in pieces}) == 1
-    bias = matrix_arguments(request, (1 if shared else batch, len(heads), rows, keys))
+    blocks = tuple(piece.block for piece in pieces)
+    bias = part_arguments(request, blocks, len(heads), packed=False)
     if isinstance(bias, Refusal):
         return bias
     arguments = {**_mask_arguments(window, [window.prefix(piece) for piece in pieces]), **bias}
-    blocks = tuple(piece.block for piece in pieces)
     targets = tuple(piece.target for piece in pieces)
     sizes = ((batch, rows), (batch, keys))
     return _part(request, heads, window, blocks, targets, "BSND", sizes, arguments)

@@ -11,7 +11,8 @@ from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.layouts import Sizes
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.lower import lower
+from attnkit.planner.certificate import disprove_plan
+from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.matrices import matrices
 from attnkit.planner.nearby import savings
 from attnkit.planner.plan import Launch, Plan, Solution
@@ -37,7 +38,7 @@ def explain(plan: Plan) -> str:
     lines += _list("passed over", plan.passed_over)
     if plan.steps:
         best = Solution(plan.steps)
-        lines += _solution_lines(best, request, plan.alternatives, plan.route)
+        lines += _solution_lines(best, plan, plan.alternatives)
         lines += _cheaper(request)
         lines += _list("refused", plan.refusals)
         return "\n".join(lines)
@@ -47,7 +48,10 @@ def explain(plan: Plan) -> str:
         lines += _list("refused", lowering.refusals)
     else:
         best, others = lowering.best, lowering.alternatives
-        lines += _solution_lines(best, request, others, lowering.route)
+        calls = Plan(
+            plan.backend, request, best.launches, in_order=lowering.request, route=lowering.route
+        )
+        lines += _solution_lines(best, calls, others)
         lines += _cheaper(request)
     return "\n".join(lines)
 
@@ -149,10 +153,9 @@ def _understood(request: Request) -> str:
     return f"{names}; {cells:,} of {whole:,} cells ({share}); {rows}"
 
 
-def _solution_lines(
-    best: Solution, request: Request, others: tuple[Solution, ...], route: Route | None
-) -> list[str]:
+def _solution_lines(best: Solution, plan: Plan, others: tuple[Solution, ...]) -> list[str]:
     lines: list[str] = []
+    request = plan.request
     several = len(best.launches) > 1
     for k, launch in enumerate(best.launches, start=1):
         given = launch.call.non_default_arguments()
@@ -165,12 +168,9 @@ def _solution_lines(
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
     lines += _price_lines(best.price, request)
     if request.bias:
-        lines += _entry("bias bytes", _bias(best, request, route))
+        lines += _entry("bias bytes", _bias(best, request, plan.route))
     lines += _entry("empty rows", _rows(best))
-    if any(_opaque(launch) for launch in best.launches):
-        lines += _entry("proof", "none needed: the mask passed is the mask asked for")
-    else:
-        lines += _entry("proof", _proof(best))
+    lines += _entry("proof", _proof(plan))
     if others:
         told = ", ".join(f"{o.label} ({_dearer(o, best)})" for o in others[:6])
         more = f", and {len(others) - 6} more" if len(others) > 6 else ""
@@ -192,6 +192,8 @@ def _price_lines(price: Price, request: Request) -> list[str]:
         f"{_flops(size * whole * heads)} if dense",
     )
     mask = f"{_bytes(price.mask_bytes)}; a dense mask would be {_bytes(whole)}"
+    if whole > MOST_MASK_CELLS:
+        mask += f", above the {_bytes(MOST_MASK_CELLS)} up to which one is weighed"
     lines += _entry("mask bytes", mask)
     lines += _entry("memory", f"{_bytes(price.peak_bytes)} beyond the inputs")
     if price.copy_bytes:
@@ -218,8 +220,14 @@ def _way(call: KernelCall) -> str:
     return "a matrix"
 
 
-def _proof(best: Solution) -> str:
-    if len(best.launches) == 1:
+def _proof(plan: Plan) -> str:
+    """Say what has been proven, now that it has been."""
+    wrong = disprove_plan(plan.request, plan.steps, plan.in_order, plan.route)
+    if wrong is not None:
+        return f"NONE: {wrong.reason} [{wrong.code}]"
+    if any(_opaque(launch) for launch in plan.steps):
+        return "the mask passed is the mask asked for, and the rest of the call what it asks for"
+    if len(plan.steps) == 1:
         return "the call's set equals the mask's, cell for cell"
     return "the calls' sets are disjoint, and their union equals the mask's, cell for cell"
 

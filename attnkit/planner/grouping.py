@@ -16,9 +16,13 @@ from itertools import combinations, product
 from attnkit.kernel import UNBOUNDED
 from attnkit.planner.pieces import Piece
 
-__all__ = ["Window", "group"]
+__all__ = ["MOST_WINDOWS", "Window", "group"]
 
-_MOST_WINDOWS = 10
+MOST_WINDOWS = 32
+"""More calls than that are never the cheapest: each gathers, launches and merges by itself."""
+
+_MOST_WINDOWS = 10  # of which all combinations are tried
+_MOST_ASKED = 128
 _MOST_PREFIXES = 32
 
 
@@ -56,6 +60,13 @@ def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
     """Return assignments of pieces (by index) to calls, each with the fewest calls possible.
 
     Several are returned where several windows do; which is cheapest is for the price to say.
+    Pieces that ask for many windows are given to the one that computes most of those left, and
+    so on; none is returned where that takes more than `MOST_WINDOWS`.
+
+    >>> from attnkit.geometry import Slice
+    >>> odd = [Piece(0, Slice(0, 4, 0, 9, k, k + 1)) for k in range(5)]
+    >>> [len(some) for some in group(odd)]
+    [5]
     """
     alike: dict[tuple[int, int, int | None, int | None], list[int]] = {}
     for k, piece in enumerate(pieces):
@@ -77,7 +88,30 @@ def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
                 found.append(_assign([(windows[w], fits[w]) for w in chosen]))
         if found:
             return found
-    return []
+    return _greedily(shapes, members, windows)
+
+
+def _greedily(
+    shapes: Sequence[Piece], members: Sequence[list[int]], windows: Sequence[Window]
+) -> list[list[tuple[Window, list[int]]]]:
+    """Give pieces to the window that computes most of them, until none is left."""
+    left = dict(enumerate(shapes))
+    windows = list(dict.fromkeys((*windows, *map(_own_window, shapes))))
+    if not left or len(windows) > _MOST_ASKED:
+        return []
+    chosen: list[tuple[Window, frozenset[int]]] = []
+    while left and len(chosen) < MOST_WINDOWS:
+        fits = {window: [k for k in left if window.computes(shapes[k])] for window in windows}
+        window = max(windows, key=lambda w: sum(len(members[k]) for k in fits[w]))
+        chosen.append((window, frozenset(n for k in fits[window] for n in members[k])))
+        left = {k: piece for k, piece in left.items() if k not in fits[window]}
+    return [] if left else [_assign(chosen)]
+
+
+def _own_window(piece: Piece) -> Window:
+    """Return the window that a piece itself asks for."""
+    pre, next_ = _wanted(piece)
+    return Window(4, UNBOUNDED if pre is None else pre, UNBOUNDED if next_ is None else next_)
 
 
 def _assign(

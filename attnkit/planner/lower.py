@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from itertools import islice
 from math import inf, prod
 from operator import and_
 
-import torch
-
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
-from attnkit.kernel.versions import expressing_versions
 from attnkit.masks import Band
-from attnkit.planner.biases import disprove_bias
+from attnkit.planner.biases import disprove_bias, lacking
 from attnkit.planner.blocks import span
 from attnkit.planner.candidates import Candidate, Form, Zone, candidates, forms
 from attnkit.planner.decompose import Part, decompositions, head_groups
 from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch, Solution
-from attnkit.planner.proof import disprove, disprove_opaque, heads_of, is_opaque
-from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.price import Price, least_with_full_mask, price_call
+from attnkit.planner.proof import broken_rules, disprove, disprove_opaque, heads_of, is_opaque
+from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route, in_parts, routes
 
-__all__ = ["Lowering", "lower", "on_route"]
+__all__ = ["MOST_MASK_CELLS", "Lowering", "lacking", "lower", "on_route"]
+
+MOST_MASK_CELLS = 2**24
+"""Entries up to which a mask of one entry per cell is weighed like any other plan.
+
+Such masks are built once and kept (4,096 x 4,096 is one of 16.8 MB). A larger one would be built
+in every step, and is taken only where nothing else computes the request.
+"""
 
 # The elementwise kernels that merge the rows of one part.
 _MERGE_LAUNCHES = 6
@@ -51,7 +57,8 @@ def lower(request: Request) -> Lowering:
     """Return how the fused kernel computes a request; a pure function, cached on the record.
 
     One call without a mask of one entry per cell is looked for first, then several such calls
-    that are merged, and only then one with such a mask.
+    that are merged. One with such a mask is weighed beside them, up to `MOST_MASK_CELLS`; a
+    larger one is for requests that nothing else computes.
     """
     lacks = lacking(request.softcap, request.bias)
     if lacks:
@@ -74,18 +81,75 @@ def _as_given(request: Request) -> Lowering:
     shapes = tuple(forms(request))
     found: list[Solution] = []
     for form in shapes:
-        found += _cheapest(request, candidates(request, form, full_masks=False), refusals)
+        ordered = candidates(request, form, full_masks=False)
+        found += islice(_proven(request, ordered, refusals), 1)  # they come by price
     if not found:
         found = _merged(request, refusals)
-    if found:
+    if any(_nothing_beats(solution) for solution in found):
         reason = "calls without a mask of one entry per cell compute the same"
         refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
     else:
+        prices = [solution.price for solution in found]
+        best = min(prices, key=lambda price: price.nanoseconds, default=None)
         for form in shapes:
-            found += _cheapest(request, candidates(request, form, full_masks=True), refusals)
+            found += _with_full_mask(request, form, refusals, best)
     if len(found) > 1:  # a sort asks for the price of a single one, too
         found.sort(key=lambda solution: solution.price.nanoseconds)
     return Lowering(found[0] if found else None, tuple(found[1:]), tuple(refusals))
+
+
+def _nothing_beats(solution: Solution) -> bool:
+    """Whether a solution is one call on whole matrices: it visits no tile that a mask could spare.
+
+    Packed blocks may: each starts a tile of its own, and tokens may be copied around the call.
+    """
+    (first, *rest) = solution.launches
+    return not rest and not first.form.packs and not first.form.partial
+
+
+def _with_full_mask(
+    request: Request, form: Form, refusals: list[Refusal], rival: Price | None
+) -> list[Solution]:
+    """Return the cheapest call that reads a mask of one entry per cell, if there is one.
+
+    Beside a rival it is looked at only where it might be cheaper.
+    """
+    ordered: Iterable[Candidate | Refusal] = candidates(request, form, full_masks=True)
+    if rival is not None:
+        longest = (max(side) for side in zip(*(k.sizes for k in form.blocks), strict=True))
+        least = least_with_full_mask(request, prod(longest), rival.cells)
+        if least >= rival.nanoseconds:
+            refusals.append(_dearer(least, rival, "modes 0 and 1"))
+            return []
+        ordered = (_worth_proving(request, candidate, rival) for candidate in ordered)
+    found = _proven(request, ordered, refusals)
+    best = min(found, key=lambda solution: solution.price.nanoseconds, default=None)
+    return [] if best is None else [best]
+
+
+def _worth_proving(
+    request: Request, candidate: Candidate | Refusal, rival: Price
+) -> Candidate | Refusal:
+    """Return a candidate with a full mask, or that the mask is too large, or the price too high."""
+    if isinstance(candidate, Refusal):
+        return candidate
+    entries = _mask_cells(candidate.call)
+    if entries > MOST_MASK_CELLS:
+        reason = (
+            f"a mask of {entries:,} entries would be built in every step; up to "
+            f"{MOST_MASK_CELLS:,} one is kept, and weighed"
+        )
+        return Refusal("full-mask-size", reason, candidate.label)
+    price = price_call(candidate.call, _copied_bytes(request, candidate)).nanoseconds
+    return candidate if price < rival.nanoseconds else _dearer(price, rival, candidate.label)
+
+
+def _dearer(price: float, rival: Price, subject: str) -> Refusal:
+    reason = (
+        f"with a mask of one entry per cell it would cost {price / 1e3:,.1f} us or more, and "
+        f"without one {rival.nanoseconds / 1e3:,.1f} us"
+    )
+    return Refusal("full-mask-dearer", reason, subject)
 
 
 def _merged(
@@ -117,7 +181,7 @@ def _merged(
 
 def _part_reasons(request: Request, part: Part) -> list[Refusal]:
     wrong = disprove(part.call, part.targets)
-    return [wrong] if wrong is not None else _broken_rules(request, part.call)
+    return [wrong] if wrong is not None else broken_rules(request, part.call)
 
 
 def _launch(request: Request, part: Part) -> Launch:
@@ -143,10 +207,10 @@ def _launch(request: Request, part: Part) -> Launch:
     return Launch(part.label, call, form, copied, small_launches=around)
 
 
-def _cheapest(
-    request: Request, ordered: Iterator[Candidate | Refusal], refusals: list[Refusal]
-) -> list[Solution]:
-    """Return the first candidate that is proven, if any; what fell before it is refused."""
+def _proven(
+    request: Request, ordered: Iterable[Candidate | Refusal], refusals: list[Refusal]
+) -> Iterator[Solution]:
+    """Yield the candidates that are proven; those that fall are refused."""
     for candidate in ordered:
         if isinstance(candidate, Refusal):
             refusals.append(candidate)
@@ -155,25 +219,7 @@ def _cheapest(
         refusals += [replace(reason, subject=candidate.label) for reason in reasons]
         if not reasons:
             copied = _copied_bytes(request, candidate)
-            launch = Launch(candidate.label, candidate.call, candidate.form, copied)
-            return [Solution((launch,))]
-    return []
-
-
-def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
-    """Return the terms of a composition that no call of the fused kernel computes."""
-    reasons = []
-    if softcap is not None:
-        reason = f"softcap={softcap} is a term the fused kernel does not have"
-        reasons.append(Refusal("softcap", reason))
-    learnable = [term.text for term in bias if term.requires_grad and term.structure is None]
-    if learnable:
-        reason = (
-            f"{' and '.join(learnable)} asks for a gradient, which the kernel never writes "
-            "(it would be uninitialised memory)"
-        )
-        reasons.append(Refusal("pse-gradient", reason))
-    return reasons
+            yield Solution((Launch(candidate.label, candidate.call, candidate.form, copied),))
 
 
 def _cheapest_way(request: Request) -> Lowering:
@@ -192,14 +238,14 @@ def _cheapest_way(request: Request) -> Lowering:
     # Few zones are few calls: what they cost bounds the others.
     some = (way for way in ways if isinstance(way, Route))
     for route in sorted(some, key=lambda route: len(route.zones)):
-        rivals = (o.best for o in options if o.best is not None and not _has_full_mask(o.best))
+        rivals = (o.best for o in options if o.best is not None and not _last_resort(o.best))
         bound = min((best.price.nanoseconds for best in rivals), default=inf)
         options.append(on_route(request, route, bound))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
     known = [(option.best, option) for option in options if option.best is not None]
     if not known:
         return Lowering(None, (), tuple(refusals))
-    known.sort(key=lambda pair: (_has_full_mask(pair[0]), pair[0].price.nanoseconds))
+    known.sort(key=lambda pair: (_last_resort(pair[0]), pair[0].price.nanoseconds))
     best, option = known[0]
     others = [other for other, _ in known[1:]]
     others += [other for _, some in known for other in some.alternatives]
@@ -216,8 +262,18 @@ def _is_plain(best: Solution | None) -> bool:
 
 
 def _has_full_mask(solution: Solution) -> bool:
-    masks = (launch.call.atten_mask for launch in solution.launches)
-    return any(mask is not None and mask.kind == "full" for mask in masks)
+    return any(_mask_cells(launch.call) for launch in solution.launches)
+
+
+def _last_resort(solution: Solution) -> bool:
+    """Whether a solution reads a full mask that is too large to be weighed."""
+    return any(_mask_cells(launch.call) > MOST_MASK_CELLS for launch in solution.launches)
+
+
+def _mask_cells(call: KernelCall) -> int:
+    """Return the entries of a full mask; 0 for a compressed one, or none."""
+    mask = call.atten_mask
+    return mask.cells if mask is not None and mask.kind == "full" else 0
 
 
 def on_route(request: Request, route: Route, bound: float = inf) -> Lowering:
@@ -225,9 +281,12 @@ def on_route(request: Request, route: Route, bound: float = inf) -> Lowering:
 
     Or none, where their zones cost more than `bound`, in nanoseconds.
     """
-    option = _by_zone(request, route, bound) if route.zones else lower(route.request)
+    # What a route leaves of the bias reaches the calls as a bias: another route would hide this.
+    option = _by_zone(request, route, bound) if route.zones else _as_given(route.request)
     if option.best is None:
         return option
+    if not option.best.launches:  # no distance is allowed at all, so zones differ in nothing
+        return on_route(request, replace(route, zones=()), bound)
     if len(option.best.launches) > 1:
         parted = in_parts(request, route)
         if isinstance(parted, Refusal):
@@ -316,21 +375,7 @@ def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:
     if wrong is not None:
         return [wrong]
     wrong = disprove_bias(request, call, candidate.form.blocks)
-    return [wrong] if wrong is not None else _broken_rules(request, call)
-
-
-def _broken_rules(request: Request, call: KernelCall) -> list[Refusal]:
-    """Return the contract's rules that a call breaks, on the op version that can express it.
-
-    float64 exists on the emulator alone; everything else is judged as for hardware.
-    """
-    versions = expressing_versions(call)
-    broken = call.violations(
-        version=versions[0] if versions else "v2",
-        product="emulator" if request.dtype == torch.float64 else "A2",
-        training=request.needs_grad,
-    )
-    return [Refusal(violation.code, violation.found) for violation in broken]
+    return [wrong] if wrong is not None else broken_rules(request, call)
 
 
 def _copied_bytes(request: Request, candidate: Candidate) -> int:

@@ -79,13 +79,23 @@ def _nearby(request: Request) -> Iterator[tuple[str, Request]]:
             f"lengths in whole tiles, {whole[0]:,} x {whole[1]:,} (padded)",
             replace(request, q_len=whole[0], kv_len=whole[1]),
         )
-    turned = _turned(request.mask)
-    if turned != request.mask and request.q_len != request.kv_len:
+    turned = _turned(request.mask) if request.q_len != request.kv_len else request.mask
+    if turned != request.mask:
         yield f"mask {turned!r} (another result)", replace(request, mask=turned)
 
 
 def _turned(mask: Mask) -> Mask:
-    """Return a mask with every alignment the other way round."""
+    """Return a mask with every alignment the other way round, or itself where there is no such.
+
+    A cut of a mask that then counts from the end of lengths which nobody said has none.
+    """
+    try:
+        return _turn(mask)
+    except CompositionError:
+        return mask
+
+
+def _turn(mask: Mask) -> Mask:
     twin: Any = mask  # every family is a frozen dataclass
     changes: dict[str, Any] = {}
     for item in fields(twin):
@@ -93,8 +103,8 @@ def _turned(mask: Mask) -> Mask:
         if item.name == "align":
             changes["align"] = "top_left" if value == "bottom_right" else "bottom_right"
         elif isinstance(value, Mask):
-            changes[item.name] = _turned(value)
+            changes[item.name] = _turn(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Mask):
-            changes[item.name] = tuple(_turned(part) for part in value)
+            changes[item.name] = tuple(_turn(part) for part in value)
     turned: Mask = replace(twin, **changes) if changes else mask
     return turned

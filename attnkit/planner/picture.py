@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.planner.lower import lower
 from attnkit.planner.matrices import matrices
@@ -30,6 +30,8 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     except ImportError:
         raise CompositionError("plot() draws with matplotlib: pip install attnkit[plot]") from None
     request = plan.request
+    _check_index("batch", batch, request.batch)
+    _check_index("head", head, request.num_heads)
     q_len, kv_len = request.sequences[batch]
     launches = plan.steps
     if not launches:
@@ -50,17 +52,31 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
                 ]
     figure = Figure(figsize=(5, 5.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(picture, extent=(0, kv_len, q_len, 0), aspect="auto", interpolation="nearest")
-    tiles = known.tiles(chip().tile_q, chip().tile_kv, q_len, kv_len)
-    density = 100 * known.area / (q_len * kv_len) if q_len and kv_len else 0.0
-    axes.set_title(
-        f"{request.mask!r}\n{density:.1f} % of the cells; tiles: {tiles.full} full, "
-        f"{tiles.partial} partial, {tiles.empty} skipped",
-        fontsize=9,
-    )
+    # An axis of no length cannot be drawn: an empty score matrix is a blank field.
+    extent = (0, max(kv_len, 1), max(q_len, 1), 0)
+    axes.imshow(picture, extent=extent, aspect="auto", interpolation="nearest")
+    axes.set_title(f"{request.mask!r}\n{_measured(known, q_len, kv_len)}", fontsize=9)
     axes.set(xlabel="key j", ylabel="query i")
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _check_index(name: str, index: object, count: int) -> None:
+    if isinstance(index, bool) or not isinstance(index, int) or index not in range(count):
+        raise CompositionError(
+            f"plot() got {name}={shown(index)[:80]}; the plan has {count}, so it is an int from 0 "
+            f"to {count - 1}"
+        )
+
+
+def _measured(known: Region, q_len: int, kv_len: int) -> str:
+    if not q_len or not kv_len:
+        return f"no cells: {q_len} queries x {kv_len} keys"
+    tiles = known.tiles(chip().tile_q, chip().tile_kv, q_len, kv_len)
+    return (
+        f"{100 * known.area / (q_len * kv_len):.1f} % of the cells; tiles: {tiles.full} full, "
+        f"{tiles.partial} partial, {tiles.empty} skipped"
+    )
 
 
 def _launch_region(launch: Launch, batch: int, head: int) -> Region:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
 from attnkit.planner.candidates import Form
+from attnkit.planner.certificate import disprove_plan, readable
 from attnkit.planner.price import Price, price_call
-from attnkit.planner.proof import disprove_cover, disprove_places
 from attnkit.planner.request import Request
-from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route
+from attnkit.registry import Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Launch", "Plan", "Solution"]
+__all__ = ["RUNNERS", "Launch", "Plan", "Runner", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -118,24 +118,35 @@ class Plan:
         """What the plan costs; None where no kernel call is made."""
         return Solution(self.steps).price if self.steps else None
 
-    def verify(self) -> None:
-        """Check the certificate.
+    def disprove(self) -> Refusal | None:
+        """Return why the plan does not compute its request, with the cells; None if it does.
 
-        Every call is about this request and finds its sequences in place, their sets are
-        disjoint, their union is the request, and no row is averaged.
-
-        Raises `KernelContractError` that names the cells. Cost follows slices, not cells.
+        Every call is about this request and finds its sequences in place, every argument is what
+        request and blocks say or is judged by the set of cells it stands for, the sets are
+        disjoint, their union is the request, and no row is averaged. Cost follows slices, not
+        cells. A backend that computes by itself needs no calls; it is asked whether it refuses.
         """
-        pieces = [(step.call, step.form) for step in self.steps]
-        if not pieces:
-            return
-        computed = self.in_order or (self.route.request if self.route else self.request)
-        wrong = disprove_places(computed, pieces) or disprove_cover(computed, pieces)
-        if wrong is None and self.route is not None:
-            wrong = disprove_route(self.request, self.route, pieces, self.in_order)
+        if not isinstance(self.backend, str) or self.backend not in RUNNERS:
+            return Refusal("other-backend", f"no backend has the name {str(self.backend)[:80]!r}")
+        runner = RUNNERS[self.backend]
+        if not isinstance(self, runner.plan_type):
+            return Refusal("other-backend", f"backend {self.backend!r} runs plans of its own kind")
+        if not runner.by_calls:
+            refused = readable(lambda: next(iter(runner.refusals(self.request)), None))
+            if refused is not None or not self.steps:
+                return refused
+        return disprove_plan(self.request, self.steps, self.in_order, self.route)
+
+    def verify(self) -> None:
+        """Check the certificate; see `disprove` for what is proven.
+
+        Raises `KernelContractError` that says what is wrong, and for no plan anything else.
+        """
+        wrong = self.disprove()
         if wrong is not None:
+            mask = repr(getattr(self.request, "mask", self.request))[:300]
             raise KernelContractError(
-                f"this plan does not compute {self.request.mask!r}: {wrong.reason}; this is a "
+                f"this plan does not compute {mask}: {wrong.reason}; this is a "
                 "bug in attnkit, please report it with the plan's explain()",
                 [wrong.code],
             )
@@ -167,3 +178,17 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
+
+
+class Runner(Protocol):
+    """What a proof asks of a backend: what its plans are, and whether they are made of calls."""
+
+    plan_type: type[Plan]
+    by_calls: bool
+
+    def refusals(self, request: Request) -> list[Refusal]:
+        """Return every reason why the backend cannot run the request."""
+
+
+RUNNERS: Registry[Runner] = Registry("backend")
+"""The backends by name: the registry that `attnkit.backends` fills."""

@@ -15,7 +15,14 @@ from attnkit.kernel import KernelCall
 from attnkit.kernel.modes import MASK_DECIDES
 from attnkit.planner.request import Request
 
-__all__ = ["Chip", "Price", "chip", "price_call", "price_plainly"]
+__all__ = [
+    "Chip",
+    "Price",
+    "chip",
+    "least_with_full_mask",
+    "price_call",
+    "price_plainly",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,20 @@ def price_call(
         + weights.launch_ns
         + small_launches * weights.small_launch_ns,
     )
+
+
+def least_with_full_mask(
+    request: Request, mask_cells: int, cells: int, weights: Chip | None = None
+) -> float:
+    """Return what a call that reads a mask of so many entries costs at least, in nanoseconds.
+
+    It computes and reads the allowed cells, and whoever plans need not look closer where that
+    is dearer than what is known.
+    """
+    weights = weights or chip()
+    flops = 2 * cells * (request.head_dim + request.value_dim)
+    moved = mask_cells + cells
+    return flops / weights.flops_per_ns + moved / weights.bytes_per_ns + weights.launch_ns
 
 
 # What the definition does to a score matrix beside its two products: scale, bias, mask, maximum,

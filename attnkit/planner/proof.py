@@ -1,21 +1,38 @@
-"""The proof that kernel calls compute a request: set equality, block by block."""
+"""The proof that kernel calls compute a request: set equality, block by block.
+
+Every argument of a call is of one of three kinds. What the request and the call's form say
+already (shapes, heads, lengths, scale) is written down again from them, and must be equal. A
+bias is given in one of the ways that there are for these blocks. What is left, the mask and how
+it is read, is judged by the cells that it stands for and by the contract's rules. So no argument
+is left out, and one that is added to the op belongs to the first kind until it is said otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
-from attnkit.kernel import KernelCall
+from attnkit.kernel import UNBOUNDED, KernelCall, TensorSpec
 from attnkit.kernel.modes import MASK_DECIDES
-from attnkit.planner.biases import disprove_bias
-from attnkit.planner.candidates import Form
+from attnkit.kernel.versions import expressing_versions
+from attnkit.planner.biases import bias_arguments, disprove_bias, part_arguments
+from attnkit.planner.blocks import Block, tile_whole
+from attnkit.planner.candidates import Form, opaque_shape
 from attnkit.planner.matrices import Matrices, matrices
 from attnkit.planner.request import Request
+from attnkit.planner.routes import Route
 
 __all__ = [
+    "broken_rules",
     "disprove",
+    "disprove_calls",
     "disprove_cover",
     "disprove_opaque",
     "disprove_places",
@@ -24,6 +41,10 @@ __all__ = [
 ]
 
 Piece = tuple[KernelCall, Form]
+Arguments = dict[str, Any]
+
+_NO_BIAS: Arguments = {"pse": None, "pse_type": 1, "q_start_idx": None, "kv_start_idx": None}
+_OF_MASK = ("atten_mask", "sparse_mode", "pre_tokens", "next_tokens", "prefix", "inner_precise")
 
 
 @lru_cache(maxsize=32)
@@ -81,7 +102,9 @@ def _averaged(call: KernelCall, computed: Sequence[Region]) -> Refusal | None:
     return Refusal("mean-of-values", reason)
 
 
-def disprove_places(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
+def disprove_places(
+    request: Request, pieces: Sequence[Piece], route: Route | None = None
+) -> Refusal | None:
     """Check that each call is about the request, and its sequences where the blocks say.
 
     A call in the request's own layout sees whole score matrices. One that packs a dense layout
@@ -89,30 +112,36 @@ def disprove_places(request: Request, pieces: Sequence[Piece]) -> Refusal | None
     a partial call are gathered by its blocks, which may lie anywhere.
     """
     for call, form in pieces:
-        if [block.sizes for block in form.blocks] != list(call.sequences):
-            return Refusal("other-sequences", "the blocks are not the sequences of the call")
-        if (call.scale, call.keep_prob) != (request.scale, 1.0 - request.dropout):
-            return Refusal("other-numbers", f"{call} has another scale or dropout than asked for")
-        if (call.pse is None) != (not request.bias):
-            return Refusal("other-bias", f"{call} does not add the bias that was asked for")
-        wrong = disprove_bias(request, call, form.blocks)
+        dim = request.head_dim if route is None else route.dim_of(form.zone)
+        wrong = _other_arguments(request, call, form, dim) or _other_bias(request, call, form)
         if wrong is not None:
             return wrong
-        if form.partial:
-            placed = call.sink is None and _gathers(request, call, form)
-        else:
-            shapes = tuple(spec.shape for spec in (call.query, call.key, call.value))
-            placed = (shapes, call.head_num) == (request.shapes(call.layout), request.num_heads)
-            placed &= (call.sink is not None) == request.sink
-            placed &= _follow(request, form) if form.packs else _are_whole(request, form)
-        if not placed:
+        if [block.sizes for block in form.blocks] != list(call.sequences):
+            return Refusal("other-sequences", "the blocks are not the sequences of the call")
+        if not _placed(request, form):
             return Refusal("misplaced", "the blocks are not where the call finds their tokens")
     return None
 
 
-def _are_whole(request: Request, form: Form) -> bool:
-    whole = [(b, 0, 0) for b in range(request.batch)]
-    return [(block.batch, block.i0, block.j0) for block in form.blocks] == whole
+def _placed(request: Request, form: Form) -> bool:
+    if not all(_within(request, block) for block in form.blocks):
+        return False
+    if form.partial:
+        return not form.packs and _gathers(request, form)
+    if (form.heads, form.kv_heads, form.zone) != (None, None, None):
+        return False
+    if form.packs:
+        return form.packed and request.layout != form.layout and _follow(request, form)
+    whole = tile_whole(request.batch, request.sequences)
+    return form.layout == request.layout and form.blocks == whole
+
+
+def _within(request: Request, block: Block) -> bool:
+    """Whether a block lies in its score matrix."""
+    if block.batch not in range(request.batch):
+        return False
+    q_len, kv_len = request.sequences[block.batch]
+    return 0 <= block.i0 <= block.i1 <= q_len and 0 <= block.j0 <= block.j1 <= kv_len
 
 
 def _follow(request: Request, form: Form) -> bool:
@@ -126,14 +155,144 @@ def _follow(request: Request, form: Form) -> bool:
     return True
 
 
-def _gathers(request: Request, call: KernelCall, form: Form) -> bool:
-    """Whether the heads of a partial call read the key heads that they belong to."""
-    heads = range(request.num_heads) if form.heads is None else form.heads
-    kv_heads = range(request.num_kv_heads) if form.kv_heads is None else form.kv_heads
-    if (call.num_heads, call.num_kv_heads) != (len(heads), len(kv_heads)):
+def _gathers(request: Request, form: Form) -> bool:
+    """Whether the heads of a partial call exist, and read the key heads that they belong to."""
+    heads, kv_heads = _heads(request, form)
+    if form.heads is None and kv_heads != tuple(range(request.num_kv_heads)):
+        return False
+    if form.heads is not None and form.kv_heads is None:
+        return False
+    if not set(heads) <= set(range(request.num_heads)) or len(set(heads)) < len(heads):
+        return False
+    if not kv_heads or len(heads) % len(kv_heads):
         return False
     each, group = len(heads) // len(kv_heads), request.num_heads // request.num_kv_heads
     return all(kv_heads[n // each] == head // group for n, head in enumerate(heads))
+
+
+def _heads(request: Request, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    heads = tuple(range(request.num_heads)) if form.heads is None else form.heads
+    kv_heads = tuple(range(request.num_kv_heads)) if form.kv_heads is None else form.kv_heads
+    return heads, kv_heads
+
+
+def _other_arguments(request: Request, call: KernelCall, form: Form, dim: int) -> Refusal | None:
+    """Compare a call with the one that its form and the request describe, bias and mask apart."""
+    heads, kv_heads = _heads(request, form)
+    shapes = request.shapes(form.layout)
+    if form.partial:
+        rows, keys = _gathered(form)
+        shapes = (
+            (*rows, len(heads), dim),
+            (*keys, len(kv_heads), dim),
+            (*keys, len(kv_heads), request.value_dim),
+        )
+    query, key, value = (TensorSpec(shape, request.dtype) for shape in shapes)
+    rest: Arguments = {name: getattr(call, name) for name in (*_OF_MASK, *_NO_BIAS)}
+    if form.packed:
+        q_lens, kv_lens = zip(*(block.sizes for block in form.blocks), strict=True)
+        rest["actual_seq_qlen"] = tuple(accumulate(q_lens))
+        rest["actual_seq_kvlen"] = tuple(accumulate(kv_lens))
+    if request.sink and not form.partial:
+        wide = torch.float64 if request.dtype == torch.float64 else torch.float32
+        rest["sink"] = TensorSpec((request.num_heads,), wide)
+    described = KernelCall(
+        query,
+        key,
+        value,
+        head_num=len(heads),
+        input_layout=form.layout,
+        scale=request.scale,
+        keep_prob=1.0 - request.dropout,
+        **rest,
+    )
+    names = [f.name for f in fields(call) if getattr(call, f.name) != getattr(described, f.name)]
+    if not names:
+        return None
+    code = "other-numbers" if set(names) <= {"scale", "keep_prob"} else "misplaced"
+    told = ", ".join(
+        f"{name}={getattr(call, name)} instead of {getattr(described, name)}" for name in names[:3]
+    )
+    return Refusal(code, f"the call is not the one that was asked for: {told[:300]}")
+
+
+def _gathered(form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token axes of a part's queries and keys: packed, or one size for all pieces."""
+    if form.packed:
+        rows, keys = zip(*(block.sizes for block in form.blocks), strict=True)
+        return (sum(rows),), (sum(keys),)
+    row, key = form.blocks[0].sizes
+    return (len(form.blocks), row), (len(form.blocks), key)
+
+
+def _other_bias(request: Request, call: KernelCall, form: Form) -> Refusal | None:
+    """Check that a call adds the bias in one of the ways that there are for its blocks."""
+    trained = [term.text for term in request.bias if term.requires_grad]
+    if trained and call.pse is not None:
+        reason = f"{' and '.join(trained)} trains, and the kernel never writes that gradient"
+        return Refusal("pse-gradient", reason)
+    wrong = disprove_bias(request, call, form.blocks) if request.bias else None
+    if wrong is not None:
+        return wrong
+    if form.partial:
+        ways = [part_arguments(request, form.blocks, call.head_num, form.packed)]
+    else:
+        ways = [how for _, how in bias_arguments(request, form.blocks, form.packed)]
+    given = {name: getattr(call, name) for name in _NO_BIAS}
+    if any(given == {**_NO_BIAS, **way} for way in ways if not isinstance(way, Refusal)):
+        return None
+    return Refusal("other-bias", "the call does not add the bias that was asked for")
+
+
+def disprove_calls(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
+    """Check what is left of calls that cover a request: that they are legal and say no more.
+
+    An argument that a mode does not read is at its default, a form's targets are what its call
+    computes, and no part of several leaves a row without a key: the merge would count it.
+    """
+    for call, form in pieces:
+        reads = call.sparse_mode if call.atten_mask is not None else None
+        window = (call.pre_tokens, call.next_tokens)
+        if (call.prefix is not None and reads not in (5, 6)) or (
+            window != (UNBOUNDED, UNBOUNDED) and reads not in (0, 4, 7, 8)
+        ):
+            return Refusal("unread", "the call has a window or prefix that its mode does not read")
+        if not is_opaque(call) and heads_of(call) == (None,):
+            computed = _computed(call, None)
+            if computed != form.targets:
+                return Refusal("wrong-cells", "the form speaks of other cells than the call's")
+            if form.partial and (call.inner_precise or _has_empty_rows(computed, call)):
+                return Refusal("mean-of-values", "a part has rows that allow no key")
+        elif form.partial:
+            return Refusal("misplaced", "a part reads a mask of one entry per cell")
+        illegal = broken_rules(request, call)
+        if illegal:
+            return illegal[0]
+    return None
+
+
+def _has_empty_rows(computed: Sequence[Region], call: KernelCall) -> bool:
+    pairs = set(zip(computed, call.sequences, strict=True))
+    return any(region.empty_rows(q_len) for region, (q_len, _) in pairs)
+
+
+@lru_cache(maxsize=32)  # calls are judged when they are found, and once more with their plan
+def _judged(call: KernelCall, dtype: torch.dtype, training: bool) -> tuple[Refusal, ...]:
+    versions = expressing_versions(call)
+    broken = call.violations(
+        version=versions[0] if versions else "v2",
+        product="emulator" if dtype == torch.float64 else "A2",
+        training=training,
+    )
+    return tuple(Refusal(violation.code, violation.found) for violation in broken)
+
+
+def broken_rules(request: Request, call: KernelCall) -> list[Refusal]:
+    """Return the contract's rules that a call breaks, on the op version that can express it.
+
+    float64 exists on the emulator alone; everything else is judged as for hardware.
+    """
+    return list(_judged(call, request.dtype, request.needs_grad))
 
 
 def disprove_cover(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
@@ -145,12 +304,20 @@ def disprove_cover(request: Request, pieces: Sequence[Piece]) -> Refusal | None:
     known = matrices(request)
     for call, form in pieces:
         if is_opaque(call):
+            shape = opaque_shape(request, form)
+            if isinstance(shape, Refusal):
+                return shape
+            if call.atten_mask is None or call.atten_mask.shape != shape:
+                return Refusal("mask-shape", f"the mask's own cells have the shape {shape}")
             outer = known.over_heads()
             boxes = [outer[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in form.blocks]
             wrong = disprove_opaque(call, boxes)
             if wrong is not None:
                 return wrong
-    for head in range(len(known.planes)):
+        elif not known.exact:
+            return Refusal("cover", "a mask of unknown cells is not what the call reads")
+    alone = any(form.heads is not None or heads_of(call) != (None,) for call, form in pieces)
+    for head in range(request.num_heads if known.per_head or alone else 1):
         parts: list[list[Region]] = [[] for _ in range(request.batch)]
         for call, form in pieces:
             if form.heads is not None and head not in form.heads:

@@ -12,7 +12,7 @@ from attnkit.masks import Band, Or
 from attnkit.planner.blocks import Block
 from attnkit.planner.candidates import Form, Zone
 from attnkit.planner.request import Request
-from attnkit.planner.residues import Resorted, resort
+from attnkit.planner.residues import Resorted
 from attnkit.planner.routes import (
     Channels,
     Route,
@@ -45,11 +45,6 @@ def disprove_route(
     inner = replace(request, bias=rest, head_dim=dims)
     if inner != route.request or len(set(taken)) < len(taken):
         return Refusal("other-request", "the calls are for another request than asked for")
-    if in_order is not None and in_order != resort(route.request):
-        return Refusal("other-request", "the calls are for other positions than asked for")
-    mixed = _disprove_groups([form for _, form in pieces if form.partial])
-    if mixed is not None:
-        return mixed
     for one in route.channels:
         if structure_of(request, one.parts) != one.structure:
             text = " + ".join(request.bias[part].text for part in one.parts)
@@ -131,16 +126,6 @@ def _served(one: Channels, dims: Span, zone: Zone | None, hull: Span) -> list[Sp
         return [one.span] if one.span is not None else []
     steps = one.structure.steps(lo, hi) if isinstance(one.structure, Stepped) else ()
     return [(a, b) for a, b, row in steps if row == zone.row]
-
-
-def _disprove_groups(forms: Sequence[Form]) -> Refusal | None:
-    """Return why calls cannot merge: each group of heads is merged by itself."""
-    groups = {form.heads for form in forms}
-    heads = [head for group in groups for head in group or ()]
-    if (None in groups and len(groups) > 1) or len(set(heads)) < len(heads):
-        reason = "a head is in calls of several groups of heads, each of which merges by itself"
-        return Refusal("levels-per-head", reason)
-    return None
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

@@ -163,6 +163,7 @@ def test_an_npu_without_torch_npu_is_refused() -> None:
     assert {r.code for r in backend.refusals(request)} == {"torch-npu"}
 
 
+@pytest.mark.usefixtures("no_full_masks")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_several_calls_are_trained_through_their_grad_ops(dropout: float) -> None:
     ops, q = Ops(), x(1, 48, 2, 4).requires_grad_()
@@ -182,6 +183,7 @@ def test_several_calls_are_trained_through_their_grad_ops(dropout: float) -> Non
         torch.testing.assert_close(found, torch.autograd.grad(meant, q, dy)[0])
 
 
+@pytest.mark.usefixtures("no_full_masks")
 def test_a_release_without_the_grad_op_is_refused_in_training_only() -> None:
     mask = masks.Causal() & (masks.SlidingWindow(2) | masks.Columns(0, 1))
     attend(Ops("7.1.0"), x(), mask=mask)
@@ -208,6 +210,7 @@ def test_whole_compositions_agree_with_the_reference(layout: str) -> None:
     assert BACKENDS["ascend"].name == "ascend"
 
 
+@pytest.mark.usefixtures("no_full_masks")
 def test_auto_leaves_a_small_bias_on_a_route_to_the_definition() -> None:
     """Channels and levels cost launches, which the estimates weigh against whole matrices."""
     backend = Ascend(Ops(), device="cpu")

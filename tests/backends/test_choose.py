@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,6 +73,28 @@ def test_a_backend_is_one_class_and_one_registration() -> None:
         assert repr(BACKENDS["zeros"]) == "Zeros()"
     finally:
         BACKENDS.remove("zeros")
+
+
+class Hasty(type(BACKENDS["emulated"])):  # type: ignore[misc]
+    """A backend of fused calls whose plans lack one."""
+
+    name = "hasty"
+
+    def plan(self, request: Request) -> Plan:
+        return replace(super().plan(request), steps=())
+
+
+def test_a_plan_whose_proof_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    ak.backends.register(Hasty())
+    monkeypatch.setattr("attnkit.backends.choose.AUTO_ORDER", ("hasty", "reference"))
+    try:
+        plan = ak.plan(X, X, X, scale=0.123)
+        assert plan.backend == "reference"
+        assert [(r.subject, r.code) for r in plan.passed_over] == [("hasty", "no-calls")]
+        with pytest.raises(ak.KernelContractError, match="does not compute"):
+            ak.plan(X, X, X, scale=0.123, backend="hasty")
+    finally:
+        BACKENDS.remove("hasty")
 
 
 @pytest.mark.parametrize("backend", ["reference", "emulated"])

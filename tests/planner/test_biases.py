@@ -14,6 +14,8 @@ from attnkit import masks, pse
 from attnkit.errors import KernelContractError
 from attnkit.planner import Plan
 
+pytestmark = pytest.mark.usefixtures("no_full_masks")
+
 HEADS = 2
 SINK = masks.Causal() & (masks.SlidingWindow(8) | masks.Columns(0, 3))
 
@@ -209,3 +211,50 @@ def test_channels_hold_slopes_in_bfloat16(align: Any) -> None:
 def test_a_dilated_mask_keeps_its_slopes() -> None:
     plan = proven(masks.SlidingWindow(9) & masks.Dilated(2), pse.ALiBi(HEADS), 40)
     assert plan.route is not None
+
+
+# -- what a bias is, not what it is called ---------------------------------------------------------
+
+
+class Named(pse.ALiBi):
+    """ALiBi by another name."""
+
+
+class NamedRoot(pse.SqrtALiBi):
+    """Square-root ALiBi by another name."""
+
+
+class Squared(pse.ALiBi):
+    """No ALiBi at all, though it is a subclass."""
+
+    def curve(self, distance: Tensor) -> Tensor:
+        return distance.square()
+
+
+@pytest.mark.parametrize(("bias", "kind"), [(Named(HEADS), 2), (NamedRoot(HEADS), 3)])
+def test_a_subclass_keeps_its_slopes(bias: pse.Pse, kind: int) -> None:
+    (call,) = proven(masks.Causal(), bias, 12).calls
+    assert (call.pse_type, call.pse.shape) == (kind, (HEADS,))
+    for sizes in ((5, 12), (12, 5)):
+        proven(masks.Causal(), bias, *sizes)
+
+
+def test_a_subclass_with_another_curve_is_a_matrix() -> None:
+    (call,) = proven(masks.Causal(), Squared(HEADS), 12).calls
+    assert (call.pse_type, call.pse.shape) == (0, (1, HEADS, 12, 12))
+    assert Squared(HEADS).power is None
+
+
+def test_a_decoded_row_has_the_biases_of_the_whole_text() -> None:
+    """Slopes and numbers per key in one matrix, each cut out of its own whole."""
+    torch.manual_seed(0)
+    length, keys = 40, torch.randn(40)
+    for dtype, near in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        q, k, v = (torch.randn(1, length, HEADS, 8, dtype=dtype) for _ in range(3))
+        bias = pse.SqrtALiBi(HEADS) + pse.KeyBias(keys)
+        whole = ak.attention(q, k, v, mask=masks.Causal(), pse=bias, backend="reference")
+        for row in (0, 1, 7, 38, 39):
+            part = bias.cut((row, row + 1), (0, row + 1), q_len=length, kv_len=length)
+            given = (q[:, row : row + 1], k[:, : row + 1], v[:, : row + 1])
+            found = ak.attention(*given, mask=masks.Causal(), pse=part, backend="emulated")
+            assert (found - whole[:, row : row + 1]).abs().max() < near

@@ -291,7 +291,9 @@ def test_constant_slopes_on_both_sides_take_what_is_cheaper(planned: Callable[..
     assert plan.route is None
     assert {call.pse_type for call in plan.calls} == {2}
     ends = masks.Band(256, 256) | masks.Columns(0, 16) | masks.Rows(0, 16)
-    plan = planned(ends, 4096, pse=bias)  # strips of odd sizes would need matrices
+    (call,) = planned(ends, 4096, pse=bias).calls  # strips of odd sizes would need matrices
+    assert (call.pse_type, call.atten_mask.kind) == (2, "full")
+    plan = planned(ends, 4224, pse=bias)  # beyond what a full mask is weighed up to
     assert plan.route is not None
     assert any(step.form.zone and step.form.zone.turned for step in plan.steps)
     assert all("mode 1" in other.label for other in plan.alternatives)  # with a full mask

@@ -10,6 +10,7 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.kernel import UNBOUNDED
+from attnkit.planner import Launch, Solution
 
 Planned = Callable[..., ak.Plan]
 
@@ -111,11 +112,11 @@ def test_masks_per_head_are_calls_per_head_group_or_one_full_mask(planned: Plann
 def test_documents_in_a_dense_layout_are_one_packed_call(
     planned: Planned, layout: str, causal: bool, batch: int
 ) -> None:
-    mask = masks.Documents([100, 28, 900])
+    mask = masks.Documents([200, 56, 1800])
     mask = mask & masks.Causal() if causal else mask
-    (call,) = planned(mask, 1028, layout=layout, batch=batch).calls
+    (call,) = planned(mask, 2056, layout=layout, batch=batch).calls
     assert call.input_layout == "TND"
-    assert call.sequences == ((100, 100), (28, 28), (900, 900)) * batch
+    assert call.sequences == ((200, 200), (56, 56), (1800, 1800)) * batch
     if causal:
         assert call.sparse_mode in (2, 3)
     else:
@@ -130,6 +131,12 @@ def test_a_packed_batch_is_one_call(planned: Planned) -> None:
 
 
 # -- no mask of one entry per cell where a compressed one does -----------------------------
+
+
+def without_full_mask(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    """The calls, if none of them reads a mask of one entry per cell; else none."""
+    found = [step.call.atten_mask for step in launches]
+    return () if any(mask is not None and mask.kind == "full" for mask in found) else launches
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 8, 64, 300])
@@ -155,10 +162,13 @@ def test_a_region_mode_never_loses_to_a_full_mask(
     planned: Planned, mask: ak.masks.Mask, q_len: int, layout: str
 ) -> None:
     plan = planned(mask, q_len, layout=layout)
-    assert all(c.atten_mask is None or c.atten_mask.kind != "full" for c in plan.calls)
-    for other in plan.alternatives:
-        for step in other.launches:
-            assert step.call.atten_mask is None or step.call.atten_mask.kind != "full"
+    options = [plan.steps, *(other.launches for other in plan.alternatives)]
+    if any(len(some) == 1 and not some[0].form.packs for some in map(without_full_mask, options)):
+        assert without_full_mask(plan.steps)
+        assert "full-mask-not-needed" in {refusal.code for refusal in plan.refusals}
+    else:  # the call packs blocks of the matrix, which start tiles of their own
+        assert all(step.form.packs for step in without_full_mask(plan.steps))
+    assert all(Solution(some).price.nanoseconds >= plan.price.nanoseconds for some in options)
 
 
 # -- biases -------------------------------------------------------------------------------
@@ -189,8 +199,8 @@ def test_a_root_of_distances_in_bfloat16_is_refused_off_the_square(planned: Plan
 
 
 def test_alibi_of_packed_documents_is_slopes_in_one_packed_call(planned: Planned) -> None:
-    mask = masks.Causal() & masks.Documents([64, 32, 160])
-    (call,) = planned(mask, 256, pse=pse.ALiBi(4)).calls
+    mask = masks.Causal() & masks.Documents([256, 128, 640])
+    (call,) = planned(mask, 1024, pse=pse.ALiBi(4)).calls
     assert (call.input_layout, call.pse_type) == ("TND", 2)
 
 
@@ -258,6 +268,7 @@ def test_planning_is_a_function_of_the_record(planned: Planned) -> None:
 # -- what needs no copy --------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_full_masks")
 def test_pieces_that_share_no_key_read_keys_where_they_are(planned: Planned) -> None:
     """The strip of a sink has one range of keys; Longformer's two have keys between them."""
     window = masks.SlidingWindow(8) | masks.Columns(0, 2)
@@ -272,6 +283,7 @@ def test_pieces_that_share_no_key_read_keys_where_they_are(planned: Planned) -> 
             assert step.small_launches - 6 == (len(step.form.blocks) > 1)
 
 
+@pytest.mark.usefixtures("no_full_masks")
 def test_one_token_documents_are_packed_with_longer_ones(planned: Planned) -> None:
     """A band of single cells fits no other document's window; its cells fit any."""
     for mask in (masks.Documents([1, 1, 30]), masks.Causal() & masks.Documents([1, 1, 30])):

@@ -18,6 +18,8 @@ from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.masks import Mask
 
+pytestmark = pytest.mark.usefixtures("no_full_masks")
+
 SIDES = range(1, 7)
 ALONE = 4
 BATCH = 64

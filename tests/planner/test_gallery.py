@@ -49,6 +49,7 @@ def test_the_table_is_about_every_mask() -> None:
     assert AT_MOST.keys() == gallery.GALLERY.keys()
 
 
+@pytest.mark.usefixtures("no_full_masks")
 @pytest.mark.parametrize("name", AT_MOST)
 def test_few_calls_and_no_full_mask(name: str) -> None:
     plan = gallery.plan_of(gallery.GALLERY[name])

@@ -1,17 +1,20 @@
 """Small sizes, searched in full: no legal cover is cheaper than the plan, or the gap is known.
 
 The brute force (`bruteforce`) prices every legal cover by the planner's own price. Covers that
-read a mask of one entry per cell are left out, as the planner takes them only where nothing
-else serves. Weights matter: on the shipped ones a launch outweighs everything at such sizes;
-on CELLS, whose tiles are 2 x 2, the cells that a cover computes do.
+read a mask of one entry per cell are left out on both sides: at such sizes one of them is
+cheaper than any two calls, which the last test weighs. Weights matter: on the shipped ones a
+launch outweighs everything at such sizes; on CELLS, whose tiles are 2 x 2, the cells that a
+cover computes do.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +23,12 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.backends import make_plan
 from attnkit.geometry import Region
+from attnkit.kernel import AttenMask, KernelCall, TensorSpec
 from attnkit.planner import decompose, lower, pieces, price, proof
 from attnkit.planner.price import Chip, chip
 from tests.planner.bruteforce import DIM, Search, Sizes, bits, region_of, request_of
+
+pytestmark = pytest.mark.usefixtures("no_full_masks")
 
 SHIPPED = chip()
 CELLS = Chip(
@@ -227,3 +233,41 @@ def test_plans_of_tiny_sets_compute_them(batch: int) -> None:
             found.append([out, *torch.autograd.grad(out, (q, k, v), given[3])])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def full_masks(cells: int, sizes: Sizes, weights: Chip) -> float:
+    """The least price of one call that reads a mask of one entry per cell, over all windows."""
+    (q_len, kv_len), target = sizes, region_of(cells, sizes)
+    mask = AttenMask.full(sizes, [target])
+    zero = {"inner_precise": 2} if target.empty_rows(q_len) else {}
+    plain = request_of(cells, sizes)
+    query, key, value = (TensorSpec(s, plain.dtype) for s in plain.shapes())
+    ways: list[dict[str, Any]] = [{"sparse_mode": 1}]
+    ways += [{"pre_tokens": pre, "next_tokens": n} for pre in range(q_len) for n in range(kv_len)]
+    ways += [{"sparse_mode": 5, "prefix": (n,)} for n in range(kv_len + 1)]
+    prices = []
+    for way in ways:
+        call = KernelCall(
+            query, key, value, 1, "BSND", scale=plain.scale, atten_mask=mask, **zero, **way
+        )
+        if proof.disprove(call, [target]) is None and not call.violations(version="v2"):
+            prices.append(price.price_call(call, weights=weights).nanoseconds)
+    return min(prices)
+
+
+@pytest.mark.parametrize("weights", [SHIPPED, CELLS], ids=lambda weights: weights.name)
+def test_no_full_mask_is_cheaper_than_the_plan(
+    weigh: Weigh, monkeypatch: pytest.MonkeyPatch, weights: Chip
+) -> None:
+    """In the matrix's own layout; a packed one, which drops rows, may be cheaper still."""
+    monkeypatch.setattr(sys.modules["attnkit.planner.lower"], "MOST_MASK_CELLS", 2**24)
+    weigh(weights)
+    sizes = (3, 3)
+    masked = 0
+    for cells in every_tiny_set()[sizes][::5]:
+        plan = make_plan(request_of(cells, sizes), "emulated")
+        assert plan.price is not None
+        masked += any(c.atten_mask is not None and c.atten_mask.kind == "full" for c in plan.calls)
+        with_mask = full_masks(cells, sizes, weights)
+        assert plan.price.nanoseconds <= with_mask * (1 + 1e-9)
+    assert masked

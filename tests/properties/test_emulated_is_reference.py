@@ -64,7 +64,12 @@ def _sweep(examples: int) -> Tally:
 
 
 def test_random_compositions_run_as_defined_or_are_refused_with_reasons() -> None:
-    _sweep(150)
+    _sweep(75)
+
+
+@pytest.mark.usefixtures("no_full_masks")
+def test_random_compositions_of_several_calls_run_as_defined() -> None:
+    _sweep(75)
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ class FlexPlan(Plan):
         return super().__hash__()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "mask": None}
+        return {**super().__getstate__(), "mask": None}
 
 
 def stats_of(request: Request, operands: Operands, lse: Tensor | None) -> Stats:

@@ -51,6 +51,7 @@ class Tiled(Backend):
     """
 
     name = "tiled"
+    plan_type = TiledPlan
     saves_lse = True
 
     def refusals(self, request: Request) -> list[Refusal]:

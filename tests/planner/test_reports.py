@@ -1,0 +1,131 @@
+"""Reports and pictures of plans: there is one for every request, and what they say is proven."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnkit as ak
+from attnkit import masks, pse
+from attnkit.planner import Plan
+from attnkit.planner.nearby import savings
+from tests.planner.test_tampering import a_bias, a_mask
+
+
+def plan_of(mask: masks.Mask, q_len: int, kv_len: int, backend: str = "auto") -> Plan:
+    q, k = (torch.empty(1, n, 2, 8) for n in (q_len, kv_len))
+    return ak.plan(q, k, k, mask=mask, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "emulated", "reference"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Causal("top_left")[:40, :30],
+        masks.SlidingWindow(3, "top_left")[:40, :30] & masks.Causal(),
+        ~masks.Causal("top_left")[:40, :30],
+        masks.Causal().cut((1, 41), (2, 32), q_len=50, kv_len=50),
+    ],
+    ids=str,
+)
+def test_cut_masks_are_explained(mask: masks.Mask, backend: str) -> None:
+    plan = plan_of(mask, 40, 30, backend)
+    assert "proof" in plan.explain()
+    assert plan.to_dict()["request"]
+    turned = [saving.change for saving in savings(plan.request) if "mask" in saving.change]
+    assert not any("Cut" in change for change in turned)
+
+
+def test_every_random_request_is_explained() -> None:
+    chance, told = random.Random(0), 0
+    torch.manual_seed(0)
+    for _ in range(20):
+        q_len, kv_len = chance.choice([1, 5, 12, 20]), chance.choice([1, 5, 12, 20])
+        mask = a_mask(chance, q_len, kv_len, 1, packed=False)
+        if chance.random() < 0.6:
+            i, j = chance.randrange(q_len), chance.randrange(kv_len)
+            mask = mask.cut((i, q_len), (j, kv_len), q_len=q_len, kv_len=kv_len)
+            q_len, kv_len = q_len - i, kv_len - j
+        q, k = (torch.empty(1, n, 2, 8) for n in (q_len, kv_len))
+        try:
+            plan = ak.plan(q, k, k, mask=mask, pse=a_bias(chance, q_len, kv_len, packed=False))
+        except (ak.CompositionError, ak.BackendRefused):
+            continue
+        report = plan.explain()
+        assert "NONE" not in report
+        told += "proof" in report
+    assert told > 10
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (3, 5)])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Full(), ~masks.Full()], ids=str)
+def test_empty_matrices_have_reports_and_pictures(mask: masks.Mask, sizes: tuple[int, int]) -> None:
+    pytest.importorskip("matplotlib")
+    plan = plan_of(mask, *sizes)
+    assert plan.explain()
+    figure = plan.plot()
+    figure.draw_without_rendering()
+    assert (f"{sizes[0]} queries" in figure.axes[0].get_title()) == (0 in sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "head"),
+    [(1, 0), (-1, 0), (0, 2), (0, -1), (True, 0), (0, "0"), (0, 10**30), (0.0, 0)],
+)
+def test_a_picture_of_no_matrix_is_refused(batch: int, head: int) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ak.CompositionError, match=r"plot\(\) got .* from 0 to"):
+        plan_of(masks.Causal(), 4, 4).plot(batch, head)
+
+
+def test_a_report_prints_no_proof_that_fails() -> None:
+    plan = plan_of(masks.SlidingWindow(3), 8, 8, "emulated")
+    (step,) = plan.steps
+    wrong = replace(plan, steps=(replace(step, call=replace(step.call, pre_tokens=3)),))
+    assert "proof       the call's set equals the mask's" in plan.explain()
+    assert "proof       NONE: batch element 0, head 0: the calls cover" in wrong.explain()
+
+
+# -- requests without a cell ---------------------------------------------------------------------
+
+BIASES = [
+    pse.ALiBi(2) + pse.SqrtALiBi(2),
+    pse.T5Relative(2, bidirectional=False),
+    pse.T5Relative(2) + pse.ALiBi(2),
+    pse.ALiBi(2, learnable=True) + pse.T5Relative(2),
+    pse.ALiBi(2),
+]
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+def test_zero_tokens_have_a_plan(bias: pse.Pse) -> None:
+    packed, dense = torch.randn(0, 2, 4), torch.randn(2, 0, 2, 4)
+    for backend in ("emulated", "reference", "auto"):
+        lens = ak.SeqLens([0, 0])
+        out = ak.attention(
+            packed, packed, packed, pse=bias, layout="TND", seqlens=lens, backend=backend
+        )
+        assert isinstance(out, torch.Tensor)
+        assert out.shape == packed.shape
+        out = ak.attention(dense, dense, dense, mask=masks.Causal(), pse=bias, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        assert out.shape == dense.shape
+
+
+def test_a_mask_that_allows_nothing_has_a_plan_beside_a_bias_in_zones() -> None:
+    q, k = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 2, 4, requires_grad=True)
+    bias = pse.T5Relative(2, 4, 8, bidirectional=False)
+    for mask in (
+        ~masks.Causal() & masks.Dilated(4),
+        ~masks.Full(),
+        ~masks.Full() & masks.Dilated(2),
+    ):
+        out, stats = ak.attention(
+            q, k, k, mask=mask, pse=bias, backend="emulated", return_stats=True
+        )
+        meant = ak.attention(q, k, k, mask=mask, pse=bias, backend="reference", return_stats=True)
+        torch.testing.assert_close(out, meant.output)
+        torch.testing.assert_close(stats.lse, meant.stats.lse)
