@@ -19,6 +19,8 @@ __all__ = ["MOST_HEADS", "Sloped", "press_slopes"]
 
 MOST_HEADS = 1 << 16
 """Heads that a bias by formula is made for, at most."""
+# What a subclass may define to have other cells.
+_CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}
 
 # What a subclass may define to have other cells.
 _CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnkit.backends.numbers import largest_bias, usable_cap
 from attnkit.planner import Request
-from attnkit.pse import ALiBi, ByDistance, Cut, Pse, SqrtALiBi
+from attnkit.pse import ByDistance, Cut, Pse, Sloped
 
 __all__ = ["ScoreMod", "Scores", "scores_of"]
 
@@ -64,7 +64,7 @@ def _term(part: Pse, request: Request, device: torch.device) -> Term:
     if known is None:
         return _given(_matrix(part, request, device), factor)
     family, at = known.family, _positions(request, known.offsets).to(device)
-    if isinstance(family, ALiBi | SqrtALiBi) and type(family) in (ALiBi, SqrtALiBi):
+    if isinstance(family, Sloped) and family.power in (1.0, 0.5):
         return _sloped(family, at)
     reach = request.q_len + request.kv_len + max(map(abs, known.offsets))
     every = torch.arange(1 - reach, reach, device=device)
@@ -97,10 +97,10 @@ def _positions(request: Request, offsets: Sequence[int]) -> Tensor:
     return (torch.arange(request.q_len) + per_query).to(torch.int32)
 
 
-def _sloped(family: ALiBi | SqrtALiBi, at: Tensor) -> Term:
+def _sloped(family: Sloped, at: Tensor) -> Term:
     """Return ``-slope[h] * curve(abs(at[i] - j))``: arithmetic, where there is a formula."""
     slopes = torch.tensor(family.slopes, device=at.device)
-    root = isinstance(family, SqrtALiBi)
+    root = family.power == 0.5
 
     def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = (at[i] - j).abs().to(torch.float32)
