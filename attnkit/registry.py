@@ -60,7 +60,15 @@ class Registry(Generic[T]):
         return entry
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers what it decorates under `name`."""
+        """Return a decorator that registers what it decorates under `name`.
+
+        >>> greetings = Registry[type]("greeting")
+        >>> @greetings.register("hello")
+        ... class Hello:
+        ...     pass
+        >>> greetings["hello"] is Hello
+        True
+        """
         return lambda entry: self.add(name, entry)
 
     def remove(self, name: str) -> None:

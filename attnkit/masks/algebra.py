@@ -153,9 +153,12 @@ def _around(nesting: tuple[int, int]) -> tuple[int, int]:
 class And(_Joined):
     """Cells that every part allows: ``m1 & m2``.
 
+    ``allowed(i, j) = all(part.allowed(i, j))``; the parts are flat, each of them once. Raises
+    `CompositionError` for parts of different lengths, batches or heads.
+
     >>> from attnkit import masks
-    >>> masks.And((masks.Causal(), masks.SlidingWindow(4)))
-    Causal() & SlidingWindow(4)
+    >>> And((masks.Causal(), masks.SlidingWindow(4) & masks.Columns(0, 9))).parts
+    (Causal(), SlidingWindow(4), Columns(0, 9))
     """
 
     _sign = "&"
@@ -167,9 +170,14 @@ class And(_Joined):
 class Or(_Joined):
     """Cells that some part allows: ``m1 | m2``.
 
+    ``allowed(i, j) = any(part.allowed(i, j))``; the parts are flat, each of them once. Raises
+    `CompositionError` for parts of different lengths, batches or heads.
+
     >>> from attnkit import masks
-    >>> masks.Or((masks.Causal(), masks.Prefix(4)))
-    Causal() | Prefix(4)
+    >>> print((masks.SlidingWindow(1) | masks.Columns(0, 1)).show(3, 3))
+    #..
+    ##.
+    #.#
     """
 
     _sign = "|"
@@ -181,9 +189,14 @@ class Or(_Joined):
 class Not(Composite):
     """Cells that the part does not allow: ``~m``.
 
+    ``allowed(i, j) = not part.allowed(i, j)``; ``~~m`` is m.
+
     >>> from attnkit import masks
-    >>> masks.Not(masks.Causal())
-    ~Causal()
+    >>> print((~masks.Causal()).show(2, 3))
+    ..#
+    ...
+    >>> ~~masks.Causal()
+    Causal()
     """
 
     part: Mask

@@ -77,8 +77,9 @@ class Enclosure(NamedTuple):
     For a mask that is a region the two are equal, and are the mask.
 
     >>> from attnkit import masks
-    >>> masks.Causal().enclosure(4, 4).exact, masks.Dilated(2).enclosure(4, 4).exact
-    (True, False)
+    >>> known = (masks.Dilated(2) & masks.SlidingWindow(3)).enclosure(6, 6)
+    >>> known.inner.area, known.outer.area, known.exact
+    (0, 15, False)
     """
 
     inner: Region
@@ -96,6 +97,18 @@ class Mask(ABC):
     Masks are values: they compare, hash, print as text that `masks.parse` reads back, and
     combine by ``m1 & m2``, ``m1 | m2``, ``~m``, ``m1 - m2`` and ``m[q_slice, kv_slice]``. A mask
     knows no lengths of its own unless it is built for some (`extent`).
+
+    Masks are equal when they are written alike: the same families with the same arguments, the
+    parts of an intersection or union in any order. Whether two masks allow the same cells
+    depends on the lengths, so their regions say it: ``a.region(8, 8) == b.region(8, 8)``.
+
+    Masks nest at most 64 deep, and have at most 65,536 parts, each counted as often as it is
+    written; a chain ``a | b | c`` is flat, however long.
+
+    >>> from attnkit import masks
+    >>> window, band = masks.SlidingWindow(4), masks.Band(3, 0)
+    >>> window == band, window.region(8, 8) == band.region(8, 8)
+    (False, True)
 
     A new family is a frozen dataclass that implements `_region` and is registered once with
     ``@masks.register("its_kind")``. One that is not a finite union of slices implements
@@ -619,9 +632,9 @@ def anchor(align: Align, q_len: int, kv_len: int) -> int:
 class Full(Mask):
     """Every key, for every query: ``allowed(i, j) = True``.
 
-    >>> from attnkit import masks
-    >>> masks.Full().region(2, 3).area
-    6
+    >>> print(Full().show(2, 3))
+    ###
+    ###
     """
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:

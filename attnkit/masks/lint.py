@@ -57,8 +57,9 @@ class Finding:
     ``stack-is-short-sighted``, ``stack-is-bounded``.
 
     >>> from attnkit import masks
-    >>> [finding.code for finding in masks.SlidingWindow(64).lint(8, 8)]
-    ['window-exceeds-sequence']
+    >>> (found,) = masks.SlidingWindow(9).lint(4, 4)
+    >>> found.code, found.remedy
+    ('window-exceeds-sequence', 'write Causal(), or a smaller size if a limit was meant')
     """
 
     code: str

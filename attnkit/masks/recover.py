@@ -42,9 +42,9 @@ class Recovered:
     The mask equals the source at these lengths; a named one also exists at others.
 
     >>> from attnkit import masks
-    >>> found = masks.recover(lambda b, h, i, j: i >= j, 8, 8)
+    >>> found = masks.recover([(0, 1), (0, 2), (1, 3)], kv_len=3)
     >>> found.mask, found.exact, found.named, found.region.area
-    (Causal(), True, True, 36)
+    (SlidingWindow(2), True, True, 5)
     """
 
     mask: Mask

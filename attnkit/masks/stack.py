@@ -34,8 +34,9 @@ class StackReport:
     some mask is no union of slices: its outer bound stood in, so the reach may be too large.
 
     >>> from attnkit import masks
-    >>> masks.lint_stack([masks.SlidingWindow(4)] * 3, 64).lookback
-    9
+    >>> report = masks.lint_stack([masks.SlidingWindow(3)] * 2, 16, 16)
+    >>> report.lookback, report.lookahead, report.exact
+    (4, 0, True)
     """
 
     findings: tuple[Finding, ...]

@@ -43,8 +43,9 @@ class Pse(ABC):
     ``@PSE.register("kind")`` gives it a name in configurations and in `parse`.
 
     >>> from attnkit import pse
-    >>> pse.ALiBi([0.5]).materialize(1, 3)
-    tensor([[[[-1.0000, -0.5000, -0.0000]]]])
+    >>> bias = pse.ALiBi(2) + pse.ALiBi(2, align="top_left")
+    >>> bias.heads, bias.toeplitz, bias.materialize(3, 4).shape
+    (2, True, torch.Size([1, 2, 3, 4]))
     """
 
     kind: ClassVar[str]

@@ -20,10 +20,9 @@ class ByDistance(Pse):
     the last key; ``i' = i`` for ``"top_left"``. A family says what it is `at` distances; a whole
     matrix, a rectangle of it, or the vector of all distances follow, each at its own cost.
 
-    >>> import torch
-    >>> from attnkit import pse
-    >>> pse.ALiBi([0.5]).at(torch.arange(-2, 1), torch.float32)
-    tensor([[-1.0000, -0.5000, -0.0000]])
+    >>> from attnkit.pse import ALiBi
+    >>> ALiBi([1.0]).at(torch.tensor([-2, 0, 1]), torch.float32)
+    tensor([[-2., -0., -1.]])
     """
 
     align: Align

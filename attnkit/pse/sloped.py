@@ -55,9 +55,9 @@ class Sloped(ByDistance):
     are the slopes; `slopes` gives them by name. A rank that holds some of the heads passes
     the slopes of those heads: ``ALiBi(slopes=ALiBi(32).slopes[8:16])``.
 
-    >>> from attnkit import pse
-    >>> pse.ALiBi(2).slopes == pse.SqrtALiBi(2).slopes == pse.press_slopes(2)
-    True
+    >>> from attnkit.pse import ALiBi
+    >>> ALiBi(slopes=ALiBi(8).slopes[2:4])
+    ALiBi(slopes=(0.125, 0.0625))
     """
 
     power: ClassVar[float | None] = None

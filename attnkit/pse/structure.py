@@ -22,8 +22,8 @@ __all__ = ["Linear", "PerKey", "Stepped", "Structure", "joined"]
 class Linear:
     """``bias[h, i, j] = -tensor[h] * abs(i' - j)``, tensor [n].
 
-    >>> from attnkit import pse
-    >>> pse.LearnableALiBi(2).structure
+    >>> from attnkit.pse import ALiBi
+    >>> ALiBi(2, learnable=True).structure
     Linear(align='bottom_right')
     """
 
@@ -35,9 +35,9 @@ class PerKey:
     """``bias[b, h, i, j] = tensor[b, h, j]``, tensor [kv_len], [n, kv_len] or [b, n, kv_len].
 
     >>> import torch
-    >>> from attnkit import pse
-    >>> pse.KeyBias(torch.zeros(4)).structure
-    PerKey(per_head=False)
+    >>> from attnkit.pse import KeyBias
+    >>> KeyBias(torch.zeros(2, 5)).structure
+    PerKey(per_head=True)
     """
 
     per_head: bool

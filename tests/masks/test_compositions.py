@@ -1,4 +1,8 @@
-"""The algebra of masks is the algebra of sets: every composition up to depth three."""
+"""The algebra of masks is the algebra of sets.
+
+At all lengths up to 6: the sets of all families and their complements, all compositions of two
+out of 25 of them, and every one of these joined with each of the 25. Deeper ones are random.
+"""
 
 from __future__ import annotations
 
