@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 
 from attnkit import masks
+from attnkit.errors import CompositionError
 from attnkit.geometry import Region
 from attnkit.masks import And, Enclosure, Not, Or, parse
 from tests.masks.oracle import by_batch_and_head, cases, even_sum
@@ -209,3 +210,27 @@ def test_a_figure_shows_the_shares():
     (image,) = figure.axes[0].images
     assert image.get_array().tolist() == CAUSAL.materialize(4, 6)[0, 0].float().tolist()
     assert figure.axes[0].get_title() == "Causal()"
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, masks.Dilated(2)], ids=repr)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 3), (3, 0), (0, 0)])
+def test_a_picture_of_no_cells(mask, q_len, kv_len):
+    assert mask.show(q_len, kv_len) == "\n".join([""] * q_len)
+    pytest.importorskip("matplotlib")
+    assert mask.plot(q_len, kv_len).axes[0].images == []
+
+
+def test_a_picture_of_a_head_that_is_not_there():
+    """A mask that tells no heads apart answers for any; one that does, for its own."""
+    pytest.importorskip("matplotlib")
+    heads = masks.PerHead([CAUSAL, masks.Dilated(2)])
+    for picture in (heads.plot, heads.show):
+        with pytest.raises(CompositionError, match="head=99"):
+            picture(4, 4, head=99)
+    assert CAUSAL.show(2, 2, head=99) == CAUSAL.show(2, 2)
+
+
+def test_equal_sets_have_equal_regions_and_masks_that_are_written_alike_are_equal():
+    assert masks.Band(3, 0) != masks.SlidingWindow(4)
+    assert masks.Band(3, 0).region(9, 7) == masks.SlidingWindow(4).region(9, 7)
+    assert CAUSAL & WINDOW == WINDOW & CAUSAL
