@@ -217,7 +217,7 @@ def test_a_figure_shows_the_shares():
 def test_a_picture_of_no_cells(mask, q_len, kv_len):
     assert mask.show(q_len, kv_len) == "\n".join([""] * q_len)
     pytest.importorskip("matplotlib")
-    assert mask.plot(q_len, kv_len).axes[0].images == []
+    assert not list(mask.plot(q_len, kv_len).axes[0].images)
 
 
 def test_a_picture_of_a_head_that_is_not_there():
