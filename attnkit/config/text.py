@@ -42,8 +42,8 @@ MOST_CHARACTERS = 1_000_000
 MOST_NODES = 20_000
 """How many mappings, lists, keys and values a configuration may have; an alias counts as a copy."""
 
-MOST_DEPTH = 100
-"""How deep its mappings and lists may nest; a mask inside a mask takes two levels."""
+MOST_DEPTH = 140
+"""How deep its mappings and lists may nest: what the deepest mask takes, two levels for each."""
 
 # A number in base 60 takes time quadratic in its length.
 _LONGEST_NUMBER = 1_000

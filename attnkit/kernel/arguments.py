@@ -14,7 +14,20 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BOOLS", "FLOATS", "INTEGERS", "LISTS", "TEXTS", "fits_int64", "plain"]
+from attnkit.errors import KernelContractTypeError, shown
+
+__all__ = [
+    "BOOLS",
+    "FLOATS",
+    "INTEGERS",
+    "LISTS",
+    "TEXTS",
+    "brief",
+    "check_count",
+    "check_tensors_given",
+    "fits_int64",
+    "plain",
+]
 
 INTEGERS = (
     "head_num",
@@ -44,6 +57,27 @@ def plain(name: str, value: Any) -> Any:
         return _READERS[name](value) if name in _READERS else value
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return value
+
+
+def check_tensors_given(function: str, **given: object) -> None:
+    """Raise `KernelContractTypeError` for what is no dense tensor."""
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise KernelContractTypeError(
+                f"{function} got {name}={shown(value)}, of type {type(value).__name__}; it takes "
+                "tensors",
+                ["argument-type"],
+            )
+
+
+def check_count(function: str, name: str, value: object) -> int:
+    """Return an int that is not negative and fits into 64 bits."""
+    if not isinstance(value, int) or not fits_int64(value) or value < 0:
+        raise KernelContractTypeError(
+            f"{function} got {name}={shown(value)}; it is an int from 0 to 2**63 - 1",
+            ["argument-type"],
+        )
+    return value
 
 
 def fits_int64(value: object) -> bool:

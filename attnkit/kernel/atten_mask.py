@@ -15,6 +15,7 @@ import torch
 from attnkit.constants import constant
 from attnkit.errors import KernelContractError
 from attnkit.geometry import Region, Slice
+from attnkit.kernel.arguments import check_tensors_given
 
 __all__ = ["COMPRESSED_SIDE", "PREFIX_SIDE", "AttenMask", "MaskKind"]
 
@@ -92,6 +93,7 @@ class AttenMask:
         With `read`, its content decides whether it is one of the compressed masks; without,
         it is a full mask of unknown content.
         """
+        check_tensors_given("AttenMask.of", tensor=tensor)
         shape = tuple(tensor.shape)
         if read and tensor.dtype in (torch.bool, torch.uint8):
             for known in (_CAUSAL, _PREFIX):

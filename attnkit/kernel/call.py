@@ -10,6 +10,7 @@ import torch
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
+from attnkit.kernel.arguments import check_tensors_given
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.legality import violations
 from attnkit.kernel.modes import COMPRESSED_MODES, mode_region, prefix_causal, window
@@ -39,6 +40,7 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         """Describe a tensor."""
+        check_tensors_given("TensorSpec.of", tensor=tensor)
         return cls(tuple(tensor.shape), tensor.dtype)
 
     def __str__(self) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from attnkit.errors import KernelContractError
+from attnkit.errors import KernelContractError, KernelContractTypeError, shown
+from attnkit.kernel.arguments import check_count, fits_int64
 
 __all__ = ["dropout_bits", "dropout_bytes", "dropout_mask", "read_bits"]
 
@@ -24,7 +25,7 @@ def dropout_bytes(numels: int) -> int:
     >>> dropout_bytes(1), dropout_bytes(128), dropout_bytes(129)
     (16, 16, 32)
     """
-    return -(-numels // 128) * 16
+    return -(-check_count("dropout_bytes", "numels", numels) // 128) * 16
 
 
 def _signed(value: int) -> int:
@@ -64,10 +65,17 @@ def dropout_mask(
     >>> bool((bits == dropout_mask(1024, 0.75, seed=7)).all())
     True
     """
-    if not 0 <= keep_prob <= 1 or numels < 0:
+    check_count("dropout_mask", "numels", numels)
+    for name, value in (("seed", seed), ("offset", offset)):
+        if not fits_int64(value):
+            raise KernelContractTypeError(
+                f"dropout_mask got {name}={shown(value)}; it is an int of 64 bits",
+                ["argument-type"],
+            )
+    number = isinstance(keep_prob, int | float) and not isinstance(keep_prob, bool)
+    if not number or not 0 <= keep_prob <= 1:
         raise KernelContractError(
-            f"dropout_mask got keep_prob={keep_prob}, numels={numels}; keep_prob lies in [0, 1] "
-            "and numels is not negative",
+            f"dropout_mask got keep_prob={shown(keep_prob)}; it is a number in [0, 1]",
             ["keep-prob-range"],
         )
     packed = torch.zeros(dropout_bytes(numels), dtype=torch.uint8, device=device)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from attnkit.errors import KernelContractError
+from attnkit.errors import KernelContractError, KernelContractTypeError, shown
+from attnkit.kernel.arguments import check_tensors_given
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.scores import MASKED
 
@@ -82,6 +83,7 @@ def log_sum_exp(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.T
     >>> log_sum_exp(torch.tensor([0., MASKED]), torch.tensor([1., -MASKED])).tolist()
     [0.0, -inf]
     """
+    check_tensors_given("log_sum_exp", softmax_max=softmax_max, softmax_sum=softmax_sum)
     empty = (softmax_max <= MASKED) | (softmax_sum == 0)
     return (softmax_max + softmax_sum.log()).masked_fill(empty, float("-inf"))
 
@@ -103,6 +105,13 @@ def merge_partials(
     >>> merge_partials([torch.zeros(1, 1), torch.ones(1, 1)], [zero, zero], [one, 3 * one])
     (tensor([[0.7500]]), tensor([0.]), tensor([4.]))
     """
+    for name, listed in (("outputs", outputs), ("maxima", maxima), ("sums", sums)):
+        if not isinstance(listed, list | tuple):
+            raise KernelContractTypeError(
+                f"merge_partials got {name}={shown(listed)}; it takes a list of tensors",
+                ["argument-type"],
+            )
+        check_tensors_given("merge_partials", **{f"{name}[{k}]": t for k, t in enumerate(listed)})
     if not outputs or not len(outputs) == len(maxima) == len(sums):
         raise KernelContractError(
             f"merge_partials got {len(outputs)} outputs, {len(maxima)} maxima and {len(sums)} "

@@ -186,8 +186,9 @@ or num_heads
         for given, axis, label in ((num_heads, "n", "num_heads"), (head_dim, "d", "head_dim")):
             if given is not None and found[axis] != given:
                 raise CompositionError(
-                    f"{self._given(shape, what)}: {label}={given} was given, but the shape holds "
-                    f"{found[axis]} ({_AXES[axis]}); {self._agree(shape, num_heads, head_dim)}"
+                    f"{self._given(shape, what)}: {label}={shown(given)} was given, but the shape "
+                    f"holds {found[axis]} ({_AXES[axis]}); "
+                    f"{self._agree(shape, num_heads, head_dim)}"
                 )
             if found[axis] == 0:
                 raise CompositionError(
@@ -337,7 +338,8 @@ or num_heads
         if count is None or extent % count:
             raise CompositionError(
                 f"{self._given(shape, what)}: its last axis of {extent} does not divide into "
-                f"{label}={count}; change the width to a multiple of {count}, or {label}"
+                f"{label}={shown(count)}; change the width to a multiple of {shown(count)}, "
+                f"or {label}"
             )
         return (count, extent // count) if label == "num_heads" else (extent // count, count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, clipped, show
 __all__ = [
     "IntsLike",
     "check_align",
+    "check_device",
     "check_int",
     "check_ints",
     "check_length",
@@ -100,6 +101,15 @@ def check_align(owner: str, align: object) -> None:
             f"{owner} got align={shown(align)}; it is 'bottom_right' (the last query sees every "
             "key) or 'top_left' (query 0 stands at key 0)"
         )
+
+
+def check_device(device: object) -> None:
+    """Raise `CompositionError` for what torch takes for no device that it has."""
+    try:
+        torch.empty(0, device=cast(Any, device))
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        told = str(error).partition("\n")[0]
+        raise CompositionError(f"device={shown(device)} cannot be used: {told}") from None
 
 
 def check_int(name: str, value: object, minimum: int | None) -> int:

@@ -16,6 +16,7 @@ from attnkit.geometry import Region
 from attnkit.masks.arguments import (
     IntsLike,
     check_align,
+    check_device,
     check_int,
     check_ints,
     check_length,
@@ -351,7 +352,8 @@ class Mask(ABC):
         >>> masks.Causal().materialize(2, 3)[0, 0].int().tolist()
         [[1, 1, 0], [1, 1, 1]]
         """
-        self.check(q_len, kv_len, batch, heads)
+        self.check(q_len, kv_len, check_int("batch", batch, 0), check_int("heads", heads, 0))
+        check_device(device)
         b_count, h_count = self.batches or 1, self.heads or 1
         planes = [
             self._plane(q_len, kv_len, b, h, device) for b in range(b_count) for h in range(h_count)

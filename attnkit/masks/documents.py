@@ -19,6 +19,7 @@ from attnkit.masks.base import (
     IntsLike,
     Mask,
     agree,
+    check_int,
     check_ints,
     check_length,
     check_readable,
@@ -194,6 +195,7 @@ class Documents(Mask):
         >>> [(block.i0, block.i1) for block in Documents([2, 3]).blocks()]
         [(0, 2), (2, 5)]
         """
+        check_int("Documents batch", batch, 0)
         sizes = self.sizes(batch)
         i, j = (list(accumulate(one, initial=0)) for one in zip(*sizes, strict=True))
         parts = (Slice(i0, i1, j0, j1) for i0, i1, j0, j1 in zip(i, i[1:], j, j[1:], strict=False))

@@ -68,6 +68,11 @@ class Slices(Mask):
         """Hold a region, or one region for each batch element."""
         if isinstance(region, Region):
             return cls(_pieces(region), q_len, kv_len)
+        if not isinstance(region, Sequence) or not all(isinstance(r, Region) for r in region):
+            raise CompositionTypeError(
+                f"Slices.of takes a Region, or a list of one for each batch element, got "
+                f"{describe(region)}"
+            )
         return cls(tuple(_pieces(one) for one in region), q_len, kv_len)
 
     @cached_property

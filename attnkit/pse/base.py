@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -132,8 +132,11 @@ class Pse(ABC):
         attnkit.errors.CompositionError: ALiBi(6) was made for 6 heads, but the query has 8; \
 give one slope per query head
         """
-        for name, length in (("q_len", q_len), ("kv_len", kv_len)):
-            if not isinstance(length, int | torch.SymInt) or not 0 <= length <= LARGEST:
+        counts = (("batch", batch), ("heads", heads))
+        said = [(name, count) for name, count in counts if count is not None]
+        for name, length in (("q_len", q_len), ("kv_len", kv_len), *said):
+            plain = isinstance(length, int | torch.SymInt) and not isinstance(length, bool)
+            if not plain or not 0 <= length <= LARGEST:
                 raise CompositionTypeError(
                     f"{self} was asked for {name}={shown(length)}; a length is an int from 0 to "
                     f"{LARGEST}"
@@ -270,6 +273,12 @@ give one slope per query head
             )
         return Sum((self, other))
 
+    def __radd__(self, other: object) -> NoReturn:
+        raise CompositionTypeError(
+            f"{shown(other)} plus a positional bias: both sides of + are biases; wrap a tensor as "
+            "pse.Dense(tensor)"
+        )
+
     def _misfit(self, what: str, own: int, given: int) -> str:
         if what == "heads":
             return f"{self} was made for {own} heads, but the query has {given}"
@@ -281,6 +290,11 @@ class PseRegistry(Registry[type[Pse]]):
 
     def add(self, name: str, entry: type[Pse]) -> type[Pse]:
         """Register a family; its class name must be free too, for `parse`."""
+        if not isinstance(entry, type) or not issubclass(entry, Pse):
+            raise CompositionTypeError(
+                f"{shown(entry)} is no family of positional biases; one is a frozen dataclass that "
+                "derives from pse.Pse"
+            )
         for kind, known in self.items():
             if known.__name__ == entry.__name__:
                 raise CompositionError(

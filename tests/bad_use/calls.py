@@ -155,9 +155,7 @@ def functional() -> Iterator[Case]:
             ("other batch", lambda: masks.Padding([3, 4])),
             ("other heads", lambda: masks.PerHead([masks.Causal()] * 3)),
             ("dense of other size", lambda: masks.Dense.keep(torch.ones(3, 3, dtype=torch.bool))),
-            ("a function that raises", lambda: masks.Predicate(lambda b, h, i, j: 1 // 0)),
             ("a function of floats", lambda: masks.Predicate(lambda b, h, i, j: i + j)),
-            ("a function of two", lambda: masks.Predicate(lambda i, j: i > j)),
         ):
             if call is ak.plan and "function" in told:
                 continue  # a plan asks no function for its cells
@@ -360,7 +358,7 @@ def rotary() -> Iterator[Case]:
     )
     yield from each("Rotary pairing", lambda bad: ak.Rotary(pairing=bad), NOT_A_NAME)
     yield from each("Rotary.dims", turn.dims, NOT_A_COUNT, {"odd": lambda: 3})
-    strange = strange_tensors(1, 6, 2, 8)
+    strange = without(strange_tensors(1, 6, 2, 8), "float8")
     yield from each(
         "Rotary.rotate heads",
         lambda bad: turn.rotate(bad, where),

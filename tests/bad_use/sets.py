@@ -193,7 +193,6 @@ def families() -> Iterator[Case]:
         "floats": lambda: [(0.0, 4, 0, 4, -3, 0)],
         "bools": lambda: [(False, True, 0, 4, -3, 0)],
         "outside": lambda: [(0, 9, 0, 4, -3, 0)],
-        "negative": lambda: [(-1, 4, 0, 4, -3, 0)],
         "a tensor": lambda: torch.zeros(1, 6),
         "an object": Odd,
     }
@@ -345,7 +344,7 @@ def algebra() -> Iterator[Case]:
 
 
 def searches() -> Iterator[Case]:
-    sources = without(NOT_A_MASK, "a function", "a bool tensor", "an array", "a region")
+    sources = without(NOT_A_MASK, "a function", "a family", "a bool tensor", "an array", "a region")
     yield from each(
         "recover source",
         lambda bad: masks.recover(bad, 4, 4),
@@ -445,7 +444,6 @@ def biases() -> Iterator[Case]:
     odd = {
         "rank 0": lambda: torch.tensor(1.0),
         "rank 4": lambda: torch.ones(1, 1, 1, 4),
-        "nan": lambda: torch.full((4,), float("nan")),
     }
     yield from each("KeyBias", pse.KeyBias, NOT_A_TENSOR, without(strange_tensors(4), "meta"), odd)
     yield from each(
