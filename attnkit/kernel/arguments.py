@@ -59,9 +59,9 @@ def plain(name: str, value: Any) -> Any:
         return value
 
 
-def check_tensors_given(function: str, **given: object) -> None:
-    """Raise `KernelContractTypeError` for what is no dense tensor."""
-    for name, value in given.items():
+def check_tensors_given(function: str, *given: tuple[str, object]) -> None:
+    """Raise `KernelContractTypeError` for what is no tensor."""
+    for name, value in given:
         if not isinstance(value, torch.Tensor):
             raise KernelContractTypeError(
                 f"{function} got {name}={shown(value)}, of type {type(value).__name__}; it takes "

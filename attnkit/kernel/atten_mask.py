@@ -93,7 +93,7 @@ class AttenMask:
         With `read`, its content decides whether it is one of the compressed masks; without,
         it is a full mask of unknown content.
         """
-        check_tensors_given("AttenMask.of", tensor=tensor)
+        check_tensors_given("AttenMask.of", ("tensor", tensor))
         shape = tuple(tensor.shape)
         if read and tensor.dtype in (torch.bool, torch.uint8):
             for known in (_CAUSAL, _PREFIX):

@@ -40,7 +40,7 @@ class TensorSpec:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
         """Describe a tensor."""
-        check_tensors_given("TensorSpec.of", tensor=tensor)
+        check_tensors_given("TensorSpec.of", ("tensor", tensor))
         return cls(tuple(tensor.shape), tensor.dtype)
 
     def __str__(self) -> str:

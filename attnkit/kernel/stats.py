@@ -83,7 +83,7 @@ def log_sum_exp(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.T
     >>> log_sum_exp(torch.tensor([0., MASKED]), torch.tensor([1., -MASKED])).tolist()
     [0.0, -inf]
     """
-    check_tensors_given("log_sum_exp", softmax_max=softmax_max, softmax_sum=softmax_sum)
+    check_tensors_given("log_sum_exp", ("softmax_max", softmax_max), ("softmax_sum", softmax_sum))
     empty = (softmax_max <= MASKED) | (softmax_sum == 0)
     return (softmax_max + softmax_sum.log()).masked_fill(empty, float("-inf"))
 
@@ -111,7 +111,7 @@ def merge_partials(
                 f"merge_partials got {name}={shown(listed)}; it takes a list of tensors",
                 ["argument-type"],
             )
-        check_tensors_given("merge_partials", **{f"{name}[{k}]": t for k, t in enumerate(listed)})
+        check_tensors_given("merge_partials", *((f"{name}[{k}]", t) for k, t in enumerate(listed)))
     if not outputs or not len(outputs) == len(maxima) == len(sums):
         raise KernelContractError(
             f"merge_partials got {len(outputs)} outputs, {len(maxima)} maxima and {len(sums)} "
