@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Plan:
     options: Options = field(default_factory=Options)
     second: bool = False
     shrink: bool = True
-    every: int = 0
+    every: int = 1000
 
 
 def one(plan: Plan, index: int, tally: Tally) -> None:
@@ -156,14 +157,14 @@ def _kind(case: Case, backend: str, second: bool, plan: Plan) -> str:
     return kind_of(backend, judge(problem, answer(problem), backend, plan.options.skip))
 
 
-def share(plan: Plan, indices: range) -> Tally:
-    """Run some of the cases in this process; an interrupt ends it with what there is."""
+def share(number: int, plan: Plan, indices: range, stop: Any, told: Any) -> None:
+    """Run some of the cases in this process, and tell what came of them until it is to stop."""
     torch.set_num_threads(1)
-    tally, stop = Tally(), []
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    started = time.perf_counter()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)  # the parent says when
+    tally = Tally()
     for n, index in enumerate(indices):
-        if stop:
+        if stop.is_set():
             break
         try:
             one(plan, index, tally)
@@ -172,11 +173,46 @@ def share(plan: Plan, indices: range) -> Tally:
             tally.wrong.append({"kind": "judge", "index": index, "detail": repr(error), "code": ""})
         if n % 200 == 199:
             gc.collect()
-        if plan.every and n % plan.every == plan.every - 1:
-            spent = (time.perf_counter() - started) / (n + 1)
-            wrong = sum(tally.kinds.values())
-            print(f"{n + 1} cases, {1e3 * spent:.1f} ms each, {wrong} wrong", file=sys.stderr)
-    return tally
+        if n % plan.every == plan.every - 1:
+            told.put((number, tally, False))
+    told.put((number, tally, True))
+
+
+def campaign(plan: Plan, indices: range, processes: int, out: Path | None) -> Tally:
+    """Share the cases among processes; an interrupt ends them all, with their counts."""
+    context = get_context("spawn")
+    stop, told = context.Event(), context.Queue()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: stop.set())
+    parts = [indices[n::processes] for n in range(processes)]
+    workers = [
+        context.Process(target=share, args=(n, plan, part, stop, told), daemon=True)
+        for n, part in enumerate(parts)
+    ]
+    for worker in workers:
+        worker.start()
+    started, latest, left = time.perf_counter(), dict[int, Tally](), set(range(processes))
+    whole = Tally()
+    while left:
+        try:
+            number, tally, done = told.get(timeout=5)
+        except Empty:
+            left = {n for n in left if workers[n].is_alive()}
+            continue
+        latest[number] = tally
+        if done:
+            left.discard(number)
+        whole = Tally()
+        for part in latest.values():
+            whole.add(part)
+        spent = 1e3 * (time.perf_counter() - started) / max(whole.cases, 1)
+        wrong = sum(whole.kinds.values())
+        print(f"{whole.cases} cases, {spent:.1f} ms each, {wrong} wrong", file=sys.stderr)
+        if out is not None:
+            out.write_text(json.dumps(asdict(whole), indent=1))
+    if whole.cases < len(indices):
+        print(f"{len(indices) - whole.cases} cases were not run")
+    return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--skip", default="", help="features left out: garbage,softcap,scale,lse,lowest,pairs,max"
     )
-    parser.add_argument("--every", type=int, default=1000, help="how often progress is told")
+    parser.add_argument("--every", type=int, default=500, help="how often progress is told")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts and mismatches")
     given = parser.parse_args(arguments)
     skip = frozenset(given.skip.split(",")) if given.skip else frozenset()
@@ -205,23 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         not given.no_shrink,
         given.every,
     )
-    stop = given.start + given.count
-    jobs = [(plan, range(given.start + n, stop, given.processes)) for n in range(given.processes)]
-    tally = Tally()
-    if given.processes == 1:
-        tally.add(share(*jobs[0]))
-    else:
-        with get_context("spawn").Pool(given.processes) as pool:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers end, and their counts come
-            for part in pool.starmap(share, jobs, chunksize=1):
-                tally.add(part)
+    indices = range(given.start, given.start + given.count)
+    tally = campaign(plan, indices, given.processes, given.out)
     for entry in tally.wrong:
         print(
             f"--- {entry['kind']}  (index {entry['index']})\n{entry['detail']}\n{entry['code']}\n"
         )
     print(tally.report())
-    if given.out:
-        told = {"cases": tally.cases, "outcomes": tally.outcomes, "codes": tally.codes,
-                "kinds": tally.kinds, "wrong": tally.wrong}  # fmt: skip
-        given.out.write_text(json.dumps(told, indent=1))
     return 1 if tally.wrong else 0
