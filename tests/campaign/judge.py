@@ -214,7 +214,7 @@ def judge(
         detached = ""
         if case.lse:
             lse = values["lse"]
-            if lse.requires_grad or not built.leaves:
+            if lse.requires_grad or not bool(lse.isfinite().any()):
                 loss = loss + (lse.masked_fill(lse == -torch.inf, 0.0) * built.dlse).sum()
             else:
                 detached = "lse carries no gradient, and nothing said so"

@@ -564,6 +564,10 @@ def _bounds(
         cell = ((factor if before else 1.0) * (slopes_off + eps * slopes)).clamp(max=1e300)
         name = f"dbias{n}"
         bounds[name] = _to_tensor(case, part, cell) + eps * values[name].abs() + least
+        if part.tensor is not None and "LearnableALiBi" in repr(part.spec):
+            # A distance may be computed as two positions, whose parts are rounded apart.
+            far = sum(_longest(case))
+            bounds[name] = bounds[name] + unit * far * slopes.sum((0, 2, 3))
     return bounds
 
 

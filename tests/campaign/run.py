@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -209,7 +209,7 @@ def campaign(plan: Plan, indices: range, processes: int, out: Path | None) -> Ta
         wrong = sum(whole.kinds.values())
         print(f"{whole.cases} cases, {spent:.1f} ms each, {wrong} wrong", file=sys.stderr)
         if out is not None:
-            out.write_text(json.dumps(asdict(whole), indent=1))
+            out.write_text(json.dumps(vars(whole), indent=1))
     if whole.cases < len(indices):
         print(f"{len(indices) - whole.cases} cases were not run")
     return whole
