@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from attnkit.errors import KernelContractTypeError, shown
 
@@ -22,7 +23,6 @@ __all__ = [
     "INTEGERS",
     "LISTS",
     "TEXTS",
-    "brief",
     "check_count",
     "check_tensors_given",
     "fits_int64",
