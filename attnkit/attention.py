@@ -28,8 +28,6 @@ _MOST_PLANS = 16
 # Of a module, which makes tensors of its sizes.
 _LARGEST_SIZE = 1 << 20
 
-_MOST = 2**31 - 1  # heads, or numbers of one
-
 
 class Attention(nn.Module):
     """Scaled dot-product attention as composed: ``softmax(scale * q.k + bias) @ v`` on the mask.
@@ -81,8 +79,8 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.num_heads = _count("num_heads", num_heads)
-        self.head_dim = _count("head_dim", head_dim)
+        self.num_heads = _check_size("num_heads", num_heads)
+        self.head_dim = _check_size("head_dim", head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.num_kv_heads = _check_size("num_kv_heads", kv_heads)
         if num_heads % self.num_kv_heads:
@@ -324,20 +322,13 @@ class Attention(nn.Module):
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
 
-def _count(name: str, value: object) -> int:
-    count = check_int(name, value, 1)
-    if count > _MOST:
-        raise CompositionError(f"{name}={count} is too large; it is at most {_MOST}")
-    return count
-
-
 def _known_types(query: object, key: object, value: object, mask: object, seqlens: object) -> bool:
     """Return whether arguments are what they are declared to be; else reading them tells."""
     return (
         isinstance(query, Tensor)
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
-        and not (query.is_nested or key.is_nested or value.is_nested)  # these have no shape
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and (mask is None or isinstance(mask, Mask))
         and (seqlens is None or isinstance(seqlens, SeqLens))
     )
@@ -506,7 +497,6 @@ def plan(
     """
     _check_backend_name(backend)
     composition = _composition(mask, pse, layout, scale, dropout, softcap)
-    _check_backend(backend, composition)
     request = read_request(
         composition,
         query,

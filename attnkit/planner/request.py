@@ -120,9 +120,6 @@ class Composition:
             _refuse_number("dropout", number, "at least 0 and below 1: the share that is dropped")
 
 
-_MOST_BITS = 1_000  # of an int that a float can hold
-
-
 def _number(name: str, value: object) -> float | None:
     if value is None:
         return None
@@ -130,9 +127,10 @@ def _number(name: str, value: object) -> float | None:
         raise CompositionTypeError(
             f"{name}={shown(value)} is of type {type(value).__name__}; it must be an int or float"
         )
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return math.inf if value > 0 else -math.inf  # no float holds it, and nobody prints it
-    return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _refuse_number(name: str, value: float | None, rule: str) -> NoReturn:
@@ -280,11 +278,7 @@ def read_request(
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise CompositionTypeError(
-                f"{name} is a {type(tensor).__name__}; attention takes torch tensors"
-            )
-        _check_dense(name, tensor)
+        check_tensor(name, tensor)
     told = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in named)
     if query.dtype not in FLOATS:
         raise CompositionTypeError(
@@ -295,15 +289,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise CompositionTypeError(f"{told}: the dtypes differ; cast them to one dtype first")
     if not query.device == key.device == value.device:
         raise CompositionError(f"{told}: the devices differ; move them to one device first")
-
-
-def _check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise CompositionTypeError(
-            f"{name} is a {kind} tensor; attention takes dense ones (to_dense(), "
-            "to_padded_tensor(), or layout TND with seqlens for texts of unequal length)"
-        )
 
 
 def _check_carried(
@@ -320,7 +305,6 @@ def _check_carried(
                 f"sink is of type {sink.dtype}; it must be a floating tensor [{heads}], one logit "
                 "per query head"
             )
-        _check_dense("sink", sink)
         if tuple(sink.shape) != (heads,):
             raise CompositionError(
                 f"sink {list(sink.shape)}: a sink is one logit per query head, [{heads}] here"
