@@ -64,9 +64,9 @@ def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
     so on; none is returned where that takes more than `MOST_WINDOWS`.
 
     >>> from attnkit.geometry import Slice
-    >>> odd = [Piece(0, Slice(0, 4, 0, 9, k, k + 1)) for k in range(5)]
-    >>> [len(some) for some in group(odd)]
-    [5]
+    >>> squares = [Piece(0, Slice(k, k + 2, k, k + 2)) for k in (0, 2, 4)]
+    >>> [window.mode for window, _ in group(squares)[0]]
+    [None]
     """
     alike: dict[tuple[int, int, int | None, int | None], list[int]] = {}
     for k, piece in enumerate(pieces):
