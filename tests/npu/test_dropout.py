@@ -11,7 +11,6 @@ import torch
 import attnkit as ak
 from attnkit import layouts
 from attnkit.backends import Ascend
-from attnkit.backends.fused import CallTensors
 from attnkit.kernel import KernelCall, dropout_mask
 from attnkit.kernel.dropout import read_bits
 from tests.npu.compare import difference
@@ -64,9 +63,7 @@ def test_a_number_that_a_merged_backward_loses_is_seen(part: str, monkeypatch: p
     """Planted: the grad calls are given 0 in its place."""
     run, planted = Ascend.backward, []
 
-    def faulty(
-        self: Ascend, call: KernelCall, tensors: CallTensors, dy: torch.Tensor, merged: Any
-    ) -> Any:
+    def faulty(self: Ascend, call: KernelCall, tensors: Any, dy: torch.Tensor, merged: Any) -> Any:
         seed, offset, numels = merged.random
         planted.append(part)
         random = (0, offset, numels) if part == "seed" else (seed, 0, numels)

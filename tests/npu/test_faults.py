@@ -11,52 +11,50 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from attnkit import masks
 from attnkit.backends import Ascend
-from attnkit.backends.fused import CallTensors
 from attnkit.kernel import KernelCall
 from tests.npu.compare import check
 from tests.npu.compositions import Case, by_name
 
-Fault = Callable[[KernelCall, CallTensors], tuple[KernelCall, CallTensors]]
+Tensors = dict[str, torch.Tensor | None]
+Fault = Callable[[KernelCall, Tensors], tuple[KernelCall, Tensors]]
 
 
-def scale_is_off(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+def scale_is_off(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     return replace(call, scale=1.01 * call.scale), tensors
 
 
-def mask_is_inverted(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
-    assert tensors.atten_mask is not None
-    return call, tensors._replace(atten_mask=tensors.atten_mask.logical_not())
+def mask_is_inverted(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
+    mask = tensors["atten_mask"]
+    assert mask is not None
+    return call, {**tensors, "atten_mask": mask.logical_not()}
 
 
-def window_is_longer(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+def window_is_longer(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     return replace(call, pre_tokens=call.pre_tokens + 1), tensors
 
 
-def window_is_shorter(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+def window_is_shorter(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     return replace(call, pre_tokens=call.pre_tokens - 1), tensors
 
 
-def causal_is_top_left(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
+def causal_is_top_left(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     return replace(call, sparse_mode=2), tensors
 
 
-def mask_is_left_out(call: KernelCall, tensors: CallTensors) -> tuple[KernelCall, CallTensors]:
-    return replace(call, atten_mask=None, sparse_mode=0), tensors._replace(atten_mask=None)
+def mask_is_left_out(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
+    return replace(call, atten_mask=None, sparse_mode=0), {**tensors, "atten_mask": None}
 
 
-def bias_is_before_the_scale(
-    call: KernelCall, tensors: CallTensors
-) -> tuple[KernelCall, CallTensors]:
+def bias_is_before_the_scale(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     assert call.pse_type == 0
     return replace(call, pse_type=1), tensors
 
 
-def empty_rows_are_left_to_chance(
-    call: KernelCall, tensors: CallTensors
-) -> tuple[KernelCall, CallTensors]:
+def empty_rows_are_left_to_chance(call: KernelCall, tensors: Tensors) -> tuple[KernelCall, Tensors]:
     assert call.inner_precise == 2
     return replace(call, inner_precise=0), tensors
 
@@ -88,14 +86,18 @@ PLANTED = (
 )
 def test_is_seen(name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch):
     case = HOLED if name == HOLED.name else by_name(name)
-    launch, planted = Ascend.launch, []
+    forward, backward, planted = Ascend.forward, Ascend.backward, []
     check(case)
 
-    def faulty(self: Ascend, call: KernelCall, tensors: CallTensors) -> Any:
+    def faulty(self: Ascend, call: KernelCall, tensors: Tensors) -> Any:
         planted.append(fault.__name__)
-        return launch(self, *fault(call, tensors))
+        return forward(self, *fault(call, tensors))
 
-    monkeypatch.setattr(Ascend, "launch", faulty)
+    def faulty_grad(self: Ascend, call: KernelCall, tensors: Tensors, *rest: Any) -> Any:
+        return backward(self, *fault(call, tensors), *rest)
+
+    monkeypatch.setattr(Ascend, "forward", faulty)
+    monkeypatch.setattr(Ascend, "backward", faulty_grad)
     # Wrong numbers, or arguments that the kernel's contract forbids.
     with pytest.raises((AssertionError, RuntimeError), match=r"is off by|contract"):
         check(case)
