@@ -101,7 +101,7 @@ def whole(problem: Problem, crosses: bool, dtype: torch.dtype) -> Tensor:
 
     def heads(t: Tensor, name: str) -> Tensor:
         projected = t @ w[name].T
-        return projected.reshape(*t.shape[:2], -1, case.dim).transpose(1, 2)
+        return projected.unflatten(-1, (w[name].shape[0] // case.dim, case.dim)).transpose(1, 2)
 
     sink = problem.given.sink
     found = attend(

@@ -28,24 +28,27 @@ from tests.campaign.run import Tally, one
 def test_nothing_is_wrong(backend: str) -> None:
     tally = Tally()
     work = Work(11, (backend,), Options(largest=130), second=True, shrink=False)
-    for index in range(80):
+    for index in range(50):
         one(work, index, tally)
     assert not tally.wrong, tally.report()
     # A backend that refuses everything would be right, too.
-    assert tally.outcomes[f"{backend}: agrees"] > 25, tally.report()
+    assert tally.outcomes[f"{backend}: agrees"] > 15, tally.report()
 
 
 def test_decoding_is_right_or_refused() -> None:
     outcomes = []
     for index in range(40):
-        verdict = judge_decoding(draw_decoding(11, index), "auto")
+        decoding = draw_decoding(11, index)
+        if not decoding.steps:
+            continue
+        verdict = judge_decoding(decoding, "auto")
         assert not verdict.wrong, (index, verdict)
         outcomes.append(verdict.outcome)
     assert outcomes.count("agrees") > 8
 
 
 def test_compiled_modules_compute_the_same() -> None:
-    for index in range(3):
+    for index in range(2):
         problem = Problem.of(draw(11, index, COMPILED))
         verdict = judge_compiled(problem, "tiled")
         assert verdict.outcome == "agrees", (problem.case, verdict)
