@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnkit.backends.base import BACKENDS, AttentionOutput, Operands, Stats, stats_dtype
 from attnkit.backends.rebind import rebound
@@ -90,9 +91,13 @@ def run_number(number: int, leaves: list[Any], drops: bool, return_stats: bool) 
 
 
 @contextmanager
-def _uncast(device: torch.device) -> Iterator[None]:
-    """Compute in the dtype of the tensors: autocast does not reach inside."""
-    with torch.autocast(device.type, enabled=False):
+def _alone(device: torch.device) -> Iterator[None]:
+    """Compute in the dtype of the tensors, and unseen: neither autocast nor modes reach inside.
+
+    The first run of a graph has a mode of the compiler's around it, under which `torch.vmap`
+    (which asks functions for their cells) does not work.
+    """
+    with torch.autocast(device.type, enabled=False), _disable_current_modes():
         yield
 
 
@@ -109,7 +114,7 @@ def _forward(
     held = _held(number)
     backend = BACKENDS[held.plan.backend]
     operands = Operands.of(held.pse, (query, key, value, sink, *carried))
-    with _uncast(query.device):
+    with _alone(query.device):
         output, stats = backend.compute(held.plan, operands, seed)
         output, nothing = output.contiguous(), output.new_empty(0)
         lse = stats.lse.contiguous() if return_stats or backend.saves_lse else nothing
@@ -134,7 +139,7 @@ def _backward(
     held = _held(number)
     backend = BACKENDS[held.plan.backend]
     operands = Operands.of(held.pse, (query, key, value, sink, *carried))
-    with _uncast(query.device):
+    with _alone(query.device):
         found = backend.gradients(
             held.plan, operands, seed, (output, lse), (grad, grad_lse), tuple(wanted)
         )

@@ -606,7 +606,8 @@ def test_both_sides_of_a_mask_of_unknown_cells_are_refused() -> None:
 
 
 def test_a_scale_of_zero_leaves_no_channel() -> None:
-    assert "channels-scale" in refused(alibi(), CAUSAL, scale=0.0)
+    for scale in (0.0, 1e-320, -1e-300):
+        assert "channels-scale" in refused(alibi(), CAUSAL, scale=scale)
 
 
 def test_tables_that_count_from_different_ends_are_refused(planned: Callable[..., Plan]) -> None:
