@@ -99,5 +99,6 @@ def launch_grad(
     op = getattr(torch.ops.npu if ops is None else ops, version.grad_op)
     out = op(**_installed(op, version.grad_op, {**values, **extra}))
     # Releases differ in how many gradients they return; the first four have always been these.
-    last = version.grad_outputs.index("dsink")
-    return Gradients(out[0], out[1], out[2], out[3], out[last] if len(out) > last else None)
+    # Without a sink the op returns an empty tensor in its place, or nothing.
+    sink = None if call.sink is None else out[version.grad_outputs.index("dsink")]
+    return Gradients(out[0], out[1], out[2], out[3], sink)

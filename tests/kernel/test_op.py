@@ -588,7 +588,7 @@ def test_the_grad_op_is_called_with_its_own_names():
         {"dy": tensors_["query"], "seed": 7},
         ops=SimpleNamespace(npu_fusion_attention_grad=op),
     )
-    assert tuple(grads) == (1, 2, 3, 4, 5)
+    assert tuple(grads) == (1, 2, 3, 4, None)
     assert op.arguments["scale_value"] == 0.5
     assert op.arguments["seed"] == 7
     op.result = (1, 2, 3, 4)
@@ -601,6 +601,12 @@ def test_the_grad_op_is_called_with_its_own_names():
         call(), tensors_, {"dy": 0}, ops=SimpleNamespace(npu_fusion_attention_grad=op)
     )
     assert grads.sink is None
+    op.result = (1, 2, 3, 4, 5)
+    op.default._schema.arguments.append(SimpleNamespace(name="sink"))
+    sinking = call(sink=TensorSpec((4,), torch.float32))
+    tensors_["sink"] = torch.zeros(4)
+    grads = launch_grad(sinking, tensors_, {}, ops=SimpleNamespace(npu_fusion_attention_grad=op))
+    assert grads.sink == 5
 
 
 # -- the record --------------------------------------------------------------------------
