@@ -198,16 +198,20 @@ def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def reached(*names: str) -> Iterator[None]:
+    """Let operators reach parts of torch that it leaves out inside of an operator."""
+    with torch._C._PreserveDispatchKeyGuard():
+        for name in names:
+            key = getattr(torch._C.DispatchKey, name)
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
+@contextmanager
 def recorded() -> Iterator[None]:
-    """Record gradients inside an operator, where torch leaves its recorder out of the way."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    was = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
+    """Record gradients, inside of an operator, too."""
+    with reached("AutogradFunctionality"), torch.enable_grad():
+        yield
 
 
 BACKENDS = cast("Registry[Backend]", RUNNERS)

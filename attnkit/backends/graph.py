@@ -16,9 +16,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from attnkit.backends.base import BACKENDS, AttentionOutput, Operands, Stats, stats_dtype
+from attnkit.backends.base import BACKENDS, AttentionOutput, Operands, Stats, reached, stats_dtype
 from attnkit.backends.rebind import rebound
 from attnkit.errors import BackendRefused, CompositionError, Refusal
 from attnkit.planner import Plan
@@ -90,14 +89,22 @@ def run_number(number: int, leaves: list[Any], drops: bool, return_stats: bool) 
     return AttentionOutput(output, Stats(lse, peak))
 
 
+_TRANSFORMS = (
+    "FuncTorchBatched",
+    "FuncTorchBatchedDecomposition",
+    "FuncTorchDynamicLayerBackMode",
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchVmapMode",
+)
+
+
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """Compute in the dtype of the tensors, and unseen: neither autocast nor modes reach inside.
+    """Compute in the dtype of the tensors, as autocast does not reach inside.
 
-    The first run of a graph has a mode of the compiler's around it, under which `torch.vmap`
-    (which asks functions for their cells) does not work.
+    `torch.vmap` does: it asks the functions of masks for their cells.
     """
-    with torch.autocast(device.type, enabled=False), _disable_current_modes():
+    with torch.autocast(device.type, enabled=False), reached(*_TRANSFORMS):
         yield
 
 
