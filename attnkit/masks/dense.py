@@ -75,7 +75,7 @@ class Dense(Mask):
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:
         """Build from a tensor where True marks an allowed cell."""
-        return cls(_pack(_boolean(tensor, "keep")))
+        return cls(_pack(_held(_boolean(tensor, "keep"))))
 
     @classmethod
     def drop(cls, tensor: torch.Tensor) -> Dense:
@@ -85,7 +85,7 @@ class Dense(Mask):
         >>> Dense.drop(torch.tensor([[False, True]])).region(1, 2).area
         1
         """
-        return cls(_pack(~_boolean(tensor, "drop")))
+        return cls(_pack(~_held(_boolean(tensor, "drop"))))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
@@ -173,10 +173,15 @@ def _boolean(tensor: object, name: str) -> torch.Tensor:
             f"Dense.{name} got shape {tuple(tensor.shape)}, which holds no score matrix; give at "
             "least one batch element and head"
         )
+    return tensor
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that a dense mask may hold; nothing is allocated before."""
     if tensor.numel() > _MOST_CELLS:
         raise CompositionError(
-            f"Dense.{name} got shape {tuple(tensor.shape)}, which is {tensor.numel()} cells; a "
-            f"dense mask holds at most {_MOST_CELLS} (name its parts, or give masks.Predicate)"
+            f"a dense mask of shape {tuple(tensor.shape)} would have {tensor.numel()} cells; it "
+            f"holds at most {_MOST_CELLS} (name its parts, or give masks.Predicate)"
         )
     return tensor
 
