@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "numpy": (
         lambda: ak.Attention(4, 8)(np.zeros((2, 6, 4, 8)), x(), x()),
         CompositionTypeError,
-        r"query is a ndarray; attention takes torch tensors",
+        r"query is a ndarray; give a torch tensor",
     ),
     "packed without lengths": (
         lambda: ak.attention(*(x(6, 4, 8) for _ in "qkv"), layout="TND"),
@@ -253,7 +253,7 @@ _number("dropout", -1e-320, ak.CompositionError, r"out of range")
 _number("dropout", float("nan"), ak.CompositionError, r"out of range")
 _number("dropout", True, CompositionTypeError, r"dropout=True is of type bool")
 _number("dropout", None, ak.CompositionError, r"dropout=None is out of range")
-_number("softcap", 0, ak.CompositionError, r"softcap=0 is out of range.*above 0")
+_number("softcap", 0, ak.CompositionError, r"softcap=0.0 is out of range.*above 0")
 _number("softcap", float("inf"), ak.CompositionError, r"softcap=inf is out of range")
 
 

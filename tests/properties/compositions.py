@@ -84,7 +84,7 @@ class Case:
             "output": found.output.detach(),
             "max": found.stats.max,
             "sum": found.stats.sum,
-            "lse": found.stats.lse,
+            "lse": found.stats.lse.detach(),
             **dict(zip(names, grads, strict=False)),
         }
 
