@@ -273,7 +273,10 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         ),
         (["plan", "--config", "packed.yaml", "--lengths", "9" * 30], "is no list of lengths"),
         (["plan", "--config", "packed.yaml", "--lengths", "1," * 9_999 + "1"], "at most 4,096"),
-        (["plan", "--config", "wide.yaml", "--q-len", "2147483647"], "num_heads=2147483647; it is at most 1,048,576"),
+        (
+            ["plan", "--config", "wide.yaml", "--q-len", "2147483647"],
+            "num_heads=2147483647; it is at most 1,048,576",
+        ),
         (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "folder"], "with its format"),
         (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "folder.png"], "a directory"),
         (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "no/a.png"], "no directory"),

@@ -53,8 +53,9 @@ def test_one_graph_computes_the_same(name: str, backend: str) -> None:
     how = LAYERS[name]()
     if backend == "emulated" and ("soft-cap" in name or "matrix" in name):
         return  # what the fused kernel does not have is refused when the layer is built
-    layer = ak.Attention(4, 8, num_kv_heads=2, backend=backend, **how)
-    q, k = inputs(2, 32, 4, 8), inputs(2, 32, 2, 8, seed=1)
+    layer = ak.Attention(4, 8, num_kv_heads=2, backend=backend, **how).double()
+    wide = {"dtype": torch.float64}
+    q, k = inputs(2, 32, 4, 8, **wide), inputs(2, 32, 2, 8, seed=1, **wide)
 
     def call(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         found = layer(2 * q, k, k, return_stats=True)

@@ -73,7 +73,8 @@ def without_unseen(request: Request, key: Tensor, value: Tensor) -> tuple[Tensor
     unseen = unseen_keys(request, key.device)
     if unseen is None:
         return key, value
-    return key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+    # A clone keeps the strides, so that compiled kernels need no second version.
+    return key.clone().masked_fill_(unseen, 0.0), value.clone().masked_fill_(unseen, 0.0)
 
 
 def cleared(request: Request, operands: Operands) -> Operands:
