@@ -179,7 +179,7 @@ def test_the_log_sum_exp_is_refused_when_looked_at() -> None:
     x = tensors()[0]
     found = ak.attention(x, x, x, backend="flex", return_stats=True)
     for look in ("sum", "lse"):
-        with pytest.raises(ak.BackendRefused, match="does not return the log-sum-exp.*'tiled'"):
+        with pytest.raises(ak.BackendRefused, match=r"does not return the log-sum-exp.*'tiled'"):
             getattr(found.stats, look)
     meant = ak.attention(x, x, x, backend="reference", return_stats=True)
     torch.testing.assert_close(found.stats.max, meant.stats.max)
