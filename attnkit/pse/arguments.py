@@ -52,7 +52,7 @@ def check_tensor(owner: str, tensor: Tensor) -> None:
         )
 
 
-def check_floating(owner: str, dtype: object) -> None:
+def check_floating(owner: object, dtype: object) -> None:
     """Raise `CompositionTypeError` unless a bias can be materialised as this dtype."""
     if dtype not in FLOATING:
         raise CompositionTypeError(

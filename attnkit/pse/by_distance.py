@@ -90,7 +90,7 @@ class ByDistance(Pse):
     ) -> Tensor:
         """Return the cells of a rectangle; no other cell is made."""
         self.check(q_len, kv_len, batch, heads)
-        check_floating(str(self), dtype)
+        check_floating(self, dtype)
         where = self.tensors[0].device if self.tensors else device
         query = torch.arange(*q_range, device=where) + self.offset(q_len, kv_len)
         distance = torch.arange(*kv_range, device=where) - query[:, None]

@@ -156,7 +156,7 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
                 f"pse.{self} is on {self.tensor.device}, the scores are on {device}; move it once, "
                 "where the model is built"
             )
-        check_floating(str(self), dtype)
+        check_floating(self, dtype)
         bias = self.tensor[(None,) * (4 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]

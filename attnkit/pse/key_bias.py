@@ -134,7 +134,7 @@ class KeyBias(Pse):
     ) -> Tensor:
         """Return the tensor, each row the same: a view, unless `dtype` asks for a cast."""
         self.check(q_len, kv_len, batch, heads)
-        check_floating(str(self), dtype)
+        check_floating(self, dtype)
         bias = self.tensor[(None,) * (3 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]
