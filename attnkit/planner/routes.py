@@ -70,13 +70,13 @@ _MOST_DIMS = 768
 _MOST_LEVELS = 20
 _MOST_ANCHORS = 16
 _ANCHORED = 128  # positions that share an anchor, where these are not too many
-# The scale from which on biases in the thousands (float16: in the hundreds) are numbers of the
-# dtype when they are divided by it.
-_LEAST_SCALE = {
-    torch.float16: 2.0**-10,
-    torch.bfloat16: 1e-30,
-    torch.float32: 1e-30,
-    torch.float64: 1e-290,
+# The scales by which biases in the thousands (float16: in the hundreds) can be divided, and times
+# which gradients of channels come back, and stay numbers of the dtype.
+_SCALES = {
+    torch.float16: (2.0**-10, 4.0),
+    torch.bfloat16: (1e-30, 1e30),
+    torch.float32: (1e-30, 1e30),
+    torch.float64: (1e-290, 1e290),
 }
 # The kernel sums channels in float32, so a score is rounded to 2**-24 of the largest product,
 # slope * position, where a distance of its own would be exact. For slopes up to 1/2 that is
@@ -285,11 +285,11 @@ def structure_of(request: Request, parts: tuple[int, ...]) -> Structure | None:
 
 def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
     """Return addends as channels (stepped ones without their span yet), or why they are none."""
-    least = _LEAST_SCALE[request.dtype]
-    if abs(request.scale) < least:
+    least, most = _SCALES[request.dtype]
+    if not least <= abs(request.scale) <= most:
         reason = (
-            f"channels hold the bias over the scale, and over scale={request.scale:g} a bias soon "
-            f"leaves {request.dtype}; from {least:g} on it does not"
+            f"channels hold the bias over the scale, and with scale={request.scale:g} it or its "
+            f"gradient soon leaves {request.dtype}; from {least:g} to {most:g} it does not"
         )
         return Refusal("channels-scale", reason, "channels")
     low = request.dtype.itemsize == 2

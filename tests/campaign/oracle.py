@@ -503,6 +503,11 @@ def _bounds(
     scores = found.scores.masked_fill(~cells, 0.0)
     off = unit * (inside + outside + scores.abs()) + least
     slope, slope_off = 1.0, 0.0
+    counted = 0.0
+    if any("ALiBi" in repr(part.spec) for part in problem.addends) and outside.numel():
+        # A distance may be computed as two positions, in float16 down to its smallest number.
+        counted = 4 * stat * outside.amax((-2, -1), keepdim=True)
+        counted = counted + (2**-16 if case.dtype == "float16" else 0.0)
     if case.softcap is not None:
         cap = case.softcap
         off = (unit * inside).clamp(max=2 * cap) + unit * (outside + cap + scores.abs()) + least
@@ -510,7 +515,7 @@ def _bounds(
         bent = torch.tanh(case.factor * dots / cap)
         slope = (1 - bent * bent).clamp(min=0.0)
         slope_off = (2 * unit * inside / cap + unit).clamp(max=1.0)
-    off = off.masked_fill(~cells, 0.0)
+    off = (off + counted).masked_fill(~cells, 0.0)
     row = off.amax(-1) if off.shape[-1] else off.sum(-1)
     if given.sink is not None:
         row = torch.maximum(row, unit * leaves["dsink"].detach().abs()[:, None])
@@ -523,7 +528,8 @@ def _bounds(
     weight_off = (raised * -torch.expm1(-change) + unit * weights + least).masked_fill(~cells, 0.0)
     bounds = {
         "output": weight_off @ values_ + unit * (weights @ values_) + least,
-        "lse": row + stat * (finite.abs() + 1),
+        # In 16 bits torch's own kernel takes exponentials to about 2**-14.
+        "lse": row + stat * (finite.abs() + 1) + (2**-13 if info.bits == 16 else 0.0),
         "max": row + stat * finite.abs() + stat,
     }
     dy = given.dy.double()

@@ -606,8 +606,12 @@ def test_both_sides_of_a_mask_of_unknown_cells_are_refused() -> None:
 
 
 def test_a_scale_of_zero_leaves_no_channel() -> None:
-    for scale in (0.0, 1e-320, -1e-300):
+    for scale in (0.0, 1e-320, -1e-300, 1e300):
         assert "channels-scale" in refused(alibi(), CAUSAL, scale=scale)
+    for dtype, outside in ((torch.float16, 1e-4), (torch.float16, 1e4), (torch.float32, 1e-31)):
+        x = torch.randn(1, 6, 2, 4, dtype=dtype, requires_grad=True)
+        with pytest.raises(ak.BackendRefused, match="channels hold the bias over the scale"):
+            ak.plan(x, x, x, pse=pse.ALiBi(2, learnable=True), scale=outside, backend="emulated")
 
 
 def test_tables_that_count_from_different_ends_are_refused(planned: Callable[..., Plan]) -> None:
