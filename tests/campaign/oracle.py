@@ -504,9 +504,10 @@ def _bounds(
     off = unit * (inside + outside + scores.abs()) + least
     slope, slope_off = 1.0, 0.0
     counted = 0.0
-    if any("ALiBi" in repr(part.spec) for part in problem.addends) and outside.numel():
+    if any("ALiBi" in repr(part.spec) for part in problem.addends) and inside.numel():
         # A distance may be computed as two positions, in float16 down to its smallest number.
-        counted = 4 * stat * outside.amax((-2, -1), keepdim=True)
+        sizes = (outside + torch.zeros_like(inside)).amax((-2, -1), keepdim=True)
+        counted = 4 * stat * sizes
         counted = counted + (2**-16 if case.dtype == "float16" else 0.0)
     if case.softcap is not None:
         cap = case.softcap
