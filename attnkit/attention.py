@@ -36,8 +36,8 @@ class Attention(nn.Module):
     key and value alike with `num_kv_heads` heads, any of float64, float32, float16, bfloat16.
     The output has the query's layout and dtype, and the value's head size. Tensors of torch's
     `scaled_dot_product_attention` are ``[b n s d]``: say ``layout="BNSD"``. A wrong layout is told
-    wherever sizes differ from `num_heads` and `head_dim`; `attention` reads these off the shapes, and
-    can only doubt them, in `explain`.
+    wherever sizes differ from `num_heads` and `head_dim`; `attention` reads these off the shapes,
+    and can only doubt them, in `explain`.
 
     - `mask`: which cells take part (`attnkit.masks`); default all.
     - `pse`: what is added to the scores (`attnkit.pse`); default nothing. Its tensors belong

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnkit.backends.base import Operands, stats_dtype
 from attnkit.backends.form import form
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
+from attnkit.geometry import Region, Slice
 from attnkit.planner import Request
 
 __all__ = ["derivatives", "maxima"]
@@ -41,32 +42,41 @@ class Rows(NamedTuple):
 
 
 def row_blocks(request: Request, operands: Operands) -> Iterator[Rows]:
-    """Yield blocks of rows, each with the keys that it may see."""
+    """Yield blocks of rows, each with the keys that it may see, of about `_CELLS` scores."""
     packed = request.seqlens is not None
     for b in range(request.batch) if packed else (None,):
         whole = matrix_of(request, operands, b)
-        rows, keys = whole.query.shape[2], whole.key.shape[2]
-        width = keys * whole.query.shape[0] * request.num_heads
-        height = max(1, _CELLS // max(width, 1))
-        for start in range(0, rows, height):
+        row = request.token_starts[0][b] if b is not None else 0
+        count, rows = whole.query.shape[0] * request.num_heads, whole.query.shape[2]
+        outers, start = _outers(whole), 0
+        while start < rows:
+            height = max(1, _CELLS // max(1, whole.key.shape[2] * count))
+            keys = _seen(outers, start, min(start + height, rows))
+            while start + height < rows:  # few keys are seen: more rows go together
+                more = _seen(outers, start, min(start + 2 * height, rows))
+                if 2 * height * (more[1] - more[0]) * count > _CELLS:
+                    break
+                height, keys = 2 * height, more
             stop = min(start + height, rows)
-            part = whole.rectangle((start, stop), _seen(whole, start, stop))
-            yield Rows(part, request.token_starts[0][b] if b is not None else 0, start, stop)
+            yield Rows(whole.rectangle((start, stop), keys), row, start, stop)
+            start = stop
 
 
-def _seen(one: Matrix, start: int, stop: int) -> tuple[int, int]:
-    """Return the range of keys that some row of a block sees, in any matrix."""
-    q_len, kv_len = one.query.shape[2], one.key.shape[2]
-    mask = one.mask
+def _outers(one: Matrix) -> list[Region]:
+    """Return regions that hold all that is allowed, of every batch element and head."""
+    mask, sizes = one.mask, (one.query.shape[2], one.key.shape[2])
     batches = range(mask.batches or 1) if one.sequence is None else (one.sequence,)
-    bounds = [
-        mask.enclosure(q_len, kv_len, b if mask.batches else 0, h)
-        .outer.cut((start, stop), (0, kv_len))
-        .bounds
+    return [
+        mask.enclosure(*sizes, b if mask.batches else 0, h).outer
         for b in batches
         for h in range(mask.heads or 1)
     ]
-    boxes = [box for box in bounds if box is not None]
+
+
+def _seen(outers: Sequence[Region], start: int, stop: int) -> tuple[int, int]:
+    """Return the range of keys that some row of a block sees."""
+    band = Slice(start, stop, 0, max((box.j1 for o in outers if (box := o.bounds)), default=0))
+    boxes = [box for o in outers if (box := (o & Region.of(band)).bounds) is not None]
     return min((k.j0 for k in boxes), default=0), max((k.j1 for k in boxes), default=0)
 
 
