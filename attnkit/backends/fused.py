@@ -24,7 +24,8 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, run_merged, run_single, steps_of
+from attnkit.backends.merged import Answer, run_merged, steps_of
+from attnkit.backends.single import run_single
 from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
 from attnkit.errors import Refusal

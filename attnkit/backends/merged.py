@@ -18,7 +18,7 @@ logit's gradient is the sum of those of its scores, which over one row is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, islice
@@ -31,13 +31,11 @@ from torch import Tensor
 from attnkit.constants import constant
 from attnkit.first_order import first_order
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
-from attnkit.kernel.operands import by_head
-from attnkit.kernel.scores import MASKED
 from attnkit.planner.blocks import Block, span
 from attnkit.planner.candidates import Zone
 from attnkit.planner.plan import Launch, Plan
 
-__all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "run_single", "steps_of"]
+__all__ = ["Answer", "Launcher", "Ranges", "Rows", "run_merged", "steps_of"]
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -374,105 +372,6 @@ class Step:
             peak, total = (rearrange(s, "(b s) n -> b n s", s=length) for s in (peak, total))
         peak, total = (pack_stats(self.call, stat) for stat in (peak, total))
         return Answer(self.split(out, length), peak, total, random)
-
-
-class _Single(torch.autograd.Function):
-    """One call that answers every row: output, log-sum-exp and maximum in the call's form."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: KernelCall,
-        launcher: Launcher,
-        mask: Tensor | None,
-        pse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sink: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = {"query": query, "key": key, "value": value}
-        answer = launcher.forward(call, {**tensors, "atten_mask": mask, "pse": pse, "sink": sink})
-        ctx.call, ctx.launcher, ctx.random = call, launcher, answer.random
-        peak, total = (unpack_stats(call, stat) for stat in (answer.peak, answer.total))
-        empty = (peak <= MASKED) | (total == 0)
-        lse = (peak + total.log()).masked_fill(empty, -torch.inf)
-        peak = peak.masked_fill(empty, -torch.inf)
-        kept = (answer.out, answer.peak, answer.total, lse)
-        ctx.save_for_backward(query, key, value, sink, mask, pse, *kept)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(peak)
-        return answer.out, lse, peak
-
-    @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        query, key, value, sink, mask, pse, out, peak, total, lse = ctx.saved_tensors
-        call, launcher = ctx.call, ctx.launcher
-        tensors = {"query": query, "key": key, "value": value}
-        tensors |= {"atten_mask": mask, "pse": pse, "sink": sink}
-
-        def make() -> tuple[Tensor | None, ...]:
-            found = []
-            if dy is not None:
-                answer = Answer(out, peak, total, ctx.random)
-                grads = launcher.backward(call, tensors, dy.contiguous(), answer)
-                found.append((*grads[:3], grads.sink))
-            if dlse is not None:
-                answer = Answer(out, peak, total)
-                found.append(_through_lse(launcher, call, tensors, dlse, answer, lse))
-            return tuple(_added(column) for column in zip(*found, strict=True)) or (None,) * 4
-
-        return (None, None, None, None, *first_order(make, dy, dlse, query, key, value, sink))
-
-
-def _through_lse(
-    launcher: Launcher,
-    call: KernelCall,
-    tensors: dict[str, Tensor | None],
-    dlse: Tensor,
-    answer: Answer,
-    lse: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return what the gradient of the log-sum-exp gives to query, key, value and sink.
-
-    As `_Back.through_lse` does, for a call in its own layout.
-    """
-    one = answer.out.new_zeros(call.value.shape)
-    dy = torch.zeros_like(answer.out)
-    by_head(one, call.layout, call.num_kv_heads)[..., 0] = 1.0
-    rows = dlse.transpose(0, 1)[None] if call.is_packed else dlse
-    by_head(dy, call.layout, call.num_heads)[..., 0] = rows
-    nothing = replace(answer, out=torch.zeros_like(answer.out))
-    plain = replace(call, keep_prob=1.0)
-    grads = launcher.backward(plain, {**tensors, "value": one}, dy, nothing)
-    sink = tensors["sink"]
-    if sink is None:
-        return grads.query, grads.key, None, None
-    seen = lse if call.is_packed else lse.movedim(1, -1)
-    share = (sink.to(lse.dtype) - seen).exp() * (dlse if call.is_packed else dlse.movedim(1, -1))
-    return grads.query, grads.key, None, share.flatten(0, -2).sum(0).to(sink.dtype)
-
-
-def _added(column: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the sum of what there is."""
-    some = [t for t in column if t is not None]
-    return sum(some[1:], some[0]) if some else None
-
-
-def run_single(
-    call: KernelCall, launcher: Launcher, tensors: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Make one call on all rows: output in its layout, log-sum-exp and maximum by row.
-
-    The statistics are ``[b n s]``, or ``[t n]`` of a packed call; -inf for a row without keys.
-    """
-    names = ("atten_mask", "pse", "query", "key", "value", "sink")
-    out: tuple[Tensor, Tensor, Tensor] = _Single.apply(  # type: ignore[no-untyped-call]
-        call, launcher, *(tensors[name] for name in names)
-    )
-    return out
 
 
 @dataclass(frozen=True, eq=False)
