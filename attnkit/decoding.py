@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
+from attnkit.masks.base import Rectangle
 from attnkit.pse import Pse
 
 __all__ = [
@@ -200,4 +201,4 @@ def _any_cell(mask: Mask, rows: Range, keys: Range, length: int, batch: int, hea
         return False
     height = max(1, _CELLS_AT_ONCE // (keys[1] - keys[0]))
     blocks = ((i, min(i + height, rows[1])) for i in range(*rows, height))
-    return any(mask._block(b, keys, length, length, batch, head).any() for b in blocks)
+    return any(mask._read(Rectangle(b, keys, length, length, batch, head)).any() for b in blocks)

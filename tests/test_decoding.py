@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from attnkit.cache import KVCache
 from attnkit.decoding import rows_of_mask, text_length
 from attnkit.errors import BackendRefused, CompositionError
 from attnkit.geometry import Region
-from attnkit.masks import Enclosure, Mask
+from attnkit.masks import Enclosure, Mask, Rectangle
 from attnkit.modules import MultiHeadAttention
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary
@@ -365,12 +366,9 @@ class Scattered(Mask):
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         return Enclosure(Region.empty(), Region.full(q_len, kv_len))
 
-    def _cells(self, q_len, kv_len, batch, head, device) -> torch.Tensor:
-        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
-
-    def _cells_in(self, rows, keys, q_len, kv_len, batch, head, device) -> torch.Tensor:
-        READ["cells"] += (rows[1] - rows[0]) * (keys[1] - keys[0])
-        i, j = torch.arange(*rows)[:, None], torch.arange(*keys)
+    def _cells(self, at: Rectangle, device: object) -> torch.Tensor:
+        READ["cells"] += math.prod(at.shape)
+        i, j = torch.arange(*at.rows)[:, None], torch.arange(*at.keys)
         return (j <= i) & ((i + j) % 3 > 0)
 
     @property
@@ -400,7 +398,8 @@ def test_cells_of_a_rectangle_are_those_of_the_whole():
             sorted(draw.choices(range(draw.n), k=2)),
         )
         for b, h in itertools.product(range(whole.shape[0]), range(whole.shape[1])):
-            part = mask._block((i[0], i[1]), (j[0], j[1]), draw.n, draw.n, b, h)
+            at = Rectangle((i[0], i[1]), (j[0], j[1]), draw.n, draw.n, b, h)
+            part = mask._read(at)
             assert torch.equal(part, whole[b, h, i[0] : i[1], j[0] : j[1]])
 
 

@@ -1,7 +1,7 @@
 """Masks: exact sets of allowed (query, key) cells, as values."""
 
 from attnkit.masks.algebra import And, Not, Or
-from attnkit.masks.base import MASKS, Align, Enclosure, Full, Mask
+from attnkit.masks.base import MASKS, Align, Enclosure, Full, Mask, Rectangle
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.cut import Cut
@@ -44,6 +44,7 @@ __all__ = [
     "Prefix",
     "PrefixLM",
     "Recovered",
+    "Rectangle",
     "Rows",
     "Slices",
     "SlidingWindow",

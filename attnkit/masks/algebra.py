@@ -16,6 +16,7 @@ from attnkit.masks.base import (
     MASKS,
     Enclosure,
     Mask,
+    Rectangle,
     describe,
     refuse_operand,
 )
@@ -101,24 +102,8 @@ class _Joined(Composite):
         inner = cls._combine(a.inner, b.inner)
         return Enclosure(inner, inner if a.exact and b.exact else cls._combine(a.outer, b.outer))
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        cells = (part._plane(q_len, kv_len, batch, head, device) for part in self.parts)
-        return reduce(type(self)._combine_cells, cells)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        cells = (part._block(rows, keys, q_len, kv_len, batch, head, device) for part in self.parts)
-        return reduce(type(self)._combine_cells, cells)
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        return reduce(type(self)._combine_cells, (part._read(at, device) for part in self.parts))
 
     def _value(self) -> Hashable:
         return self._seen
@@ -230,22 +215,8 @@ class Not(Composite):
         turned = known.outer.complement(q_len, kv_len)
         return Enclosure(turned, turned if known.exact else known.inner.complement(q_len, kv_len))
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return ~self.part._plane(q_len, kv_len, batch, head, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        return ~self.part._block(rows, keys, q_len, kv_len, batch, head, device)
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        return ~self.part._read(at, device)
 
     def __str__(self) -> str:
         return self._text(str)

@@ -72,6 +72,26 @@ LONGEST_REPR = 1000
 _CELLS_AT_ONCE = 1 << 22  # read together where two matrices are compared
 
 
+class Rectangle(NamedTuple):
+    """Rows ``[start, stop)`` and keys ``[start, stop)`` of one score matrix.
+
+    >>> Rectangle((2, 4), (0, 3), 8, 8).shape
+    (2, 3)
+    """
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    q_len: int
+    kv_len: int
+    batch: int = 0
+    head: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and keys it has."""
+        return self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
+
+
 class Enclosure(NamedTuple):
     """What is known of a mask as a region: ``inner <= mask <= outer``.
 
@@ -160,32 +180,15 @@ class Mask(ABC):
             )
         return Enclosure(region, region)
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        """Return the allowed cells of one score matrix as a bool tensor [Sq, Skv].
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        """Return the allowed cells of a rectangle as a bool tensor [rows, keys].
 
-        Asked only where `enclosure` is not exact: a region paints itself.
+        Asked only where `enclosure` is not exact: a region paints itself. Only these cells are
+        made, so that memory does not follow the score matrix.
         """
         raise CompositionTypeError(
             f"{type(self).__name__} implements `enclosure` with two bounds, but no `_cells`"
         )
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        """Return the part of `_cells` inside a rectangle.
-
-        A family with a formula for each cell overrides it, so that no other cell is made.
-        """
-        return self._cells(q_len, kv_len, batch, head, device)[slice(*rows), slice(*keys)]
 
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
@@ -200,8 +203,8 @@ class Mask(ABC):
         blocks = ((i, min(i + height, shorter)) for i in range(0, shorter, height))
         return all(
             torch.equal(
-                self._block(rows, keys, longer, longer, batch, head),
-                self._block(rows, keys, shorter, shorter, batch, head),
+                self._read(Rectangle(rows, keys, longer, longer, batch, head)),
+                self._read(Rectangle(rows, keys, shorter, shorter, batch, head)),
             )
             for rows in blocks
         )
@@ -299,27 +302,14 @@ class Mask(ABC):
         self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
     ) -> torch.Tensor:
         """Return the cells of one score matrix, from whichever form the family knows."""
-        known = self.enclosure(q_len, kv_len, batch, head)
-        if known.exact:
-            return paint(known.inner, q_len, kv_len, device)
-        return self._cells(q_len, kv_len, batch, head, device)
+        return self._read(Rectangle((0, q_len), (0, kv_len), q_len, kv_len, batch, head), device)
 
-    def _block(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None = None,
-    ) -> torch.Tensor:
-        """Return the part of `_plane` inside a rectangle."""
-        known = self.enclosure(q_len, kv_len, batch, head)
+    def _read(self, at: Rectangle, device: torch.device | str | None = None) -> torch.Tensor:
+        """Return the cells of a rectangle, from whichever form the family knows."""
+        known = self.enclosure(at.q_len, at.kv_len, at.batch, at.head)
         if known.exact:
-            part = known.inner.cut(rows, keys)
-            return paint(part, rows[1] - rows[0], keys[1] - keys[0], device)
-        return self._cells_in(rows, keys, q_len, kv_len, batch, head, device)
+            return paint(known.inner.cut(at.rows, at.keys), *at.shape, device)
+        return self._cells(at, device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head.

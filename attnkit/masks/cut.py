@@ -10,7 +10,7 @@ import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError, clipped
 from attnkit.masks.algebra import And, Not, Or
-from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, check_int, describe
+from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, Rectangle, check_int, describe
 
 __all__ = ["Cut"]
 
@@ -128,24 +128,11 @@ class Cut(Mask):
         cut = known.inner.cut(rows, keys)
         return Enclosure(cut, cut if known.exact else known.outer.cut(rows, keys))
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        i, j = self.q_range[0], self.kv_range[0]
-        rows, keys = (rows[0] + i, rows[1] + i), (keys[0] + j, keys[1] + j)
-        return self.mask._block(rows, keys, *self._whole(q_len, kv_len), batch, head, device)
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        (i0, i1), (j0, j1), row, key = at.rows, at.keys, self.q_range[0], self.kv_range[0]
+        rows, keys = (i0 + row, i1 + row), (j0 + key, j1 + key)
+        whole = self._whole(at.q_len, at.kv_len)
+        return self.mask._read(Rectangle(rows, keys, *whole, at.batch, at.head), device)
 
     @property
     def batches(self) -> int | None:

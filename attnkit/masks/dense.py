@@ -16,7 +16,7 @@ import torch
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Enclosure, Mask, check_readable, describe
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle, check_readable, describe
 
 __all__ = ["Dense"]
 
@@ -94,25 +94,11 @@ class Dense(Mask):
             self._enclosures[plane] = _recover(self._array(*plane))
         return self._enclosures[plane]
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         if device is None:
             device = torch.get_default_device()
-        array = self._array(*self._plane_index(batch, head), rows)
-        return torch.from_numpy(array[:, slice(*keys)]).to(device)
+        array = self._array(*self._plane_index(at.batch, at.head), at.rows)
+        return torch.from_numpy(array[:, slice(*at.keys)]).to(device)
 
     def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
         b, n, _, _ = self._content[0]

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from attnkit.geometry import Region
-from attnkit.masks.base import MASKS, Align, Enclosure, Mask, anchor, check_align, check_int
+from attnkit.masks.base import (
+    MASKS,
+    Align,
+    Enclosure,
+    Mask,
+    Rectangle,
+    anchor,
+    check_align,
+    check_int,
+)
 
 __all__ = ["Dilated"]
 
@@ -40,25 +49,11 @@ class Dilated(Mask):
         full = Region.full(q_len, kv_len)
         return Enclosure(full if self.step == 1 else Region.empty(), full)
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        i = torch.arange(*rows, device=device)[:, None] + anchor(self.align, q_len, kv_len)
-        j = torch.arange(*keys, device=device)[None, :]
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        i = torch.arange(*at.rows, device=device)[:, None] + anchor(self.align, at.q_len, at.kv_len)
+        j = torch.arange(*at.keys, device=device)
         # Beyond all distances of the matrix, a step of any size leaves distance 0 alone.
-        return (i - j) % min(self.step, q_len + kv_len + 1) == 0
+        return (i - j) % min(self.step, at.q_len + at.kv_len + 1) == 0
 
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """True: either anchor is the diagonal of a square matrix."""

@@ -18,6 +18,7 @@ from attnkit.masks.base import (
     Enclosure,
     IntsLike,
     Mask,
+    Rectangle,
     agree,
     check_int,
     check_ints,
@@ -241,15 +242,19 @@ class Documents(Mask):
         low = Region.union(inner)
         return Enclosure(low, low if exact else Region.union(outer))
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
-        i, j = 0, 0
-        for rows, keys in self.sizes(batch):
-            for inside in self.members:
-                cells[i : i + rows, j : j + keys] = inside._plane(rows, keys, batch, head, device)
-            i, j = i + rows, j + keys
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        cells = torch.zeros(at.shape, dtype=torch.bool, device=device)
+        (top, bottom), (left, right), i, j = at.rows, at.keys, 0, 0
+        for q_len, kv_len in self.sizes(at.batch):
+            rows = max(top, i), min(bottom, i + q_len)
+            keys = max(left, j), min(right, j + kv_len)
+            if rows[0] < rows[1] and keys[0] < keys[1]:
+                own = (rows[0] - i, rows[1] - i), (keys[0] - j, keys[1] - j)
+                inside = Rectangle(*own, q_len, kv_len, at.batch, at.head)
+                target = cells[rows[0] - top : rows[1] - top, keys[0] - left : keys[1] - left]
+                for mask in self.members:
+                    target.copy_(mask._read(inside, device))
+            i, j = i + q_len, j + kv_len
         return cells
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.masks.base import MASKS, Enclosure, Mask, describe
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle, describe
 from attnkit.masks.composite import Composite
 
 __all__ = ["PerHead"]
@@ -59,22 +59,8 @@ class PerHead(Composite):
         """As the head's own mask."""
         return self.masks[head].enclosure(q_len, kv_len, batch, 0)
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return self.masks[head]._cells(q_len, kv_len, batch, 0, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        return self.masks[head]._cells_in(rows, keys, q_len, kv_len, batch, 0, device)
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        return self.masks[at.head]._read(at._replace(head=0), device)
 
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """As the head's own mask."""

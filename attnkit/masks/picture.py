@@ -36,7 +36,7 @@ def densities(
             for i in tops
             for band in [known.inner & Region.of(Slice(i, min(i + block_q, q_len), 0, kv_len))]
         ]
-    cells = mask._cells(q_len, kv_len, batch, head, "cpu").float()
+    cells = mask._plane(q_len, kv_len, batch, head, "cpu").float()
     return [[float(cells[i : i + block_q, j : j + block_kv].mean()) for j in lefts] for i in tops]
 
 

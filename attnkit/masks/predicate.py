@@ -16,7 +16,7 @@ from attnkit.errors import (
     shown,
 )
 from attnkit.geometry import Region
-from attnkit.masks.base import Enclosure, Mask, check_int, describe
+from attnkit.masks.base import Enclosure, Mask, Rectangle, check_int, describe
 
 __all__ = ["CHUNK_CELLS", "MaskFunction", "Predicate", "evaluate", "function_name"]
 
@@ -61,24 +61,10 @@ class Predicate(Mask):
         """Nothing is known of a function."""
         return Enclosure(Region.empty(), Region.full(q_len, kv_len))
 
-    def _cells(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        return self._cells_in((0, q_len), (0, kv_len), q_len, kv_len, batch, head, device)
-
-    def _cells_in(
-        self,
-        rows: tuple[int, int],
-        keys: tuple[int, int],
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        head: int,
-        device: torch.device | str | None,
-    ) -> torch.Tensor:
-        (top, bottom), j = rows, torch.arange(*keys, device=device)
-        cells = torch.empty(bottom - top, len(j), dtype=torch.bool, device=device)
-        b, h = (torch.tensor(value, device=device) for value in (batch, head))
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        (top, bottom), j = at.rows, torch.arange(*at.keys, device=device)
+        cells = torch.empty(at.shape, dtype=torch.bool, device=device)
+        b, h = (torch.tensor(value, device=device) for value in (at.batch, at.head))
         height = max(1, CHUNK_CELLS // max(1, len(j)))
         for start in range(top, bottom, height):
             i = torch.arange(start, min(start + height, bottom), device=device)

@@ -64,8 +64,8 @@ class Checkers(Mask):
     def enclosure(self, q_len, kv_len, batch=0, head=0):
         return Enclosure(Region.empty(), Region.full(q_len, kv_len))
 
-    def _cells(self, q_len, kv_len, batch, head, device):
-        i, j = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+    def _cells(self, at, device):
+        i, j = torch.arange(*at.rows, device=device), torch.arange(*at.keys, device=device)
         return (i[:, None] + j) % 2 == 0
 
 
