@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import check_tensor
+from attnkit.tensors import check_tensor
 
 __all__ = ["KVCache"]
 

@@ -21,13 +21,14 @@ from attnkit.decoding import (
     text_length,
 )
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import BSND, TND, Layout, SeqLens, check_device, check_tensor
+from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.masks.base import check_int
 from attnkit.planner import Plan
 from attnkit.planner.request import FLOATS
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary, positions
+from attnkit.tensors import check_device, check_tensor
 from attnkit.traced import is_tracing
 
 __all__ = ["MultiHeadAttention"]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import check_device, check_lengths, check_tensor
+from attnkit.layouts import check_lengths
 from attnkit.masks.base import check_int
+from attnkit.tensors import check_device, check_tensor
 from attnkit.traced import is_tracing
 
 __all__ = ["Pairing", "Rotary", "positions"]

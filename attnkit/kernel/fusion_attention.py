@@ -17,6 +17,7 @@ from attnkit.kernel.launch import choose_version, device_product, launch, launch
 from attnkit.kernel.legality import contract_error
 from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.rules import ARGUMENT_TYPE, Target, Violation
+from attnkit.tensors import odd_kind
 
 __all__ = ["FusionOutput", "fusion_attention", "fusion_attention_grad"]
 
@@ -52,9 +53,8 @@ def _spec(name: str, tensor: object) -> TensorSpec | None:
             f"{name}={shown(tensor)} is a {type(tensor).__name__}; the op takes a torch.Tensor",
             ["argument-type"],
         )
-    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        kind = "quantized" if tensor.is_quantized else kind
+    kind = odd_kind(tensor)
+    if kind is not None:
         raise KernelContractTypeError(
             f"{name} is a tensor of another kind ({kind}); the op takes plain strided ones",
             ["argument-type"],

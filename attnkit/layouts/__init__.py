@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from attnkit.layouts.base import LAYOUTS, Layout, Sizes, check_device, check_tensor, get, register
+from attnkit.layouts.base import LAYOUTS, Layout, Sizes, get, register
 from attnkit.layouts.bnsd import BNSD
 from attnkit.layouts.bsh import BSH
 from attnkit.layouts.bsnd import BSND
@@ -27,9 +27,7 @@ __all__ = [
     "Layout",
     "SeqLens",
     "Sizes",
-    "check_device",
     "check_lengths",
-    "check_tensor",
     "get",
     "register",
 ]

@@ -18,49 +18,14 @@ from torch import Tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts.seqlens import check_lengths
 from attnkit.registry import Registry
+from attnkit.tensors import check_tensor
 
-__all__ = ["LAYOUTS", "Layout", "Sizes", "check_device", "check_tensor", "get", "register"]
+__all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
 
 _AXES = {"b": "batch", "s": "length", "n": "heads", "d": "dim", "t": "tokens"}
 _DENSE = frozenset("bsnd")
 _PACKED = frozenset("tnd")
 _MOST_AXES = 64  # what a tensor can have
-
-
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise `CompositionTypeError` for anything but a tensor whose numbers lie at strides.
-
-    >>> check_tensor("key", [1.0])
-    Traceback (most recent call last):
-    ...
-    attnkit.errors.CompositionTypeError: key is a list; give a torch tensor
-    """
-    if not isinstance(tensor, Tensor):
-        raise CompositionTypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise CompositionTypeError(
-            f"{name} is a {kind} tensor; give a dense one (tensor.to_dense()), and texts of unlike "
-            "lengths packed into one, with SeqLens"
-        )
-
-
-def check_device(device: object) -> None:
-    """Raise `CompositionError` unless tensors can be made there: nothing else tells for certain.
-
-    >>> check_device("cpu")
-    >>> check_device(1.5)
-    Traceback (most recent call last):
-    ...
-    attnkit.errors.CompositionTypeError: device=1.5; give a name such as 'cpu', or None
-    """
-    if not isinstance(device, torch.device | str | int | None) or isinstance(device, bool):
-        raise CompositionTypeError(f"device={shown(device)}; give a name such as 'cpu', or None")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # each kind of device has an error of its own
-        reason = shown(str(error).partition("\n")[0])
-        raise CompositionError(f"device={shown(device)} is not there: {reason}") from error
 
 
 @dataclass(frozen=True)

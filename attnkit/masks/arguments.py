@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
+from attnkit.tensors import odd_kind
 
 __all__ = [
     "IntsLike",
     "check_align",
-    "check_device",
     "check_int",
     "check_ints",
     "check_length",
@@ -75,12 +75,9 @@ def unreadable(tensor: torch.Tensor) -> str | None:
     >>> unreadable(torch.zeros(2, device="meta"))
     'a tensor on the meta device'
     """
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"a tensor of layout {tensor.layout}"
-    if tensor.is_quantized:
-        return "a quantised tensor"
+    kind = odd_kind(tensor)
+    if kind is not None:
+        return f"a {kind} tensor"
     return "a tensor on the meta device" if tensor.is_meta else None
 
 
@@ -101,15 +98,6 @@ def check_align(owner: str, align: object) -> None:
             f"{owner} got align={shown(align)}; it is 'bottom_right' (the last query sees every "
             "key) or 'top_left' (query 0 stands at key 0)"
         )
-
-
-def check_device(device: object) -> None:
-    """Raise `CompositionError` for what torch takes for no device that it has."""
-    try:
-        torch.empty(0, device=cast(Any, device))
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        told = str(error).partition("\n")[0]
-        raise CompositionError(f"device={shown(device)} cannot be used: {told}") from None
 
 
 def check_int(name: str, value: object, minimum: int | None) -> int:

@@ -16,7 +16,6 @@ from attnkit.geometry import Region
 from attnkit.masks.arguments import (
     IntsLike,
     check_align,
-    check_device,
     check_int,
     check_ints,
     check_length,
@@ -26,6 +25,7 @@ from attnkit.masks.arguments import (
     short,
 )
 from attnkit.registry import Registry
+from attnkit.tensors import check_device
 from attnkit.textform import arguments_text
 
 if TYPE_CHECKING:

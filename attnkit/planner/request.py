@@ -18,11 +18,11 @@ from torch import Tensor
 from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
-from attnkit.layouts.base import check_tensor
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
 from attnkit.pse import Align, ByDistance, Linear, Pse, Sloped, Structure
 from attnkit.pse.cut import uncut
+from attnkit.tensors import check_tensor
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 

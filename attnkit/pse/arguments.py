@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnkit import tensors
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = ["check_align", "check_count", "check_floating", "check_tensor", "finite_floats"]
@@ -37,11 +38,7 @@ def check_count(name: str, value: object, most: int) -> int:
 
 def check_tensor(owner: str, tensor: Tensor) -> None:
     """Raise unless a tensor is a dense one of a dtype that scores are computed in."""
-    if tensor.is_nested or tensor.layout != torch.strided:
-        raise CompositionTypeError(
-            f"{owner} got {shown(tensor)}; a bias is a dense tensor: call .to_dense(), or "
-            ".to_padded_tensor() for a nested one"
-        )
+    tensors.check_tensor(owner, tensor)
     if tensor.dtype not in FLOATING:
         remedy = "cast it first"
         if tensor.dtype == torch.bool:

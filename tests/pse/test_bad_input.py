@@ -20,7 +20,7 @@ BAD = {
     "distance of 10**400": (lambda: pse.T5Relative(2, 32, 10**400), CompositionError, "at most"),
     "table of 2**32": (lambda: pse.T5Relative(2**16, 2**16), CompositionError, "entries"),
     "bucket of 0": (lambda: pse.t5_bucket(torch.arange(3), 0), CompositionError, "positive"),
-    "sparse": (lambda: pse.Dense(X.to_sparse()), CompositionTypeError, "dense tensor"),
+    "sparse": (lambda: pse.Dense(X.to_sparse()), CompositionTypeError, "give a dense one"),
     "mkldnn": (lambda: pse.Dense(X.to_mkldnn()), CompositionTypeError, "mkldnn"),
     "nested": (
         lambda: pse.Dense(torch.nested.as_nested_tensor([X, X[:2]])),
