@@ -125,7 +125,8 @@ def _forward(
         output, stats = backend.compute(held.plan, operands, seed)
         output, nothing = output.contiguous(), output.new_empty(0)
         lse = stats.lse.contiguous() if return_stats or backend.saves_lse else nothing
-        peak = stats.max.contiguous() if return_stats else output.new_empty(0)
+        # Without keys both statistics may be one tensor, which an operator must not return twice.
+        peak = stats.max.contiguous().clone() if return_stats else output.new_empty(0)
     return output, lse, peak
 
 

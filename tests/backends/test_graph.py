@@ -97,6 +97,19 @@ def test_gradients_through_statistics_in_a_graph() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(total, x)[0] for total in both))
 
 
+@pytest.mark.parametrize("backend", ["tiled", "reference", "emulated"])
+def test_no_keys_and_no_rows_in_a_graph(backend: str) -> None:
+    for q_len, kv_len in ((4, 0), (0, 4), (0, 0)):
+        q, k = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (q_len, kv_len))
+
+        def call(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found = ak.attention(q, k, k, layout="BNSD", backend=backend, return_stats=True)
+            return found.output, found.stats.lse, found.stats.max
+
+        for mine, right in zip(compiled(call)(q, k), call(q, k), strict=True):
+            assert torch.equal(mine, right)
+
+
 # -- values and lifetimes ----------------------------------------------------------------------
 
 

@@ -508,7 +508,7 @@ def _bounds(
         # A distance may be computed as two positions, in float16 down to its smallest number.
         sizes = (outside + torch.zeros_like(inside)).amax((-2, -1), keepdim=True)
         counted = 4 * stat * sizes
-        counted = counted + (2**-16 if case.dtype == "float16" else 0.0)
+        counted = counted + (2**-16 * max(1.0, factor) if case.dtype == "float16" else 0.0)
     if case.softcap is not None:
         cap = case.softcap
         off = (unit * inside).clamp(max=2 * cap) + unit * (outside + cap + scores.abs()) + least
