@@ -171,14 +171,13 @@ class Backend(ABC):
             output, stats = self.run(plan, again)
             made = [] if grads[0] is None else [(output, grads[0])]
             made += [] if grads[1] is None else [(stats.lse, grads[1])]
-            found = iter(
-                torch.autograd.grad(
-                    [t for t, _ in made],
-                    [t for t in apart if t is not None and t.requires_grad],
-                    [g for _, g in made],
-                    allow_unused=True,
-                )
-            )
+            # Without keys there is nothing that a result could depend on.
+            some = [(t, g) for t, g in made if t.requires_grad]
+            asked = [t for t in apart if t is not None and t.requires_grad]
+            if not some:
+                return (None,) * len(apart)
+            ends, slopes = zip(*some, strict=True)
+            found = iter(torch.autograd.grad(ends, asked, slopes, allow_unused=True))
         return tuple(next(found) if t is not None and t.requires_grad else None for t in apart)
 
     def __repr__(self) -> str:
