@@ -14,11 +14,8 @@ import numpy as np
 import torch
 
 from attnkit.geometry import Region
-from attnkit.masks.algebra import Not, _Joined
-from attnkit.masks.base import Mask, paint
-from attnkit.masks.dense import Dense
-from attnkit.masks.per_head import PerHead
-from attnkit.masks.predicate import CHUNK_CELLS, Predicate, evaluate
+from attnkit.masks.base import Mask, Rectangle, paint
+from attnkit.masks.predicate import CHUNK_CELLS, evaluate
 
 __all__ = [
     "CHUNK_CELLS",
@@ -94,26 +91,12 @@ def _runs(cells: torch.Tensor, kv_len: int) -> Iterator[tuple[tuple[int, int], .
 
 
 def mask_rows(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> RowReader:
-    """Return a reader of any mask; one that cannot give single rows is drawn once, whole."""
+    """Return a reader of any mask."""
     known = mask.enclosure(q_len, kv_len, batch, head)
     if known.exact:
         return region_rows(known.inner, kv_len)
-    if isinstance(mask, Predicate):
-        return function_rows(mask.fn, kv_len, batch, head)
-    if isinstance(mask, Dense):
-        plane = mask._plane_index(batch, head)
-        return lambda i0, i1: torch.from_numpy(mask._array(*plane, rows=(i0, i1)))
-    if isinstance(mask, PerHead):
-        return mask_rows(mask.masks[head], q_len, kv_len, batch, 0)
-    if isinstance(mask, Not):
-        inside = mask_rows(mask.part, q_len, kv_len, batch, head)
-        return lambda i0, i1: ~inside(i0, i1)
-    if isinstance(mask, _Joined):
-        return _joined_rows(
-            mask, [mask_rows(part, q_len, kv_len, batch, head) for part in mask.parts]
-        )
-    cells = mask._plane(q_len, kv_len, batch, head, "cpu")
-    return lambda i0, i1: cells[i0:i1]
+    whole = Rectangle((0, 0), (0, kv_len), q_len, kv_len, batch, head)
+    return lambda i0, i1: mask._cells(whole._replace(rows=(i0, i1)), "cpu")
 
 
 def region_rows(region: Region, kv_len: int) -> RowReader:
@@ -121,18 +104,6 @@ def region_rows(region: Region, kv_len: int) -> RowReader:
 
     def read(i0: int, i1: int) -> torch.Tensor:
         return paint(region.cut((i0, i1), (0, kv_len)), i1 - i0, kv_len, "cpu")
-
-    return read
-
-
-def _joined_rows(mask: _Joined, readers: list[RowReader]) -> RowReader:
-    combine = type(mask)._combine_cells
-
-    def read(i0: int, i1: int) -> torch.Tensor:
-        cells = readers[0](i0, i1)
-        for reader in readers[1:]:
-            cells = combine(cells, reader(i0, i1))
-        return cells
 
     return read
 
