@@ -498,7 +498,7 @@ def _bounds(
     factor = abs(case.factor)
     inside = factor * (query @ keys.transpose(-1, -2))
     outside = _as(bias_of(case, sized, False, True), torch.float64)
-    outside = outside + factor * _as(bias_of(case, sized, True, True), torch.float64)
+    outside = abs(outside + factor * _as(bias_of(case, sized, True, True), torch.float64))
     cells, weights = given.cells, found.weights
     scores = found.scores.masked_fill(~cells, 0.0)
     off = unit * (inside + outside + scores.abs()) + least
@@ -637,11 +637,12 @@ def second_answer(problem: Problem) -> Answer:
     ratio = eps / torch.finfo(torch.float32).eps
     bounds, values = {}, {}
     top = max((float(t.abs().max()) for t in exact.values() if t.numel()), default=0.0)
+    steep = max(1.0, abs(problem.case.factor))  # what rounding of a product is in a score
     for name, value in exact.items():
         apart = (low[name].double() - value).abs().nan_to_num(nan=math.inf)
         most = apart.max() if apart.numel() else apart.sum()
         # The factor covers another order of summation; the rest, a float32 that was lucky.
-        bounds[name] = (16 * ratio * most + 64 * eps * max(top, 1.0)).expand(value.shape)
+        bounds[name] = (16 * ratio * most + 64 * eps * steep * max(top, 1.0)).expand(value.shape)
         values[name] = value
     return Answer(values, bounds)
 
