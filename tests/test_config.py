@@ -52,6 +52,7 @@ MASKS_OF_EVERY_KIND = [
     masks.BlockCausal(4, align="top_left"),
     masks.Dilated(2),
     masks.Dense.keep(torch.tensor([[True, False, True], [False, True, True]])),
+    masks.PerBatch([masks.Causal(), masks.Columns(0, 2)]),
     masks.PerHead([masks.Causal(), masks.Full(), masks.SlidingWindow(2), ~masks.Causal()]),
     masks.Causal()[2:, :],
     masks.Columns(1)[:3, 2:5],

@@ -7,10 +7,11 @@ from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.cut import Cut
 from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
-from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.documents import Documents
 from attnkit.masks.lint import Finding
+from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
-from attnkit.masks.per_head import PerHead
+from attnkit.masks.per_head import PerBatch, PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
@@ -39,6 +40,7 @@ __all__ = [
     "Not",
     "Or",
     "Padding",
+    "PerBatch",
     "PerHead",
     "Predicate",
     "Prefix",

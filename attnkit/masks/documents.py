@@ -1,4 +1,4 @@
-"""Masks from lengths: `Documents` (block diagonal) and `Padding` (keys that exist)."""
+"""`Documents`: several texts in one row, each of which sees itself alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from attnkit.masks.base import (
     short,
 )
 
-__all__ = ["Documents", "Padding"]
+__all__ = ["Documents"]
 
 Lengths = tuple[int, ...] | tuple[tuple[int, ...], ...]
 LengthsLike = IntsLike | Sequence[IntsLike]
@@ -318,57 +318,3 @@ def _differences(name: str, values: object) -> tuple[int, ...]:
             "Documents(lengths))"
         )
     return tuple(b - a for a, b in pairwise(ends))
-
-
-@MASKS.register("padding")
-@dataclass(frozen=True, repr=False, eq=False)
-class Padding(Mask):
-    """The keys that exist, per batch element: ``j < lengths[batch]``, for side="right".
-
-    With side="left" the padding comes first: ``j >= kv_len - lengths[batch]``. A query row
-    beyond its own sequence still sees the existing keys; an element of length 0 has empty rows.
-
-    >>> print(Padding([2, 4]).show(2, 4, batch=0))
-    ##..
-    ##..
-    """
-
-    lengths: tuple[int, ...]
-    side: Literal["right", "left"] = "right"
-
-    if TYPE_CHECKING:  # more is taken than is kept
-
-        def __init__(self, lengths: IntsLike, side: Literal["right", "left"] = "right") -> None: ...
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", check_ints("Padding lengths", self.lengths, 0))
-        if not isinstance(self.side, str) or self.side not in ("right", "left"):
-            raise CompositionError(
-                f"Padding got side={shown(self.side)}; the padding stands 'right' or 'left'"
-            )
-
-    def check(
-        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
-    ) -> None:
-        """Also refuse a sequence longer than the score matrix."""
-        super().check(q_len, kv_len, batch, heads)
-        if max(self.lengths) > kv_len:
-            raise CompositionError(
-                f"{self!r} has a sequence of {max(self.lengths)} keys, but kv_len is {kv_len}; "
-                "lengths count the keys that exist, padding excluded"
-            )
-
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        length = min(self.lengths[batch], kv_len)  # a cut may ask for fewer keys
-        start = 0 if self.side == "right" else kv_len - length
-        return Region.of(Slice(0, q_len, start, start + length))
-
-    @property
-    def batches(self) -> int | None:
-        """One length per batch element."""
-        return len(self.lengths)
-
-    @property
-    def anchored(self) -> bool:
-        """Left padding counts from the last key."""
-        return self.side == "left"

@@ -17,7 +17,8 @@ from attnkit.geometry import Region, Slice
 from attnkit.masks.base import Align, Mask, anchor
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
-from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.documents import Documents
+from attnkit.masks.padding import Padding
 from attnkit.masks.rectangles import Columns, Prefix, Rows
 
 __all__ = ["Cells", "bands", "blocks", "documents", "full_bands", "keys", "lines", "rectangles"]

@@ -23,7 +23,8 @@ from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.composite import Composite
 from attnkit.masks.dense import Dense
-from attnkit.masks.documents import Documents, Padding
+from attnkit.masks.documents import Documents
+from attnkit.masks.padding import Padding
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import recover

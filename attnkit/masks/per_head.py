@@ -1,23 +1,20 @@
-"""`PerHead`: a mask of its own for each head."""
+"""`PerHead` and `PerBatch`: a mask of its own for each head, or for each batch element."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
+from attnkit.masks.base import MASKS, Mask
+from attnkit.masks.each import Each
 
-from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle, describe
-from attnkit.masks.composite import Composite
-
-__all__ = ["PerHead"]
+__all__ = ["PerBatch", "PerHead"]
 
 
 @MASKS.register("per_head")
 @dataclass(frozen=True, repr=False, eq=False)
-class PerHead(Composite):
+class PerHead(Each):
     """Head h has the mask ``masks[h]``; one entry per query head.
 
     >>> from attnkit import masks
@@ -26,47 +23,50 @@ class PerHead(Composite):
     [10, 7]
     """
 
-    masks: tuple[Mask, ...]
+    what: ClassVar[str] = "query head"
 
     if TYPE_CHECKING:  # more is taken than is kept
 
         def __init__(self, masks: Sequence[Mask]) -> None: ...
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.masks, tuple | list):
-            raise CompositionTypeError(
-                f"PerHead takes a list of masks, one per query head; got {describe(self.masks)}"
-            )
-        if not self.masks:
-            raise CompositionError("PerHead got no masks; give one for each query head")
-        for mask in self.masks:
-            if not isinstance(mask, Mask):
-                raise CompositionTypeError(f"PerHead takes masks, got {describe(mask)}")
-            if mask.heads is not None:
-                raise CompositionError(
-                    f"PerHead cannot nest {mask!r}, which tells heads apart itself; combine the "
-                    "two by & or |"
-                )
-        object.__setattr__(self, "masks", tuple(self.masks))
-        self._check_members()
+    @staticmethod
+    def _own(mask: Mask) -> int | None:
+        return mask.heads
 
-    @property
-    def members(self) -> tuple[Mask, ...]:
-        """The masks of the heads."""
-        return self.masks
-
-    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
-        """As the head's own mask."""
-        return self.masks[head].enclosure(q_len, kv_len, batch, 0)
-
-    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
-        return self.masks[at.head]._read(at._replace(head=0), device)
-
-    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
-        """As the head's own mask."""
-        return self.masks[head]._extends(shorter, longer, batch, 0)
+    def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
+        return self.masks[head], batch, 0
 
     @property
     def heads(self) -> int | None:
         """One mask per head."""
+        return len(self.masks)
+
+
+@MASKS.register("per_batch")
+@dataclass(frozen=True, repr=False, eq=False)
+class PerBatch(Each):
+    """Batch element (or packed sequence) b has the mask ``masks[b]``.
+
+    >>> from attnkit import masks
+    >>> mixed = masks.PerBatch([masks.Causal(), masks.Full() & masks.Columns(0, 2)])
+    >>> [mixed.region(4, 4, batch=b).area for b in (0, 1)]
+    [10, 8]
+    """
+
+    what: ClassVar[str] = "batch element"
+
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, masks: Sequence[Mask]) -> None: ...
+
+    @staticmethod
+    def _own(mask: Mask) -> int | None:
+        return mask.batches
+
+    def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
+        return self.masks[batch], 0, head
+
+    @property
+    def batches(self) -> int | None:
+        """One mask per batch element."""
         return len(self.masks)

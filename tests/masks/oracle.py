@@ -94,6 +94,14 @@ def free_cases() -> Iterator[Case]:
         lambda c: (c.i * 2 + c.j + c.b + 2 * c.h) % 3 != 0,
     )
     yield Case(
+        masks.PerBatch([masks.Causal(), masks.PerHead([masks.Prefix(1), masks.Dilated(2)])]),
+        lambda c: (
+            c.j <= c.p("bottom_right") if c.b == 0
+            else c.j < 1 if c.h == 0
+            else (c.p("bottom_right") - c.j) % 2 == 0
+        ),
+    )  # fmt: skip
+    yield Case(
         masks.PerHead([masks.Causal(), masks.Prefix(1), masks.Dilated(2)]),
         lambda c: (
             c.j <= c.p("bottom_right") if c.h == 0

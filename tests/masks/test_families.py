@@ -42,6 +42,7 @@ PLANTED = [
     Case(masks.Full(), lambda c: c.i + c.j < 8),
     Case(masks.Slices([(0, 5, 0, 5, -4, 0)], 5, 5), lambda c: c.j < c.i),
     Case(masks.PerHead([masks.Causal(), masks.Full()]), lambda c: c.h == 0 or c.j <= c.i),
+    Case(masks.PerBatch([masks.Causal(), masks.Full()]), lambda c: c.b == 0 or c.j <= c.i),
 ]
 
 

@@ -1,0 +1,129 @@
+"""`Padding`: the keys that exist, in a batch of texts of unlike lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.geometry import Region, Slice
+from attnkit.masks.algebra import Or
+from attnkit.masks.base import MASKS, Full, IntsLike, Mask, check_ints, check_readable, describe
+from attnkit.masks.per_head import PerBatch
+from attnkit.masks.rectangles import Columns
+
+__all__ = ["Padding"]
+
+Cells = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@MASKS.register("padding")
+@dataclass(frozen=True, repr=False, eq=False)
+class Padding(Mask):
+    """The keys that exist, per batch element: ``j < lengths[batch]``, for side="right".
+
+    With side="left" the padding comes first: ``j >= kv_len - lengths[batch]``. A query row
+    beyond its own sequence still sees the existing keys; an element of length 0 has empty rows.
+
+    >>> print(Padding([2, 4]).show(2, 4, batch=0))
+    ##..
+    ##..
+    """
+
+    lengths: tuple[int, ...]
+    side: Literal["right", "left"] = "right"
+
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, lengths: IntsLike, side: Literal["right", "left"] = "right") -> None: ...
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", check_ints("Padding lengths", self.lengths, 0))
+        if not isinstance(self.side, str) or self.side not in ("right", "left"):
+            raise CompositionError(
+                f"Padding got side={shown(self.side)}; the padding stands 'right' or 'left'"
+            )
+
+    @staticmethod
+    def of(attention_mask: torch.Tensor) -> Mask:
+        """Return the keys that a tokenizer's ``attention_mask`` [b, s] marks: 1 (True) exists.
+
+        A `Padding` where all texts are filled up on one side; else a `PerBatch` of the runs of
+        keys that each has. The values are read, which waits for a device: make it where the
+        batch is made, once. Raises `CompositionError` for another shape or other values.
+
+        >>> Padding.of(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+        Padding((2, 3))
+        >>> Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+        Padding((2, 3), 'left')
+        >>> Padding.of(torch.tensor([[1, 0, 1], [1, 1, 1]])).materialize(1, 3, 2)[:, 0, 0].int()
+        tensor([[1, 0, 1],
+                [1, 1, 1]], dtype=torch.int32)
+        """
+        cells = _existing(attention_mask)
+        lengths, size = cells.sum(1).tolist(), cells.shape[1]
+        places = np.arange(size)
+        if (cells == (places < cells.sum(1, keepdims=True))).all():
+            return Padding(lengths)
+        if (cells == (places >= size - cells.sum(1, keepdims=True))).all():
+            return Padding(lengths, "left")
+        return PerBatch([_of_row(row) for row in cells])
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Also refuse a sequence longer than the score matrix."""
+        super().check(q_len, kv_len, batch, heads)
+        if max(self.lengths) > kv_len:
+            raise CompositionError(
+                f"{self!r} has a sequence of {max(self.lengths)} keys, but kv_len is {kv_len}; "
+                "lengths count the keys that exist, padding excluded"
+            )
+
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
+        length = min(self.lengths[batch], kv_len)  # a cut may ask for fewer keys
+        start = 0 if self.side == "right" else kv_len - length
+        return Region.of(Slice(0, q_len, start, start + length))
+
+    @property
+    def batches(self) -> int | None:
+        """One length per batch element."""
+        return len(self.lengths)
+
+    @property
+    def anchored(self) -> bool:
+        """Left padding counts from the last key."""
+        return self.side == "left"
+
+
+def _existing(attention_mask: torch.Tensor) -> Cells:
+    """Return what a tokenizer's mask says as booleans [b, s]."""
+    if not isinstance(attention_mask, torch.Tensor):
+        raise CompositionTypeError(
+            f"Padding.of takes a tensor [b, s] of 0 and 1, got {describe(attention_mask)}"
+        )
+    check_readable("Padding.of", attention_mask)
+    if attention_mask.ndim != 2 or not len(attention_mask) or attention_mask.is_complex():
+        raise CompositionError(
+            f"Padding.of got {describe(attention_mask)}; a tokenizer's attention_mask is [b, s], "
+            "one row per text (for cells [.., Sq, Skv]: masks.Dense.keep)"
+        )
+    given = attention_mask.detach().cpu()
+    exists = given != 0
+    if not bool((exists == given).all()):
+        raise CompositionError(
+            "Padding.of got values other than 0 and 1; 1 marks a token that exists (a mask that "
+            "is added to scores, of 0 and -inf, is a bias: pse.Dense)"
+        )
+    cells: Cells = exists.numpy()
+    return cells
+
+
+def _of_row(row: Cells) -> Mask:
+    """Return the runs of keys that a text has."""
+    ends = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(np.int8)))
+    runs = [Columns(start, stop) for start, stop in ends.reshape(-1, 2).tolist()]
+    return Or.of(*runs) if runs else ~Full()
