@@ -58,7 +58,7 @@ class Padding(Mask):
         >>> Padding.of(torch.tensor([[1, 1, 0], [1, 1, 1]]))
         Padding((2, 3))
         >>> Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-        Padding((2, 3), 'left')
+        Padding((2, 3), side='left')
         >>> Padding.of(torch.tensor([[1, 0, 1], [1, 1, 1]])).materialize(1, 3, 2)[:, 0, 0].int()
         tensor([[1, 0, 1],
                 [1, 1, 1]], dtype=torch.int32)
