@@ -192,7 +192,7 @@ class _Merged(torch.autograd.Function):
         def make() -> tuple[Tensor | None, ...]:
             way = _Back(ctx.job, given, merged, peak.dtype)
             if dy is not None:
-                way.through(dy, merged, ctx.random, kept)
+                way.through(dy, ctx.random, kept)
             if dlse is not None:
                 way.through_lse(dlse, kept)
             return way.found(ctx.needs_input_grad[4])
@@ -220,11 +220,7 @@ class _Back:
         self.logits = None if given.logits is None else torch.zeros_like(given.logits)
 
     def through(
-        self,
-        dy: Tensor,
-        merged: Answer,
-        random: Sequence[tuple[int, int, int]],
-        kept: Sequence[Tensor],
+        self, dy: Tensor, random: Sequence[tuple[int, int, int]], kept: Sequence[Tensor]
     ) -> None:
         """Add what flows through the output."""
         parts = iter(kept)
@@ -233,13 +229,13 @@ class _Back:
             if kept and step.zone.row is not None and self.logits is not None:
                 own, m, sums = islice(parts, 3)
                 weight = sums * (m - peak).exp() / total
-                apart = own.to(self.wide) - step.queries.take(merged.out).to(self.wide)
+                apart = own.to(self.wide) - step.queries.take(self.merged.out).to(self.wide)
                 slope = (step.queries.take(dy).to(self.wide) * apart).sum(-1)
                 self.logits[step.zone.row] += (weight * slope).sum(0)
-            answer = step.of_call(step.queries.take(merged.out), peak, total, drawn)
+            answer = step.of_call(step.queries.take(self.merged.out), peak, total, drawn)
             found = self._launch(step, step.call, self.given.value, bias, dy, answer)
             step.keys.add(self.sums[2], step.join(found.value))
-        self._to_sink((dy * merged.out).to(self.wide).sum(-1).neg())
+        self._to_sink((dy * self.merged.out).to(self.wide).sum(-1).neg())
 
     def through_lse(self, dlse: Tensor, kept: Sequence[Tensor]) -> None:
         """Add what flows through the log-sum-exp, whose gradient by a score is its weight.

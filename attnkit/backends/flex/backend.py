@@ -159,11 +159,7 @@ def _refusals(request: Request) -> Iterator[tuple[str, str]]:
     if not (request.batch and request.q_len and request.kv_len):
         yield "flex-empty", "FlexAttention takes no tensors without batch elements, queries or keys"
     if request.seqlens is not None:
-        opaque = [
-            t.text
-            for t in request.bias
-            if t.slopes is None and not isinstance(t.structure, Linear | Stepped)
-        ]
+        opaque = [t.text for t in request.bias if not _by_distance(t)]
         if opaque:
             yield (
                 "flex-packed-bias",
