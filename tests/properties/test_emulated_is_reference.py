@@ -76,7 +76,8 @@ def test_random_compositions_of_several_calls_run_as_defined() -> None:
 def test_many_random_compositions() -> None:
     tally = _sweep(2000)
     # Among so many the kernel has gaps, and they are told: by code, with reasons (`Tally.run`).
-    assert {"wrong-cells", "mask-shape"} <= set(tally.codes)
+    # (Rarer codes are left to chance: mask-shape came once in 2,000.)
+    assert {"wrong-cells", "cut-region"} <= set(tally.codes)
 
 
 # -- low precision ------------------------------------------------------------------------
