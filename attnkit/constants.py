@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import wraps
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch import Tensor
 
-__all__ = ["constant"]
+__all__ = ["Store", "constant"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+class Store:
+    """Values by key: the latest `most` of them, as long as their tensors hold `bytes` or less.
+
+    >>> store = Store(most=2, bytes=64)
+    >>> for n in (1, 2, 3, 100):
+    ...     _ = store.get(n, lambda n=n: torch.zeros(n))
+    >>> list(store)  # 2 was one too many, and 100 floats are kept by nobody
+    [2, 3]
+    """
+
+    def __init__(self, most: int, bytes: int) -> None:
+        self.most = most
+        self.bytes = bytes
+        self._lock = Lock()
+        self._sizes: OrderedDict[Hashable, int] = OrderedDict()
+        self._values: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what is kept under a key, or make and keep it."""
+        with self._lock:
+            if key in self._values:
+                self._sizes.move_to_end(key)
+                return cast(T, self._values[key])
+        made = make()  # not under the lock: what is made may be made of other kept values
+        size = _size(made)
+        if size <= self.bytes:
+            with self._lock:
+                self._values[key], self._sizes[key] = made, size
+                while len(self._sizes) > self.most or sum(self._sizes.values()) > self.bytes:
+                    oldest, _ = self._sizes.popitem(last=False)
+                    del self._values[oldest]
+        return made
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._sizes.clear()
+            self._values.clear()
+
+    def __iter__(self) -> Any:
+        return iter(tuple(self._sizes))
+
+
+def _size(value: object) -> int:
+    """Return the bytes of a tensor, or of those in a tuple or in the attributes of a value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value if isinstance(value, tuple) else vars(value).values() if _holds(value) else ()
+    return sum(_size(part) for part in parts)
+
+
+def _holds(value: object) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value)
+
+
+KEPT = Store(most=1024, bytes=1 << 28)
+"""What `constant` functions made: masks, indices, slopes. `KEPT.clear()` empties it."""
+
+
+def constant(make: Callable[P, T]) -> Callable[P, T]:
     """Keep what a function makes of hashable values, given by position: tensors, or their holders.
 
     A copy from the host makes it wait for a device, so it is made once. It is made outside of
@@ -22,7 +84,7 @@ def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     a mode of torch takes the operators (fake tensors, tracing), nothing is kept: what is made
     there belongs to the mode.
 
-    >>> @constant(maxsize=8)
+    >>> @constant
     ... def row(length: int) -> torch.Tensor:
     ...     return torch.arange(length)
     >>> with torch.inference_mode():
@@ -30,18 +92,14 @@ def constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     (True, False)
     """
 
-    def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        @wraps(make)
-        def made(*args: Any) -> Any:
-            with torch.inference_mode(False), torch.no_grad():
-                return cast(Any, make)(*args)
+    def made(*args: Any) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return cast(Any, make)(*args)  # type: ignore[no-any-return]
 
-        kept = lru_cache(maxsize)(made)
+    @wraps(make)
+    def get(*args: Any) -> T:
+        if torch._C._len_torch_dispatch_stack():
+            return made(*args)
+        return KEPT.get((make, args), lambda: made(*args))
 
-        @wraps(make)
-        def get(*args: Any) -> Any:
-            return (made if torch._C._len_torch_dispatch_stack() else kept)(*args)
-
-        return cast(Callable[P, T], get)
-
-    return decorate
+    return cast(Callable[P, T], get)

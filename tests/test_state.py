@@ -17,7 +17,7 @@ import attnkit
 from attnkit.registry import Registry
 
 ROOT = Path(__file__).parents[1]
-KEEPERS = {"lru_cache", "cache", "constant"}
+KEEPERS = {"lru_cache", "cache"}
 CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, itertools.count)
 CONTAINERS += (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
 MUTATORS = {"append", "add", "update", "pop", "popitem", "setdefault", "clear", "extend", "remove"}

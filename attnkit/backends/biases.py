@@ -92,6 +92,6 @@ def _slopes(
     return _slopes_tensor(slopes, spec.dtype, device)
 
 
-@constant(maxsize=64)
+@constant
 def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(slopes, dtype=dtype, device=device)

@@ -85,13 +85,13 @@ def _values(
     return reduce(add, map(torch.Tensor.__getitem__, tables, _rows_of_each(known, device)))
 
 
-@constant(maxsize=64)
+@constant
 def _rows_of_each(structures: tuple[Stepped, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Return the rows that each table has on the steps of a sum."""
     return tuple(torch.tensor(rows, device=device) for rows in joined(structures)[1])
 
 
-@constant(maxsize=64)
+@constant
 def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -187,7 +187,7 @@ def _stepped(
     return u, repeat(hot, "t b -> t n (p b)", n=request.num_kv_heads, p=one.pieces)
 
 
-@constant(maxsize=64)
+@constant
 def _nearest(
     sequences: tuple[tuple[int, int], ...],
     align: str,
@@ -227,14 +227,14 @@ def _finite(values: Tensor, most: float) -> Tensor:
     return values.clamp(-most, most)
 
 
-@constant(maxsize=64)
+@constant
 def _rows_of(structure: Stepped, lo: int, hi: int, device: torch.device) -> Tensor:
     """Return the row of the table for each distance."""
     steps = structure.steps(lo, hi)
     return torch.tensor([r for a, b, r in steps for _ in range(a, b + 1)], device=device)
 
 
-@constant(maxsize=64)
+@constant
 def _positions(
     sequences: tuple[tuple[int, int], ...], align: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def _run_in_order(
     return AttentionOutput(out.index_select(axis, back), Stats(lse, peak))
 
 
-@constant(maxsize=64)
+@constant
 def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
     return torch.tensor([i for part in order for i in part], device=device)
 

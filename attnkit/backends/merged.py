@@ -90,12 +90,12 @@ class Rows:
             total.index_add_(0, _index(self.ranges, total.device), part.to(total.dtype))
 
 
-@constant(maxsize=256)
+@constant
 def _index(ranges: Ranges, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
 
 
-@constant(maxsize=256)
+@constant
 def _signs(
     dim: int, turned: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:

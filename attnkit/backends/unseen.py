@@ -43,7 +43,7 @@ def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
     return spans
 
 
-@constant(maxsize=64)
+@constant
 def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     """Return True where no query may see a key, ``[1 | b, 1 | n, kv_len, 1]`` (packed: b is 1).
 

@@ -148,7 +148,7 @@ _CAUSAL = AttenMask("causal", (COMPRESSED_SIDE, COMPRESSED_SIDE))
 _PREFIX = AttenMask("prefix", (COMPRESSED_SIDE + PREFIX_SIDE, COMPRESSED_SIDE))
 
 
-@constant(maxsize=16)
+@constant
 def _build_cached(mask: AttenMask, device: torch.device) -> torch.Tensor:
     return _build(mask, device)
 

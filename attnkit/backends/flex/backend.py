@@ -105,7 +105,7 @@ class Made:
         return self._there[device]
 
 
-@constant(maxsize=32)
+@constant
 def made(request: Request) -> Made:
     """Return a request's block mask, made once."""
     return Made(request)
