@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan, run_plan
+from attnkit.attend import Asked, attend, interned, is_tracing, key_of, plan_of
+from attnkit.backends import BACKENDS, AttentionOutput
 from attnkit.backends.rebind import rebound
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import check_int
-from attnkit.planner import Composition, Plan, Request, read_request
-from attnkit.planner.request import is_transformed
+from attnkit.planner import Composition, Plan
 from attnkit.pse import Pse
-from attnkit.traced import attend_in_graph, interned, is_tracing
 
 __all__ = ["Attention", "attention", "plan"]
 
@@ -98,8 +97,9 @@ class Attention(nn.Module):
             )
         if scale is None:
             scale = head_dim**-0.5
-        self._composition = _composition(mask, pse, layout, scale, dropout, softcap)
-        self._composition = replace(self._composition, mask=interned(self._composition.mask))
+        whole = Full() if mask is None else mask
+        composed = Composition(whole, pse, layout, scale, dropout, softcap)
+        self._composition = replace(composed, mask=interned(whole))
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
         self.backend = backend
@@ -137,6 +137,32 @@ class Attention(nn.Module):
         """The name of the layout of its tensors."""
         return self.composition.layout
 
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        return_stats: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        return_stats: Literal[True],
+    ) -> AttentionOutput: ...
+
     def forward(
         self,
         query: Tensor,
@@ -153,14 +179,12 @@ class Attention(nn.Module):
         With `return_stats`, returns `AttentionOutput(output, stats)`; gradients flow through
         ``stats.lse``, too.
         """
-        if is_tracing():
-            operands = Operands(query, key, value, None, self.sink)
-            result = self._in_graph(operands, mask, pse, seqlens, return_stats)
-        else:
-            bias = self._bias(pse)
-            found = self._plan(bias, query, key, value, mask, pse, seqlens)
-            result = run_plan(found, Operands(query, key, value, bias, self.sink))
+        asked = self._asked(mask, pse)
+        result = self._attend(asked, query, key, value, seqlens, return_stats)
         return result if return_stats else result.output
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def plan(
         self,
@@ -173,7 +197,7 @@ class Attention(nn.Module):
         seqlens: SeqLens | None = None,
     ) -> Plan:
         """Return the plan that `forward` would run for these tensors; meta tensors will do."""
-        return self._plan(self._bias(pse), query, key, value, mask, pse, seqlens)
+        return self._plan(self._asked(mask, pse), query, key, value, self.sink, seqlens)
 
     def explain(
         self,
@@ -188,121 +212,69 @@ class Attention(nn.Module):
         """Return the report of the plan: what runs, on what, at what price, and why."""
         return self.plan(query, key, value, mask=mask, pse=pse, seqlens=seqlens).explain()
 
-    def _bias(self, pse: Pse | None) -> Pse | None:
-        """Return the module's bias with that of a call."""
+    def _asked(self, mask: Mask | None, pse: Pse | None) -> Asked:
+        """Return what a call with this mask and bias asks for."""
         _check_pse(pse)
-        own = self.composition.pse
-        return own if pse is None else pse if own is None else own + pse
+        own = self._composition if is_tracing() else self.composition
+        return Asked(
+            (own.mask, mask),
+            (own.pse, pse),
+            own.layout,
+            own.scale,
+            own.dropout,
+            own.softcap,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.training,
+            self.backend,
+        )
 
     def _plan(
         self,
-        bias: Pse | None,
+        asked: Asked,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Mask | None,
-        pse: Pse | None,
+        sink: Tensor | None,
         seqlens: SeqLens | None,
     ) -> Plan:
-        known = self._key(bias, query, key, value, mask, pse, seqlens)
+        known = key_of(asked, query, key, value, sink, seqlens)
         found = self._plans.get(known)
         if found is None:
-            both = self.mask if mask is None else self.mask & mask
-            composed = replace(self.composition, mask=both, pse=bias)
-            found = make_plan(self._request(composed, query, key, value, seqlens), self.backend)
+            found = plan_of(asked, query, key, value, sink, seqlens)
             if known is not None:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.pop(next(iter(self._plans)), None)  # the oldest
                 self._plans[known] = found
         return found
 
-    def _in_graph(
+    def _attend(
         self,
-        operands: Operands,
-        mask: Mask | None,
-        pse: Pse | None,
+        asked: Asked,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         seqlens: SeqLens | None,
         return_stats: bool,
     ) -> AttentionOutput:
-        _check_pse(pse)
-        own = self._composition
-        carried = [getattr(self, name) for name in self._pse_names]
-        return attend_in_graph(
-            (own.mask, mask),
-            (own.pse, pse),
-            own.layout,
-            (own.scale, own.dropout, own.softcap),
-            operands,
-            [*carried, *(pse.tensors if pse is not None else ())],
-            seqlens,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            training=self.training,
-            backend=self.backend,
-            return_stats=return_stats,
-        )
-
-    def _key(
-        self,
-        bias: Pse | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Mask | None,
-        pse: Pse | None,
-        seqlens: SeqLens | None,
-    ) -> Hashable:
-        """Return everything that a plan of this module depends on; None for what is no key."""
-        if not _known_types(query, key, value, mask, seqlens):
-            return None
-        given: tuple[Hashable, ...] = ()
-        if mask is not None or pse is not None or seqlens is not None:
-            given = (mask, pse.key() if pse is not None else None, seqlens)
-        # A bias or sink may be frozen or moved between two calls.
-        carried = bias.tensors if bias is not None else ()
-        if self.sink is not None:
-            carried = (*carried, self.sink)
-        if carried:
-            given += tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in carried)
-        return (
-            query.shape,
-            query.dtype,
-            query.device,
-            query.requires_grad,
-            key.shape,
-            key.dtype,
-            key.device,
-            key.requires_grad,
-            value.shape,
-            value.dtype,
-            value.device,
-            value.requires_grad,
-            self.training,
-            torch.is_grad_enabled(),
-            is_transformed(),
-            given,
-        )
-
-    def _request(
-        self,
-        composed: Composition,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seqlens: SeqLens | None,
-    ) -> Request:
-        return read_request(
-            composed,
+        plan, carried, sink = None, None, self.sink
+        if is_tracing():
+            own = [getattr(self, name) for name in self._pse_names]
+            added = asked.biases[1]
+            carried = [*own, *(added.tensors if added is not None else ())]
+        else:
+            plan = self._plan(asked, query, key, value, sink, seqlens)
+        return attend(
+            asked,
             query,
             key,
             value,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            seqlens=seqlens,
-            sink=self.sink,
-            training=self.training,
+            sink,
+            seqlens,
+            plan=plan,
+            carried=carried,
+            return_stats=return_stats,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,18 +296,6 @@ class Attention(nn.Module):
         parts += [f"softcap={composed.softcap}"] if composed.softcap else []
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
-
-
-def _known_types(query: object, key: object, value: object, mask: object, seqlens: object) -> bool:
-    """Return whether arguments are what they are declared to be; else reading them tells."""
-    return (
-        isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and isinstance(value, Tensor)
-        and not (query.is_nested or key.is_nested or value.is_nested)
-        and (mask is None or isinstance(mask, Mask))
-        and (seqlens is None or isinstance(seqlens, SeqLens))
-    )
 
 
 def _check_backend_name(name: object) -> None:
@@ -393,16 +353,46 @@ def _check_backend(name: str, composition: Composition) -> None:
         raise BackendRefused(f"backend {name!r} cannot run this composition:\n{told}", reasons)
 
 
-def _composition(
-    mask: Mask | None,
-    pse: Pse | None,
-    layout: str,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> Composition:
-    whole = Full() if mask is None else mask
-    return Composition(whole, pse, layout, scale, dropout, softcap)
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = ...,
+    pse: Pse | None = ...,
+    layout: str = ...,
+    seqlens: SeqLens | None = ...,
+    num_heads: int | None = ...,
+    num_kv_heads: int | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    sink: Tensor | None = ...,
+    softcap: float | None = ...,
+    backend: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = ...,
+    pse: Pse | None = ...,
+    layout: str = ...,
+    seqlens: SeqLens | None = ...,
+    num_heads: int | None = ...,
+    num_kv_heads: int | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    sink: Tensor | None = ...,
+    softcap: float | None = ...,
+    backend: str = ...,
+    return_stats: Literal[True],
+) -> AttentionOutput: ...
 
 
 def attention(
@@ -434,42 +424,20 @@ def attention(
     >>> attention(x, x, x, mask=masks.Causal(), layout="BSH", num_heads=4).shape
     torch.Size([1, 16, 32])
     """
-    operands = Operands(query, key, value, pse, sink)
     _check_pse(pse)
-    if is_tracing():
-        result = attend_in_graph(
-            (mask, None),
-            (pse, None),
-            layout,
-            (scale, dropout, softcap),
-            operands,
-            list(pse.tensors) if pse is not None else [],
-            seqlens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=None,
-            training=True,
-            backend=backend,
-            return_stats=return_stats,
-        )
-        return result if return_stats else result.output
-    found = plan(
-        query,
-        key,
-        value,
-        mask=mask,
-        pse=pse,
-        layout=layout,
-        seqlens=seqlens,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        dropout=dropout,
-        sink=sink,
-        softcap=softcap,
+    _check_backend_name(backend)
+    asked = Asked(
+        (mask, None),
+        (pse, None),
+        layout,
+        scale,
+        dropout,
+        softcap,
+        num_heads,
+        num_kv_heads,
         backend=backend,
     )
-    result = run_plan(found, operands)
+    result = attend(asked, query, key, value, sink, seqlens, return_stats=return_stats)
     return result if return_stats else result.output
 
 
@@ -499,17 +467,17 @@ def plan(
     >>> found.calls[0].sparse_mode, found.calls[0].pre_tokens
     (4, 255)
     """
+    _check_pse(pse)
     _check_backend_name(backend)
-    composition = _composition(mask, pse, layout, scale, dropout, softcap)
-    request = read_request(
-        composition,
-        query,
-        key,
-        value,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        seqlens=seqlens,
-        sink=sink,
-        training=True,
+    asked = Asked(
+        (mask, None),
+        (pse, None),
+        layout,
+        scale,
+        dropout,
+        softcap,
+        num_heads,
+        num_kv_heads,
+        backend=backend,
     )
-    return make_plan(request, backend)
+    return plan_of(asked, query, key, value, sink, seqlens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnkit import layouts
-from attnkit.attention import Attention, attention, plan
+from attnkit.attend import Asked, attend, is_tracing
+from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
 from attnkit.decoding import (
@@ -29,7 +28,6 @@ from attnkit.planner.request import FLOATS
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary, positions
 from attnkit.tensors import check_device, check_tensor
-from attnkit.traced import is_tracing
 
 __all__ = ["MultiHeadAttention"]
 
@@ -185,26 +183,9 @@ class MultiHeadAttention(nn.Module):
         source = x if context is None else context
         query = self._shaped(x, self.attention.num_heads)
         key = self._shaped(source, self.attention.num_kv_heads)
-        form = layouts.get(self.attention.layout)
-        if form.packed == (seqlens is not None):
-            q, k = _into(form, query), _into(form, key)
-            return self.attention.plan(q, k, k, mask=mask, pse=pse, seqlens=seqlens)
-        own = self.attention.composition
-        whole_mask, whole_pse = self._composed(mask, pse)
-        return plan(
-            query,
-            key,
-            key,
-            mask=whole_mask,
-            pse=whole_pse,
-            layout="BSND" if seqlens is None else "TND",
-            seqlens=seqlens,
-            scale=own.scale,
-            dropout=own.dropout if self.training else 0.0,
-            sink=self.attention.sink,
-            softcap=own.softcap,
-            backend=self.attention.backend,
-        )
+        asked, form = self._asked(mask, pse, seqlens)
+        query, key = _into(form, query), _into(form, key)
+        return self.attention._plan(asked, query, key, key, self.attention.sink, seqlens)
 
     def explain(
         self,
@@ -246,11 +227,9 @@ class MultiHeadAttention(nn.Module):
         if self.rotary is not None:
             lengths = (x.shape[1],) if seqlens is None else seqlens.q
             query, key = self._turn(self.rotary, query, key, positions(lengths, 0, x.device))
-        form = layouts.get(self.attention.layout)
-        if form.packed != (seqlens is not None):
-            return self._call(query, key, value, *self._composed(mask, pse), seqlens)
+        asked, form = self._asked(mask, pse, seqlens)
         q, k, v = (_into(form, t) for t in (query, key, value))
-        found = self.attention(q, k, v, mask=mask, pse=pse, seqlens=seqlens, return_stats=True)
+        found = self.attention._attend(asked, q, k, v, seqlens, return_stats=True)
         return AttentionOutput(_out_of(form, found.output, query.shape[-2]), found.stats)
 
     def _decode(
@@ -267,7 +246,7 @@ class MultiHeadAttention(nn.Module):
             query, key = self._turn(self.rotary, query, key, where)
         keys, values = cache.append(key, value)
         try:
-            return self._call(query, keys, values, rows, bias, None)
+            return self._call(query, keys, values, rows, bias)
         except BaseException:
             cache.truncate(start)  # a step that failed has not happened
             raise
@@ -287,7 +266,7 @@ class MultiHeadAttention(nn.Module):
             known = queries_of_context(whole_mask, whole_pse)
             rows = rows_of_context_mask(whole_mask, start, stop, cache.length, known)
             bias = rows_of_context_bias(whole_pse, start, stop, cache.length, known)
-            found = self._call(query, keys, values, rows, bias, None)
+            found = self._call(query, keys, values, rows, bias)
         except BaseException:
             if fresh:
                 cache.reset()
@@ -296,43 +275,32 @@ class MultiHeadAttention(nn.Module):
         return found
 
     def _call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Mask,
-        pse: Pse | None,
-        seqlens: SeqLens | None,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, pse: Pse | None
     ) -> AttentionOutput:
-        """Run the composition with another mask and bias than the module's."""
-        own = self.attention.composition
-        found = attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            pse=pse,
-            layout="BSND" if seqlens is None else "TND",
-            seqlens=seqlens,
-            scale=own.scale,
-            dropout=own.dropout if self.training else 0.0,
-            sink=self.attention.sink,
-            softcap=own.softcap,
-            backend=self.attention.backend,
-            return_stats=True,
-        )
-        return cast(AttentionOutput, found)
+        """Attend with another mask and bias than the module's."""
+        asked = self.attention._asked(None, None)
+        asked = asked._replace(masks=(mask, None), biases=(pse, None), layout="BSND")
+        return attend(asked, query, key, value, self.attention.sink, None)
 
     # -- parts ---------------------------------------------------------------------------
+
+    def _asked(
+        self, mask: Mask | None, pse: Pse | None, seqlens: SeqLens | None
+    ) -> tuple[Asked, Layout]:
+        """Return what a call asks for, and the layout of its heads."""
+        asked, form = self.attention._asked(mask, pse), layouts.get(self.attention.layout)
+        if form.packed == (seqlens is not None):
+            return asked, form
+        form = BSND if seqlens is None else TND
+        return asked._replace(layout=form.name), form
 
     def _composed(self, mask: Mask | None, pse: Pse | None) -> tuple[Mask, Pse | None]:
         """Return the module's mask and bias with those of the call."""
         own = self.attention.composition
         if is_tracing() and (mask is not None or (pse is not None and own.pse is not None)):
             raise CompositionError(
-                "inside of torch.compile a call that is packed (or dense) unlike its module, or "
-                "has a cache, takes no mask= and adds no pse=: build the module with them, or with "
-                "the layout of its calls (layout='TND' for seqlens)"
+                "inside of torch.compile a call with a cache takes no mask= and adds no pse=: "
+                "build the module with them"
             )
         both = own.pse + pse if own.pse is not None and pse is not None else own.pse or pse
         return own.mask if mask is None else own.mask & mask, both

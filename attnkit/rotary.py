@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from attnkit.attend import is_tracing
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import check_lengths
 from attnkit.masks.base import check_int
 from attnkit.tensors import check_device, check_tensor
-from attnkit.traced import is_tracing
 
 __all__ = ["Pairing", "Rotary", "positions"]
 

@@ -156,11 +156,7 @@ def test_packed_calls_of_a_whole_layer(layout: str) -> None:
     assert torch.equal(call(x, lens), layer(x, seqlens=lens))
     masked = compiled(lambda x, lens, mask: layer(x, seqlens=lens, mask=mask))
     mask = masks.SlidingWindow(3)
-    if layout == "TND":
-        assert torch.equal(masked(x, lens, mask), layer(x, seqlens=lens, mask=mask))
-        return
-    with pytest.raises(Exception, match="takes no mask="):
-        masked(x, lens, mask)
+    assert torch.equal(masked(x, lens, mask), layer(x, seqlens=lens, mask=mask))
 
 
 def test_a_refusal_is_told_while_tracing() -> None:

@@ -2,7 +2,7 @@
 
 What the operator does is not traced, so it may be a launch of a kernel or a hundred small ops.
 A graph holds tensors and numbers: a plan goes in as a number, which is good as long as somebody
-holds the plan. Whoever the graph is guarded on does so (`attnkit.traced`).
+holds the plan. Whoever the graph is guarded on does so (`attnkit.attend`).
 """
 
 from __future__ import annotations

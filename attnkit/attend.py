@@ -1,0 +1,241 @@
+"""The one way from what is asked and the tensors of a call to a plan, and through it.
+
+`Attention`, `MultiHeadAttention` and the functional forms say what they want as `Asked`. Then
+`plan_of` puts the composition together, reads the request off the tensors and plans it, and
+`attend` runs the plan.
+
+While `torch.compile` traces, the tracer must not follow the planner. So what a plan is read from
+leaves the trace as constants, each of them a guard of the graph: other shapes, dtypes, devices,
+gradients or modes are another request and compile again. So are another mask, bias or `SeqLens`,
+by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from operator import index
+from typing import NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
+from attnkit.backends.graph import hold, run_number, stand_in
+from attnkit.backends.rebind import rebound
+from attnkit.layouts import SeqLens
+from attnkit.masks import Full, Mask
+from attnkit.planner import Composition, Plan, read_request
+from attnkit.planner.request import is_transformed
+from attnkit.pse import Pse
+
+__all__ = ["Asked", "attend", "interned", "is_tracing", "key_of", "plan_of"]
+
+is_tracing = torch.compiler.is_dynamo_compiling
+
+Facts: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool]
+"""What a request reads off a tensor: shape, dtype, device, whether it asks for a gradient."""
+
+_WHOLE = Full()
+
+# Weak, since a mask may hold a matrix.
+_SEEN: WeakValueDictionary[int, Mask] = WeakValueDictionary()
+
+
+def interned(mask: Mask) -> Mask:
+    """Return one object for equal masks, so that equal layers share one graph."""
+    known = _SEEN.setdefault(hash(mask), mask)
+    return known if known == mask else mask
+
+
+class Asked(NamedTuple):
+    """What is asked of a call besides its tensors; masks intersect and biases add up.
+
+    A tuple of pieces and not a `Composition`: what a tracer meets must be a constant each.
+    """
+
+    masks: tuple[Mask | None, Mask | None] = (None, None)
+    biases: tuple[Pse | None, Pse | None] = (None, None)
+    layout: str = "BSND"
+    scale: float | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    training: bool = True
+    backend: str = "auto"
+
+    @property
+    def mask(self) -> Mask:
+        """The intersection of the masks."""
+        own, added = self.masks
+        if added is None:
+            return _WHOLE if own is None else own
+        return added if own is None else own & added
+
+    @property
+    def pse(self) -> Pse | None:
+        """The sum of the biases."""
+        own, added = self.biases
+        return added if own is None else own if added is None else own + added
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the biases."""
+        own, added = self.biases
+        found = () if own is None else own.tensors
+        return found if added is None else (*found, *added.tensors)
+
+
+def plan_of(
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    seqlens: SeqLens | None,
+) -> Plan:
+    """Return the plan of what is asked for these tensors; nothing of their content is read."""
+    request = read_request(
+        Composition(asked.mask, asked.pse, asked.layout, asked.scale, asked.dropout, asked.softcap),
+        query,
+        key,
+        value,
+        num_heads=asked.num_heads,
+        num_kv_heads=asked.num_kv_heads,
+        head_dim=asked.head_dim,
+        seqlens=seqlens,
+        sink=sink,
+        training=asked.training,
+    )
+    return make_plan(request, asked.backend)
+
+
+def key_of(
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    seqlens: SeqLens | None,
+) -> Hashable:
+    """Return what a module's plan depends on; None where arguments are not what they should be.
+
+    What the module was built with is not part of it, but its tensors are: a bias or a sink may
+    be frozen or moved between two calls.
+    """
+    mask: object = asked.masks[1]
+    given: object = seqlens
+    bias = asked.biases[1]
+    tensors = [query, key, value, *asked.tensors]
+    tensors += () if sink is None else (sink,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
+            return None
+    if mask is not None and not isinstance(mask, Mask):
+        return None
+    if given is not None and not isinstance(given, SeqLens):
+        return None
+    return (
+        tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]),
+        mask,
+        None if bias is None else bias.key(),
+        seqlens,
+        asked.layout,
+        asked.training,
+        torch.is_grad_enabled(),
+        is_transformed(),
+    )
+
+
+def attend(
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    seqlens: SeqLens | None,
+    *,
+    plan: Plan | None = None,
+    carried: Sequence[Tensor] | None = None,
+    return_stats: bool = True,
+) -> AttentionOutput:
+    """Attend as asked, by a `plan` that is known already or by the one that is found.
+
+    In a graph, `carried` are the tensors that the biases have now, if not those that they were
+    built with, and statistics come only with `return_stats`.
+    """
+    if is_tracing():
+        now = list(asked.tensors if carried is None else carried)
+        number = _planned(
+            *asked.masks,  # objects of ours are constants as arguments, and not inside of tuples
+            *asked.biases,
+            asked.layout,
+            (_hex(asked.scale), _hex(asked.dropout), _hex(asked.softcap)),
+            (asked.num_heads, asked.num_kv_heads, asked.head_dim),
+            (asked.training, torch.is_grad_enabled()),
+            asked.backend,
+            (_facts(query), _facts(key), _facts(value)),
+            None if sink is None else _facts(sink),
+            tuple(_facts(t) for t in now),
+            seqlens,
+        )
+        drops = bool(asked.training and asked.dropout)
+        return run_number(number, [query, key, value, sink, *now], drops, return_stats)
+    found = plan_of(asked, query, key, value, sink, seqlens) if plan is None else plan
+    return run_plan(found, Operands(query, key, value, asked.pse, sink))
+
+
+def _facts(tensor: Tensor) -> Facts:
+    # A size that the tracer would leave open is asked for by number: a plan is for one size.
+    shape = tuple(index(size) for size in tensor.shape)
+    return shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _hex(number: float | None) -> str | None:
+    # A number would be left open, too: as digits, which say it exactly, it is not.
+    return None if number is None else float(number).hex()
+
+
+def _planned(
+    mask: Mask | None,
+    call_mask: Mask | None,
+    pse: Pse | None,
+    call_pse: Pse | None,
+    layout: str,
+    numbers: tuple[str | None, str | None, str | None],
+    heads: tuple[int | None, int | None, int | None],
+    modes: tuple[bool, bool],
+    backend: str,
+    tensors: tuple[Facts, Facts, Facts],
+    sink: Facts | None,
+    carried: tuple[Facts, ...],
+    seqlens: SeqLens | None,
+) -> int:
+    """Plan for tensors that have the same properties and no data; return the plan's number.
+
+    Not the plan: the tracer keeps objects that such a function returns for as long as it lives.
+    """
+    scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
+    training, grad = modes
+    asked = Asked((mask, call_mask), (pse, call_pse), layout, scale, dropout or 0.0, softcap)
+    with torch.set_grad_enabled(grad):
+        bias = asked.pse
+        bias = None if bias is None else rebound(bias, [stand_in(*known) for known in carried])
+        asked = Asked(
+            asked.masks, (bias, None), *asked[2:6], *heads, training=training, backend=backend
+        )
+        query, key, value = (stand_in(*known) for known in tensors)
+        logits = None if sink is None else stand_in(*sink)
+        found = plan_of(asked, query, key, value, logits, seqlens)
+    # A graph knows its plan by a number. It is guarded on these objects, and dies with any of
+    # them: whichever is there keeps the plan, the ones that change most often first.
+    keepers: tuple[object, ...] = (seqlens, call_mask, mask, _WHOLE)
+    keeper = next(one for one in keepers if one is not None)
+    keeper.__dict__.setdefault("_graphs", {})[found] = None
+    return hold(found, bias).number
+
+
+# All that `torch.compiler.assume_constant_result` does, but it loads the compiler, for seconds.
+_planned._dynamo_marked_constant = True  # type: ignore[attr-defined]
