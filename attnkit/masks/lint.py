@@ -24,11 +24,9 @@ from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.composite import Composite
 from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
-from attnkit.masks.padding import Padding
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import recover
-from attnkit.masks.rectangles import Columns
 from attnkit.masks.slices import Slices
 from attnkit.masks.trace import CHUNK_CELLS, mask_rows
 
@@ -43,7 +41,8 @@ class Finding:
     Codes of `Mask.lint`:
 
     - ``empty-rows``: queries that see no key
-    - ``unseen-keys``: keys that no query sees (those that `Padding` or `Columns` rule out aside)
+    - ``unseen-keys``: keys that no query sees (those that a part which is one range of keys, as
+      `Padding` and `Columns` are, rules out aside)
     - ``window-exceeds-sequence``: a window, band, chunk or block that cuts nothing off
     - ``documents-leak``: queries that see keys of another document
     - ``documents-share-positions``: beside documents of unequal lengths, a mask whose positions
@@ -230,12 +229,15 @@ def _free_keys(region: Region, kv_len: int) -> Spans:
 
 
 def _not_ruled_out(view: _View, plane: tuple[int, int], keys: Spans) -> Spans:
-    """Drop the keys that a part says are none: that is what the part is for."""
+    """Drop the keys outside of a part that is one range of keys: that is what the part is for."""
     parts = view.mask.parts if isinstance(view.mask, And) else ()
     free = Region.of(*(Slice(0, 1, a, b) for a, b in keys))
+    rows = max(view.q_len, 2)  # a single row of a window is a range of keys too
     for part in (view.mask, *parts):
-        if isinstance(part, Padding | Columns):
-            free &= part.enclosure(1, view.kv_len, *plane).inner
+        inner, outer = part.enclosure(rows, view.kv_len, *plane)
+        here = inner.row(0)
+        if len(here) <= 1 and inner == outer == Region.of(*(Slice(0, rows, *run) for run in here)):
+            free &= inner
     return free.row(0)
 
 

@@ -13,7 +13,7 @@ from attnkit.geometry import Region, Slice
 from attnkit.masks.algebra import Or
 from attnkit.masks.base import MASKS, Full, IntsLike, Mask, check_ints, check_readable, describe
 from attnkit.masks.per_head import PerBatch
-from attnkit.masks.rectangles import Columns
+from attnkit.masks.rectangles import Columns, Prefix
 
 __all__ = ["Padding"]
 
@@ -25,8 +25,9 @@ Cells = np.ndarray[Any, np.dtype[np.bool_]]
 class Padding(Mask):
     """The keys that exist, per batch element: ``j < lengths[batch]``, for side="right".
 
-    With side="left" the padding comes first: ``j >= kv_len - lengths[batch]``. A query row
-    beyond its own sequence still sees the existing keys; an element of length 0 has empty rows.
+    With side="left" the padding comes first: ``j >= kv_len - lengths[batch]``, which moves as keys
+    are added; `Padding.of` says it from the first key on. A query row beyond its own sequence
+    still sees the existing keys; an element of length 0 has empty rows.
 
     >>> print(Padding([2, 4]).show(2, 4, batch=0))
     ##..
@@ -51,25 +52,27 @@ class Padding(Mask):
     def of(attention_mask: torch.Tensor) -> Mask:
         """Return the keys that a tokenizer's ``attention_mask`` [b, s] marks: 1 (True) exists.
 
-        A `Padding` where all texts are filled up on one side; else a `PerBatch` of the runs of
-        keys that each has. The values are read, which waits for a device: make it where the
-        batch is made, once. Raises `CompositionError` for another shape or other values.
+        Where all texts end with the row, the padding is the first keys: ``~Prefix(counts)``, the
+        same set however many keys are added, as a cache does. Where all begin with it, a
+        `Padding`; else a `PerBatch` of the runs of keys that each has. The values are read, which
+        waits for a device: make it where the batch is made, once. Raises `CompositionError` for
+        another shape or other values.
 
+        >>> Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+        ~Prefix((1, 0))
         >>> Padding.of(torch.tensor([[1, 1, 0], [1, 1, 1]]))
         Padding((2, 3))
-        >>> Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-        Padding((2, 3), side='left')
         >>> Padding.of(torch.tensor([[1, 0, 1], [1, 1, 1]])).materialize(1, 3, 2)[:, 0, 0].int()
         tensor([[1, 0, 1],
                 [1, 1, 1]], dtype=torch.int32)
         """
         cells = _existing(attention_mask)
-        lengths, size = cells.sum(1).tolist(), cells.shape[1]
-        places = np.arange(size)
-        if (cells == (places < cells.sum(1, keepdims=True))).all():
+        places, lengths = np.arange(cells.shape[1]), cells.sum(1)
+        missing = cells.shape[1] - lengths
+        if (cells == (places >= missing[:, None])).all():
+            return ~Prefix(missing)
+        if (cells == (places < lengths[:, None])).all():
             return Padding(lengths)
-        if (cells == (places >= size - cells.sum(1, keepdims=True))).all():
-            return Padding(lengths, "left")
         return PerBatch([_of_row(row) for row in cells])
 
     def check(
@@ -123,7 +126,8 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
 
 
 def _of_row(row: Cells) -> Mask:
-    """Return the runs of keys that a text has."""
+    """Return the runs of keys that a text has; one that reaches the end has none."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(np.int8)))
-    runs = [Columns(start, stop) for start, stop in ends.reshape(-1, 2).tolist()]
+    pairs = ends.reshape(-1, 2).tolist()
+    runs = [Columns(start, None if stop == len(row) else stop) for start, stop in pairs]
     return Or.of(*runs) if runs else ~Full()

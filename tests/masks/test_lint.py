@@ -92,7 +92,9 @@ def test_what_takes_cells_away_does_not_leak():
 def test_unseen_keys_that_a_part_rules_out_are_meant():
     assert "unseen-keys" not in codes(masks.Padding([3, 16]) & C)
     assert "unseen-keys" not in codes(masks.Columns(4) & C)
+    assert "unseen-keys" not in codes(~masks.Prefix([3, 0]) & C)
     assert "unseen-keys" in codes(masks.Columns(4) & ~masks.Columns(8, 9))
+    assert "unseen-keys" in codes(W(2), 1, 16)
 
 
 def test_heads_are_told_apart():

@@ -26,17 +26,31 @@ def test_every_mask_of_two_texts() -> None:
             places = torch.arange(size)
             right = torch.equal(given.bool(), places < lengths[:, None])
             left = torch.equal(given.bool(), places >= size - lengths[:, None])
-            if right:
+            if left:
+                assert mask == ~masks.Prefix(size - lengths)
+            elif right:
                 assert mask == Padding(lengths)
-            elif left:
-                assert mask == Padding(lengths, "left")
             else:
                 assert isinstance(mask, PerBatch)
 
 
+@pytest.mark.parametrize("rows", [[[0, 1, 1], [1, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[1, 0, 1]] * 2])
+def test_what_ends_with_the_row_is_the_same_set_as_keys_are_added(rows: list[list[int]]) -> None:
+    """With a cache, texts grow at their ends: the mask of the prompt is that of every step."""
+    prompt = torch.tensor(rows)
+    mask = Padding.of(prompt)
+    assert not mask.anchored
+    for more in range(1, 4):
+        grown = torch.cat([prompt, prompt.new_ones(2, more)], 1)
+        assert Padding.of(grown) == mask
+        assert all(mask._extends(3, 3 + more, b, 0) for b in range(2))
+        meant = grown.bool()[:, None, None].expand(2, 1, 2, 3 + more)
+        assert mask.materialize(2, 3 + more, 2).equal(meant)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float32])
 def test_any_dtype_of_a_tokenizer(dtype: torch.dtype) -> None:
-    assert Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]).to(dtype)) == Padding((2, 3), "left")
+    assert Padding.of(torch.tensor([[0, 1, 1], [1, 1, 1]]).to(dtype)) == ~masks.Prefix((1, 0))
 
 
 def test_holes_run_on_every_backend() -> None:
