@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from attnkit.arguments import check_bool, check_int
 from attnkit.attend import Asked, attend, interned, is_tracing, key_of, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput
 from attnkit.backends.rebind import rebound
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
-from attnkit.masks.base import check_int
 from attnkit.planner import Composition, Plan
 from attnkit.pse import Pse
 
@@ -90,11 +90,8 @@ class Attention(nn.Module):
                 f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; each key "
                 "head serves an equal group of query heads"
             )
-        if not isinstance(sink, bool):
-            raise CompositionTypeError(
-                f"sink={shown(sink)}; it is True for a learnable logit per head, or False (the "
-                "functional form, ak.attention, takes the logits themselves)"
-            )
+        note = "True for a learnable logit per head; ak.attention takes the logits themselves"
+        check_bool("sink", sink, note)
         if scale is None:
             scale = head_dim**-0.5
         whole = Full() if mask is None else mask
@@ -306,10 +303,7 @@ def _check_backend_name(name: object) -> None:
 
 
 def _check_size(name: str, value: object) -> int:
-    size = check_int(name, value, 1)
-    if size > _LARGEST_SIZE:
-        raise CompositionError(f"{name}={size}; it is at most {_LARGEST_SIZE:,}")
-    return size
+    return check_int(name, value, 1, _LARGEST_SIZE)
 
 
 def _check_pse(pse: object) -> None:

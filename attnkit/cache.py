@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from attnkit.arguments import check_int, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.tensors import check_tensor
 
 __all__ = ["KVCache"]
 
@@ -202,7 +202,7 @@ it more, or capacity=None to grow
         >>> cache.queries
         2
         """
-        _check_count("answered: queries", queries)
+        check_int("KVCache.answered: queries", queries, 0)
         if not self._sealed:
             raise CompositionError(
                 f"{self} holds no context; where every call appends, queries count with the tokens"
@@ -218,7 +218,7 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=1, capacity=16)
         """
-        _check_count("truncate: length", length)
+        check_int("KVCache.truncate: length", length, 0)
         if self._sealed:
             raise CompositionError(f"{self} holds a context, which is whole; reset() empties it")
         if length > self._length:
@@ -283,10 +283,3 @@ it more, or capacity=None to grow
         if held is not None:
             larger[:, : self._length] = held[:, : self._length]
         return larger
-
-
-def _check_count(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise CompositionTypeError(f"KVCache.{name}={shown(value)}; give an int, 0 or more")
-    if value < 0:
-        raise CompositionError(f"KVCache.{name}={shown(value)}; give an int, 0 or more")

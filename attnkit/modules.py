@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnkit import layouts
+from attnkit.arguments import check_bool, check_device, check_float_dtype, check_int, check_tensor
 from attnkit.attend import Asked, attend, is_tracing
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
@@ -22,12 +23,9 @@ from attnkit.decoding import (
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
-from attnkit.masks.base import check_int
 from attnkit.planner import Plan
-from attnkit.planner.request import FLOATS
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary, positions
-from attnkit.tensors import check_device, check_tensor
 
 __all__ = ["MultiHeadAttention"]
 
@@ -92,13 +90,10 @@ class MultiHeadAttention(nn.Module):
         self.kv_dim = _axis("kv_dim", dim if kv_dim is None else kv_dim)
         size = _head_dim(dim, _axis("num_heads", num_heads), head_dim)
         width = _axis("num_heads * head_dim", num_heads * size)
-        if not isinstance(bias, bool):
-            raise CompositionTypeError(
-                f"bias={shown(bias)}; it is True or False, for the four projections (a bias on the "
-                "scores is pse=)"
-            )
+        check_bool("bias", bias, "of the four projections; a bias on the scores is pse=")
         check_device(device)
-        _check_dtype(dtype)
+        if dtype is not None:
+            check_float_dtype("dtype", dtype)
         self.attention = Attention(
             num_heads,
             size,
@@ -391,16 +386,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def _axis(name: str, value: int) -> int:
-    check_int(name, value, 1)
-    if value > _WIDEST:
-        raise CompositionError(f"{name}={shown(value)}; a module's axes hold at most {_WIDEST:,}")
-    return value
-
-
-def _check_dtype(dtype: object) -> None:
-    if not isinstance(dtype, torch.dtype | None) or (dtype is not None and dtype not in FLOATS):
-        names = ", ".join(map(str, FLOATS))
-        raise CompositionTypeError(f"dtype={shown(dtype)}; give one of {names}, or None")
+    return check_int(name, value, 1, _WIDEST)
 
 
 def _linear(

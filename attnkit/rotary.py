@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from attnkit.arguments import check_choice, check_device, check_int, check_number, check_tensor
 from attnkit.attend import is_tracing
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import check_lengths
-from attnkit.masks.base import check_int
-from attnkit.tensors import check_device, check_tensor
 
 __all__ = ["Pairing", "Rotary", "positions"]
 
 Pairing = Literal["half", "interleaved"]
+
+_PAIRINGS = {
+    "half": "dimensions c and c + r/2, as in Hugging Face weights",
+    "interleaved": "2c and 2c + 1, as in the paper",
+}
 
 _FARTHEST = 2**40
 _BASES = (1e-30, 1e30)  # beyond, the angles of some pair do not fit into float32
@@ -52,22 +56,15 @@ class Rotary:
     pairing: Pairing = "half"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.base, (int, float)) and not isinstance(self.base, bool)
-        if not number or not _BASES[0] <= self.base <= _BASES[1]:
-            raise CompositionError(
-                f"Rotary: base={shown(self.base)}; give a number from {_BASES[0]} to {_BASES[1]}"
-            )
+        low, high = _BASES
+        check_number("Rotary: base", self.base, lambda b: low <= b <= high, f"from {low} to {high}")
         dim = self.rotary_dim
         if dim is not None and (type(dim) is not int or dim < 2 or dim % 2):
             raise CompositionError(
                 f"Rotary: rotary_dim={shown(dim)}; dimensions turn in pairs, so give an even "
                 "number, or None for the whole head"
             )
-        if not isinstance(self.pairing, str) or self.pairing not in get_args(Pairing):
-            raise CompositionError(
-                f"Rotary: pairing={shown(self.pairing)}; choose 'half' (dimensions c and c + r/2, "
-                "as in Hugging Face weights) or 'interleaved' (2c and 2c + 1, as in the paper)"
-            )
+        check_choice("Rotary: pairing", self.pairing, _PAIRINGS)
 
     def dims(self, head_dim: int) -> int:
         """Return how many dimensions of a head turn; raise where they cannot.

@@ -220,7 +220,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a sink tensor for the module's flag": (
         lambda: ak.Attention(4, 8, sink=torch.zeros(4)),
         CompositionTypeError,
-        r"it is True for a learnable logit per head",
+        r"True or False \(True for a learnable logit per head",
     ),
     "no heads": (lambda: ak.Attention(0, 8), ak.CompositionError, r"num_heads=0 is too small"),
     "half a head": (
@@ -251,8 +251,8 @@ _number("dropout", -0.1, ak.CompositionError, r"dropout=-0.1 is out of range.*at
 _number("dropout", -1e-320, ak.CompositionError, r"out of range")
 _number("dropout", float("nan"), ak.CompositionError, r"out of range")
 _number("dropout", True, CompositionTypeError, r"dropout=True is of type bool")
-_number("dropout", None, ak.CompositionError, r"dropout=None is out of range")
-_number("softcap", 0, ak.CompositionError, r"softcap=0.0 is out of range.*above 0")
+_number("dropout", None, CompositionTypeError, r"dropout=None is of type NoneType")
+_number("softcap", 0, ak.CompositionError, r"softcap=0 is out of range.*above 0")
 _number("softcap", float("inf"), ak.CompositionError, r"softcap=inf is out of range")
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnkit.arguments import odd_kind
 from attnkit.errors import KernelContractError, KernelContractTypeError, shown
 from attnkit.kernel.arguments import fits_int64, plain
 from attnkit.kernel.atten_mask import AttenMask
@@ -17,7 +18,6 @@ from attnkit.kernel.launch import choose_version, device_product, launch, launch
 from attnkit.kernel.legality import contract_error
 from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.rules import ARGUMENT_TYPE, Target, Violation
-from attnkit.tensors import odd_kind
 
 __all__ = ["FusionOutput", "fusion_attention", "fusion_attention_grad"]
 

@@ -15,10 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.arguments import check_int, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts.seqlens import check_lengths
 from attnkit.registry import Registry
-from attnkit.tensors import check_tensor
 
 __all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
 
@@ -140,8 +140,9 @@ or num_heads
         groups = _groups(self.pattern)
         if len(shape) != len(groups):
             raise self._wrong_rank(shape, what)
-        _positive("num_heads", num_heads)
-        _positive("head_dim", head_dim)
+        for label, count in (("num_heads", num_heads), ("head_dim", head_dim)):
+            if count is not None:
+                check_int(label, count, 1)
         found: dict[str, int] = {}
         for group, extent in zip(groups, shape, strict=True):
             if len(group) == 1:
@@ -217,7 +218,7 @@ or num_heads
         >>> get("BNSD").from_tnd(torch.zeros(32, 4, 8), batch=2).shape
         torch.Size([2, 4, 16, 8])
         """
-        _positive("batch", batch, needed=True)
+        check_int("batch", batch, 1)
         if self.packed:
             return self._to_own(tensor, "t n d")
         _need_rank(tensor, "t n d")
@@ -439,15 +440,6 @@ def _groups(pattern: str) -> tuple[str, ...]:
             "packed) once, separated by spaces, and may merge only '(n d)'"
         )
     return groups
-
-
-def _positive(label: str, value: int | None, *, needed: bool = False) -> None:
-    if value is None and not needed:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CompositionTypeError(f"{label} is a positive int, got {shown(value)}")
-    if value < 1:
-        raise CompositionError(f"{label} is a positive int, got {shown(value)}")
 
 
 def _check_shape(shape: Sequence[int], what: str) -> None:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, 
 
 import torch
 
-from attnkit.eager import MASK_IN_GRAPH, untraced
-from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
-from attnkit.geometry import Region
-from attnkit.masks.arguments import (
+from attnkit.arguments import (
     IntsLike,
     check_align,
+    check_device,
     check_int,
     check_ints,
     check_length,
@@ -24,8 +22,10 @@ from attnkit.masks.arguments import (
     holds_integers,
     short,
 )
+from attnkit.eager import MASK_IN_GRAPH, untraced
+from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
+from attnkit.geometry import Region
 from attnkit.registry import Registry
-from attnkit.tensors import check_device
 from attnkit.textform import arguments_text
 
 if TYPE_CHECKING:

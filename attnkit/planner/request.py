@@ -10,23 +10,19 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from attnkit import layouts
+from attnkit.arguments import FLOATS, check_int, check_number, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
-from attnkit.masks.base import check_int
 from attnkit.pse import Align, ByDistance, Linear, Pse, Sloped, Structure
 from attnkit.pse.cut import uncut
-from attnkit.tensors import check_tensor
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -109,32 +105,14 @@ class Composition:
                 "attnkit.pse (wrap a tensor: pse.Dense(t))"
             )
         layouts.get(self.layout)
-        number = _number("scale", self.scale)
-        if number is not None and not math.isfinite(number):
-            _refuse_number("scale", number, "finite, or None for 1/sqrt(head_dim)")
-        number = _number("softcap", self.softcap)
-        if number is not None and not 0 < number < math.inf:
-            _refuse_number("softcap", number, "above 0 and finite, or None for none")
-        number = _number("dropout", self.dropout)
-        if number is None or not 0 <= number < 1:
-            _refuse_number("dropout", number, "at least 0 and below 1: the share that is dropped")
-
-
-def _number(name: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CompositionTypeError(
-            f"{name}={shown(value)} is of type {type(value).__name__}; it must be an int or float"
-        )
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _refuse_number(name: str, value: float | None, rule: str) -> NoReturn:
-    raise CompositionError(f"{name}={shown(value)} is out of range; it must be {rule}")
+        if self.scale is not None:
+            rule = "finite, or None for 1/sqrt(head_dim)"
+            check_number("scale", self.scale, math.isfinite, rule)
+        if self.softcap is not None:
+            rule = "above 0 and finite, or None for none"
+            check_number("softcap", self.softcap, lambda c: 0 < c < math.inf, rule)
+        rule = "at least 0 and below 1: the share that is dropped"
+        check_number("dropout", self.dropout, lambda p: 0 <= p < 1, rule)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkit.errors import CompositionTypeError, shown
+from attnkit.arguments import check_bool
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.sloped import Sloped, press_slopes
@@ -57,8 +57,7 @@ class ALiBi(Sloped):
 
         It is a class of its own, so that nobody who takes slopes for constants can meet one.
         """
-        if not isinstance(learnable, bool):
-            raise CompositionTypeError(f"ALiBi: learnable is a bool, got {shown(learnable)}")
+        check_bool("ALiBi: learnable", learnable)
         if learnable:
             return LearnableALiBi(num_heads, slopes, align)
         return super().__new__(cls)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from attnkit.pse.arguments import check_floating
+from attnkit.arguments import check_float_dtype
 from attnkit.pse.base import Align, Pse, Range
 
 __all__ = ["ByDistance"]
@@ -90,7 +90,7 @@ class ByDistance(Pse):
     ) -> Tensor:
         """Return the cells of a rectangle; no other cell is made."""
         self.check(q_len, kv_len, batch, heads)
-        check_floating(self, dtype)
+        check_float_dtype("dtype", dtype)
         where = self.tensors[0].device if self.tensors else device
         query = torch.arange(*q_range, device=where) + self.offset(q_len, kv_len)
         distance = torch.arange(*kv_range, device=where) - query[:, None]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.pse.arguments import check_floating, check_tensor
+from attnkit.arguments import check_bool, check_float_dtype, check_floats
+from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.pse.base import Pse, Range, check_range
 
 __all__ = ["Dense"]
@@ -54,11 +54,8 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
             raise CompositionTypeError(
                 f"pse.Dense takes a tensor of biases, not {type(tensor).__name__}"
             )
-        if not isinstance(before_scale, bool):
-            raise CompositionTypeError(
-                f"pse.Dense: before_scale is a bool, got {shown(before_scale)}"
-            )
-        check_tensor("pse.Dense", tensor)
+        check_bool("pse.Dense: before_scale", before_scale)
+        check_floats("pse.Dense", tensor)
         object.__setattr__(self, "tensor", tensor)
         object.__setattr__(self, "_before_scale", before_scale)
         if tensor.ndim not in (2, 3, 4):
@@ -156,7 +153,7 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
                 f"pse.{self} is on {self.tensor.device}, the scores are on {device}; move it once, "
                 "where the model is built"
             )
-        check_floating(self, dtype)
+        check_float_dtype("dtype", dtype)
         bias = self.tensor[(None,) * (4 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnkit.arguments import check_float_dtype, check_floats
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.pse.arguments import check_floating, check_tensor
 from attnkit.pse.base import Pse, Range, check_range
 from attnkit.pse.structure import PerKey
 
@@ -53,7 +53,7 @@ class KeyBias(Pse):
                 "pse.KeyBias takes a floating tensor, one number per key, not "
                 f"{type(tensor).__name__}"
             )
-        check_tensor("pse.KeyBias", tensor)
+        check_floats("pse.KeyBias", tensor)
         object.__setattr__(self, "tensor", tensor)
         if tensor.ndim not in (1, 2, 3):
             raise CompositionError(
@@ -134,7 +134,7 @@ class KeyBias(Pse):
     ) -> Tensor:
         """Return the tensor, each row the same: a view, unless `dtype` asks for a cast."""
         self.check(q_len, kv_len, batch, heads)
-        check_floating(self, dtype)
+        check_float_dtype("dtype", dtype)
         bias = self.tensor[(None,) * (3 - self.tensor.ndim)]
         if batch_index is not None and self.batch is not None:
             bias = bias[batch_index : batch_index + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnkit.arguments import check_align, check_int, check_number
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.pse.arguments import check_align, check_count, finite_floats
 from attnkit.pse.base import Align, Pse, Range, check_range
 from attnkit.pse.by_distance import ByDistance
 
@@ -38,7 +39,7 @@ def press_slopes(num_heads: int) -> tuple[float, ...]:
     >>> press_slopes(6)
     (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
     """
-    check_count("num_heads", num_heads, MOST_HEADS)
+    check_int("num_heads", num_heads, 1, MOST_HEADS)
     power = 1 << (num_heads.bit_length() - 1)
     extra = _geometric(2 * power)[0::2][: num_heads - power]
     return _geometric(power) + extra
@@ -179,4 +180,4 @@ def _slopes(name: str, values: object) -> tuple[float, ...]:
         raise CompositionError(
             f"{name}: {len(values)} slopes; there are at most {MOST_HEADS} heads"
         )
-    return finite_floats(name, values)
+    return tuple(check_number(f"{name} slope", v, math.isfinite, "finite") for v in values)

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.pse.arguments import check_align, check_count, check_tensor
+from attnkit.arguments import check_align, check_bool, check_floats, check_int
+from attnkit.errors import CompositionError
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.sloped import MOST_HEADS
@@ -37,8 +37,8 @@ def t5_bucket(
     >>> t5_bucket(torch.tensor([-500, -20, -3, 0, 3]), bidirectional=False).tolist()
     [31, 17, 3, 0, 0]
     """
-    check_count("t5_bucket: num_buckets", num_buckets, _MOST_BUCKETS)
-    check_count("t5_bucket: max_distance", max_distance, _MOST_DISTANCE)
+    check_int("t5_bucket: num_buckets", num_buckets, 1, _MOST_BUCKETS)
+    check_int("t5_bucket: max_distance", max_distance, 1, _MOST_DISTANCE)
     base = torch.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -102,11 +102,7 @@ class T5Relative(ByDistance):
         shape = (num_buckets, num_heads)
         if table is None:
             table = nn.Parameter(torch.zeros(shape))
-        if not isinstance(table, Tensor):
-            raise CompositionTypeError(
-                f"T5Relative: table is a floating tensor {list(shape)}, got {shown(table)}"
-            )
-        check_tensor("T5Relative: table", table)
+        check_floats("T5Relative: table", table)
         if tuple(table.shape) != shape:
             raise CompositionError(
                 f"T5Relative: table {list(table.shape)}; it must be {list(shape)}, one logit per "
@@ -196,11 +192,8 @@ def _check_buckets(
         ("num_buckets", num_buckets, _MOST_BUCKETS),
         ("max_distance", max_distance, _MOST_DISTANCE),
     ):
-        check_count(f"T5Relative: {name}", value, most)
-    if not isinstance(bidirectional, bool):
-        raise CompositionTypeError(
-            f"T5Relative: bidirectional is a bool, got {shown(bidirectional)}"
-        )
+        check_int(f"T5Relative: {name}", value, 1, most)
+    check_bool("T5Relative: bidirectional", bidirectional)
     if num_heads * num_buckets > _MOST_ENTRIES:
         raise CompositionError(
             f"T5Relative: a table of {num_buckets} buckets for {num_heads} heads; it has at most "

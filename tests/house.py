@@ -1,0 +1,157 @@
+"""What the house is made of, counted: ``python -m tests.house``.
+
+Lines of the package, caches, class names that mean two things, records around a kernel call, and
+the files that three calls enter. The calls are those of docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+import attnkit as ak
+from attnkit import masks
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "attnkit"
+LAZY = {"lru_cache", "cache"}
+HOLDERS = {"WeakValueDictionary", "WeakKeyDictionary", "Store", "OrderedDict", "deque", "count"}
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """Yield every file of the package, by its name there."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def lines() -> int:
+    """Return the lines of the package."""
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py"))
+
+
+def caches() -> list[str]:
+    """Return the functions that keep results, and the holders that modules make."""
+    found = []
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            for decorator in getattr(node, "decorator_list", []):
+                function = decorator.func if isinstance(decorator, ast.Call) else decorator
+                if isinstance(function, ast.Name) and function.id in LAZY | {"constant"}:
+                    found.append(f"{name}:{node.name}")  # type: ignore[attr-defined]
+        for node in tree.body:
+            value = getattr(node, "value", None)
+            called = value.func if isinstance(value, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id in HOLDERS:
+                found.append(f"{name}:{ast.unparse(node).partition(' ')[0].rstrip(':')}")
+    return found
+
+
+def own_caches() -> list[str]:
+    """Return the caches; what `constant` keeps is one store, and counted as that."""
+    shared = {name for name, _ in _decorated("constant")}
+    one = any("KEPT" in name for name in caches())
+    return [name for name in caches() if not (one and name in shared)]
+
+
+def _decorated(by: str) -> Iterator[tuple[str, ast.AST]]:
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            for decorator in getattr(node, "decorator_list", []):
+                function = decorator.func if isinstance(decorator, ast.Call) else decorator
+                if isinstance(function, ast.Name) and function.id == by:
+                    yield f"{name}:{node.name}", node  # type: ignore[attr-defined]
+
+
+def shared_names() -> dict[str, list[str]]:
+    """Return the class names that two files give, and the files."""
+    found = defaultdict(list)
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                found[node.name.lstrip("_")].append(name)
+    return {name: files for name, files in found.items() if len(files) > 1}
+
+
+def records() -> list[str]:
+    """Return the classes with a field that is a kernel call, or a record around one."""
+    fields = {
+        f"{name}:{node.name}": " ".join(
+            ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)
+        )
+        for name, tree in trees()
+        if name.startswith(("planner", "backends"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and _is_record(node)
+    }
+    known, found = {"KernelCall"}, []
+    for _ in fields:
+        pattern = re.compile(rf"\b({'|'.join(known)})\b")
+        found = [name for name, text in fields.items() if pattern.search(text)]
+        known |= {name.partition(":")[2] for name in found}
+    return found
+
+
+def _is_record(node: ast.ClassDef) -> bool:
+    said = " ".join(map(ast.unparse, [*node.decorator_list, *node.bases]))
+    return "dataclass" in said or "NamedTuple" in said
+
+
+def entered(call: Callable[[], object]) -> list[str]:
+    """Return the functions of the package that a call enters, ``file:function``, in order."""
+    seen: dict[str, None] = {}
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            seen[f"{path.relative_to(PACKAGE)}:{frame.f_code.co_name}"] = None
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return list(seen)
+
+
+def paths() -> dict[str, Callable[[], object]]:
+    """Return the three calls of docs/architecture.md."""
+    x = torch.randn(1, 96, 2, 16)
+    window = ak.Attention(2, 16, mask=masks.Causal() & masks.SlidingWindow(32))
+    sink = masks.Causal() & (masks.Columns(0, 4) | masks.SlidingWindow(32))
+    fused = ak.Attention(2, 16, mask=sink, backend="emulated")
+    text = {"kind": "attention", "num_heads": 2, "head_dim": 16, "mask": "Causal()"}
+    return {
+        "a causal window on the CPU": lambda: window(x, x, x),
+        "a sink and a window on fused calls": lambda: fused(x, x, x),
+        "a configuration to a layer": lambda: ak.AttentionConfig.model_validate(
+            {k: v for k, v in text.items() if k != "kind"}
+        ).build(),
+    }
+
+
+def main() -> None:
+    """Print the counts."""
+    print(f"lines of the package: {lines():,}")
+    kept = own_caches()
+    print(f"caches: {len(kept)}\n  " + "\n  ".join(kept))
+    shared = shared_names()
+    print(f"class names with two meanings: {len(shared)}")
+    print("".join(f"  {name}: {', '.join(files)}\n" for name, files in shared.items()), end="")
+    around = records()
+    print(f"records around a kernel call: {len(around)}\n  " + "\n  ".join(around))
+    for name, call in paths().items():
+        for what in ("first", "second"):
+            functions = entered(call)
+            files = {function.partition(":")[0] for function in functions}
+            print(f"{name}, {what} call: {len(files)} files, {len(functions)} functions")
+
+
+if __name__ == "__main__":
+    main()
