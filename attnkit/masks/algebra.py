@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from attnkit.arguments import describe
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import (
@@ -17,10 +18,9 @@ from attnkit.masks.base import (
     Enclosure,
     Mask,
     Rectangle,
-    describe,
     refuse_operand,
 )
-from attnkit.masks.composite import Composite, agreement
+from attnkit.masks.composite import Agreement, Composite
 
 __all__ = ["And", "Not", "Or"]
 
@@ -59,7 +59,7 @@ class _Joined(Composite):
         depth, count = given[0]._nesting if chain is not None else _around(given[0]._nesting)
         vars(self).update(
             _seen=seen.union(added),
-            _agreed=agreement(given),
+            _agreed=Agreement.of(given),
             _nesting=(max([depth, *(d + 1 for d, _ in inside)]), count + sum(n for _, n in inside)),
         )
         self._check_nesting()

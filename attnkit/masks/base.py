@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 import torch
 
 from attnkit.arguments import (
-    IntsLike,
-    check_align,
     check_device,
     check_int,
-    check_ints,
-    check_length,
-    check_readable,
     describe,
-    holds_integers,
     short,
 )
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
+from attnkit.masks import picture
+from attnkit.masks.cells import Enclosure, Rectangle, paint
+from attnkit.masks.picture import Picture
 from attnkit.registry import Registry
 from attnkit.textform import arguments_text
 
@@ -36,80 +33,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASKS",
-    "MAX_DEPTH",
-    "MAX_PARTS",
     "Align",
     "Enclosure",
     "Full",
-    "IntsLike",
     "Mask",
-    "agree",
+    "Rectangle",
     "anchor",
-    "check_align",
     "check_int",
-    "check_ints",
-    "check_length",
-    "check_readable",
-    "describe",
-    "full_text",
-    "holds_integers",
-    "paint",
     "refuse_operand",
-    "short",
 ]
 
 Align = Literal["bottom_right", "top_left"]
-
-MAX_DEPTH = 64
-"""How deep masks nest: everything that follows a mask's parts does it within Python's stack."""
-
-MAX_PARTS = 1 << 16
-"""How many parts a mask has, each counted as often as it is written: what text and time follow."""
 
 LONGEST_REPR = 1000
 """Characters that ``repr(mask)`` takes, at most; ``str(mask)`` is whole."""
 
 _CELLS_AT_ONCE = 1 << 22  # read together where two matrices are compared
-
-
-class Rectangle(NamedTuple):
-    """Rows ``[start, stop)`` and keys ``[start, stop)`` of one score matrix.
-
-    >>> Rectangle((2, 4), (0, 3), 8, 8).shape
-    (2, 3)
-    """
-
-    rows: tuple[int, int]
-    keys: tuple[int, int]
-    q_len: int
-    kv_len: int
-    batch: int = 0
-    head: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """How many rows and keys it has."""
-        return self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
-
-
-class Enclosure(NamedTuple):
-    """What is known of a mask as a region: ``inner <= mask <= outer``.
-
-    For a mask that is a region the two are equal, and are the mask.
-
-    >>> from attnkit import masks
-    >>> known = (masks.Dilated(2) & masks.SlidingWindow(3)).enclosure(6, 6)
-    >>> known.inner.area, known.outer.area, known.exact
-    (0, 15, False)
-    """
-
-    inner: Region
-    outer: Region
-
-    @property
-    def exact(self) -> bool:
-        """Whether the two bounds meet, so that the mask is a region."""
-        return self.inner == self.outer
 
 
 class Mask(ABC):
@@ -226,37 +165,16 @@ class Mask(ABC):
 
     @property
     def anchored(self) -> bool:
-        """Whether more rows or keys would move the set, rather than extend it."""
-        return True
+        """Whether more rows or keys would move the set, rather than extend it.
+
+        So it is taken to be, unless a family knows better or counts from "top_left".
+        """
+        return getattr(self, "align", None) != "top_left"
 
     @property
-    def members(self) -> tuple[Mask, ...]:
-        """The masks that this one is made of; most are made of none."""
-        return ()
-
-    @cached_property
     def _nesting(self) -> tuple[int, int]:
         """How deep the mask nests, and how many masks it is written with."""
-        inside = [member._nesting for member in self.members]
-        deepest = max((depth for depth, _ in inside), default=0)
-        return deepest + 1, 1 + sum(parts for _, parts in inside)
-
-    def _check_nesting(self) -> None:
-        """Raise `CompositionError` for a mask that nests too deep or has too many parts."""
-        depth, parts = self._nesting
-        if depth > MAX_DEPTH:
-            raise CompositionError(
-                f"a mask of type {type(self).__name__} would nest {depth} deep, and masks nest at "
-                f"most {MAX_DEPTH} deep; join many masks at once, And((a, b, ...)) or Or((a, b, "
-                "...)), or write the cells down: Slices.of(mask.region(q_len, kv_len), q_len, "
-                "kv_len)"
-            )
-        if parts > MAX_PARTS:
-            raise CompositionError(
-                f"a mask of type {type(self).__name__} would have {parts} parts, each counted as "
-                f"often as it is written, and at most {MAX_PARTS} are taken; write the cells "
-                "down: Slices.of(mask.region(q_len, kv_len), q_len, kv_len)"
-            )
+        return 1, 1
 
     # -- what everyone asks --------------------------------------------------------------
 
@@ -310,6 +228,13 @@ class Mask(ABC):
         if known.exact:
             return paint(known.inner.cut(at.rows, at.keys), *at.shape, device)
         return self._cells(at, device)
+
+    def _reader(
+        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str = "cpu"
+    ) -> Callable[[int, int], torch.Tensor]:
+        """Return what reads rows ``i0 <= i < i1`` of a score matrix: a mask that is no region."""
+        whole = Rectangle((0, 0), (0, kv_len), q_len, kv_len, batch, head)
+        return lambda i0, i1: self._cells(whole._replace(rows=(i0, i1)), device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head.
@@ -389,9 +314,10 @@ class Mask(ABC):
         ####.
         #####
         """
-        from attnkit.masks.picture import show
-
-        return show(self, q_len, kv_len, batch, head, width)
+        check_int("show width", width, 1)
+        self.check(q_len, kv_len)
+        rows = q_len if q_len <= width else 32
+        return picture.text(self._shares(q_len, kv_len, batch, head, rows, width))
 
     def plot(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Figure:
         """Return a matplotlib figure of the score matrix (needs the extra `plot`).
@@ -400,9 +326,13 @@ class Mask(ABC):
         >>> type(masks.Causal().plot(64, 64)).__name__
         'Figure'
         """
-        from attnkit.masks.picture import plot
+        drawn = self._shares(q_len, kv_len, batch, head, 128, 128)
+        return picture.figure(drawn, q_len, kv_len, repr(self))
 
-        return plot(self, q_len, kv_len, batch, head)
+    def _shares(self, q_len: int, kv_len: int, b: int, h: int, rows: int, keys: int) -> Picture:
+        known = self._checked_enclosure(q_len, kv_len, b, h)
+        cells = known.inner if known.exact else self._reader(q_len, kv_len, b, h)
+        return picture.shares(cells, q_len, kv_len, rows, keys)
 
     def simplify(self, q_len: int | None = None, kv_len: int | None = None) -> Mask:
         """Return the simplest mask known with the same cells at these lengths.
@@ -464,19 +394,13 @@ class Mask(ABC):
     # -- algebra -------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        from attnkit.masks.algebra import And
-
-        return And.of(self, other)
+        return _joined("and", self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        from attnkit.masks.algebra import Or
-
-        return Or.of(self, other)
+        return _joined("or", self, other)
 
     def __invert__(self) -> Mask:
-        from attnkit.masks.algebra import Not
-
-        return Not(self)
+        return MASKS["not"](self)
 
     def __sub__(self, other: Mask) -> Mask:
         return self & ~other if isinstance(other, Mask) else refuse_operand(other)
@@ -487,8 +411,6 @@ class Mask(ABC):
     __ror__ = __rsub__ = __rand__
 
     def __getitem__(self, index: tuple[slice, slice]) -> Mask:
-        from attnkit.masks.cut import Cut
-
         if (
             not isinstance(index, tuple)
             or len(index) != 2
@@ -499,7 +421,7 @@ class Mask(ABC):
             )
         rows, keys = index
         first, other = (0 if part.start is None else part.start for part in (rows, keys))
-        return Cut(self, (first, rows.stop), (other, keys.stop))
+        return MASKS["cut"](self, (first, rows.stop), (other, keys.stop))
 
     def cut(
         self,
@@ -514,9 +436,7 @@ class Mask(ABC):
         `q_len` and `kv_len` are the lengths of the whole score matrix; a mask that is anchored
         bottom-right needs them unless the ranges run to the end.
         """
-        from attnkit.masks.cut import Cut
-
-        return Cut(self, q_range, kv_range, q_len, kv_len)
+        return MASKS["cut"](self, q_range, kv_range, q_len, kv_len)
 
     def __bool__(self) -> bool:
         raise CompositionTypeError(
@@ -527,7 +447,7 @@ class Mask(ABC):
     # -- text ----------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({arguments_text(self, full_text)})"
+        return f"{type(self).__name__}({arguments_text(self, _full_text)})"
 
     def __repr__(self) -> str:
         return clipped(f"{type(self).__name__}({arguments_text(self, short)})", LONGEST_REPR)
@@ -567,6 +487,13 @@ def _check_family(entry: object) -> None:
 MASKS = MaskRegistry("mask")
 
 
+def _joined(kind: str, *parts: Mask) -> Mask:
+    # The algebra is made of masks, so it is found by its name here below it.
+    family: Any = MASKS[kind]
+    joined: Mask = family.of(*parts)
+    return joined
+
+
 def refuse_operand(other: object) -> NoReturn:
     """Raise the error for ``mask & other`` where `other` is no mask."""
     raise CompositionTypeError(
@@ -575,44 +502,13 @@ def refuse_operand(other: object) -> NoReturn:
     )
 
 
-def agree(
-    what: str, parts: Sequence[Mask], values: Sequence[int | None], remedy: str
-) -> int | None:
-    """Return the one value that all parts which have one agree on."""
-    known = {value for value in values if value is not None}
-    if len(known) > 1:
-        # One part for each value says it all, however many parts there are.
-        first = {value: part for part, value in zip(parts[::-1], values[::-1], strict=True)}
-        said = [value for value in dict.fromkeys(values) if value is not None]
-        told = ", ".join(f"{first[value]!r}: {value}" for value in said[:4])
-        raise CompositionError(
-            f"masks that are built for different {what} cannot combine: {told}; {remedy}"
-        )
-    return known.pop() if known else None
-
-
-def full_text(value: Any) -> str:
+def _full_text(value: Any) -> str:
     """Return the text that `masks.parse` reads back, whole."""
     if isinstance(value, Mask):
         return str(value)
     if isinstance(value, tuple):
-        return f"({', '.join(full_text(item) for item in value)}{',' * (len(value) == 1)})"
+        return f"({', '.join(_full_text(item) for item in value)}{',' * (len(value) == 1)})"
     return repr(value)
-
-
-def paint(
-    region: Region, q_len: int, kv_len: int, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """Return a region as a bool tensor [Sq, Skv], True inside."""
-    cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
-    for s in region.slices:
-        block = cells[s.i0 : s.i1, s.j0 : s.j1]
-        if s.is_rectangle:
-            block.fill_(True)
-        else:
-            shift = s.i0 - s.j0
-            block |= torch.ones_like(block).tril(s.hi + shift).triu(s.lo + shift)
-    return cells
 
 
 def anchor(align: Align, q_len: int, kv_len: int) -> int:
@@ -620,6 +516,7 @@ def anchor(align: Align, q_len: int, kv_len: int) -> int:
     return 0 if align == "top_left" else kv_len - q_len
 
 
+@MASKS.register("full")
 @dataclass(frozen=True, repr=False, eq=False)
 class Full(Mask):
     """Every key, for every query: ``allowed(i, j) = True``.
@@ -629,13 +526,7 @@ class Full(Mask):
     ###
     """
 
+    anchored = False
+
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return Region.full(q_len, kv_len)
-
-    @property
-    def anchored(self) -> bool:
-        """A full mask extends with its lengths."""
-        return False
-
-
-MASKS.add("full", Full)

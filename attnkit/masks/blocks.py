@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnkit.arguments import check_align, check_int
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Align, Mask, anchor, check_align, check_int
+from attnkit.masks.base import MASKS, Align, Mask, anchor
 
 __all__ = ["BlockCausal", "Chunked"]
 
@@ -36,11 +37,6 @@ class _Blocks(Mask):
                 for c in range(max(first, 0), last + 1)
             )
         )
-
-    @property
-    def anchored(self) -> bool:
-        """Only a bottom-right anchor moves with the lengths."""
-        return self.align == "bottom_right"
 
 
 @MASKS.register("chunked")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnkit.arguments import check_align, check_int
 from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Align, Mask, anchor, check_align, check_int
+from attnkit.masks.base import MASKS, Align, Mask, anchor
 
 __all__ = ["Band", "Causal", "SlidingWindow"]
 
@@ -49,11 +50,6 @@ class Causal(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return _band(q_len, kv_len, self.align, None, 0)
 
-    @property
-    def anchored(self) -> bool:
-        """Only a bottom-right anchor moves with the lengths."""
-        return self.align == "bottom_right"
-
 
 @MASKS.register("sliding_window")
 @dataclass(frozen=True, repr=False, eq=False)
@@ -83,11 +79,6 @@ class SlidingWindow(Mask):
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return _band(q_len, kv_len, self.align, self.size - 1, 0)
-
-    @property
-    def anchored(self) -> bool:
-        """Only a bottom-right anchor moves with the lengths."""
-        return self.align == "bottom_right"
 
 
 @MASKS.register("band")
@@ -126,4 +117,4 @@ class Band(Mask):
     @property
     def anchored(self) -> bool:
         """Only a bottom-right anchor moves with the lengths."""
-        return self.align == "bottom_right" and not (self.left is None and self.right is None)
+        return super().anchored and not (self.left is None and self.right is None)

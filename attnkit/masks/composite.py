@@ -3,56 +3,118 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from attnkit.masks.base import Mask, agree
+from attnkit.errors import CompositionError
+from attnkit.masks.base import Mask
 
-__all__ = ["Agreement", "Composite", "agreement"]
+__all__ = ["MAX_DEPTH", "MAX_PARTS", "Agreement", "Composite", "Nested", "agree", "leaves"]
+
+MAX_DEPTH = 64
+"""How deep masks nest: everything that follows a mask's parts does it within Python's stack."""
+
+MAX_PARTS = 1 << 16
+"""How many parts a mask has, each counted as often as it is written: what text and time follow."""
+
+
+def agree(
+    what: str, parts: Sequence[Mask], values: Sequence[int | None], remedy: str
+) -> int | None:
+    """Return the one value that all parts which have one agree on."""
+    known = {value for value in values if value is not None}
+    if len(known) > 1:
+        # One part for each value says it all, however many parts there are.
+        first = {value: part for part, value in zip(parts[::-1], values[::-1], strict=True)}
+        said = [value for value in dict.fromkeys(values) if value is not None]
+        told = ", ".join(f"{first[value]!r}: {value}" for value in said[:4])
+        raise CompositionError(
+            f"masks that are built for different {what} cannot combine: {told}; {remedy}"
+        )
+    return known.pop() if known else None
 
 
 class Agreement(NamedTuple):
     """What masks that are taken together agree on."""
 
-    q_len: int | None
-    kv_len: int | None
+    extent: tuple[int | None, int | None]
     batches: int | None
     heads: int | None
     anchored: bool
 
-
-def agreement(masks: Sequence[Mask]) -> Agreement:
-    """Return what masks agree on; raise `CompositionError` where they disagree."""
-    rows, keys = zip(*(mask.extent for mask in masks), strict=True)
-    batches, heads = [mask.batches for mask in masks], [mask.heads for mask in masks]
-    lengths = "build them for the same lengths, or cut one: mask[a:b, c:d]"
-    return Agreement(
-        agree("q_len", masks, rows, lengths),
-        agree("kv_len", masks, keys, lengths),
-        agree("batch sizes", masks, batches, "give each one entry per batch element"),
-        agree("head counts", masks, heads, "give each one entry per query head"),
-        any(mask.anchored for mask in masks),
-    )
+    @classmethod
+    def of(cls, masks: Sequence[Mask]) -> Agreement:
+        """Return what masks agree on; raise `CompositionError` where they disagree."""
+        lengths = "build them for the same lengths, or cut one: mask[a:b, c:d]"
+        batches, heads = [mask.batches for mask in masks], [mask.heads for mask in masks]
+        return cls(
+            (
+                agree("q_len", masks, [mask.extent[0] for mask in masks], lengths),
+                agree("kv_len", masks, [mask.extent[1] for mask in masks], lengths),
+            ),
+            agree("batch sizes", masks, batches, "give each one entry per batch element"),
+            agree("head counts", masks, heads, "give each one entry per query head"),
+            any(mask.anchored for mask in masks),
+        )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Composite(Mask):
-    """A mask made of others (`members`), which must fit the same score matrices."""
+class Nested(Mask):
+    """A mask made of others (`members`): it tells apart what they tell apart."""
 
     @property
     @abstractmethod
     def members(self) -> tuple[Mask, ...]:
         """The masks that this one is made of."""
 
-    def _check_members(self) -> None:
-        self._check_nesting()
-        self._agreed  # noqa: B018 -- raises on disagreement
-
     @cached_property
     def _agreed(self) -> Agreement:
-        return agreement(self.members)
+        return Agreement.of(self.members)
+
+    @cached_property
+    def _nesting(self) -> tuple[int, int]:
+        inside = [member._nesting for member in self.members]
+        deepest = max((depth for depth, _ in inside), default=0)
+        return deepest + 1, 1 + sum(parts for _, parts in inside)
+
+    def _check_nesting(self) -> None:
+        """Raise `CompositionError` for a mask that nests too deep or has too many parts."""
+        depth, parts = self._nesting
+        if depth > MAX_DEPTH:
+            raise CompositionError(
+                f"a mask of type {type(self).__name__} would nest {depth} deep, and masks nest at "
+                f"most {MAX_DEPTH} deep; join many masks at once, And((a, b, ...)) or Or((a, b, "
+                "...)), or write the cells down: Slices.of(mask.region(q_len, kv_len), q_len, "
+                "kv_len)"
+            )
+        if parts > MAX_PARTS:
+            raise CompositionError(
+                f"a mask of type {type(self).__name__} would have {parts} parts, each counted as "
+                f"often as it is written, and at most {MAX_PARTS} are taken; write the cells "
+                "down: Slices.of(mask.region(q_len, kv_len), q_len, kv_len)"
+            )
+
+    @property
+    def batches(self) -> int | None:
+        """The count that the members agree on."""
+        return self._agreed.batches
+
+    @property
+    def heads(self) -> int | None:
+        """The count that the members agree on."""
+        return self._agreed.heads
+
+    @property
+    def anchored(self) -> bool:
+        """Whether any member is anchored."""
+        return self._agreed.anchored
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Composite(Nested):
+    """A mask whose members lie in the same score matrix, cell by cell."""
 
     def check(
         self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
@@ -68,21 +130,15 @@ class Composite(Mask):
         return alike or super()._extends(shorter, longer, batch, head)
 
     @property
-    def batches(self) -> int | None:
-        """The count that the members agree on."""
-        return self._agreed.batches
-
-    @property
-    def heads(self) -> int | None:
-        """The count that the members agree on."""
-        return self._agreed.heads
-
-    @property
     def extent(self) -> tuple[int | None, int | None]:
         """The lengths that the members agree on."""
-        return self._agreed.q_len, self._agreed.kv_len
+        return self._agreed.extent
 
-    @property
-    def anchored(self) -> bool:
-        """Whether any member is anchored."""
-        return self._agreed.anchored
+
+def leaves(mask: Mask) -> Iterator[Mask]:
+    """Iterate over the masks that a composition is made of."""
+    if isinstance(mask, Composite):
+        for member in mask.members:
+            yield from leaves(member)
+    else:
+        yield mask

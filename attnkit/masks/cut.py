@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from attnkit.arguments import check_int, describe
 from attnkit.errors import CompositionError, CompositionTypeError, clipped
 from attnkit.masks.algebra import And, Not, Or
-from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, Rectangle, check_int, describe
+from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, Rectangle
+from attnkit.masks.composite import Nested
 
 __all__ = ["Cut"]
 
@@ -35,7 +37,7 @@ class _Axis(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Cut(Mask):
+class Cut(Nested):
     """Rows and keys of another mask: ``allowed(i, j) = mask.allowed(i + q0, j + kv0)``.
 
     `q_range` and `kv_range` are (start, stop), stop None = to the end. The whole score matrix
@@ -133,21 +135,6 @@ class Cut(Mask):
         rows, keys = (i0 + row, i1 + row), (j0 + key, j1 + key)
         whole = self._whole(at.q_len, at.kv_len)
         return self.mask._read(Rectangle(rows, keys, *whole, at.batch, at.head), device)
-
-    @property
-    def batches(self) -> int | None:
-        """As the mask that is cut."""
-        return self.mask.batches
-
-    @property
-    def heads(self) -> int | None:
-        """As the mask that is cut."""
-        return self.mask.heads
-
-    @property
-    def anchored(self) -> bool:
-        """As the mask that is cut."""
-        return self.mask.anchored
 
     def __str__(self) -> str:
         return self._text(str) or super().__str__()

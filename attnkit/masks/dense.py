@@ -13,10 +13,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from attnkit.arguments import check_readable, describe
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle, check_readable, describe
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 
 __all__ = ["Dense"]
 

@@ -6,17 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from attnkit.arguments import check_align, check_int
 from attnkit.geometry import Region
-from attnkit.masks.base import (
-    MASKS,
-    Align,
-    Enclosure,
-    Mask,
-    Rectangle,
-    anchor,
-    check_align,
-    check_int,
-)
+from attnkit.masks.base import MASKS, Align, Enclosure, Mask, Rectangle, anchor
 
 __all__ = ["Dilated"]
 
@@ -58,8 +50,3 @@ class Dilated(Mask):
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """True: either anchor is the diagonal of a square matrix."""
         return True
-
-    @property
-    def anchored(self) -> bool:
-        """Only a bottom-right anchor moves with the lengths."""
-        return self.align == "bottom_right"

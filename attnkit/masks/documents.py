@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
-from attnkit.geometry import Region, Slice
-from attnkit.masks.base import (
-    MASKS,
-    Enclosure,
+from attnkit.arguments import (
     IntsLike,
-    Mask,
-    Rectangle,
-    agree,
     check_int,
     check_ints,
     check_length,
@@ -28,6 +21,10 @@ from attnkit.masks.base import (
     holds_integers,
     short,
 )
+from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
+from attnkit.geometry import Region, Slice
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
+from attnkit.masks.composite import Nested, agree
 
 __all__ = ["Documents"]
 
@@ -50,7 +47,7 @@ def _lengths(name: str, values: object) -> Lengths:
 
 @MASKS.register("documents")
 @dataclass(frozen=True, repr=False, eq=False)
-class Documents(Mask):
+class Documents(Nested):
     """Packed documents that do not see each other: block diagonal, blocks of `lengths`.
 
     Document d holds the queries ``sum(lengths[:d]) <= i < sum(lengths[:d + 1])`` and as many
@@ -85,6 +82,7 @@ class Documents(Mask):
     lengths: Lengths
     kv_lengths: Lengths | None = None
     inside: Mask | None = field(default=None, kw_only=True)
+    anchored = True
 
     if TYPE_CHECKING:  # more is taken than is kept
 
@@ -260,13 +258,7 @@ class Documents(Mask):
     @property
     def batches(self) -> int | None:
         """One list per batch element, where they differ."""
-        own = len(self.lengths) if isinstance(self.lengths[0], tuple) else None
-        return own if own is not None or self.inside is None else self.inside.batches
-
-    @property
-    def heads(self) -> int | None:
-        """As the mask inside."""
-        return None if self.inside is None else self.inside.heads
+        return len(self.lengths) if isinstance(self.lengths[0], tuple) else super().batches
 
     @property
     def extent(self) -> tuple[int | None, int | None]:

@@ -18,11 +18,11 @@ from attnkit.masks import hulls
 from attnkit.masks.algebra import And, Not, Or
 from attnkit.masks.base import Full, Mask
 from attnkit.masks.causal import Band
-from attnkit.masks.composite import Composite
+from attnkit.masks.composite import leaves
 from attnkit.masks.documents import Documents
 from attnkit.masks.hulls import Cells
 
-__all__ = ["complexity", "leaves", "name"]
+__all__ = ["complexity", "name"]
 
 _PARTS = 3  # masks in a frame, and fills in a union, at most
 _MANY_SLICES = 300  # a region this large is completed in few frames only
@@ -74,15 +74,6 @@ def _detour(part: Mask) -> int:
         return 0
     beside = any(end is not None and end < 0 for end in (part.left, part.right))
     return 70 if beside else 30
-
-
-def leaves(mask: Mask) -> Iterator[Mask]:
-    """Iterate over the masks that a composition is made of."""
-    if isinstance(mask, Composite):
-        for member in mask.members:
-            yield from leaves(member)
-    else:
-        yield mask
 
 
 def _frames(target: Cells, everything: Cells) -> list[_Named]:

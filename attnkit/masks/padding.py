@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from attnkit.arguments import IntsLike, check_ints, check_readable, describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.algebra import Or
-from attnkit.masks.base import MASKS, Full, IntsLike, Mask, check_ints, check_readable, describe
+from attnkit.masks.base import MASKS, Full, Mask
 from attnkit.masks.per_head import PerBatch
 from attnkit.masks.rectangles import Columns, Prefix
 

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from attnkit.masks.base import MASKS, Mask
-from attnkit.masks.each import Each
+import torch
+
+from attnkit.arguments import describe
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
+from attnkit.masks.composite import Composite
 
 __all__ = ["PerBatch", "PerHead"]
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class _Each(Composite):
+    """Masks that an index of the score matrix chooses from; `what` has one each."""
+
+    what: ClassVar[str]
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.masks, tuple | list):
+            raise CompositionTypeError(
+                f"{name} takes a list of masks, one per {self.what}; got {describe(self.masks)}"
+            )
+        if not self.masks:
+            raise CompositionError(f"{name} got no masks; give one for each {self.what}")
+        for mask in self.masks:
+            if not isinstance(mask, Mask):
+                raise CompositionTypeError(f"{name} takes masks, got {describe(mask)}")
+            if self._own(mask) is not None:
+                raise CompositionError(
+                    f"{name} cannot nest {mask!r}, which has one entry per {self.what} itself; "
+                    "combine the two by & or |"
+                )
+        object.__setattr__(self, "masks", tuple(self.masks))
+        self._check_nesting()
+        self._agreed  # noqa: B018 -- raises on disagreement
+
+    @staticmethod
+    @abstractmethod
+    def _own(mask: Mask) -> int | None:
+        """Return how many entries a mask has of the same kind."""
+
+    @abstractmethod
+    def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
+        """Return the mask of a score matrix, and the indices that it is asked with."""
+
+    @property
+    def members(self) -> tuple[Mask, ...]:
+        """The masks, in order."""
+        return self.masks
+
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """As the mask that is chosen."""
+        mask, batch, head = self._chosen(batch, head)
+        return mask.enclosure(q_len, kv_len, batch, head)
+
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        mask, batch, head = self._chosen(at.batch, at.head)
+        return mask._read(at._replace(batch=batch, head=head), device)
+
+    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
+        """As the mask that is chosen."""
+        mask, batch, head = self._chosen(batch, head)
+        return mask._extends(shorter, longer, batch, head)
+
+
 @MASKS.register("per_head")
 @dataclass(frozen=True, repr=False, eq=False)
-class PerHead(Each):
+class PerHead(_Each):
     """Head h has the mask ``masks[h]``; one entry per query head.
 
     >>> from attnkit import masks
@@ -44,7 +105,7 @@ class PerHead(Each):
 
 @MASKS.register("per_batch")
 @dataclass(frozen=True, repr=False, eq=False)
-class PerBatch(Each):
+class PerBatch(_Each):
     """Batch element (or packed sequence) b has the mask ``masks[b]``.
 
     >>> from attnkit import masks

@@ -1,71 +1,79 @@
-"""Pictures of masks: for the terminal, and as a matplotlib figure."""
+"""Pictures of score matrices: what they hold, field by field, in text or as a matplotlib figure."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import Mask, check_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot", "show"]
+__all__ = ["Picture", "figure", "shares", "text"]
 
-_ROWS = 32
-
-
-def densities(
-    mask: Mask, q_len: int, kv_len: int, batch: int, head: int, rows: int, columns: int
-) -> list[list[float]]:
-    """Return the share of allowed cells in each block of a grid of about `rows` x `columns`."""
-    known = mask._checked_enclosure(q_len, kv_len, batch, head)
-    if not (q_len and kv_len):
-        return [[] for _ in range(min(q_len, rows))]
-    block_q, block_kv = max(1, -(-q_len // rows)), max(1, -(-kv_len // columns))
-    tops, lefts = range(0, q_len, block_q), range(0, kv_len, block_kv)
-    if known.exact:
-        return [
-            [
-                _share(band, Slice(i, min(i + block_q, q_len), j, min(j + block_kv, kv_len)))
-                for j in lefts
-            ]
-            for i in tops
-            for band in [known.inner & Region.of(Slice(i, min(i + block_q, q_len), 0, kv_len))]
-        ]
-    cells = mask._plane(q_len, kv_len, batch, head, "cpu").float()
-    return [[float(cells[i : i + block_q, j : j + block_kv].mean()) for j in lefts] for i in tops]
+Picture = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def _share(region: Region, block: Slice) -> float:
-    return (region & Region.of(block)).area / block.area
+def shares(
+    cells: Region | Callable[[int, int], torch.Tensor],
+    q_len: int,
+    kv_len: int,
+    rows: int,
+    columns: int,
+) -> Picture:
+    """Return the share of allowed cells in each field of a grid of `rows` x `columns` at most.
+
+    `cells` is the region, or what reads the rows ``i0 <= i < i1`` of a mask that is none.
+
+    >>> shares(Region.of(Slice(0, 4, 0, 4, hi=0)), 4, 4, 2, 2).tolist()
+    [[0.75, 0.0], [1.0, 0.75]]
+    """
+    downs, rights = _cuts(q_len, rows), _cuts(kv_len, columns)
+    grid = np.zeros((len(downs) - 1, len(rights) - 1))
+    for n, (i0, i1) in enumerate(pairwise(downs)):
+        if isinstance(cells, Region):
+            band = cells & Region.of(Slice(i0, i1, 0, kv_len))
+            parts = (band & Region.of(Slice(i0, i1, *ends)) for ends in pairwise(rights))
+            grid[n] = [part.area for part in parts] if band else 0
+        elif kv_len:
+            counts = cells(i0, i1).sum(0).cpu().numpy()
+            grid[n] = np.add.reduceat(counts, rights[:-1])
+    return grid / np.outer(np.diff(downs), np.diff(rights))
 
 
-def show(mask: Mask, q_len: int, kv_len: int, batch: int, head: int, width: int) -> str:
-    """Return the terminal picture that `Mask.show` documents."""
-    check_int("show width", width, 1)
-    mask.check(q_len, kv_len)
-    rows = q_len if q_len <= width else _ROWS
-    grid = densities(mask, q_len, kv_len, batch, head, rows, width)
-    return "\n".join(
-        "".join("#" if share == 1 else "+" if share else "." for share in row) for row in grid
-    )
+def _cuts(length: int, most: int) -> list[int]:
+    """Return the borders of fields that are as even as they can be."""
+    count = min(length, most)
+    return [length * k // count for k in range(count + 1)] if count else [0]
 
 
-def plot(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> Figure:
-    """Return the figure that `Mask.plot` documents."""
+def text(picture: Picture) -> str:
+    """Return the shares as signs: ``#`` all allowed, ``+`` some allowed, ``.`` none."""
+    return "\n".join("".join("#" if s == 1 else "+" if s else "." for s in row) for row in picture)
+
+
+def figure(picture: Picture, q_len: int, kv_len: int, title: str) -> Figure:
+    """Return a figure of shares [rows, columns], or of colours [rows, columns, 3].
+
+    A score matrix without cells is a blank field.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise CompositionError("plot() draws with matplotlib: pip install attnkit[plot]") from None
-    grid = np.array(densities(mask, q_len, kv_len, batch, head, 128, 128))
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    if grid.size:
+    drawn = Figure(figsize=(5, 5.4), layout="constrained")
+    axes = drawn.add_subplot()
+    if picture.size:
         place = (0, kv_len, q_len, 0)
-        axes.imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=place, aspect="auto")
-    axes.set(xlabel="key j", ylabel="query i", title=repr(mask))
-    return figure
+        axes.imshow(
+            picture, "Blues", vmin=0, vmax=1, extent=place, aspect="auto", interpolation="nearest"
+        )
+    axes.set_title(title, fontsize=9)
+    axes.set(xlabel="key j", ylabel="query i")
+    return drawn

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnkit.arguments import check_int, describe
 from attnkit.errors import (
     LONGEST,
     AttnkitError,
@@ -16,7 +17,7 @@ from attnkit.errors import (
     shown,
 )
 from attnkit.geometry import Region
-from attnkit.masks.base import Enclosure, Mask, Rectangle, check_int, describe
+from attnkit.masks.base import Enclosure, Mask, Rectangle
 
 __all__ = ["CHUNK_CELLS", "MaskFunction", "Predicate", "evaluate", "function_name"]
 
@@ -47,6 +48,7 @@ class Predicate(Mask):
     fn: MaskFunction
     batch: int | None = None
     num_heads: int | None = None
+    anchored = False  # a function of indices knows no lengths
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -80,11 +82,6 @@ class Predicate(Mask):
     def heads(self) -> int | None:
         """As said by `num_heads`."""
         return self.num_heads
-
-    @property
-    def anchored(self) -> bool:
-        """A function of indices knows no lengths."""
-        return False
 
     def __str__(self) -> str:
         return repr(self)

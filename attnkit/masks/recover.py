@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnkit.arguments import check_int
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region
-from attnkit.masks.base import Full, Mask, check_int
+from attnkit.masks.base import Full, Mask
+from attnkit.masks.composite import leaves
 from attnkit.masks.dense import Dense
-from attnkit.masks.naming import complexity, leaves, name
+from attnkit.masks.naming import complexity, name
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import MaskFunction, Predicate
 from attnkit.masks.slices import Slices

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attnkit.arguments import IntsLike, check_int, check_ints
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Align, IntsLike, Mask, check_int, check_ints
+from attnkit.masks.base import MASKS, Align, Mask
 from attnkit.masks.causal import Causal
 
 __all__ = ["Columns", "Prefix", "PrefixLM", "Rows"]
@@ -35,6 +36,7 @@ class Columns(Mask):
 
     start: int
     stop: int | None = None
+    anchored = False
 
     def __post_init__(self) -> None:
         _check_span("Columns", self.start, self.stop)
@@ -42,11 +44,6 @@ class Columns(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         stop = kv_len if self.stop is None else min(self.stop, kv_len)
         return Region.of(Slice(0, q_len, self.start, stop))
-
-    @property
-    def anchored(self) -> bool:
-        """Counted from the first key."""
-        return False
 
 
 @MASKS.register("rows")
@@ -61,6 +58,7 @@ class Rows(Mask):
 
     start: int
     stop: int | None = None
+    anchored = False
 
     def __post_init__(self) -> None:
         _check_span("Rows", self.start, self.stop)
@@ -68,11 +66,6 @@ class Rows(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         stop = q_len if self.stop is None else min(self.stop, q_len)
         return Region.of(Slice(self.start, stop, 0, kv_len))
-
-    @property
-    def anchored(self) -> bool:
-        """Counted from the first query."""
-        return False
 
 
 @MASKS.register("prefix")
@@ -88,6 +81,7 @@ class Prefix(Mask):
     """
 
     length: int | tuple[int, ...]
+    anchored = False
 
     if TYPE_CHECKING:  # more is taken than is kept
 
@@ -107,11 +101,6 @@ class Prefix(Mask):
     def batches(self) -> int | None:
         """One length per batch element, where they differ."""
         return None if isinstance(self.length, int) else len(self.length)
-
-    @property
-    def anchored(self) -> bool:
-        """Counted from the first key."""
-        return False
 
 
 def PrefixLM(length: int | IntsLike, align: Align = "bottom_right") -> Mask:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from attnkit.arguments import check_int, describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Mask, check_int, describe
+from attnkit.masks.base import MASKS, Mask
 
 __all__ = ["Slices"]
 

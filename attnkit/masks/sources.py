@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from attnkit.arguments import check_int, check_readable, describe, holds_integers
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
-from attnkit.masks.base import Mask, check_int, check_readable, describe, holds_integers
+from attnkit.masks.base import Mask
 from attnkit.masks.dense import Dense, _boolean
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 
+from attnkit.arguments import check_int, describe
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import Mask, agree, check_int, describe
+from attnkit.masks.base import Mask
+from attnkit.masks.composite import agree
 from attnkit.masks.documents import Documents
 from attnkit.masks.lint import Finding, positive_leaves
 

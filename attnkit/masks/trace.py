@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from attnkit.geometry import Region
-from attnkit.masks.base import Mask, Rectangle, paint
+from attnkit.masks.base import Mask
+from attnkit.masks.cells import paint
 from attnkit.masks.predicate import CHUNK_CELLS, evaluate
 
 __all__ = [
@@ -95,8 +96,7 @@ def mask_rows(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> Row
     known = mask.enclosure(q_len, kv_len, batch, head)
     if known.exact:
         return region_rows(known.inner, kv_len)
-    whole = Rectangle((0, 0), (0, kv_len), q_len, kv_len, batch, head)
-    return lambda i0, i1: mask._cells(whole._replace(rows=(i0, i1)), "cpu")
+    return mask._reader(q_len, kv_len, batch, head)
 
 
 def region_rows(region: Region, kv_len: int) -> RowReader:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from attnkit.errors import CompositionError, shown
-from attnkit.geometry import Region, Slice
+from attnkit.geometry import Region
+from attnkit.masks import picture
 from attnkit.planner.lower import lower
 from attnkit.planner.matrices import matrices
 from attnkit.planner.plan import Launch, Plan
@@ -18,17 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 _GRID = 128
-_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#9f3a8f", "#b7791f", "#4a5568", "#c53030", "#319795")
+_COLOURS = (0x2B6CB0, 0xDD6B20, 0x2F855A, 0x9F3A8F, 0xB7791F, 0x4A5568, 0xC53030, 0x319795)
 
 
 def plot(plan: Plan, batch: int, head: int) -> Figure:
     """Return the figure that `Plan.plot` documents."""
-    try:
-        from matplotlib.colors import to_rgb
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise CompositionError("plot() draws with matplotlib: pip install attnkit[plot]") from None
     request = plan.request
     _check_index("batch", batch, request.batch)
     _check_index("head", head, request.num_heads)
@@ -40,25 +36,24 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     known = matrices(request).regions(head)[batch]
     layers = [(_launch_region(launch, batch, head), launch.label) for launch in launches]
     layers = [(r, label) for r, label in layers if r] or [(known, "the mask")]
-    picture = [[[1.0, 1.0, 1.0] for _ in range(_GRID)] for _ in range(_GRID)]
-    legend = []
-    for k, (region, label) in enumerate(layers):
-        colour = to_rgb(_COLOURS[k % len(_COLOURS)])
-        legend.append(Patch(color=colour, label=f"call {k + 1}: {label}"))
-        for i, row in enumerate(_shares(region, q_len, kv_len)):
-            for j, share in enumerate(row):
-                picture[i][j] = [
-                    a * (1 - share) + b * share for a, b in zip(picture[i][j], colour, strict=True)
-                ]
-    figure = Figure(figsize=(5, 5.4), layout="constrained")
-    axes = figure.add_subplot()
-    # An axis of no length cannot be drawn: an empty score matrix is a blank field.
-    extent = (0, max(kv_len, 1), max(q_len, 1), 0)
-    axes.imshow(picture, extent=extent, aspect="auto", interpolation="nearest")
-    axes.set_title(f"{request.mask!r}\n{_measured(known, q_len, kv_len)}", fontsize=9)
-    axes.set(xlabel="key j", ylabel="query i")
+    cells = np.ones((1, 1, 3))
+    for k, (region, _) in enumerate(layers):
+        share = picture.shares(region, q_len, kv_len, _GRID, _GRID)[..., None]
+        cells = cells * (1 - share) + np.array(_colour(k)) * share
+    title = f"{request.mask!r}\n{_measured(known, q_len, kv_len)}"
+    figure = picture.figure(cells, q_len, kv_len, title)
+    from matplotlib.patches import Patch  # is there, or the figure would not be
+
+    legend = [
+        Patch(color=_colour(k), label=f"call {k + 1}: {s}") for k, (_, s) in enumerate(layers)
+    ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _colour(call: int) -> tuple[float, float, float]:
+    number = _COLOURS[call % len(_COLOURS)]
+    return (number >> 16) / 255, (number >> 8 & 255) / 255, (number & 255) / 255
 
 
 def _check_index(name: str, index: object, count: int) -> None:
@@ -93,23 +88,3 @@ def _launch_region(launch: Launch, batch: int, head: int) -> Region:
         for block, region in zip(launch.form.blocks, regions, strict=True)
         if block.batch == batch
     )
-
-
-def _shares(region: Region, q_len: int, kv_len: int) -> list[list[float]]:
-    """Return the share of the region's cells in each field of a grid over the score matrix."""
-    rows = [q_len * k // _GRID for k in range(_GRID + 1)]
-    keys = [kv_len * k // _GRID for k in range(_GRID + 1)]
-    out = []
-    for i0, i1 in pairwise(rows):
-        i1 = max(i1, i0 + 1)
-        band = region & Region.of(Slice(i0, i1, 0, kv_len))
-        out.append(
-            [
-                (band & Region.of(Slice(i0, i1, j0, max(j1, j0 + 1)))).area
-                / ((i1 - i0) * max(j1 - j0, 1))
-                if band
-                else 0.0
-                for j0, j1 in pairwise(keys)
-            ]
-        )
-    return out

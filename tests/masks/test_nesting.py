@@ -13,7 +13,8 @@ import torch
 import attnkit as ak
 from attnkit import masks
 from attnkit.errors import CompositionError
-from attnkit.masks.base import LONGEST_REPR, MAX_DEPTH, MAX_PARTS
+from attnkit.masks.base import LONGEST_REPR
+from attnkit.masks.composite import MAX_DEPTH, MAX_PARTS
 
 N = 16
 
