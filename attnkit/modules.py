@@ -29,7 +29,6 @@ from attnkit.rotary import Rotary, positions
 
 __all__ = ["MultiHeadAttention"]
 
-_AS_PROJECTED = (BSND.pattern, TND.pattern)
 _WIDEST = 2**31 - 1
 
 
@@ -438,20 +437,12 @@ def _heads(projected: Tensor, count: int) -> Tensor:
 
 def _into(form: Layout, heads: Tensor) -> Tensor:
     """Bring [b s n d] or [t n d] into a layout of its kind."""
-    if form.pattern in _AS_PROJECTED:
-        return heads
-    if form.packed:
-        return form.from_tnd(heads)
-    return form.from_bnsd(BSND.to_bnsd(heads))
+    return (TND if form.packed else BSND).convert(heads, form)
 
 
 def _out_of(form: Layout, heads: Tensor, count: int) -> Tensor:
     """Undo `_into`."""
-    if form.pattern in _AS_PROJECTED:
-        return heads
-    if form.packed:
-        return form.to_tnd(heads, count)
-    return BSND.from_bnsd(form.to_bnsd(heads, count))
+    return form.convert(heads, TND if form.packed else BSND, count)
 
 
 def _check_pair(x: Tensor, context: Tensor) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 
-__all__ = ["Registry", "closest"]
+__all__ = ["Registry", "closest", "suggestion"]
 
 T = TypeVar("T")
 
@@ -27,7 +29,13 @@ def closest(word: object, known: Iterable[str]) -> str | None:
 
 
 class Registry(Generic[T]):
-    """Names to entries, in order of registration; a name is given once and never replaced.
+    """Names to entries, in order of registration; a name is not given to two things.
+
+    What is defined again replaces itself: `importlib.reload`, or a notebook's cell that runs
+    twice, registers a class of the same module and name.
+
+    Other packages register by entry points: `group` says whose modules are imported, once, when
+    somebody asks for a name that is not known, or for all names.
 
     >>> fruits = Registry[int]("fruit")
     >>> fruits.add("apple", 3)
@@ -40,18 +48,20 @@ class Registry(Generic[T]):
     attnkit.errors.CompositionError: unknown fruit 'aple'; did you mean 'apple'? Known: apple
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, group: str | None = None) -> None:
         self.what = what
         self._entries: dict[str, T] = {}
+        self._group = group
+        self._broken: list[str] = []
 
     def add(self, name: str, entry: T) -> T:
-        """Register `entry` under `name`; an already taken name is an error."""
+        """Register `entry` under `name`; a name that something else has is an error."""
         if not isinstance(name, str):
             raise CompositionTypeError(
                 f"a {self.what} is registered under a string, not {shown(name)} "
                 f"({type(name).__name__})"
             )
-        if name in self._entries:
+        if name in self._entries and not _is_again(self._entries[name], entry):
             raise CompositionError(
                 f"the {self.what} {shown(name)} is registered already "
                 f"(as {shown(self._entries[name])}); choose another name"
@@ -79,21 +89,60 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self:
             return self._entries[name]
-        close = closest(name, self._entries)
-        hint = "." if close is None else f"; did you mean {close!r}?"
-        raise CompositionError(
-            f"unknown {self.what} {shown(name)}{hint} Known: {', '.join(self._entries)}"
-        )
+        raise self.unknown(name, suggestion(name, self._entries))
+
+    def unknown(self, name: object, hint: str) -> CompositionError:
+        """Return the error for a name that is not known; plug-ins that failed are told, too."""
+        broken = "".join(f"\n  {told}" for told in self._broken)
+        return CompositionError(f"unknown {self.what} {shown(name)}{hint}{broken}")
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._entries
+        if not isinstance(name, str):
+            return False
+        return name in self._entries or name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._all())
 
     def items(self) -> tuple[tuple[str, T], ...]:
         """Return the (name, entry) pairs as they are now."""
-        return tuple(self._entries.items())
+        return tuple(self._all().items())
+
+    def _all(self) -> dict[str, T]:
+        """Return the entries, those of other packages included."""
+        group, self._group = self._group, None  # once, also while such a package is imported
+        for point in entry_points(group=group) if group else ():
+            try:
+                point.load()
+            except Exception as error:  # whatever a module raises when it is imported
+                told = f"the plug-in {point.name} = {point.value} failed: {error!r}"
+                self._broken.append(told)
+                warnings.warn(f"attnkit: {told}", RuntimeWarning, stacklevel=3)
+        return self._entries
+
+
+def suggestion(
+    word: object, known: Collection[str], aliases: Mapping[str, str] | None = None
+) -> str:
+    """Return ``; did you mean 'x'? Known: ...`` for a word that is not known.
+
+    >>> suggestion("szie", ["kind", "size"])
+    "; did you mean 'size'? Known: kind, size"
+    """
+    words = {name: name for name in known} | dict(aliases or {})
+    close = closest(word, words)
+    hint = "." if close is None else f"; did you mean {words[close]!r}?"
+    return f"{hint} Known: {', '.join(known)}"
+
+
+def _is_again(old: object, new: object) -> bool:
+    """Whether two things are one that was defined twice: equal, or a class of the same place."""
+    places = [
+        (one.__module__, one.__qualname__)
+        for one in (each if isinstance(each, type) else type(each) for each in (old, new))
+    ]
+    redefined = isinstance(old, type) or type(old) is not type(new)
+    return old == new or (redefined and places[0] == places[1])

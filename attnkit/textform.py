@@ -8,7 +8,6 @@ executed but the constructors that the caller hands in.
 from __future__ import annotations
 
 import ast
-import difflib
 import operator
 import re
 from collections import Counter
@@ -24,6 +23,7 @@ from attnkit.errors import (
     clipped,
     shown,
 )
+from attnkit.registry import suggestion
 
 __all__ = ["LONGEST_TEXT", "LONGEST_WORDS", "arguments_text", "evaluate"]
 
@@ -137,10 +137,8 @@ class _Reader:
     def call(self, node: ast.Call) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else _source(node.func)
         if name not in self.names:
-            close = difflib.get_close_matches(clipped(name, LONGEST), self.names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
             raise CompositionError(
-                f"unknown {self.what} {clipped(name, LONGEST)}{hint} Known: {', '.join(self.names)}"
+                f"unknown {self.what} {clipped(name, LONGEST)}{suggestion(name, self.names)}"
             )
         given = [keyword.arg for keyword in node.keywords]
         if None in given:

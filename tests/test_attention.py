@@ -48,9 +48,9 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"3 axes.*layouts of 4 axes: .*BSND",
     ),
     "unknown layout": (
-        lambda: ak.attention(x(), x(), x(), layout="bsnd"),
+        lambda: ak.attention(x(), x(), x(), layout="bsdn"),
         ak.CompositionError,
-        r"names are upper case, write 'BSND'",
+        r"unknown layout 'bsdn'; did you mean 'BSND'",
     ),
     "heads that do not divide": (
         lambda: ak.attention(x(), x(2, 6, 3, 8), x(2, 6, 3, 8)),

@@ -412,7 +412,7 @@ X = noise(1, 3, DIM)
         (lambda: call(X, cache=True), ["cache=True", "KVCache()"]),
         (lambda: call(X, cache=KVCache), ["cache=<class", "KVCache()"]),
         (lambda: call(X, cache=0), ["cache=0"]),
-        (lambda: build(DIM, 4, layout="bsnd"), ["'BSND'"]),
+        (lambda: build(DIM, 4, layout="bsdn"), ["'BSND'"]),
         (lambda: call([1.0]), ["x is a list"]),
         (lambda: call(noise(1, 3, 5)), ["[1, 3, 5]", "[b, s, 16]", "dim=16"]),
         (lambda: call(noise(1, 1, 3, DIM)), ["[b, s, 16]"]),

@@ -105,11 +105,7 @@ def _run_in_order(
     backend: Fused, plan: Plan, request: Request, operands: Operands
 ) -> AttentionOutput:
     """Sort the tokens by residue, run the plan there, and put its rows back."""
-    axis = (
-        request.layout_of.pattern.replace("(n d)", "h")
-        .split()
-        .index("t" if request.layout_of.packed else "s")
-    )
+    axis = request.layout_of.length_axis
     queries, keys = (_positions(order, operands.query.device) for order in residue_order(request))
     q, k, v = (
         tensor.index_select(axis, order)

@@ -36,7 +36,7 @@ from attnkit.masks import MASKS, Mask
 from attnkit.masks import parse as parse_mask
 from attnkit.pse import PSE, Pse, Sum
 from attnkit.pse import parse as parse_pse
-from attnkit.registry import closest
+from attnkit.registry import suggestion
 
 __all__ = [
     "BIAS",
@@ -47,7 +47,6 @@ __all__ = [
     "first_line",
     "problem",
     "problems_at",
-    "suggestion",
 ]
 
 # A file says what it means: a quoted "64" is no number, and yes is no 1.
@@ -263,20 +262,6 @@ def _pse_classes() -> dict[str, type]:
 
 MASK = Family("mask", Mask, lambda: dict(MASKS.items()), parse_mask)
 BIAS = Family("positional bias", Pse, _pse_classes, parse_pse)
-
-
-def suggestion(
-    given: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
-) -> str:
-    """Return ``; did you mean 'x'? Known: ...`` for a word that is not known.
-
-    >>> suggestion("szie", ["kind", "size"])
-    "; did you mean 'size'? Known: kind, size"
-    """
-    words = {name: name for name in known} | dict(aliases or {})
-    close = closest(given, words)
-    hint = "." if close is None else f"; did you mean {words[close]!r}?"
-    return f"{hint} Known: {', '.join(known)}"
 
 
 def first_line(owner: type) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from attnkit.config.kinds import Family, Record, suggestion
+from attnkit.config.kinds import Family, Record
 from attnkit.errors import ConfigError, clipped, shown
+from attnkit.registry import suggestion
 
 __all__ = ["config_error"]
 

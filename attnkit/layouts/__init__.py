@@ -9,13 +9,10 @@
 
 from __future__ import annotations
 
-from attnkit.layouts.base import LAYOUTS, Layout, Sizes, get, register
-from attnkit.layouts.bnsd import BNSD
-from attnkit.layouts.bsh import BSH
-from attnkit.layouts.bsnd import BSND
-from attnkit.layouts.sbh import SBH
+from attnkit.layouts.base import Layout, register
+from attnkit.layouts.names import LAYOUTS, get
 from attnkit.layouts.seqlens import SeqLens, check_lengths
-from attnkit.layouts.tnd import TND
+from attnkit.layouts.sizes import Sizes
 
 __all__ = [
     "BNSD",
@@ -31,3 +28,9 @@ __all__ = [
     "get",
     "register",
 ]
+
+BNSD = register(Layout("BNSD", "b n s d", ("BHSD", "BNTH")))
+BSH = register(Layout("BSH", "b s (n d)"))
+BSND = register(Layout("BSND", "b s n d", ("BSHD", "BTNH", "BMHK")))
+SBH = register(Layout("SBH", "s b (n d)"))
+TND = register(Layout("TND", "t n d", ("THD",)))

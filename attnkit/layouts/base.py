@@ -2,44 +2,31 @@
 
 The canonical form is ``b n s d``; a packed layout has one token axis ``t`` instead of
 ``b`` and ``s``. Converting permutes and splits axes, so it returns views wherever strides
-can express the result.
+can express the result. Whoever wants to know which axis of a tensor is which asks here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from attnkit.arguments import check_int, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.layouts import names
+from attnkit.layouts.names import LAYOUTS, get
 from attnkit.layouts.seqlens import check_lengths
-from attnkit.registry import Registry
+from attnkit.layouts.sizes import Sizes, check_shape, check_sizes
 
 __all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
 
 _AXES = {"b": "batch", "s": "length", "n": "heads", "d": "dim", "t": "tokens"}
 _DENSE = frozenset("bsnd")
 _PACKED = frozenset("tnd")
-_MOST_AXES = 64  # what a tensor can have
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The extents of one tensor, whatever its layout; a packed tensor counts as one batch row.
-
-    >>> Sizes(batch=2, length=16, heads=4, dim=8)
-    Sizes(batch=2, length=16, heads=4, dim=8)
-    """
-
-    batch: int
-    length: int
-    heads: int
-    dim: int
+_IN_ORDER = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,8 @@ class Layout:
     ``n`` and ``d`` may be merged as ``(n d)``; then the head count is not in the shape and
     every method needs `num_heads` (or `head_dim`). Elsewhere `num_heads` is optional and
     checked. Any dtype and device; nothing is computed, tensors are only viewed (`from_bnsd`
-    of a merged layout and `join` copy when strides leave no choice).
+    of a merged layout and `join` copy when strides leave no choice). `aliases` are names that
+    others have for it, and that `get` takes as well.
 
     Raises `CompositionError` for a pattern, rank or head count that does not fit.
 
@@ -65,6 +53,7 @@ class Layout:
 
     name: str
     pattern: str
+    aliases: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or self.name != self.name.upper():
@@ -76,7 +65,24 @@ class Layout:
             raise CompositionTypeError(
                 f"a layout's pattern is an einops string, not {shown(self.pattern)}"
             )
-        _groups(self.pattern)
+        letters = " ".join(self.axes).split()
+        known = frozenset(letters) in (_DENSE, _PACKED) and len(set(letters)) == len(letters)
+        if not known or any(axis not in (*_AXES, "n d") for axis in self.axes):
+            raise CompositionError(
+                f"layout pattern {shown(self.pattern)}: a layout names each of the axes b s n d "
+                "(or t n d, packed) once, separated by spaces, and may merge only '(n d)'"
+            )
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of a tensor in this layout; a merged pair is one.
+
+        >>> get("BSH").axes
+        ('b', 's', 'n d')
+        """
+        before, _, rest = self.pattern.partition("(")
+        inside, closed, after = rest.partition(")")
+        return (*before.split(), *((inside,) if closed else ()), *after.split())
 
     @property
     def packed(self) -> bool:
@@ -103,10 +109,37 @@ class Layout:
         >>> get("BSH").rank, get("BSND").rank
         (3, 4)
         """
-        return len(_groups(self.pattern))
+        return len(self.axes)
+
+    @property
+    def length_axis(self) -> int:
+        """Which axis of a tensor counts positions: ``s``, or ``t`` when packed.
+
+        >>> get("BSH").length_axis, get("BNSD").length_axis
+        (1, 2)
+        """
+        return self.axes.index("t" if self.packed else "s")
 
     def __str__(self) -> str:
         return f"{self.name} ({self.pattern})"
+
+    def extents(self, shape: Sequence[int], what: str = "tensor") -> dict[str, int]:
+        """Return the extent of each of the `axes`, as it is; `sizes` checks and divides them.
+
+        Raises `CompositionError` for a wrong rank.
+
+        >>> get("BSH").extents((2, 16, 32))
+        {'b': 2, 's': 16, 'n d': 32}
+        """
+        if not isinstance(shape, torch.Size):
+            check_shape(shape, what)
+        if len(shape) != len(self.axes):
+            raise CompositionError(
+                f"{self._given(shape, what)}: the layout has {self.rank} axes, the shape has "
+                f"{len(shape)}; permute the tensor or name the layout it has "
+                f"({names.of_rank(len(shape))})"
+            )
+        return dict(zip(self.axes, shape, strict=True))
 
     def sizes(
         self,
@@ -135,26 +168,19 @@ class Layout:
 its last axis of 30 does not divide into num_heads=4; change the width to a multiple of 4, \
 or num_heads
         """
-        if not isinstance(shape, torch.Size):
-            _check_shape(shape, what)
-        groups = _groups(self.pattern)
-        if len(shape) != len(groups):
-            raise self._wrong_rank(shape, what)
+        found = self.extents(shape, what)
         for label, count in (("num_heads", num_heads), ("head_dim", head_dim)):
             if count is not None:
                 check_int(label, count, 1)
-        found: dict[str, int] = {}
-        for group, extent in zip(groups, shape, strict=True):
-            if len(group) == 1:
-                found[group] = extent
-            else:
-                found["n"], found["d"] = self._divide(shape, extent, num_heads, head_dim, what)
+        if self.merges_heads:
+            told = self._given(shape, what)
+            found["n"], found["d"] = _divide(told, found["n d"], num_heads, head_dim)
         for given, axis, label in ((num_heads, "n", "num_heads"), (head_dim, "d", "head_dim")):
             if given is not None and found[axis] != given:
                 raise CompositionError(
                     f"{self._given(shape, what)}: {label}={shown(given)} was given, but the shape "
                     f"holds {found[axis]} ({_AXES[axis]}); "
-                    f"{self._agree(shape, num_heads, head_dim)}"
+                    f"{names.like(self, shape, num_heads, head_dim)}"
                 )
             if found[axis] == 0:
                 raise CompositionError(
@@ -170,12 +196,12 @@ or num_heads
         >>> get("SBH").shape(Sizes(batch=2, length=16, heads=4, dim=8))
         (16, 2, 32)
         """
-        _need_sizes("shape", sizes)
+        check_sizes("shape", sizes)
         tokens = sizes.batch * sizes.length
         extents = {"b": sizes.batch, "s": sizes.length, "t": tokens}
         extents |= {"n": sizes.heads, "d": sizes.dim}
         merged = sizes.heads * sizes.dim
-        return tuple(extents.get(group, merged) for group in _groups(self.pattern))
+        return tuple(extents.get(group, merged) for group in self.axes)
 
     def to_bnsd(self, tensor: Tensor, num_heads: int | None = None) -> Tensor:
         """Return the tensor as ``b n s d``: always a view.
@@ -186,8 +212,8 @@ or num_heads
         >>> get("SBH").to_bnsd(torch.zeros(16, 2, 32), num_heads=4).shape
         torch.Size([2, 4, 16, 8])
         """
-        self._need_dense("to_bnsd", "split(tensor, lengths) gives one [1, n, s, d] per sequence")
-        return self._from_own(tensor, "b n s d", num_heads)
+        self._need(False, "to_bnsd", "split(tensor, lengths) gives one [1, n, s, d] per sequence")
+        return self._by_head(tensor, num_heads)
 
     def from_bnsd(self, tensor: Tensor) -> Tensor:
         """Return a ``b n s d`` tensor in this layout: a view where strides allow one.
@@ -198,8 +224,9 @@ or num_heads
         >>> get("BSH").from_bnsd(torch.zeros(2, 4, 16, 8)).shape
         torch.Size([2, 16, 32])
         """
-        self._need_dense("from_bnsd", "join(parts) packs one [1, n, s, d] per sequence")
-        return self._to_own(tensor, "b n s d")
+        self._need(False, "from_bnsd", "join(parts) packs one [1, n, s, d] per sequence")
+        _need_rank(tensor, "b n s d")
+        return self.restore(tensor)
 
     def to_tnd(self, tensor: Tensor, num_heads: int | None = None) -> Tensor:
         """Return the tensor as ``t n d``, batch rows one after the other.
@@ -210,7 +237,7 @@ or num_heads
         >>> get("BSH").to_tnd(torch.zeros(2, 16, 32), num_heads=4).shape
         torch.Size([32, 4, 8])
         """
-        return self._from_own(tensor, "t n d" if self.packed else "(b s) n d", num_heads)
+        return self._by_head(tensor, num_heads).transpose(1, 2).flatten(0, 1)
 
     def from_tnd(self, tensor: Tensor, batch: int = 1) -> Tensor:
         """Undo `to_tnd`: `batch` rows of equal length (a packed layout keeps its one row).
@@ -219,15 +246,29 @@ or num_heads
         torch.Size([2, 4, 16, 8])
         """
         check_int("batch", batch, 1)
-        if self.packed:
-            return self._to_own(tensor, "t n d")
         _need_rank(tensor, "t n d")
-        if tensor.shape[0] % batch:
+        batch = 1 if self.packed else batch
+        tokens = tensor.shape[0]
+        if tokens % batch:
             raise CompositionError(
-                f"{tensor.shape[0]} tokens do not divide into batch={batch} rows of equal "
+                f"{tokens} tokens do not divide into batch={batch} rows of equal "
                 f"length for layout {self.name}; keep them packed, with SeqLens"
             )
-        return self._to_own(tensor, "(b s) n d", b=batch)
+        rows = tensor.reshape(batch, tokens // batch, *tensor.shape[1:])
+        return self.restore(rows.transpose(1, 2))
+
+    def convert(self, tensor: Tensor, to: Layout, num_heads: int | None = None) -> Tensor:
+        """Return a tensor of this layout in another one of its kind, dense or packed.
+
+        >>> get("BSH").convert(torch.zeros(2, 16, 32), get("SBH"), num_heads=4).shape
+        torch.Size([16, 2, 32])
+        """
+        if self.packed != to.packed:
+            raise CompositionError(
+                f"layout {self} does not convert to {to}: one of them is packed; to_tnd, from_tnd, "
+                "split and join lead from one kind to the other"
+            )
+        return tensor if to == self else to.restore(self._by_head(tensor, num_heads))
 
     def split(
         self, tensor: Tensor, lengths: Sequence[int], num_heads: int | None = None
@@ -240,8 +281,8 @@ or num_heads
         >>> [tuple(part.shape) for part in get("TND").split(torch.zeros(7, 4, 8), (3, 0, 4))]
         [(1, 4, 3, 8), (1, 4, 0, 8), (1, 4, 4, 8)]
         """
-        self._need_packed("split", "to_bnsd")
-        whole = self._from_own(tensor, "1 n t d", num_heads)
+        self._need(True, "split", "use to_bnsd")
+        whole = self._by_head(tensor, num_heads)
         lengths = check_lengths("split: lengths", lengths)
         if sum(lengths) != whole.shape[2]:
             raise CompositionError(
@@ -257,7 +298,7 @@ or num_heads
         >>> get("TND").join([torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 5, 8)]).shape
         torch.Size([8, 4, 8])
         """
-        self._need_packed("join", "from_bnsd")
+        self._need(True, "join", "use from_bnsd")
         if not isinstance(parts, Sequence):
             raise CompositionTypeError(f"join takes a list of tensors, not {shown(parts)}")
         if not parts:
@@ -273,123 +314,63 @@ or num_heads
                 f"join got sequences that differ: {told}; give all the same heads, dimensions, "
                 "dtype and device"
             )
-        axis = _groups(self.pattern).index("t")
         # Permuting before concatenating leaves the result contiguous in its own layout.
-        return torch.cat([self._to_own(part, "1 n t d") for part in parts], dim=axis)
+        return torch.cat([self.restore(part) for part in parts], dim=self.length_axis)
 
-    def _from_own(self, tensor: Tensor, pattern: str, num_heads: int | None) -> Tensor:
-        check_tensor("the tensor of a layout", tensor)
-        sizes = self.sizes(tensor.shape, num_heads)
-        merged = {"n": sizes.heads} if self.merges_heads else {}
-        return rearrange(tensor, f"{self.pattern} -> {pattern}", **merged)
+    def view(self, tensor: Tensor, heads: int) -> Tensor:
+        """Return the ``[b n s d]`` view of a tensor, b = 1 when packed; nothing is checked.
 
-    def _to_own(self, tensor: Tensor, pattern: str, **extents: int) -> Tensor:
-        _need_rank(tensor, pattern)
-        return rearrange(tensor, f"{pattern} -> {self.pattern}", **extents)
-
-    def _divide(
-        self,
-        shape: Sequence[int],
-        extent: int,
-        num_heads: int | None,
-        head_dim: int | None,
-        what: str,
-    ) -> tuple[int, int]:
-        if num_heads is None and head_dim is None:
-            raise CompositionError(
-                f"{self._given(shape, what)}: this layout merges heads into its last axis, so "
-                "the shape does not say how many there are; pass num_heads="
-            )
-        label, count = ("head_dim", head_dim) if num_heads is None else ("num_heads", num_heads)
-        if count is None or extent % count:
-            raise CompositionError(
-                f"{self._given(shape, what)}: its last axis of {extent} does not divide into "
-                f"{label}={shown(count)}; change the width to a multiple of {shown(count)}, "
-                f"or {label}"
-            )
-        return (count, extent // count) if label == "num_heads" else (extent // count, count)
-
-    def _agree(self, shape: Sequence[int], num_heads: int | None, head_dim: int | None) -> str:
-        """Say what to do about a count that a shape contradicts: name the layouts that fit."""
-        fitting = [
-            name
-            for name, known in LAYOUTS.items()
-            if known.packed == self.packed and known._holds(shape, num_heads, head_dim)
-        ]
-        if not fitting:
-            return "make them agree"
-        return f"this looks like {' or '.join(fitting)}: say layout={fitting[0]!r}"
-
-    def _holds(self, shape: Sequence[int], num_heads: int | None, head_dim: int | None) -> bool:
-        """Whether a shape has these counts in this layout."""
-        groups = _groups(self.pattern)
-        if len(groups) != len(shape):
-            return False
-        found = dict(zip(groups, shape, strict=True))
-        if self.merges_heads:
-            counts = num_heads, head_dim
-            return None not in counts and found["n d"] == (num_heads or 0) * (head_dim or 0)
-        return num_heads in (None, found["n"]) and head_dim in (None, found["d"])
-
-    def twin(self) -> Layout | None:
-        """Return the layout that differs in the places of lengths and heads alone, if there is one.
-
-        >>> get("BSND").twin()
-        Layout(name='BNSD', pattern='b n s d')
+        >>> get("TND").view(torch.zeros(48, 4, 8), 4).shape
+        torch.Size([1, 4, 48, 8])
         """
-        swapped = self.pattern.translate(str.maketrans("sn", "ns"))
-        return next((known for _, known in LAYOUTS.items() if known.pattern == swapped), None)
-
-    def doubt(self, query: Sizes, key: Sizes) -> str | None:
-        """Return why tensors may be in another layout than this; None where nothing says so.
-
-        The sizes are those read in this layout. Where both have more heads than positions and the
-        layout has a `twin`, lengths and heads are likely to be confused: one axis cannot be told
-        from another by its extent.
-
-        >>> x = get("BSND").sizes((2, 8, 128, 64))
-        >>> get("BSND").doubt(x, x)
-        "8 positions and 128 heads were read off the shapes; if these are 8 heads and 128 \
-positions, say layout='BNSD'"
-        >>> get("BSND").doubt(get("BSND").sizes((2, 1, 8, 64)), get("BSND").sizes((2, 4096, 8, 64)))
-        """
-        _need_sizes("doubt", query)
-        _need_sizes("doubt", key)
-        twin, length, heads = self.twin(), query.length, query.heads
-        if twin is None or not 0 < length < heads or key.length >= key.heads:
-            return None
-        return (
-            f"{length:,} positions and {heads:,} heads were read off the shapes; if these are "
-            f"{length:,} heads and {heads:,} positions, say layout={twin.name!r}"
-        )
-
-    def _given(self, shape: Sequence[int], what: str) -> str:
-        return f"{what} {list(shape)} in layout {self}"
-
-    def _wrong_rank(self, shape: Sequence[int], what: str) -> CompositionError:
-        fitting = [name for name, known in LAYOUTS.items() if known.rank == len(shape)]
-        hint = f"layouts of {len(shape)} axes: {', '.join(fitting)}" if fitting else "reshape it"
-        return CompositionError(
-            f"{self._given(shape, what)}: the layout has {self.rank} axes, the shape has "
-            f"{len(shape)}; permute the tensor or name the layout it has ({hint})"
-        )
-
-    def _need_dense(self, method: str, remedy: str) -> None:
+        order, _, merged = self._strides
+        if merged is not None:
+            shape = tensor.shape
+            apart = heads, shape[merged] // heads
+            tensor = tensor.view(*shape[:merged], *apart, *shape[merged + 1 :])
         if self.packed:
+            tensor = tensor[None]
+        return tensor if order == _IN_ORDER else tensor.permute(order)
+
+    def restore(self, heads: Tensor) -> Tensor:
+        """Return a ``[b n s d]`` tensor in this layout, `view` undone; nothing is checked.
+
+        >>> get("TND").restore(torch.zeros(1, 4, 48, 8)).shape
+        torch.Size([48, 4, 8])
+        """
+        _, inverse, merged = self._strides
+        tensor = heads if inverse == _IN_ORDER else heads.permute(inverse)
+        if self.packed:
+            tensor = tensor[0]
+        return tensor if merged is None else tensor.flatten(merged, merged + 1)
+
+    @cached_property
+    def _strides(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
+        """How to permute from and to ``[b n s d]``, and which axis is the merged one."""
+        letters = " ".join(self.axes).split()
+        if self.packed:
+            letters = ["b", *("s" if letter == "t" else letter for letter in letters)]
+        order = tuple(letters.index(letter) for letter in "bnsd")
+        inverse = tuple(order.index(axis) for axis in range(4))
+        return order, inverse, self.axes.index("n d") if self.merges_heads else None
+
+    def _by_head(self, tensor: Tensor, num_heads: int | None) -> Tensor:
+        check_tensor("the tensor of a layout", tensor)
+        return self.view(tensor, self.sizes(tensor.shape, num_heads).heads)
+
+    def _need(self, packed: bool, method: str, remedy: str) -> None:
+        if self.packed and not packed:
             raise CompositionError(
                 f"{method}: layout {self} is packed and its sequences may differ in length, "
                 f"so it has no [b, n, s, d] form; {remedy}"
             )
-
-    def _need_packed(self, method: str, other: str) -> None:
-        if not self.packed:
+        if packed and not self.packed:
             raise CompositionError(
-                f"{method}: layout {self} is not packed, its batch rows have one length; "
-                f"use {other}"
+                f"{method}: layout {self} is not packed, its batch rows have one length; {remedy}"
             )
 
-
-LAYOUTS: Registry[Layout] = Registry("layout")
+    def _given(self, shape: Sequence[int], what: str) -> str:
+        return f"{what} {list(shape)} in layout {self}"
 
 
 def register(layout: Layout) -> Layout:
@@ -405,66 +386,28 @@ def register(layout: Layout) -> Layout:
     return LAYOUTS.add(layout.name, layout)
 
 
-def get(name: str) -> Layout:
-    """Return the layout of that exact name.
-
-    >>> get("bsnd")
-    Traceback (most recent call last):
-    ...
-    attnkit.errors.CompositionError: unknown layout 'bsnd': names are upper case, write 'BSND'
-    """
-    if not isinstance(name, str):
-        raise CompositionTypeError(
-            f"a layout is given by its name, one of {', '.join(LAYOUTS)}; "
-            f"got {shown(name)} ({type(name).__name__})"
-        )
-    if name not in LAYOUTS and name.upper() in LAYOUTS:
+def _divide(
+    given: str, extent: int, num_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """Return heads and their dimension, of which one is known."""
+    label, count = ("head_dim", head_dim) if num_heads is None else ("num_heads", num_heads)
+    if count is None:
         raise CompositionError(
-            f"unknown layout {shown(name)}: names are upper case, write {name.upper()!r}"
+            f"{given}: this layout merges heads into its last axis, so the shape does not say "
+            "how many there are; pass num_heads="
         )
-    return LAYOUTS[name]
-
-
-@cache
-def _groups(pattern: str) -> tuple[str, ...]:
-    """Split a pattern into its axes, a merged pair as one entry ``"n d"``."""
-    outside, _, rest = pattern.partition("(")
-    inside, closed, after = rest.partition(")")
-    merged = (inside,) if closed else ()
-    groups = (*outside.split(), *merged, *after.split())
-    axes = " ".join(groups).split()
-    known = frozenset(axes) in (_DENSE, _PACKED) and len(set(axes)) == len(axes)
-    if not known or any(group not in (*_AXES, "n d") for group in groups):
+    if extent % count:
         raise CompositionError(
-            f"layout pattern {shown(pattern)}: a layout names each of the axes b s n d (or t n d, "
-            "packed) once, separated by spaces, and may merge only '(n d)'"
+            f"{given}: its last axis of {extent} does not divide into {label}={shown(count)}; "
+            f"change the width to a multiple of {shown(count)}, or {label}"
         )
-    return groups
-
-
-def _check_shape(shape: Sequence[int], what: str) -> None:
-    whole = isinstance(shape, Sequence) and not isinstance(shape, str | bytes)
-    if (
-        not whole
-        or len(shape) > _MOST_AXES
-        or any(type(extent) is not int or extent < 0 for extent in shape)
-    ):
-        raise CompositionTypeError(
-            f"{what}: a shape is a list of ints that are 0 or more, got {shown(shape)}"
-        )
-
-
-def _need_sizes(method: str, sizes: Sizes) -> None:
-    if not isinstance(sizes, Sizes):
-        raise CompositionTypeError(
-            f"{method} takes Sizes(batch=, length=, heads=, dim=), not {shown(sizes)}"
-        )
+    return (count, extent // count) if label == "num_heads" else (extent // count, count)
 
 
 def _need_rank(tensor: Tensor, pattern: str) -> None:
     check_tensor("the tensor of a layout", tensor)
-    rank = len(pattern.replace("(b s)", "t").split())
-    if tensor.ndim != rank or (pattern[0] == "1" and tensor.shape[0] != 1):
+    axes = pattern.split()
+    if tensor.ndim != len(axes) or (axes[0] == "1" and tensor.shape[0] != 1):
         raise CompositionError(
-            f"tensor {list(tensor.shape)}: expected the form [{', '.join(pattern.split())}]"
+            f"tensor {list(tensor.shape)}: expected the form [{', '.join(axes)}]"
         )

@@ -459,7 +459,7 @@ class MaskRegistry(Registry[type[Mask]]):
     def add(self, name: str, entry: type[Mask]) -> type[Mask]:
         """Register a family; its class name must be free too, for `masks.parse`."""
         _check_family(entry)
-        for known, family in self.items():
+        for known, family in self._entries.items():
             if family.__name__ == entry.__name__ and known != name:
                 raise CompositionError(
                     f"a mask family named {entry.__name__} is registered already, as {known!r}; "
@@ -484,7 +484,7 @@ def _check_family(entry: object) -> None:
         )
 
 
-MASKS = MaskRegistry("mask")
+MASKS = MaskRegistry("mask", "attnkit.masks")
 
 
 def _joined(kind: str, *parts: Mask) -> Mask:

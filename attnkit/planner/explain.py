@@ -10,6 +10,7 @@ from typing import Any
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.layouts import Sizes
+from attnkit.layouts.names import doubt
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.certificate import disprove_plan
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
@@ -123,9 +124,9 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
     )
     query = Sizes(request.batch, request.q_len, request.num_heads, request.head_dim)
     key = Sizes(request.batch, request.kv_len, request.num_kv_heads, request.head_dim)
-    doubt = request.layout_of.doubt(query, key)
-    if doubt is not None:
-        yield "layout?", doubt
+    doubted = doubt(request.layout_of, query, key)
+    if doubted is not None:
+        yield "layout?", doubted
     extras = [str(request.dtype).removeprefix("torch."), f"scale {request.scale:.6g}"]
     extras += [f"dropout {request.dropout:g}"] if request.dropout else []
     extras += [f"softcap {request.softcap:g}"] if request.softcap else []

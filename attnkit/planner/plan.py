@@ -199,5 +199,5 @@ class Runner(Protocol):
         """Return every reason why the backend cannot run the request."""
 
 
-RUNNERS: Registry[Runner] = Registry("backend")
+RUNNERS: Registry[Runner] = Registry("backend", "attnkit.backends")
 """The backends by name: the registry that `attnkit.backends` fills."""

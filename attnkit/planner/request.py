@@ -104,7 +104,7 @@ class Composition:
                 f"pse={shown(self.pse)} is a {type(self.pse).__name__}; it must be a bias of "
                 "attnkit.pse (wrap a tensor: pse.Dense(t))"
             )
-        layouts.get(self.layout)
+        object.__setattr__(self, "layout", layouts.get(self.layout).name)  # an alias is another
         if self.scale is not None:
             rule = "finite, or None for 1/sqrt(head_dim)"
             check_number("scale", self.scale, math.isfinite, rule)

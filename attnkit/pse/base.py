@@ -295,8 +295,8 @@ class PseRegistry(Registry[type[Pse]]):
                 f"{shown(entry)} is no family of positional biases; one is a frozen dataclass that "
                 "derives from pse.Pse"
             )
-        for kind, known in self.items():
-            if known.__name__ == entry.__name__:
+        for kind, known in self._entries.items():
+            if known.__name__ == entry.__name__ and kind != name:
                 raise CompositionError(
                     f"a positional bias named {entry.__name__} is registered already, "
                     f"as {kind!r}; choose another class name"
@@ -309,7 +309,7 @@ class PseRegistry(Registry[type[Pse]]):
 LARGEST = (1 << 63) - 1
 """The largest length: positions are int64 in tensors."""
 
-PSE = PseRegistry("positional bias")
+PSE = PseRegistry("positional bias", "attnkit.pse")
 
 
 @dataclass(frozen=True, init=False, repr=False)

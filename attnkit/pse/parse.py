@@ -25,7 +25,7 @@ def parse(text: str) -> Pse:
     Traceback (most recent call last):
     ...
     attnkit.errors.CompositionError: cannot read the positional bias 'ALiBy(8)': unknown \
-positional bias ALiBy; did you mean ALiBi? Known: ALiBi, LearnableALiBi, SqrtALiBi, \
+positional bias ALiBy; did you mean 'ALiBi'? Known: ALiBi, LearnableALiBi, SqrtALiBi, \
 T5Relative
     """
     constructors = {family.__name__: family for _, family in PSE.items()}

@@ -15,6 +15,7 @@ import attnkit as ak
 from attnkit import layouts
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.layouts import BNSD, BSH, BSND, LAYOUTS, SBH, TND, Layout, Sizes
+from attnkit.layouts.names import doubt, twin
 
 DENSE = [BSH, SBH, BNSD, BSND]
 ALL = [*DENSE, TND]
@@ -143,7 +144,7 @@ def test_sizes_takes_heads_from_the_head_dim_where_they_are_merged():
         (lambda: BSND.sizes((2, 7, 3.0, 8)), ["a shape is a list of ints"]),
         (lambda: BSND.sizes((2, -7, 3, 8)), ["0 or more"]),
         (lambda: BSND.shape((2, 7, 3, 8)), ["shape takes Sizes(batch="]),
-        (lambda: BSND.doubt((7, 3), (7, 3)), ["doubt takes Sizes(batch="]),
+        (lambda: doubt(BSND, (7, 3), (7, 3)), ["doubt takes Sizes(batch="]),
         (lambda: BSND.sizes(range(10**12)), ["a shape is a list of ints"]),
         (lambda: BSND.from_tnd(counted(7, 3, 8), batch=None), ["batch", "None"]),
         (lambda: TND.split(counted(7, 3, 8), 7), ["lengths", "int"]),
@@ -176,8 +177,12 @@ def test_sizes_takes_heads_from_the_head_dim_where_they_are_merged():
         (lambda: BSND.from_tnd(counted(7, 8)), ["[7, 8]", "[t, n, d]"]),
         (lambda: BSND.from_tnd(counted(7, 3, 8), batch=0), ["batch=0", ">= 1"]),
         (lambda: BSND.to_bnsd([[1.0]]), ["torch tensor", "list"]),
-        (lambda: layouts.get("bsnd"), ["'bsnd'", "upper case", "'BSND'"]),
-        (lambda: layouts.get("BSHD"), ["'BSHD'", "Known: BNSD, BSH, BSND, SBH, TND"]),
+        (
+            lambda: layouts.get("BSDN"),
+            ["'BSDN'", "mean 'BSND'", "Known: BNSD, BSH, BSND"],
+        ),
+        (lambda: layouts.get("sbhd"), ["'sbhd'", "layout='SBH'", "tensor.flatten(2)"]),
+        (lambda: BSH.convert(counted(2, 7, 24), TND, 3), ["BSH", "TND", "one of them is packed"]),
         (lambda: layouts.get(BSND), ["by its name", "Layout"]),
         (lambda: layouts.register("BNDS"), ["Layout(name, pattern)"]),
         (lambda: layouts.register(Layout("TND", "n t d")), ["'TND'", "registered already"]),
@@ -213,6 +218,64 @@ def test_a_layout_is_a_value(layout):
     assert str(layout) == f"{layout.name} ({layout.pattern})"
 
 
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [
+        *((word, BSND) for word in ("bsnd", "BSHD", "bshd", "btnh", "BMHK")),
+        *((word, BNSD) for word in ("bnsd", "BHSD", "bnth")),
+        *((word, TND) for word in ("tnd", "thd", "THD")),
+        ("bsh", BSH),
+        ("sbh", SBH),
+    ],
+)
+def test_names_that_others_have_are_taken_and_normalised(spelled, meant):
+    assert layouts.get(spelled) is meant
+    layer = ak.Attention(3, 8, layout=spelled)
+    assert layer.layout == layer.composition.layout == meant.name
+    assert f"layout='{meant.name}'" in repr(layer)
+    assert layer.composition == ak.Attention(3, 8, layout=meant.name).composition
+
+
+def test_a_layout_of_others_may_have_aliases():
+    layouts.register(Layout("SBND", "s b n d", ("SBHD",)))
+    try:
+        assert layouts.get("sbhd") is layouts.get("SBND")
+        x = torch.randn(5, 2, 3, 8)
+        found = ak.attention(x, x, x, layout="sbhd")
+        y = x.flatten(2)
+        meant = ak.attention(y, y, y, layout="sbh", num_heads=3)
+        torch.testing.assert_close(found.flatten(2), meant)
+    finally:
+        LAYOUTS.remove("SBND")
+
+
+@pytest.mark.parametrize("pair", list(itertools.product(DENSE, DENSE)), ids=str)
+def test_convert_leads_from_any_layout_to_any_other_of_its_kind(pair):
+    one, other = pair
+    bnsd = counted(2, 3, 4, 5)
+    own, its = (BY_HAND[form.name](bnsd) for form in pair)
+    assert torch.equal(one.convert(own, other, 3), its)
+    assert one.convert(own, one, 3) is own
+
+
+def test_convert_packed_layouts():
+    rows = counted(7, 3, 2)
+    assert torch.equal(TND.convert(rows, NTD), rows.transpose(0, 1))
+    assert torch.equal(TH.convert(rows.flatten(1), NTD, 3), rows.transpose(0, 1))
+
+
+@pytest.mark.parametrize("layout", [*ALL, NTD, TH], ids=str)
+def test_axes_say_where_everything_is(layout):
+    own = layout.shape(Sizes(1, 7, 3, 4))
+    assert layout.rank == len(layout.axes) == len(own)
+    assert own[layout.length_axis] == 7
+    known = {"b": 1, "s": 7, "t": 7, "n": 3, "d": 4, "n d": 12}
+    assert layout.extents(own) == {axis: known[axis] for axis in layout.axes}
+    view = layout.view(counted(*own), 3)
+    assert view.shape == (1, 3, 7, 4)
+    assert torch.equal(layout.restore(view), counted(*own))
+
+
 def test_sizes_is_a_value():
     sizes = Sizes(1, 2, 3, 4)
     assert eval(repr(sizes)) == sizes == pickle.loads(pickle.dumps(sizes))
@@ -229,20 +292,20 @@ def test_a_new_layout_is_one_registration():
 
 
 def test_more_heads_than_positions_are_doubted_where_another_layout_swaps_them():
-    assert BSND.twin() == BNSD
-    assert BNSD.twin() == BSND
-    assert all(form.twin() is None for form in (BSH, SBH, TND))
+    assert twin(BSND) == BNSD
+    assert twin(BNSD) == BSND
+    assert all(twin(form) is None for form in (BSH, SBH, TND))
 
-    def doubt(form: Layout, query: tuple[int, int], key: tuple[int, int]) -> str | None:
-        return form.doubt(*(Sizes(2, length, heads, 8) for length, heads in (query, key)))
+    def doubted(form: Layout, query: tuple[int, int], key: tuple[int, int]) -> str | None:
+        return doubt(form, *(Sizes(2, length, heads, 8) for length, heads in (query, key)))
 
-    told = doubt(BSND, (4, 16), (4, 8))
+    told = doubted(BSND, (4, 16), (4, 8))
     assert told is not None
     assert "4 heads and 16 positions, say layout='BNSD'" in told
-    assert doubt(BNSD, (4, 16), (4, 16)) is not None
+    assert doubted(BNSD, (4, 16), (4, 16)) is not None
     # A text, a decoding step, a context: what is usual is never doubted.
     for query, key in [((64, 8), (64, 8)), ((1, 8), (64, 8)), ((1, 8), (64, 2)), ((0, 8), (0, 8))]:
-        assert doubt(BSND, query, key) is None
+        assert doubted(BSND, query, key) is None
 
 
 def test_explain_tells_of_the_doubt_and_a_module_names_the_layout_that_fits():

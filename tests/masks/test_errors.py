@@ -163,7 +163,7 @@ BAD = {
     # text
     "no text": (lambda: parse(3), TypeError, "text of a mask|3 (int)"),
     "open bracket": (lambda: parse("Causal("), ValueError, "'Causal('|column"),
-    "misspelt": (lambda: parse("Causl()"), ValueError, "Causl|did you mean Causal"),
+    "misspelt": (lambda: parse("Causl()"), ValueError, "Causl|did you mean 'Causal'"),
     "no mask in text": (lambda: parse("3"), ValueError, "'3'|not a mask"),
     "function in text": (lambda: parse("<masks.Predicate f>"), ValueError, "no text form"),
     "unknown argument": (lambda: parse("Causal(side=3)"), ValueError, "side"),
