@@ -98,6 +98,8 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(make)
     def get(*args: Any) -> T:
+        if torch.compiler.is_dynamo_compiling():  # made by the graph
+            return cast(Any, make)(*args)  # type: ignore[no-any-return]
         if torch._C._len_torch_dispatch_stack():
             return made(*args)
         return KEPT.get((make, args), lambda: made(*args))

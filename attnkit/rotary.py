@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from attnkit.arguments import check_choice, check_device, check_int, check_number, check_tensor
 from attnkit.attend import is_tracing
+from attnkit.constants import constant
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import check_lengths
+from attnkit.scaling import Dynamic, Linear, Llama3, Scaling, YaRN
 
-__all__ = ["Pairing", "Rotary", "positions"]
+__all__ = [
+    "Dynamic",
+    "Linear",
+    "Llama3",
+    "Order",
+    "Pairing",
+    "Rotary",
+    "Scaling",
+    "YaRN",
+    "positions",
+]
 
 Pairing = Literal["half", "interleaved"]
+Order = Literal["blocks", "interleaved", "axial"]
 
 _PAIRINGS = {
     "half": "dimensions c and c + r/2, as in Hugging Face weights",
@@ -33,15 +46,26 @@ class Rotary:
     """Rotary positions: pair `c` of a head turns by ``position * base**(-2*c/r)``.
 
     ``(x, y) -> (x*cos - y*sin, x*sin + y*cos)`` for each of the ``r/2`` pairs among the first
-    ``r = rotary_dim`` dimensions of a head (None: all); the others pass unchanged. Two
-    conventions exist for which dimensions form pair `c`, and weights trained with one are
-    useless with the other, so they are named:
+    ``r = rotary_dim`` dimensions of a head (None: all; a float such as 0.25: this part of the
+    head); the others pass unchanged. Two conventions exist for which dimensions form pair `c`,
+    and weights trained with one are useless with the other, so they are named:
 
     - ``pairing="half"``: ``(c, c + r/2)``, as in GPT-NeoX and the Llama weights of Hugging Face;
     - ``pairing="interleaved"``: ``(2c, 2c + 1)``, as in the paper, GPT-J and Meta's Llama.
 
+    `scaling` turns the pairs of texts that are longer than those of the training: `Linear`,
+    `Llama3`, `YaRN`, `Dynamic`.
+
+    `sections` are for positions of several axes (time, height, width): how many pairs each axis
+    turns. `order` says which pairs, and how fast:
+
+    - ``order="blocks"``: the first pairs are the first axis's, ... (M-RoPE of Qwen2-VL);
+    - ``order="interleaved"``: the axes take turns, what remains is the first's (Qwen3-VL);
+    - ``order="axial"``: blocks, in each of which `c` counts from 0 and `r` is twice its pairs, so
+      that all axes turn alike (2-D positions of a ViT, FLUX).
+
     Raises `CompositionError` for a base that is not from 1e-30 to 1e30, an odd or too large
-    `rotary_dim`, or an unknown pairing.
+    `rotary_dim`, an unknown pairing or order, and sections that are not the pairs of a head.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 
@@ -49,40 +73,112 @@ class Rotary:
     >>> quarter = Rotary().rotate(torch.tensor([[[1.0, 0.0]]]), torch.tensor([math.pi / 2]))
     >>> quarter.round().tolist()
     [[[-0.0, 1.0]]]
+    >>> qwen3 = Rotary(1e6, scaling=YaRN(4.0, original_max_position_embeddings=32768))
+    >>> qwen2_vl = Rotary(1e6, sections=(16, 24, 24))
+    >>> where = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]])  # time, height, width
+    >>> qwen2_vl.rotate(torch.ones(3, 2, 128), where).shape
+    torch.Size([3, 2, 128])
     """
 
     base: float = 10000.0
-    rotary_dim: int | None = None
+    rotary_dim: int | float | None = None
     pairing: Pairing = "half"
+    scaling: Scaling | None = None
+    sections: tuple[int, ...] | None = None
+    order: Order = "blocks"
 
     def __post_init__(self) -> None:
         low, high = _BASES
         check_number("Rotary: base", self.base, lambda b: low <= b <= high, f"from {low} to {high}")
         dim = self.rotary_dim
-        if dim is not None and (type(dim) is not int or dim < 2 or dim % 2):
+        part = isinstance(dim, float) and 0 < dim <= 1
+        if not part and dim is not None and (type(dim) is not int or dim < 2 or dim % 2):
             raise CompositionError(
                 f"Rotary: rotary_dim={shown(dim)}; dimensions turn in pairs, so give an even "
-                "number, or None for the whole head"
+                "number, a part of the head such as 0.25, or None for the whole head"
             )
         check_choice("Rotary: pairing", self.pairing, _PAIRINGS)
+        self._check_scaling()
+        self._check_sections()
+
+    def _check_scaling(self) -> None:
+        if not isinstance(self.scaling, Scaling | None):
+            raise CompositionTypeError(
+                f"Rotary: scaling={shown(self.scaling)}; give a Linear, Llama3, YaRN or Dynamic of "
+                "attnkit.rotary, or None"
+            )
+        if self.scaling is not None and self.base <= 1:
+            raise CompositionError(f"{self}: a scaling takes a base above 1")
+
+    def _check_sections(self) -> None:
+        order, given = self.order, self.sections
+        if not isinstance(order, str) or order not in get_args(Order):
+            raise CompositionError(
+                f"Rotary: order={shown(order)}; choose one of {', '.join(get_args(Order))}"
+            )
+        if given is None and order == "blocks":
+            return
+        counts = isinstance(given, tuple | list) and all(type(n) is int and n > 0 for n in given)
+        if given is None or not counts or len(given) < 2:
+            raise CompositionError(
+                f"Rotary: sections={shown(given)}, order={order!r}; give for each of two or more "
+                "axes how many pairs it turns, such as (16, 24, 24)"
+            )
+        object.__setattr__(self, "sections", tuple(given))
+        if any(self._axes().count(axis) != n for axis, n in enumerate(given)):
+            raise CompositionError(
+                f"Rotary: sections={given} cannot take turns; the first must be the largest, or "
+                "choose order='blocks'"
+            )
+        if self.scaling is not None and self.scaling._by_length:
+            raise CompositionError(f"{self}: {self.scaling} follows the length of one axis")
 
     def dims(self, head_dim: int) -> int:
         """Return how many dimensions of a head turn; raise where they cannot.
 
-        >>> Rotary(rotary_dim=16).dims(64)
-        16
+        >>> Rotary(rotary_dim=16).dims(64), Rotary(rotary_dim=0.5).dims(64)
+        (16, 32)
         """
         check_int("head_dim", head_dim, 1)
-        dim = head_dim if self.rotary_dim is None else self.rotary_dim
-        if dim > head_dim or dim % 2:
+        given = head_dim if self.rotary_dim is None else self.rotary_dim
+        dim = int(given * head_dim) if isinstance(given, float) else given
+        if dim > head_dim or dim % 2 or not dim:
             raise CompositionError(
                 f"{self}: cannot turn {shown(dim)} dimensions of a head of {shown(head_dim)}; "
                 "rotary_dim must be even and at most head_dim"
             )
+        if self.sections is not None and 2 * sum(self.sections) != dim:
+            raise CompositionError(
+                f"{self}: the sections are of {sum(self.sections)} pairs, and {dim} dimensions "
+                f"of a head of {head_dim} turn, which are {dim // 2} pairs"
+            )
         return dim
 
+    def check_positions(self, positions: Tensor, tokens: Sequence[int]) -> None:
+        """Raise `CompositionError` unless positions are for tokens ``[..., s]``.
+
+        One for each token, ``[s]`` (of every text) or ``[..., s]``; with sections one along each
+        axis, ``[a, s]`` or ``[a, ..., s]``, or ``[s]`` where they are the same along all.
+
+        >>> Rotary().check_positions(torch.zeros(2, 5), (2, 5))
+        >>> Rotary(sections=(1, 1, 2)).check_positions(torch.zeros(3, 2, 5), (2, 5))
+        """
+        check_tensor("Rotary: positions", positions)
+        if positions.dtype == torch.bool or positions.is_complex():
+            raise CompositionTypeError(
+                f"Rotary: positions of {positions.dtype}; give positions that are numbers"
+            )
+        axes = () if self.sections is None else (len(self.sections),)
+        last, all_of = (*axes, *tokens[-1:]), (*axes, *tokens)
+        if tuple(positions.shape) not in (tuple(tokens[-1:]), last, all_of):
+            told = "" if not axes else f" along each of {axes[0]} axes, [{axes[0]}, s]"
+            raise CompositionError(
+                f"Rotary: positions {list(positions.shape)} for tokens {list(tokens)}; give one "
+                f"position per token{told or ', [s]'}, or {list(all_of)}"
+            )
+
     def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Return ``... s n d`` turned by the positions ``s`` of its tokens.
+        """Return ``... s n d`` turned by the positions of its tokens (`check_positions`).
 
         Angles are taken in float32 (float64 for float64 heads): half precision cannot tell
         distant positions apart. The result has the dtype of `heads`.
@@ -95,30 +191,44 @@ class Rotary:
         (torch.Size([2, 5, 3, 8]), True)
         """
         check_tensor("Rotary: heads", heads)
-        check_tensor("Rotary: positions", positions)
-        if not heads.is_floating_point() or positions.dtype == torch.bool or positions.is_complex():
-            raise CompositionTypeError(
-                f"Rotary: heads of {heads.dtype} and positions of {positions.dtype}; give "
-                "floating-point heads, and positions that are numbers"
-            )
+        if not heads.is_floating_point():
+            raise CompositionTypeError(f"Rotary: heads of {heads.dtype}; give floating-point heads")
+        if heads.ndim < 3:
+            raise CompositionError(f"Rotary: heads {list(heads.shape)}; give heads [..., s, n, d]")
+        self.check_positions(positions, heads.shape[:-2])
         if heads.device != positions.device:
             raise CompositionError(
                 f"Rotary: heads on {heads.device}, positions on {positions.device}; move one of "
                 "them"
             )
-        if heads.ndim < 3 or positions.shape != heads.shape[-3:-2]:
-            raise CompositionError(
-                f"Rotary: heads {list(heads.shape)} and positions {list(positions.shape)}; give "
-                "heads [..., s, n, d] and one position per token, [s]"
-            )
         dim = self.dims(heads.shape[-1])
         exact = torch.float64 if heads.dtype == torch.float64 else torch.float32
-        pair = torch.arange(0, dim, 2, device=heads.device, dtype=exact)
-        angle = positions.to(exact)[:, None, None] * float(self.base) ** (-pair / dim)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = self._cos_sin(positions, dim, exact)
         x, y = self._pairs(heads[..., :dim].to(exact))
         turned = self._join(x * cos - y * sin, x * sin + y * cos).to(heads.dtype)
         return turned if dim == heads.shape[-1] else torch.cat((turned, heads[..., dim:]), dim=-1)
+
+    def _cos_sin(self, positions: Tensor, dim: int, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin ``[..., s, 1, r/2]`` of the angle of every pair, scaled."""
+        turns = _turns(self, dim, exact, positions.device)
+        where, scaling = positions.to(exact), self.scaling
+        if scaling is not None and scaling._by_length and positions.numel():
+            turns = scaling._scaled(turns, self.base, positions.amax() + 1)
+        if self.sections is not None and where.ndim > 1:
+            axes = _axes(self, positions.device)
+            angle = where.movedim(0, -1).index_select(-1, axes) * turns
+        else:
+            angle = where[..., None] * turns
+        size = 1.0 if scaling is None else scaling._size
+        return size * angle.cos()[..., None, :], size * angle.sin()[..., None, :]
+
+    def _axes(self) -> list[int]:
+        """Return the axis that turns each pair."""
+        sections = self.sections or ()
+        if self.order != "interleaved":
+            return [axis for axis, n in enumerate(sections) for _ in range(n)]
+        count = len(sections)
+        return [c % count if c < count * sections[c % count] else 0 for c in range(sum(sections))]
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.pairing == "interleaved":
@@ -130,6 +240,24 @@ class Rotary:
         if self.pairing == "interleaved":
             return torch.stack((x, y), dim=-1).flatten(-2)
         return torch.cat((x, y), dim=-1)
+
+
+@constant
+def _turns(rotary: Rotary, dim: int, exact: torch.dtype, device: torch.device) -> Tensor:
+    """Return what each pair turns by for one position, in a text of the original length."""
+    sections = rotary.sections if rotary.order == "axial" else None
+    parts = []
+    for size in [dim] if sections is None else [2 * n for n in sections]:
+        pairs = torch.arange(0, size, 2, device=device, dtype=exact)
+        turns = float(rotary.base) ** (-pairs / size)
+        scaling = rotary.scaling
+        parts.append(turns if scaling is None else scaling._scaled(turns, rotary.base, None))
+    return torch.cat(parts)
+
+
+@constant
+def _axes(rotary: Rotary, device: torch.device) -> Tensor:
+    return torch.tensor(rotary._axes(), device=device)
 
 
 def positions(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from attnkit.errors import CompositionError
-from attnkit.rotary import Rotary, positions
+from attnkit.rotary import Dynamic, Linear, Llama3, Rotary, YaRN, positions
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -91,6 +92,184 @@ def test_gradients_flow_and_meta_tensors_pass():
     assert Rotary().rotate(torch.empty(3, 2, 4, device="meta"), where).shape == (3, 2, 4)
 
 
+# -- scalings, against the formulas of Hugging Face's modeling_rope_utils ------------------------
+
+
+def plain(base: float, dim: int) -> list[float]:
+    return [1.0 / base ** (2 * c / dim) for c in range(dim // 2)]
+
+
+def linear(base: float, dim: int, scaling: Linear, _: int) -> list[float]:
+    return [f / scaling.factor for f in plain(base, dim)]
+
+
+def llama3(base: float, dim: int, scaling: Llama3, _: int) -> list[float]:
+    known, found = scaling.original_max_position_embeddings, []
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    for f in plain(base, dim):
+        wavelength = 2 * math.pi / f
+        smooth = (known / wavelength - low) / (high - low)
+        if wavelength > known / low:
+            found.append(f / scaling.factor)
+        elif wavelength < known / high:
+            found.append(f)
+        else:
+            found.append((1 - smooth) * f / scaling.factor + smooth * f)
+    return found
+
+
+def yarn(base: float, dim: int, scaling: YaRN, _: int) -> list[float]:
+    known = scaling.original_max_position_embeddings
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(known / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = correction(scaling.beta_fast), correction(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    found = []
+    for c, f in enumerate(plain(base, dim)):
+        ramp = min(max((c - low) / (high - low if high != low else 0.001), 0), 1)
+        found.append(f / scaling.factor * ramp + f * (1 - ramp))
+    return found
+
+
+def dynamic(base: float, dim: int, scaling: Dynamic, length: int) -> list[float]:
+    known, factor = scaling.original_max_position_embeddings, scaling.factor
+    grown = factor * max(length, known) / known - (factor - 1)
+    return plain(base * grown ** (dim / (dim - 2)), dim)
+
+
+SCALINGS = [
+    (linear, Linear(4.0), 1.0),
+    (llama3, Llama3(8.0, original_max_position_embeddings=256), 1.0),
+    (llama3, Llama3(32.0, 2.0, 3.0, 8192), 1.0),
+    (yarn, YaRN(4.0, 32768), 0.1 * math.log(4.0) + 1),
+    (yarn, YaRN(32.0, 4096, truncate=False), 0.1 * math.log(32.0) + 1),
+    (yarn, YaRN(40.0, 64, beta_fast=8, attention_factor=1.0), 1.0),
+    (yarn, YaRN(2.0, 2, 1.0, 1.0), 0.1 * math.log(2.0) + 1),  # a ramp of no width
+    (dynamic, Dynamic(2.0, 4096), 1.0),
+    (dynamic, Dynamic(3.0, 64), 1.0),
+]
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+@pytest.mark.parametrize("base", [10000.0, 1e6])
+@pytest.mark.parametrize(("formula", "scaling", "size"), SCALINGS, ids=lambda v: str(v)[:40])
+def test_scalings_are_the_formulas_of_hugging_face(formula, scaling, size, base, dim):
+    x, where = noise(2, 5, 3, dim), torch.tensor([0, 3, 100, 7, 4099])
+    turns = torch.tensor(formula(base, dim, scaling, 4100), dtype=torch.float64)
+    angle = torch.outer(where.double(), turns)[:, None]
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.full_like(angle, size), angle)
+    got = Rotary(base, scaling=scaling).rotate(x, where)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-11)
+
+
+def test_a_part_of_the_head_turns():
+    x, where = noise(5, 2, 16), torch.arange(5)
+    assert torch.equal(
+        Rotary(rotary_dim=0.25).rotate(x, where), Rotary(rotary_dim=4).rotate(x, where)
+    )
+
+
+# -- positions of several axes -------------------------------------------------------------------
+
+
+def by_rotate_half(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """What vision models of Hugging Face do with frequencies [..., s, d/2], in their words."""
+    emb = torch.cat((freqs, freqs), dim=-1)[..., None, :]
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * emb.cos() + torch.cat((-x2, x1), dim=-1) * emb.sin()
+
+
+X, WHERE = noise(2, 6, 3, 16), torch.randint(0, 50, (3, 2, 6), generator=torch.manual_seed(0))
+LADDER = torch.tensor(plain(10000.0, 16), dtype=torch.float64)
+
+
+def test_m_rope_is_qwen2_vl():
+    sections = (3, 3, 2)
+    freqs = WHERE[..., None] * LADDER
+    picked = [part[axis] for axis, part in enumerate(freqs.split(sections, dim=-1))]
+    got = Rotary(sections=sections).rotate(X, WHERE)
+    assert torch.allclose(got, by_rotate_half(X, torch.cat(picked, -1)), rtol=0, atol=1e-12)
+
+
+def test_interleaved_m_rope_is_qwen3_vl():
+    sections = (4, 2, 2)
+    freqs = WHERE[..., None] * LADDER
+    mixed = freqs[0].clone()
+    for axis in (1, 2):
+        chosen = slice(axis, sections[axis] * 3, 3)
+        mixed[..., chosen] = freqs[axis][..., chosen]
+    got = Rotary(sections=sections, order="interleaved").rotate(X, WHERE)
+    assert torch.allclose(got, by_rotate_half(X, mixed), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sections", [(4, 4), (2, 6)])
+def test_axial_positions_turn_every_axis_alike(sections):
+    where = WHERE[:2]
+    freqs = [
+        p[..., None] * torch.tensor(plain(10000.0, 2 * n), dtype=torch.float64)
+        for p, n in zip(where, sections, strict=True)
+    ]
+    got = Rotary(sections=sections, order="axial").rotate(X, where)
+    assert torch.allclose(got, by_rotate_half(X, torch.cat(freqs, -1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rotary", [Rotary(), Rotary(sections=(3, 3, 2))], ids=str)
+def test_positions_of_every_text(rotary):
+    axes = () if rotary.sections is None else (3,)
+    where = WHERE if axes else WHERE[0]
+    got = rotary.rotate(X, where)
+    each = [rotary.rotate(X[b], where[..., b, :]) for b in range(2)]
+    assert torch.equal(got, torch.stack(each))
+    shared = where[..., 0, :]  # [s] or [a, s]: of all texts
+    assert torch.equal(
+        rotary.rotate(X, shared), rotary.rotate(X, shared[..., None, :].expand_as(where))
+    )
+    along_all = WHERE[0, 0]
+    text = Rotary().rotate(X, along_all)  # the axes of a text are one
+    assert torch.allclose(rotary.rotate(X, along_all), text, rtol=0, atol=1e-12)
+
+
+EVERY = [
+    Rotary(scaling=Linear(2.0)),
+    Rotary(scaling=Llama3(8.0, original_max_position_embeddings=16), rotary_dim=0.5),
+    Rotary(scaling=YaRN(4.0, 16), pairing="interleaved"),
+    Rotary(scaling=Dynamic(2.0, 8)),
+    Rotary(sections=(3, 3, 2), scaling=YaRN(4.0, 16)),
+    Rotary(sections=(4, 2, 2), order="interleaved"),
+    Rotary(sections=(4, 2, 2), order="axial"),
+]
+
+
+@pytest.mark.parametrize("rotary", EVERY, ids=str)
+def test_one_graph_serves_all_positions(rotary):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    turn = torch.compile(rotary.rotate, fullgraph=True, backend=counter)
+    axes = 3 if rotary.sections else 1
+    for seed in range(3):
+        where = torch.randint(0, 99, (3, 2, 6), generator=torch.manual_seed(seed))[:axes]
+        where = where if rotary.sections else where[0]
+        assert torch.allclose(turn(X, where), rotary.rotate(X, where), rtol=0, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("rotary", EVERY, ids=str)
+def test_no_tokens_no_data_and_float32(rotary):
+    axes = (3,) if rotary.sections else ()
+    assert rotary.rotate(X[:, :0], torch.zeros(*axes, 2, 0)).shape == (2, 0, 3, 16)
+    where = torch.zeros(*axes, 2, 6, device="meta")
+    assert rotary.rotate(X.to("meta"), where).shape == X.shape
+    where = WHERE if axes else WHERE[0]
+    near = rotary.rotate(X.float(), where)
+    # Angles of up to 50 radians, in float32.
+    assert torch.allclose(near.double(), rotary.rotate(X, where), rtol=0, atol=50 * 2**-21)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 9))
 def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
     expected = [offset + i for length in lengths for i in range(length)]
@@ -126,11 +305,33 @@ def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
         (lambda: positions([2], 0, 1.5), ["device=1.5"]),
         (lambda: positions([2], 0, "abacus"), ["device='abacus' is not there"]),
         (lambda: Rotary(rotary_dim=3), ["rotary_dim=3", "even"]),
+        (lambda: Rotary(rotary_dim=1.5), ["rotary_dim=1.5", "part of the head"]),
+        (lambda: Rotary(rotary_dim=0.1).dims(8), ["0 dimensions", "head of 8"]),
+        (lambda: Rotary(scaling="yarn"), ["scaling='yarn'", "YaRN"]),
+        (lambda: Rotary(scaling=YaRN), ["scaling=<class", "YaRN"]),
+        (lambda: Rotary(0.5, scaling=Linear(2.0)), ["base above 1"]),
+        (lambda: Linear(0), ["Linear: factor=0", "positive"]),
+        (lambda: Linear(None), ["factor=None"]),
+        (lambda: Llama3(True), ["Llama3: factor=True"]),
+        (lambda: Llama3(8.0, 4.0, 4.0), ["low_freq_factor must be below"]),
+        (lambda: YaRN(2.0, -1), ["original_max_position_embeddings=-1"]),
+        (lambda: YaRN(2.0, 64, truncate=1.5), ["truncate=1.5", "True or False"]),
+        (lambda: YaRN(math.nan, 64), ["factor=nan"]),
+        (lambda: Rotary(order="blocks", sections=3), ["sections=3", "(16, 24, 24)"]),
+        (lambda: Rotary(sections=(4,)), ["sections=(4,)", "two or more"]),
+        (lambda: Rotary(sections=(4, True)), ["sections=(4, True)"]),
+        (lambda: Rotary(order="axial"), ["sections=None", "order='axial'"]),
+        (lambda: Rotary(sections=(2, 2), order="rows"), ["order='rows'", "axial"]),
+        (lambda: Rotary(sections=(2, 6), order="interleaved"), ["cannot take turns"]),
+        (lambda: Rotary(sections=(2, 2)).dims(16), ["4 pairs", "16 dimensions", "8 pairs"]),
+        (lambda: Rotary(sections=(2, 2), scaling=Dynamic(2.0, 4)), ["one axis"]),
+        (lambda: Rotary(sections=(2, 2)).rotate(noise(4, 1, 8), torch.ones(3, 4)), ["[2, s]"]),
+        (lambda: Rotary().rotate(noise(3, 4, 2, 8), torch.ones(2, 4)), ["[2, 4]", "[3, 4]"]),
         (lambda: Rotary(rotary_dim=0), ["rotary_dim=0"]),
         (lambda: Rotary(pairing="neox"), ["'neox'", "'half'", "'interleaved'"]),
         (lambda: Rotary(rotary_dim=16).dims(8), ["16 dimensions", "head of 8"]),
         (lambda: Rotary().dims(7), ["head of 7"]),
-        (lambda: Rotary().rotate(noise(4, 2, 8), torch.arange(3)), ["[4, 2, 8]", "[3]"]),
+        (lambda: Rotary().rotate(noise(4, 2, 8), torch.arange(3)), ["tokens [4]", "[3]"]),
         (lambda: Rotary().rotate(noise(4, 8), torch.arange(4)), ["[..., s, n, d]"]),
     ],
 )
@@ -140,7 +341,7 @@ def test_errors_say_what_was_given_and_what_to_do(call, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.parametrize("rotary", ROTARIES, ids=str)
+@pytest.mark.parametrize("rotary", ROTARIES + EVERY, ids=str)
 def test_it_is_a_value(rotary):
     assert pickle.loads(pickle.dumps(rotary)) == rotary == copy.deepcopy(rotary)
     assert hash(copy.deepcopy(rotary)) == hash(rotary)

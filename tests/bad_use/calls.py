@@ -377,7 +377,7 @@ def rotary() -> Iterator[Case]:
         without(strange_tensors(6), "int64", "uint8", "float8"),
         {
             "too few": lambda: torch.arange(5),
-            "rank 2": lambda: torch.ones(1, 6),
+            "rank 2": lambda: torch.ones(2, 6),
             "a scalar": lambda: torch.tensor(1),
         },
     )
