@@ -156,7 +156,9 @@ SCALINGS = [
 
 @pytest.mark.parametrize("dim", [8, 64])
 @pytest.mark.parametrize("base", [10000.0, 1e6])
-@pytest.mark.parametrize(("formula", "scaling", "size"), SCALINGS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("formula", "scaling", "size"), SCALINGS, ids=lambda v: getattr(v, "__name__", str(v))[:40]
+)
 def test_scalings_are_the_formulas_of_hugging_face(formula, scaling, size, base, dim):
     x, where = noise(2, 5, 3, dim), torch.tensor([0, 3, 100, 7, 4099])
     turns = torch.tensor(formula(base, dim, scaling, 4100), dtype=torch.float64)
