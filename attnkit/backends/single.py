@@ -17,7 +17,7 @@ from torch import Tensor
 from attnkit.backends.merged import Answer, Launcher
 from attnkit.first_order import first_order
 from attnkit.kernel import KernelCall, unpack_stats
-from attnkit.kernel.operands import by_head
+from attnkit.kernel.call_tensors import by_head
 from attnkit.kernel.scores import MASKED
 
 __all__ = ["run_single"]

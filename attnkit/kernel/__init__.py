@@ -1,12 +1,22 @@
 """The fused attention kernel: its calls as values, what they compute, and an emulator.
 
 Only this package and `attnkit.backends` see the kernel's own mask polarity (True = masked).
+
+For users of the op: `fusion_attention` and `fusion_attention_grad` with what they return
+(`FusionOutput`, `Gradients`), `AttenMask` for the masks they take, `dropout_mask` and
+`dropout_bytes`, and `merge_partials`, `log_sum_exp`, `pack_stats`, `unpack_stats` for their
+statistics.
+
+For those who extend attnkit, with a backend or a tool that asks about calls: `KernelCall` with
+`TensorSpec` and `UNBOUNDED`, `emulate` and `emulate_grad` which run one, the rules (`RULES`,
+`Rule`, `Violation`, `MaskFacts`), and the op's versions (`OP_VERSIONS`, `OpVersion`,
+`arguments_for`, `expressing_versions`).
 """
 
 from __future__ import annotations
 
 from attnkit.kernel.atten_mask import AttenMask
-from attnkit.kernel.call import UNBOUNDED, KernelCall, TensorSpec
+from attnkit.kernel.call import KernelCall, arguments_for
 from attnkit.kernel.dropout import dropout_bytes, dropout_mask
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
 from attnkit.kernel.fusion_attention import (
@@ -14,9 +24,12 @@ from attnkit.kernel.fusion_attention import (
     fusion_attention,
     fusion_attention_grad,
 )
-from attnkit.kernel.rules import RULES, MaskFacts, Rule, Violation
+from attnkit.kernel.launch import expressing_versions
+from attnkit.kernel.legality import MaskFacts, Rule, Violation
+from attnkit.kernel.rules import RULES
+from attnkit.kernel.sizes import UNBOUNDED, TensorSpec
 from attnkit.kernel.stats import log_sum_exp, merge_partials, pack_stats, unpack_stats
-from attnkit.kernel.versions import OP_VERSIONS, OpVersion, arguments_for, expressing_versions
+from attnkit.kernel.versions import OP_VERSIONS, OpVersion
 
 __all__ = [
     "OP_VERSIONS",

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Literal
 
 import torch
 
+from attnkit import layouts
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
-from attnkit.kernel.arguments import check_tensors_given
 from attnkit.kernel.atten_mask import AttenMask
-from attnkit.kernel.legality import violations
+from attnkit.kernel.legality import MaskFacts, Product, Target, Violation, violations
 from attnkit.kernel.modes import COMPRESSED_MODES, mode_region, prefix_causal, window
-from attnkit.kernel.rules import MaskFacts, Product, Target, Violation
-from attnkit.kernel.sizes import LayoutSizes, layout_sizes, sequence_lengths
-from attnkit.kernel.versions import arguments_for
+from attnkit.kernel.sizes import UNBOUNDED, TensorSpec, differences, read_sizes
+from attnkit.kernel.versions import op_version
+from attnkit.layouts import Sizes
 
-__all__ = ["UNBOUNDED", "KernelCall", "RowRanges", "TensorSpec"]
-
-UNBOUNDED = 2147483647
-"""The default of pre_tokens and next_tokens: no bound."""
+__all__ = ["KernelCall", "RowRanges", "arguments_for"]
 
 RowRanges = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """The shape and dtype of a tensor, without the tensor.
-
-    >>> print(TensorSpec((2, 16, 64), torch.bfloat16))
-    bfloat16[2, 16, 64]
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
-        """Describe a tensor."""
-        check_tensors_given("TensorSpec.of", ("tensor", tensor))
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +36,12 @@ class KernelCall:
     ...                   atten_mask=AttenMask.causal(), sparse_mode=3, scale=0.5)
     >>> call.regions()[0].area
     21
-    >>> call.non_default_arguments()["sparse_mode"]
-    3
+    >>> call.visited() is None, call.mask_origin(0), call.empty_rows(), call.averaged_rows()
+    (True, (0, 0), ((),), ((),))
+    >>> call.non_default_arguments()["sparse_mode"], call.arguments_for("v1")["sparse_mode"]
+    (3, 3)
+    >>> call.inexpressible("v1") is None
+    True
     """
 
     query: TensorSpec
@@ -104,33 +85,39 @@ class KernelCall:
         return self.layout == "TND"
 
     @cached_property
-    def query_sizes(self) -> LayoutSizes:
-        """The extents of the query."""
-        return layout_sizes(self.layout, self.query.shape, self.head_num, 0)
+    def query_sizes(self) -> Sizes:
+        """The extents of the query; `length` counts tokens: of a sequence, or all when packed."""
+        return read_sizes(self.layout, self.query, heads=self.head_num)
 
     @cached_property
-    def key_sizes(self) -> LayoutSizes:
+    def key_sizes(self) -> Sizes:
         """The extents of the key."""
-        return layout_sizes(self.layout, self.key.shape, None, self.query_sizes.head_dim)
+        return read_sizes(self.layout, self.key, dim=self.query_sizes.dim)
 
     @cached_property
-    def value_sizes(self) -> LayoutSizes:
+    def value_sizes(self) -> Sizes:
         """The extents of the value."""
-        return layout_sizes(self.layout, self.value.shape, self.key_sizes.heads, 0)
+        return read_sizes(self.layout, self.value, heads=self.key_sizes.heads)
 
     @cached_property
     def sequences(self) -> tuple[tuple[int, int], ...]:
-        """``(q_len, kv_len)`` of every score matrix: per batch element, or packed sequence."""
+        """``(q_len, kv_len)`` of every score matrix: per batch element, or packed sequence.
+
+        A packed sequence whose cumulative length repeats, or falls as zeros at the end do, is
+        empty.
+        """
         if not self.is_packed:
             return ((self.query_sizes.length, self.key_sizes.length),) * self.batch
         if self.actual_seq_qlen is None or self.actual_seq_kvlen is None:
-            raise KernelContractError(
-                "layout TND needs actual_seq_qlen and actual_seq_kvlen, the cumulative lengths "
-                "of its sequences without a leading 0",
-                ["varlen-missing"],
-            )
-        q_lens = sequence_lengths(self.actual_seq_qlen)
-        return tuple(zip(q_lens, sequence_lengths(self.actual_seq_kvlen), strict=False))
+            words = "layout TND needs actual_seq_qlen and actual_seq_kvlen, cumulative lengths"
+            raise KernelContractError(f"{words} without a leading 0", ["varlen-missing"])
+        return tuple((max(0, q), max(0, kv)) for q, kv in self._steps)
+
+    @property
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """The differences of the two cumulative lists."""
+        lists = (self.actual_seq_qlen or (), self.actual_seq_kvlen or ())
+        return zip(*map(differences, lists), strict=False)
 
     @property
     def batch(self) -> int:
@@ -148,6 +135,11 @@ class KernelCall:
         return max((kv for _, kv in self.sequences), default=0)
 
     @property
+    def total_lengths(self) -> tuple[int, int]:
+        """The queries and the keys of all score matrices together."""
+        return sum(q for q, _ in self.sequences), sum(kv for _, kv in self.sequences)
+
+    @property
     def num_heads(self) -> int:
         """The number of query heads."""
         return self.query_sizes.heads
@@ -160,12 +152,12 @@ class KernelCall:
     @property
     def head_dim(self) -> int:
         """The size of a query or key head."""
-        return self.query_sizes.head_dim
+        return self.query_sizes.dim
 
     @property
     def value_dim(self) -> int:
         """The size of a value head, which may be smaller than the key's."""
-        return self.value_sizes.head_dim
+        return self.value_sizes.dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,19 +167,16 @@ class KernelCall:
     @property
     def output(self) -> TensorSpec:
         """The shape and dtype of attention_out: the query's, with the value's head size."""
-        last = self.value_dim
-        if self.layout in ("BSH", "SBH"):
-            last *= self.num_heads
-        return TensorSpec((*self.query.shape[:-1], last), self.dtype)
+        merged = self.num_heads if layouts.get(self.layout).merges_heads else 1
+        return TensorSpec((*self.query.shape[:-1], self.value_dim * merged), self.dtype)
 
     @property
     def stats(self) -> TensorSpec:
         """The shape and dtype of softmax_max and softmax_sum: eight equal copies per row."""
-        n = self.num_heads
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self.is_packed:
-            return TensorSpec((self.query.shape[0], n, 8), dtype)
-        return TensorSpec((self.batch, n, self.q_len, 8), dtype)
+        heads, tokens = self.num_heads, self.query_sizes.length
+        rows = (tokens, heads) if self.is_packed else (self.batch, heads, tokens)
+        return TensorSpec((*rows, 8), dtype)
 
     @property
     def numels(self) -> int:
@@ -198,12 +187,7 @@ class KernelCall:
         """
         if not self.is_packed:
             return self.batch * self.num_heads * self.q_len * self.kv_len
-        cells = 0
-        last_q = last_kv = 0
-        for q, kv in zip(self.actual_seq_qlen or (), self.actual_seq_kvlen or (), strict=False):
-            cells += (q - last_q) * (kv - last_kv)
-            last_q, last_kv = q, kv
-        return cells * self.num_heads
+        return self.num_heads * sum(q * kv for q, kv in self._steps)
 
     # -- what is computed ----------------------------------------------------------------
 
@@ -221,10 +205,28 @@ class KernelCall:
         return None if self.atten_mask is None else self.sparse_mode
 
     @property
+    def compressed_mask(self) -> AttenMask | None:
+        """The mask that the sparse mode reads in the place of one with an entry per cell."""
+        if self.sparse_mode not in COMPRESSED_MODES:
+            return None
+        return AttenMask.prefix() if self.sparse_mode == 6 else AttenMask.causal()
+
+    @property
+    def start_indices(self) -> tuple[int, int]:
+        """The positions of the first query and key for slopes: effective together only."""
+        q_start, kv_start = self.q_start_idx, self.kv_start_idx
+        return (q_start[0], kv_start[0]) if q_start and kv_start else (0, 0)
+
+    @property
+    def has_all_prefixes(self) -> bool:
+        """Whether there is one prefix per score matrix."""
+        return len(self.prefix or ()) == self.batch
+
+    @property
     def prefix_fault(self) -> str | None:
         """What keeps modes 5 and 6 from using the prefix; None if nothing does."""
         lengths = self.prefix or ()
-        if len(lengths) != self.batch:
+        if not self.has_all_prefixes:
             return f"{len(lengths)} prefix lengths for {self.batch} score matrices"
         found = self._outlying_prefix()
         if found is None:
@@ -244,17 +246,21 @@ class KernelCall:
         `head` picks one head of a mask that differs between heads; without it such a mask is
         an error. The compressed masks are taken to hold what they should.
         """
-        if self.atten_mask is None:
+        mask = self.atten_mask
+        if mask is None:
             return tuple(Region.full(q_len, kv_len) for q_len, kv_len in self.sequences)
         if self.sparse_mode in COMPRESSED_MODES:
-            keys = [self._mode_arguments(b) for b in range(self.batch)]
-            known = {key: self._mode_region(*key) for key in set(keys)}
-            return tuple(known[key] for key in keys)
-        heads = range(self.num_heads) if head is None and self._mask_heads > 1 else (head or 0,)
-        found = {tuple(self._masked_region(b, h) for b in range(self.batch)) for h in heads}
+            prefixes = (*(self.prefix or ()), *(0,) * self.batch)
+            given = [(*s, prefixes[b], b == self.band_index) for b, s in enumerate(self.sequences)]
+            ends = (self.pre_tokens, self.next_tokens)
+            known = {some: mode_region(self.sparse_mode, ends, *some) for some in set(given)}
+            return tuple(known[some] for some in given)
+        planes = mask.shape[1] if len(mask.shape) == 4 else 1
+        heads = range(self.num_heads) if head is None and planes > 1 else (head or 0,)
+        found = {tuple(self._masked_region(mask, b, h) for b in range(self.batch)) for h in heads}
         if len(found) > 1:
             raise KernelContractError(
-                f"the mask of shape {self.atten_mask.shape} differs between heads; ask for "
+                f"the mask of shape {mask.shape} differs between heads; ask for "
                 "regions(head=...) of one head",
                 ["mask-per-head"],
             )
@@ -265,48 +271,16 @@ class KernelCall:
 
         The window of mode 0 and the prefix of mode 5 say so, and the mask must lie inside;
         None where every tile is read.
-
-        >>> from attnkit.kernel import AttenMask, TensorSpec
-        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
-        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
-        >>> call.visited() is None
-        True
         """
-        if self.atten_mask is None or self.sparse_mode not in (0, 5):
-            return None
-        if self.sparse_mode == 0:
+        if self.effective_mode == 0:
             return tuple(window(*s, self.pre_tokens, self.next_tokens) for s in self.sequences)
-        if self.prefix_fault is not None:
+        if self.effective_mode != 5 or self.prefix_fault is not None:
             return None
         pairs = zip(self.sequences, self.prefix or (), strict=True)
         return tuple(prefix_causal(*sizes, length) for sizes, length in pairs)
 
-    def _mode_arguments(self, b: int) -> tuple[int, int, int, bool]:
-        prefix = self.prefix[b] if self.prefix is not None and b < len(self.prefix) else 0
-        return (*self.sequences[b], prefix, b == self.band_index)
-
-    def _mode_region(self, q_len: int, kv_len: int, prefix: int, is_band: bool) -> Region:
-        return mode_region(
-            self.sparse_mode,
-            q_len,
-            kv_len,
-            pre=self.pre_tokens,
-            next_=self.next_tokens,
-            prefix=prefix,
-            is_band=is_band,
-        )
-
-    @property
-    def _mask_heads(self) -> int:
-        mask = self.atten_mask
-        return mask.shape[1] if mask is not None and len(mask.shape) == 4 else 1
-
-    def _masked_region(self, b: int, head: int) -> Region:
+    def _masked_region(self, mask: AttenMask, b: int, head: int) -> Region:
         """Modes 0, 1 and 5: the block of the mask tensor that belongs to one score matrix."""
-        mask = self.atten_mask
-        if mask is None:
-            return Region.full(*self.sequences[b])
         (i0, j0), (q_len, kv_len) = self.mask_origin(b), self.sequences[b]
         index = 0
         if len(mask.shape) == 4:
@@ -319,19 +293,10 @@ class KernelCall:
 
         Packed sequences all read the top-left corner of a mask of the longest lengths. A mask
         of the total lengths is accepted too and read at each sequence's own place.
-
-        >>> from attnkit.kernel import AttenMask, TensorSpec
-        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
-        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
-        >>> call.mask_origin(0)
-        (0, 0)
         """
-        mask = self.atten_mask
-        if not self.is_packed or mask is None:
-            return (0, 0)
-        totals = tuple(map(sum, zip(*self.sequences, strict=True)))
-        if mask.shape[-2:] == (self.q_len, self.kv_len) or mask.shape[-2:] != totals:
+        shape = () if self.atten_mask is None else self.atten_mask.shape[-2:]
+        longest = (self.q_len, self.kv_len)
+        if not self.is_packed or shape == longest or shape != self.total_lengths:
             return (0, 0)
         before = self.sequences[:b]
         return (sum(q for q, _ in before), sum(kv for _, kv in before))
@@ -347,20 +312,17 @@ class KernelCall:
         next < 0), and for modes 5 and 6 with q_len > kv_len and a prefix of 0. Not for mode 2
         and not for arbitrary mask content.
         """
+        mode = self.effective_mode
         if self.inner_precise == 2:
             return True
-        if self.atten_mask is None:
-            return False
-        if self.sparse_mode in (5, 6):
-            if len(self.prefix or ()) != self.batch:
-                return False
+        if mode in (5, 6) and self.has_all_prefixes:
             # The lengths are read in turn; the first that is out of range ends the reading.
             pairs = zip(self.sequences[: self._outlying_prefix()], self.prefix or (), strict=False)
             return any(q > kv and length == 0 for (q, kv), length in pairs)
-        if self.is_packed or self.sparse_mode not in (0, 3, 4):
+        if self.is_packed or mode not in (0, 3, 4):
             return False
         pre, next_ = self.top_left_tokens
-        if self.sparse_mode == 0 and pre >= self.q_len and next_ == 0:
+        if mode == 0 and pre >= self.q_len and next_ == 0:
             return False
         return pre < self.q_len - self.kv_len or next_ < 0
 
@@ -383,15 +345,7 @@ class KernelCall:
         return "zero" if self.invalid_line or self.sink is not None else "mean"
 
     def empty_rows(self, head: int | None = None) -> tuple[RowRanges, ...]:
-        """Return the rows without an allowed key, as ranges per score matrix.
-
-        >>> from attnkit.kernel import AttenMask, TensorSpec
-        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
-        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
-        >>> call.empty_rows()
-        ((),)
-        """
+        """Return the rows without an allowed key, as ranges per score matrix."""
         pairs = zip(self.regions(head), self.sequences, strict=True)
         return tuple(region.empty_rows(q_len) for region, (q_len, _) in pairs)
 
@@ -399,13 +353,6 @@ class KernelCall:
         """Return the rows for which the kernel answers the mean of V, per score matrix.
 
         A call computes what attnkit means by its regions exactly when these are all empty.
-
-        >>> from attnkit.kernel import AttenMask, TensorSpec
-        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
-        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
-        >>> call.averaged_rows()
-        ((),)
         """
         if self.empty_row_output == "zero" or self.atten_mask is None:
             return ((),) * len(self.sequences)
@@ -432,21 +379,7 @@ class KernelCall:
         facts = mask_facts or MaskFacts()
         return violations(self, Target(version, product, training, learnable_bias, facts))
 
-    def arguments_for(self, version: str) -> dict[str, object] | Refusal:
-        """Return the exact keyword arguments of an op version, or why it cannot express this.
-
-        Tensors stand as their descriptions; arguments at their defaults are left out.
-
-        >>> from attnkit.kernel import AttenMask, TensorSpec
-        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND",
-        ...                   atten_mask=AttenMask.causal(), sparse_mode=2)
-        >>> call.arguments_for("v1")["sparse_mode"]
-        2
-        """
-        return arguments_for(self, version)
-
-    # -- reading -------------------------------------------------------------------------
+    # -- arguments -----------------------------------------------------------------------
 
     def non_default_arguments(self) -> dict[str, object]:
         """Return the arguments that differ from the op's defaults, tensors included."""
@@ -456,6 +389,32 @@ class KernelCall:
             if f.default is MISSING or getattr(self, f.name) != f.default
         }
 
+    def inexpressible(self, version: str) -> str | None:
+        """Return why an op version cannot express the call, or None when it can."""
+        known = op_version(version)
+        given = self.non_default_arguments().items()
+        missing = [f"{name}={value}" for name, value in given if name not in known.arguments]
+        return f"{known.op} has no argument for {', '.join(missing)}" if missing else None
+
+    def arguments_for(self, version: str) -> dict[str, object] | Refusal:
+        """Return the keyword arguments of an op version, spelled as it spells them, or why not.
+
+        Tensors stand as their descriptions, lists as tuples. Arguments at the op's defaults are
+        left out, so that releases which do not know them yet can still be called.
+
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", scale=0.25)
+        >>> arguments_for(call, "v1") == call.arguments_for("v1")
+        True
+        >>> call.arguments_for("v1")["scale"]
+        0.25
+        """
+        reason = self.inexpressible(version)
+        if reason is not None:
+            return Refusal("version-cannot-express", reason, version)
+        spelling = op_version(version).spelling
+        return {spelling.get(n, n): value for n, value in self.non_default_arguments().items()}
+
     def __str__(self) -> str:
         def show(value: object) -> str:
             if isinstance(value, tuple) and len(value) > 8:
@@ -464,3 +423,6 @@ class KernelCall:
 
         arguments = self.non_default_arguments().items()
         return f"npu_fusion_attention({', '.join(f'{k}={show(v)}' for k, v in arguments)})"
+
+
+arguments_for = KernelCall.arguments_for

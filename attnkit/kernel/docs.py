@@ -13,13 +13,23 @@ from pathlib import Path
 
 import torch
 
+from attnkit import layouts
 from attnkit.geometry import Region
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.fusion_attention import FusionOutput, fusion_attention, fusion_attention_grad
-from attnkit.kernel.modes import band, band_sequence, mode_region, prefix_causal, window
-from attnkit.kernel.rules import LAYERS, RULES
+from attnkit.kernel.legality import LAYERS, SOURCES
+from attnkit.kernel.modes import (
+    band,
+    band_sequence,
+    left_up_causal,
+    prefix_causal,
+    right_down_causal,
+    window,
+)
+from attnkit.kernel.rules import RULES
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.kernel.versions import OP_VERSIONS
+from attnkit.layouts import Sizes
 
 __all__ = ["render"]
 
@@ -96,13 +106,8 @@ def _reference(function: object) -> str:
 
 def _small_call(layout: str, dtype: torch.dtype) -> FusionOutput:
     """Run two score matrices of 4 heads of 8 (values of 6) over 5 queries and 7 keys."""
-    sizes = {"b": 2, "n": 4}
-    operands = []
-    for length, dim in ((5, 8), (7, 8), (7, 6)):
-        size = {**sizes, "s": length, "d": dim, "t": 2 * length, "h": 4 * dim}
-        axes = LAYOUTS[layout].replace("(n d)", "h").split()
-        operands.append(torch.zeros([size[axis] for axis in axes], dtype=dtype))
-    query, key, value = operands
+    shapes = (layouts.get(layout).shape(Sizes(2, *of)) for of in ((5, 4, 8), (7, 4, 8), (7, 4, 6)))
+    query, key, value = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     lists = ((5, 10), (7, 14)) if layout == "TND" else (None, None)
     return fusion_attention(
         query, key, value, 4, layout, actual_seq_qlen=lists[0], actual_seq_kvlen=lists[1]
@@ -140,8 +145,8 @@ def _modes() -> str:
     q_len, kv_len = 4, 6
     drawn = {
         "mode 0, window pre=2 next=1 that the mask must lie in": window(q_len, kv_len, 2, 1),
-        "mode 2": mode_region(2, q_len, kv_len, pre=0, next_=0),
-        "mode 3": mode_region(3, q_len, kv_len, pre=0, next_=0),
+        "mode 2": left_up_causal(q_len, kv_len),
+        "mode 3": right_down_causal(q_len, kv_len),
         "mode 4, pre=2 next=1": band(q_len, kv_len, 2, 1),
         "mode 6, prefix=4": prefix_causal(q_len, kv_len, 4),
         "mode 7, last sequence, next=-2": band_sequence(q_len, kv_len, -2),
@@ -198,12 +203,13 @@ def _versions() -> str:
 
 def _rules() -> str:
     layers = _table(("layer", "what happens"), [[f"`{k}`", v] for k, v in LAYERS.items()])
-    rows = [[f"`{r.code}`", r.layer, r.sentence, r.remedy] for r in RULES]
+    sources = _table(("source", "where the rule was read"), [[k, v] for k, v in SOURCES.items()])
+    rows = [[f"`{r.code}`", r.layer, r.source, r.sentence, r.remedy] for r in RULES]
     return (
         "## Rules\n\n`KernelCall.violations` returns every rule that a call breaks, and "
         "`fusion_attention` raises them all before computing. `allow_silent=True` lets calls "
-        f"pass that break only silent ones.\n\n{layers}\n"
-    ) + _table(("code", "layer", "rule", "remedy"), rows)
+        f"pass that break only silent ones.\n\n{layers}\n{sources}\n"
+    ) + _table(("code", "layer", "source", "rule", "remedy"), rows)
 
 
 def render() -> str:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from attnkit.arguments import odd_kind
-from attnkit.errors import KernelContractError, KernelContractTypeError, shown
-from attnkit.kernel.arguments import fits_int64, plain
-from attnkit.kernel.atten_mask import AttenMask
-from attnkit.kernel.call import UNBOUNDED, KernelCall, TensorSpec
+from attnkit.errors import KernelContractError, KernelContractTypeError
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
-from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
-from attnkit.kernel.legality import contract_error
-from attnkit.kernel.mask_facts import mask_facts
-from attnkit.kernel.rules import ARGUMENT_TYPE, Target, Violation
+from attnkit.kernel.given import checked_call, forward_seeds
+from attnkit.kernel.launch import launch, launch_grad
+from attnkit.kernel.sizes import UNBOUNDED
 
 __all__ = ["FusionOutput", "fusion_attention", "fusion_attention_grad"]
-
-_TENSORS = ("query", "key", "value", "pse", "atten_mask", "sink", "dropout_mask")
 
 _SEEDS = 2**62
 
@@ -45,52 +38,6 @@ class FusionOutput(NamedTuple):
     numels: int
 
 
-def _spec(name: str, tensor: object) -> TensorSpec | None:
-    if tensor is None:
-        return None
-    if not isinstance(tensor, torch.Tensor):
-        raise KernelContractTypeError(
-            f"{name}={shown(tensor)} is a {type(tensor).__name__}; the op takes a torch.Tensor",
-            ["argument-type"],
-        )
-    kind = odd_kind(tensor)
-    if kind is not None:
-        raise KernelContractTypeError(
-            f"{name} is a tensor of another kind ({kind}); the op takes plain strided ones",
-            ["argument-type"],
-        )
-    return TensorSpec.of(tensor)
-
-
-def _needed(name: str, tensor: object) -> TensorSpec:
-    spec = _spec(name, tensor)
-    if spec is None:
-        raise KernelContractTypeError(
-            f"{name}: None given; the op takes a torch.Tensor", ["argument-type"]
-        )
-    return spec
-
-
-def _describe(given: Mapping[str, Any]) -> KernelCall:
-    """Make the record from the op's arguments by name; other names are left aside."""
-    arguments: dict[str, Any] = {}
-    for name in (f.name for f in fields(KernelCall) if f.name in given):
-        value = given[name]
-        if name in ("query", "key", "value"):
-            arguments[name] = _needed(name, value)
-        elif name in _TENSORS or name == "padding_mask":
-            arguments[name] = _spec(name, value)
-        else:
-            arguments[name] = plain(name, value)
-    if given["atten_mask"] is not None:
-        arguments["atten_mask"] = AttenMask.of(given["atten_mask"])
-    call = KernelCall(**arguments)
-    wrong = ARGUMENT_TYPE.broken(call, Target())
-    if wrong is not None:
-        raise contract_error([Violation(ARGUMENT_TYPE, wrong)])
-    return call
-
-
 def _new_spelling(pre_tockens: int | None, next_tockens: int | None) -> None:
     for old, given in (("pre_tockens", pre_tockens), ("next_tockens", next_tockens)):
         if given is not None:
@@ -100,53 +47,6 @@ def _new_spelling(pre_tockens: int | None, next_tockens: int | None) -> None:
                 f"{new}={given}",
                 ["old-spelling"],
             )
-
-
-def _one_device(tensors: Mapping[str, torch.Tensor | None]) -> torch.device:
-    given = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise KernelContractError(f"the tensors are on different devices: {places}", ["device"])
-    return given["query"]
-
-
-def _check(
-    call: KernelCall, tensors: Mapping[str, torch.Tensor | None], *, training: bool, silent: bool
-) -> None:
-    """Raise one error with every rule that the call breaks."""
-    query, pse = tensors["query"], tensors["pse"]
-    on_npu = query is not None and query.device.type == "npu"
-    learnable = pse is not None and pse.requires_grad and torch.is_grad_enabled()
-
-    def broken(mask: torch.Tensor | None) -> tuple[Violation, ...]:
-        return call.violations(
-            version=choose_version(call),
-            product=device_product(query.device) if on_npu and query is not None else "emulator",
-            training=training,
-            learnable_bias=learnable,
-            mask_facts=mask_facts(call, mask) if mask is not None else None,
-        )
-
-    found = broken(None)
-    if not found and not silent:
-        # Content is looked at last: it makes sense only for shapes that are in order.
-        found = broken(tensors["atten_mask"])
-    blocking = [v for v in found if not (silent and v.layer == "silent")]
-    if blocking:
-        raise contract_error(blocking)
-
-
-def _check_forward_results(call: KernelCall, given: Mapping[str, TensorSpec]) -> None:
-    """Refuse a gradient, an output or statistics that the forward of a call does not have."""
-    for name, spec in given.items():
-        subject, wanted = "grad", call.output
-        if name.startswith("softmax"):
-            subject, wanted = "stats", call.stats
-        words = f"{name} is {spec}; the forward of this call has {wanted}"
-        if spec.shape != wanted.shape:
-            raise KernelContractError(words, [f"{subject}-shape"])
-        if spec.dtype != wanted.dtype:
-            raise KernelContractTypeError(words, [f"{subject}-dtype"])
 
 
 def fusion_attention(
@@ -370,19 +270,14 @@ def fusion_attention(
     ...
     attnkit.errors.KernelContractError: the fused kernel would not compute this call (1 rule
     broken):
-      - sparse_mode=3 without atten_mask; without atten_mask every mode computes full attention
+      - sparse_mode=3 without atten_mask. Without atten_mask every mode computes full attention
         (silent). Pass the 2048 x 2048 mask (3072 x 2048 in mode 6), or say sparse_mode=0.
         [mode-without-mask]
     """
     given = dict(locals())  # every parameter by name; most are fields of a KernelCall
     _new_spelling(pre_tockens, next_tockens)
-    call = _describe(given)
-    tensors: dict[str, Any] = {name: given[name] for name in _TENSORS}
-    device = _one_device(tensors)
-    trained = any(t is not None and t.requires_grad for t in (query, key, value, sink))
-    training = trained and torch.is_grad_enabled()
-    _check(call, tensors, training=training, silent=allow_silent)
-    if device.type == "npu":
+    call, tensors = checked_call(given)
+    if query.device.type == "npu":
         return FusionOutput(*launch(call, tensors))
     if 0 < call.keep_prob < 1 and dropout_mask is None:
         call = replace(call, seed=int(torch.randint(_SEEDS, ())), offset=0)
@@ -466,26 +361,17 @@ def fusion_attention_grad(
     torch.Size([1, 2, 6, 4])
     """
     given = dict(locals())
-    seeds = {name: plain(name, given[name]) for name in ("seed", "offset", "numels")}
-    for name, number in seeds.items():
-        if not fits_int64(number):
-            raise contract_error([Violation(ARGUMENT_TYPE, f"{name}={shown(number)}")])
-    # The seeds are what the forward returned, not a wish; the rules about wishes do not apply.
-    call = _describe({**given, "seed": 0, "offset": 0})
-    tensors: dict[str, Any] = {name: given[name] for name in _TENSORS[:-1]}
-    stats = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "attention_in": attention_in}
-    specs = {name: _needed(name, tensor) for name, tensor in {"dy": dy, **stats}.items()}
-    _spec("softmax_in", softmax_in)
-    device = _one_device({**tensors, "dy": dy, **stats})
-    _check(call, tensors, training=True, silent=allow_silent)
-    _check_forward_results(call, specs)
+    seeds = forward_seeds(given)
+    call, tensors = checked_call(given)
     if call.keep_prob < 1 and seeds["numels"] != call.numels:
         raise KernelContractError(
             f"numels={numels} with keep_prob={keep_prob}; the forward of this call made "
             f"{call.numels} dropout decisions. Pass the seed, offset and numels it returned",
             ["grad-numels"],
         )
-    if device.type == "npu":
-        return launch_grad(call, tensors, {"dy": dy, **stats, **seeds, "softmax_in": softmax_in})
+    left = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "attention_in": attention_in}
+    left["dy"] = dy
+    if query.device.type == "npu":
+        return launch_grad(call, tensors, {**left, **seeds, "softmax_in": softmax_in})
     seeded = replace(call, seed=seeds["seed"], offset=seeds["offset"])
-    return emulate_grad(seeded, dy=dy, **tensors, **stats)
+    return emulate_grad(seeded, **tensors, **left)

@@ -9,12 +9,13 @@ import torch
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel.atten_mask import AttenMask
-from attnkit.kernel.call import KernelCall, TensorSpec
+from attnkit.kernel.call import KernelCall
 from attnkit.kernel.emulator import Gradients
-from attnkit.kernel.rules import Product
-from attnkit.kernel.versions import OP_VERSIONS, expressing_versions
+from attnkit.kernel.legality import Product
+from attnkit.kernel.sizes import TensorSpec
+from attnkit.kernel.versions import OP_VERSIONS
 
-__all__ = ["choose_version", "device_product", "launch", "launch_grad"]
+__all__ = ["choose_version", "device_product", "expressing_versions", "launch", "launch_grad"]
 
 _SPELLINGS = {
     "pre_tokens": "pre_tockens",
@@ -22,6 +23,16 @@ _SPELLINGS = {
     "pre_tockens": "pre_tokens",
     "next_tockens": "next_tokens",
 }
+
+
+def expressing_versions(call: KernelCall) -> tuple[str, ...]:
+    """Return the versions that have every argument the call needs, oldest first.
+
+    >>> spec, slopes = TensorSpec((1, 2, 4, 8), torch.float16), TensorSpec((2,), torch.float32)
+    >>> expressing_versions(KernelCall(spec, spec, spec, 2, "BNSD", pse=slopes, pse_type=2))
+    ('v2', 'mindspeed')
+    """
+    return tuple(name for name in OP_VERSIONS if call.inexpressible(name) is None)
 
 
 def choose_version(call: KernelCall) -> str:

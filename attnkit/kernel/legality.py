@@ -1,37 +1,208 @@
-"""Which rules of the contract a call breaks, before anything is computed."""
+"""What a rule of the contract is, and which of them a call breaks, before anything is computed.
+
+The rules are functions, in `attnkit.kernel.rules`. Each registers itself here by `rule`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from attnkit.errors import KernelContractError, KernelContractTypeError
-from attnkit.kernel.rules import ARGUMENT_TYPE, RULES, Rule, Target, Violation
 from attnkit.kernel.versions import op_version
+from attnkit.registry import Registry
 
-if TYPE_CHECKING:
-    from attnkit.kernel.call import KernelCall
+__all__ = [
+    "LAYERS",
+    "SOURCES",
+    "Found",
+    "Layer",
+    "MaskFacts",
+    "Product",
+    "Rule",
+    "Source",
+    "Target",
+    "Violation",
+    "contract_error",
+    "rule",
+    "violations",
+]
 
-__all__ = ["contract_error", "violations"]
+Layer = Literal["torch", "aclnn", "tiling", "backward", "documented", "silent"]
+Source = Literal["binding", "aclnn", "tiling", "kernel", "reference", "MindSpeed"]
+Product = Literal["A2", "A3", "950", "emulator"]
+
+LAYERS: dict[Layer, str] = {
+    "torch": "the torch binding raises RuntimeError with a clear text",
+    "aclnn": "the operator API returns 161001 or 161002",
+    "tiling": "the tiling returns 561002, 561003 or 561103, an 'EZ9999 Inner Error'",
+    "backward": "the forward runs; the tiling of the grad op rejects the arguments",
+    "documented": "the reference forbids it; what happens is not defined",
+    "silent": "accepted, and something else than what was asked for is computed",
+}
+"""Which part of the stack rejects a call, from the outside in."""
+
+SOURCES: dict[Source, str] = {
+    "binding": "op-plugin: its checks, dispatch, dropout, and the schemas of each release",
+    "aclnn": "the parameter checks of CANN's operator API, aclnn_flash_attention_score",
+    "tiling": "CANN's tiling of flash_attention_score (general, varlen) and of its grad",
+    "kernel": "CANN's kernels of flash_attention_score: mask addressing, pse.h, dropout",
+    "reference": "the operator's reference pages and their tables of limits",
+    "MindSpeed": "the binding fusion_attention_v2 of MindSpeed",
+}
+"""Where a rule was read."""
+
+_CODE_OF: dict[Layer, Source] = {
+    "torch": "binding",
+    "aclnn": "aclnn",
+    "tiling": "tiling",
+    "backward": "tiling",
+    "documented": "reference",
+    "silent": "kernel",
+}
 
 
-def violations(call: KernelCall, target: Target) -> tuple[Violation, ...]:
+@dataclass(frozen=True)
+class MaskFacts:
+    """What the content of a full-size or compressed mask tensor says; None = not looked at.
+
+    >>> MaskFacts(empty_rows=2).is_canonical is None
+    True
+    """
+
+    is_canonical: bool | None = None
+    is_binary: bool | None = None
+    cells_outside_window: int | None = None
+    empty_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how a call will run: everything a rule depends on beside the call."""
+
+    version: str = "v2"
+    product: Product = "A2"
+    training: bool = False
+    learnable_bias: bool = False
+    mask: MaskFacts = MaskFacts()
+
+
+Found = Iterator[str]
+"""What a rule says about a call and a `Target`: what is wrong, in words and numbers, or nothing."""
+
+Predicate = Callable[..., Found]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: a stable code, who enforces it, where that was read, what must hold, what to do.
+
+    Other rules may rely on a `structural` one, so they are asked only when those hold; and all
+    of them rely on the rule about types, `argument-type`.
+
+    >>> from attnkit.kernel import RULES
+    >>> any(rule.code == "mode-without-mask" for rule in RULES)
+    True
+    """
+
+    code: str
+    layer: Layer
+    source: Source
+    sentence: str
+    remedy: str
+    predicate: Predicate
+    type_error: bool = False
+    structural: bool = False
+
+    def broken(self, call: object, on: Target) -> str | None:
+        """Return what is wrong with a call, or None where the rule holds.
+
+        >>> from attnkit.kernel import RULES
+        >>> RULES[0].code
+        'argument-type'
+        """
+        return next(self.predicate(call, on), None)
+
+
+_RULES: Registry[Rule] = Registry("rule")
+
+
+def rule(
+    code: str,
+    *,
+    layer: Layer,
+    remedy: str,
+    source: Source | None = None,
+    type_error: bool = False,
+    structural: bool = False,
+) -> Callable[[Predicate], Rule]:
+    """Make a rule of a function that yields what is wrong; its docstring says what must hold.
+
+    It was read in the code of its layer, unless `source` names another place. Rules are asked
+    and told in the order in which they are made.
+    """
+
+    def made(predicate: Predicate) -> Rule:
+        sentence = " ".join((predicate.__doc__ or code).split()).removesuffix(".")
+        read = source or _CODE_OF[layer]
+        parts = (code, layer, read, sentence, remedy, predicate, type_error, structural)
+        return _RULES.add(code, Rule(*parts))
+
+    return made
+
+
+def known_rules() -> tuple[Rule, ...]:
+    """Return every rule that was made so far."""
+    return tuple(known for _, known in _RULES.items())
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that a call breaks, and how.
+
+    >>> import torch
+    >>> from attnkit.kernel import KernelCall, TensorSpec
+    >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", sparse_mode=2)
+    >>> [(violation.code, violation.layer) for violation in call.violations()]
+    [('mode-without-mask', 'silent')]
+    """
+
+    rule: Rule
+    found: str
+
+    @property
+    def code(self) -> str:
+        """The rule's stable code."""
+        return self.rule.code
+
+    @property
+    def layer(self) -> Layer:
+        """Which part of the stack rejects it, or "silent"."""
+        return self.rule.layer
+
+    def __str__(self) -> str:
+        of = self.rule
+        return f"{self.found}. {of.sentence} ({of.layer}). {of.remedy} [{of.code}]"
+
+
+def violations(call: object, target: Target) -> tuple[Violation, ...]:
     """Return every rule that a call breaks, as far as they can be asked.
 
     Where a type is wrong, no other rule has a meaning; where a structural rule is broken, only
     the structural ones have.
     """
     target = replace(target, version=op_version(target.version).name)
-    others = [rule for rule in RULES if rule is not ARGUMENT_TYPE]
+    types, *others = known_rules()
     return (
-        _broken(call, target, [ARGUMENT_TYPE])
+        _broken(call, target, [types])
         or _broken(call, target, [rule for rule in others if rule.structural])
         or _broken(call, target, [rule for rule in others if not rule.structural])
     )
 
 
-def _broken(call: KernelCall, target: Target, rules: Iterable[Rule]) -> tuple[Violation, ...]:
+def _broken(call: object, target: Target, rules: Iterable[Rule]) -> tuple[Violation, ...]:
     found = ((rule, rule.broken(call, target)) for rule in rules)
     return tuple(Violation(rule, words) for rule, words in found if words is not None)
 

@@ -1,7 +1,7 @@
 """Look at the content of a mask tensor, for the rules that shapes cannot decide.
 
-The answers are remembered per tensor and version of its content, so a mask that is passed
-again and again is read once (on a device, reading means waiting for it).
+The answers are kept per tensor and version of its content, so a mask that is passed again and
+again is read once (on a device, reading means waiting for it).
 """
 
 from __future__ import annotations
@@ -9,33 +9,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef
 
-from attnkit.kernel.atten_mask import AttenMask
+from attnkit.constants import constant
 from attnkit.kernel.call import KernelCall
-from attnkit.kernel.modes import COMPRESSED_MODES
-from attnkit.kernel.rules import MaskFacts
+from attnkit.kernel.legality import MaskFacts
 
 __all__ = ["mask_facts"]
 
 _ROWS = 1024
-
-_Seen = dict[tuple[object, ...], MaskFacts]
-_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def mask_facts(call: KernelCall, mask: torch.Tensor | None) -> MaskFacts:
     """Return what the content of `mask` says about a call whose shapes are in order."""
     if mask is None or mask.dtype not in (torch.bool, torch.uint8) or mask.is_meta:
         return MaskFacts()
-    window = (call.pre_tokens, call.next_tokens)
-    sizes = call.sequences if call.is_packed else (call.q_len, call.kv_len)
-    key = (mask._version, call.sparse_mode, window, sizes)
-    known: _Seen = _seen.setdefault(mask, {})  # type: ignore[no-untyped-call]
-    if key not in known:
-        known.clear()
-        known[key] = _read(call, mask)
-    return known[key]
+    if mask.is_inference():  # such tensors do not count their versions
+        return _read(call, mask)
+    return _kept(WeakIdRef(mask), mask._version, call)
+
+
+@constant
+def _kept(mask: WeakIdRef, version: int, call: KernelCall) -> MaskFacts:
+    return _read(call, mask())
 
 
 def _read(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
@@ -44,20 +40,17 @@ def _read(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
 
 
 def _read_cells(call: KernelCall, mask: torch.Tensor) -> MaskFacts:
-    if call.sparse_mode in COMPRESSED_MODES:
-        wanted = AttenMask.prefix() if call.sparse_mode == 6 else AttenMask.causal()
+    wanted = call.compressed_mask
+    if wanted is not None:
         if mask.shape[-2:] != wanted.shape:
             return MaskFacts()
         good = wanted.build(mask.device)
         return MaskFacts(is_canonical=bool((mask.bool() == good).all()))
-    if call.is_packed and mask.dim() != 2:
+    elsewhere = call.mask_origin(len(call.sequences) - 1) != (0, 0)
+    if call.is_packed and (mask.dim() != 2 or elsewhere):
         return MaskFacts()
     outside = empty = 0
-    sizes = set(call.sequences)
-    shared = not call.is_packed or call.mask_origin(len(call.sequences) - 1) == (0, 0)
-    if not shared:
-        return MaskFacts()
-    for q_len, kv_len in sizes:
+    for q_len, kv_len in set(call.sequences):
         found = _count(mask[..., :q_len, :kv_len], call.pre_tokens, call.next_tokens)
         outside, empty = outside + found[0], empty + found[1]
     return MaskFacts(cells_outside_window=outside, empty_rows=empty)

@@ -87,35 +87,27 @@ def band_sequence(q_len: int, kv_len: int, next_: int) -> Region:
 
 
 def mode_region(
-    mode: int,
-    q_len: int,
-    kv_len: int,
-    *,
-    pre: int,
-    next_: int,
-    prefix: int = 0,
-    is_band: bool = False,
+    mode: int, ends: tuple[int, int], q_len: int, kv_len: int, prefix: int = 0, cut: bool = False
 ) -> Region:
     """Return what a mode with a compressed mask computes for one score matrix.
 
-    `is_band` marks the cut sequence of modes 7 (the last with queries) and 8 (the first).
+    `ends` are pre_tokens and next_tokens. `cut` marks the one sequence that modes 7 (the last
+    with queries) and 8 (the first) treat apart.
     """
-    if mode == 2:
-        return left_up_causal(q_len, kv_len)
-    if mode == 3:
-        return right_down_causal(q_len, kv_len)
-    if mode == 4:
-        return band(q_len, kv_len, pre, next_)
-    if mode == 6:
-        return prefix_causal(q_len, kv_len, prefix)
-    if mode in (7, 8) and is_band:
-        return band_sequence(q_len, kv_len, next_)
-    if mode == 7:
-        return right_down_causal(q_len, kv_len)
-    if mode == 8:
-        return left_up_causal(q_len, kv_len)
+    sets = {
+        2: lambda: left_up_causal(q_len, kv_len),
+        3: lambda: right_down_causal(q_len, kv_len),
+        4: lambda: band(q_len, kv_len, *ends),
+        6: lambda: prefix_causal(q_len, kv_len, prefix),
+        7: lambda: right_down_causal(q_len, kv_len),
+        8: lambda: left_up_causal(q_len, kv_len),
+    }
+    if mode in (7, 8) and cut:
+        return band_sequence(q_len, kv_len, ends[1])
+    if mode in sets:
+        return sets[mode]()
     raise KernelContractError(
-        f"sparse_mode={mode} has no set of its own: in modes {MASK_DECIDES} the mask tensor "
-        f"decides, and the modes that follow from sizes are {COMPRESSED_MODES}",
+        f"sparse_mode={mode} is not one whose set follows from sizes, {COMPRESSED_MODES}: in modes "
+        f"{MASK_DECIDES} the mask tensor decides",
         ["sparse-mode-range"],
     )

@@ -12,9 +12,9 @@ import torch
 from attnkit.errors import KernelContractError
 from attnkit.kernel.atten_mask import COMPRESSED_SIDE, PREFIX_SIDE
 from attnkit.kernel.call import KernelCall
+from attnkit.kernel.call_tensors import CallTensors, CellRange, MatrixGroup
 from attnkit.kernel.dropout import dropout_bits, read_bits
 from attnkit.kernel.modes import COMPRESSED_MODES
-from attnkit.kernel.operands import Operands, Piece, Tile
 
 __all__ = ["MASKED", "kept", "masked", "score_tile", "visited_columns"]
 
@@ -30,44 +30,41 @@ _WINDOW_ROUNDING = 128
 _FARTHEST = 2**62
 
 
-def _causal_ends(call: KernelCall, piece: Piece) -> tuple[int | None, int | None]:
-    """The diagonals ``low <= j - i <= high`` that the mode itself applies to a piece."""
-    shift = piece.kv_len - piece.q_len
+def _diagonals(call: KernelCall, group: MatrixGroup) -> tuple[int | None, int]:
+    """The diagonals ``low <= j - i <= high`` that the mode itself applies."""
+    shift = group.kv_len - group.q_len
     mode = call.sparse_mode
     if mode == 4:
         return shift - call.pre_tokens, shift + call.next_tokens
-    if mode in (7, 8) and piece.sequence == call.band_index:
+    if mode in (7, 8) and group.sequence == call.band_index:
         return None, shift + call.next_tokens
-    if mode in (3, 6, 7):
-        return None, shift
-    return None, 0
+    return None, shift if mode in (3, 6, 7) else 0
 
 
-def _prefix_lengths(call: KernelCall, piece: Piece) -> tuple[int, ...]:
-    lengths = call.prefix or ()
-    if call.is_packed:
-        return lengths[piece.sequence : piece.sequence + 1]
-    return lengths[piece.batch]
+def _entries(call: KernelCall, group: MatrixGroup) -> slice:
+    """Which entries of what is given per batch element, or per packed sequence."""
+    return slice(group.sequence, group.sequence + 1) if call.is_packed else group.batch
 
 
-def visited_columns(call: KernelCall, piece: Piece, rows: tuple[int, int]) -> tuple[int, int]:
+def _prefix_lengths(call: KernelCall, group: MatrixGroup) -> tuple[int, ...]:
+    return (call.prefix or ())[_entries(call, group)]
+
+
+def visited_columns(call: KernelCall, group: MatrixGroup, rows: tuple[int, int]) -> tuple[int, int]:
     """Return the keys that the kernel visits for some rows; the mode excludes the others."""
-    if call.atten_mask is None or call.sparse_mode in (1, 5):
-        return 0, piece.kv_len
+    mode, kv_len = call.effective_mode, group.kv_len
+    if mode in (None, 1, 5) or (mode == 0 and kv_len <= _SPLIT_KEYS):
+        return 0, kv_len
     low: int | None
-    high: int | None
-    if call.sparse_mode == 0:
-        if piece.kv_len <= _SPLIT_KEYS:
-            return 0, piece.kv_len
-        low = -_round_up(call.pre_tokens)
-        high = _round_up(call.next_tokens)
+    if mode == 0:
+        low, high = -_round_up(call.pre_tokens), _round_up(call.next_tokens)
     else:
-        low, high = _causal_ends(call, piece)
+        low, high = _diagonals(call, group)
     start = 0 if low is None else max(0, rows[0] + low)
-    stop = piece.kv_len if high is None else min(piece.kv_len, rows[1] + high)
-    if call.sparse_mode == 6:
-        start, stop = 0, max(stop, *_prefix_lengths(call, piece), 0)
-    return start, max(start, min(stop, piece.kv_len))
+    stop = min(kv_len, rows[1] + high)
+    if mode == 6:
+        start, stop = 0, max(stop, *_prefix_lengths(call, group), 0)
+    return start, max(start, min(stop, kv_len))
 
 
 def _round_up(tokens: int) -> int:
@@ -77,29 +74,31 @@ def _round_up(tokens: int) -> int:
 # -- mask --------------------------------------------------------------------------------
 
 
-def masked(call: KernelCall, operands: Operands, piece: Piece, tile: Tile) -> torch.Tensor | None:
-    """Return which cells of a tile are masked, broadcastable to [b, n, h, w]; None = none."""
-    mask = operands.atten_mask
+def masked(given: CallTensors, group: MatrixGroup, cells: CellRange) -> torch.Tensor | None:
+    """Return which cells are masked, broadcastable to [b, n, h, w]; None = none."""
+    call, mask = given.call, given.atten_mask
     if mask is None:
         return None
     if call.sparse_mode not in COMPRESSED_MODES:
-        return _full_mask_tile(call, mask, piece, tile)
+        return _full_mask(call, mask, group, cells)
     if mask.dim() != 2:
         mask = mask.reshape(-1, *mask.shape[-2:])[0]
-    low, high = _causal_ends(call, piece)
-    out = None if high is None else _above_diagonal(mask, tile, high)
+    low, high = _diagonals(call, group)
+    out = _above_diagonal(mask, cells, high)
     if call.sparse_mode == 6 and out is not None:
-        out = out & _beyond_prefix(mask, tile, _prefix_lengths(call, piece))
+        out = out & _beyond_prefix(mask, cells, _prefix_lengths(call, group))
     if low is not None:
-        below = _below_diagonal(mask, tile, low)
+        below = _below_diagonal(mask, cells, low)
         out = below if out is None else out if below is None else out | below
     return out
 
 
-def _full_mask_tile(call: KernelCall, mask: torch.Tensor, piece: Piece, tile: Tile) -> torch.Tensor:
-    i0, j0 = call.mask_origin(piece.sequence)
-    block = mask[..., i0 + tile.i0 : i0 + tile.i1, j0 + tile.j0 : j0 + tile.j1]
-    if block.shape[-2:] != (tile.height, tile.width):
+def _full_mask(
+    call: KernelCall, mask: torch.Tensor, group: MatrixGroup, cells: CellRange
+) -> torch.Tensor:
+    i0, j0 = call.mask_origin(group.sequence)
+    block = mask[..., i0 + cells.i0 : i0 + cells.i1, j0 + cells.j0 : j0 + cells.j1]
+    if block.shape[-2:] != (cells.height, cells.width):
         raise KernelContractError(
             f"atten_mask of shape {tuple(mask.shape)} ends before the {call.q_len} x "
             f"{call.kv_len} score matrix does; sparse_mode={call.sparse_mode} reads one entry "
@@ -107,151 +106,139 @@ def _full_mask_tile(call: KernelCall, mask: torch.Tensor, piece: Piece, tile: Ti
             ["mask-shape"],
         )
     if block.dim() == 4:
-        block = block[piece.batch] if block.shape[0] > 1 else block
-        block = block[:, piece.heads] if block.shape[1] > 1 else block
+        block = block[group.batch] if block.shape[0] > 1 else block
+        block = block[:, group.heads] if block.shape[1] > 1 else block
     return block.bool()
 
 
-def _diagonal_block(mask: torch.Tensor, tile: Tile, delta: int) -> torch.Tensor:
-    """Read the causal mask so that cell (r, c) of the tile is masked iff c > r + delta."""
-    down = min(max(delta, 0), tile.width)
-    right = min(max(-delta, 0), tile.height)
-    return mask[down : down + tile.height, right : right + tile.width].bool()
+def _diagonal_block(mask: torch.Tensor, cells: CellRange, delta: int) -> torch.Tensor:
+    """Read the causal mask so that cell (r, c) of the range is masked iff c > r + delta."""
+    down = min(max(delta, 0), cells.width)
+    right = min(max(-delta, 0), cells.height)
+    return mask[down : down + cells.height, right : right + cells.width].bool()
 
 
-def _above_diagonal(mask: torch.Tensor, tile: Tile, high: int) -> torch.Tensor | None:
-    """Masked iff ``j - i > high``; None when the whole tile is visible and nothing is read."""
-    delta = tile.i0 - tile.j0 + high
-    return None if delta >= tile.width - 1 else _diagonal_block(mask, tile, delta)
+def _above_diagonal(mask: torch.Tensor, cells: CellRange, high: int) -> torch.Tensor | None:
+    """Masked iff ``j - i > high``; None when all cells are visible and nothing is read."""
+    delta = cells.i0 - cells.j0 + high
+    return None if delta >= cells.width - 1 else _diagonal_block(mask, cells, delta)
 
 
-def _below_diagonal(mask: torch.Tensor, tile: Tile, low: int) -> torch.Tensor | None:
+def _below_diagonal(mask: torch.Tensor, cells: CellRange, low: int) -> torch.Tensor | None:
     """Masked iff ``j - i < low``: the same mask one diagonal lower, selected where it is 0."""
-    delta = tile.i0 - tile.j0 + low - 1
-    return None if delta <= -tile.height else ~_diagonal_block(mask, tile, delta)
+    delta = cells.i0 - cells.j0 + low - 1
+    return None if delta <= -cells.height else ~_diagonal_block(mask, cells, delta)
 
 
-def _beyond_prefix(mask: torch.Tensor, tile: Tile, lengths: tuple[int, ...]) -> torch.Tensor:
-    """Masked iff ``j >= prefix``: the lower part of the prefix mask, shifted to the tile."""
-    rows = mask[COMPRESSED_SIDE : COMPRESSED_SIDE + tile.height]
-    starts = [PREFIX_SIDE - min(max(n - tile.j0, 0), PREFIX_SIDE) for n in lengths]
-    blocks = [rows[:, start : start + tile.width].bool() for start in starts]
+def _beyond_prefix(mask: torch.Tensor, cells: CellRange, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Masked iff ``j >= prefix``: the lower part of the prefix mask, shifted to the cells."""
+    rows = mask[COMPRESSED_SIDE : COMPRESSED_SIDE + cells.height]
+    starts = [PREFIX_SIDE - min(max(n - cells.j0, 0), PREFIX_SIDE) for n in lengths]
+    blocks = [rows[:, start : start + cells.width].bool() for start in starts]
     return torch.stack(blocks).unsqueeze(1)
 
 
 # -- bias --------------------------------------------------------------------------------
 
 
-def _start_indices(call: KernelCall, piece: Piece) -> tuple[int, int]:
-    """The shifts of the ALiBi distance: effective together only; mode 8: first sequence."""
-    if not call.q_start_idx or not call.kv_start_idx:
-        return 0, 0
-    if call.effective_mode == 8 and piece.sequence != 0:
-        return 0, 0
-    return call.q_start_idx[0], call.kv_start_idx[0]
+def _indices(cells: CellRange, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows as a column, and the keys as a row."""
+    i = torch.arange(cells.i0, cells.i1, device=device).unsqueeze(1)
+    return i, torch.arange(cells.j0, cells.j1, device=device)
 
 
 def _slope_bias(
-    call: KernelCall, slopes: torch.Tensor, piece: Piece, tile: Tile, dtype: torch.dtype
+    given: CallTensors, slopes: torch.Tensor, group: MatrixGroup, cells: CellRange
 ) -> torch.Tensor:
     """Types 2 and 3: ``-slope * |j + kv_start - i - q_start|``, or its square root."""
-    q_start, kv_start = _start_indices(call, piece)
-    i = torch.arange(tile.i0, tile.i1, device=slopes.device).unsqueeze(1)
-    j = torch.arange(tile.j0, tile.j1, device=slopes.device)
+    call, dtype = given.call, given.accumulate
+    # Mode 8 applies the starts to its first sequence only.
+    applied = call.effective_mode != 8 or group.sequence == 0
+    q_start, kv_start = call.start_indices if applied else (0, 0)
+    i, j = _indices(cells, slopes.device)
     shift = max(-_FARTHEST, min(_FARTHEST, kv_start - q_start))
     distance = (j - i + shift).abs().to(dtype)
     if call.pse_type == 3:
         distance = distance.sqrt()
-    if slopes.dim() == 2:
-        rows = slice(piece.sequence, piece.sequence + 1) if call.is_packed else piece.batch
-        chosen = slopes[rows, piece.heads]
-    else:
-        chosen = slopes[piece.heads].unsqueeze(0)
-    return -chosen.to(dtype)[..., None, None] * distance
+    chosen = slopes[_entries(call, group)] if slopes.dim() == 2 else slopes.unsqueeze(0)
+    return -chosen[:, group.heads].to(dtype)[..., None, None] * distance
 
 
 def _matrix_bias(
-    call: KernelCall, pse: torch.Tensor, piece: Piece, tile: Tile, dtype: torch.dtype
+    given: CallTensors, pse: torch.Tensor, group: MatrixGroup, cells: CellRange
 ) -> torch.Tensor:
     """Types 0 and 1: one entry per cell, one per key, or the last 1024 rows of one by distance."""
+    call, dtype = given.call, given.accumulate
     if pse.shape[0] > 1:
-        rows = slice(piece.sequence, piece.sequence + 1) if call.is_packed else piece.batch
-        pse = pse[rows]
-    pse = pse[:, piece.heads]
+        pse = pse[_entries(call, group)]
+    pse = pse[:, group.heads]
     stored = pse.shape[2]
-    if not call.is_packed and stored in (1, piece.q_len):
-        rows = slice(0, 1) if stored == 1 else slice(tile.i0, tile.i1)
-        return pse[:, :, rows, tile.j0 : tile.j1].to(dtype)
-    row, column = _last_rows(call, piece, tile, (stored, pse.shape[3]), pse.device)
+    if not call.is_packed and stored in (1, group.q_len):
+        rows = slice(0, 1) if stored == 1 else slice(cells.i0, cells.i1)
+        return pse[:, :, rows, cells.j0 : cells.j1].to(dtype)
+    row, column = _last_rows(call, group, cells, pse)
     return pse[:, :, row, column.clamp(0, pse.shape[3] - 1)].to(dtype)
 
 
 def _last_rows(
-    call: KernelCall,
-    piece: Piece,
-    tile: Tile,
-    stored: tuple[int, int],
-    device: torch.device,
+    call: KernelCall, group: MatrixGroup, cells: CellRange, pse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a tile reads the last rows of a bias: rows and columns, for the cells i >= j."""
-    i = torch.arange(tile.i0, tile.i1, device=device).unsqueeze(1)
-    j = torch.arange(tile.j0, tile.j1, device=device).unsqueeze(0)
+    """Where cells read the last rows of a bias: rows and columns, for the cells i >= j."""
+    height, width = pse.shape[2:]
+    i, j = _indices(cells, pse.device)
     if call.is_packed:
         # By distance, row - column = (i - j) - (max Skv - 1024), whatever the sequence's length:
         # a tile starts in the first row or in the first column, and goes on side by side.
-        start = tile.i0 - tile.j0 - (stored[1] - stored[0])
-        down, right = (start, 0) if start >= 0 or stored[1] < stored[0] else (0, -start)
-        return (i - tile.i0 + down).clamp(0, stored[0] - 1), j - tile.j0 + right
+        start = cells.i0 - cells.j0 - (width - height)
+        down, right = (start, 0) if start >= 0 or width < height else (0, -start)
+        return (i - cells.i0 + down).clamp(0, height - 1), (j - cells.j0 + right).unsqueeze(0)
     # Rows of the last 1024 have their own entry. Earlier ones read an entry of equal i - j.
-    first = piece.q_len - stored[0]
+    first = group.q_len - height
     own = i >= first
-    row = torch.where(own, i - first, i % stored[0])
-    return row, torch.where(own, j, stored[1] - (i - j) - (stored[0] - row))
+    row = torch.where(own, i - first, i % height)
+    return row, torch.where(own, j, width - (i - j) - (height - row))
 
 
 # -- the tile ----------------------------------------------------------------------------
 
 
 def score_tile(
-    call: KernelCall,
-    operands: Operands,
-    piece: Piece,
-    tile: Tile,
+    given: CallTensors,
+    group: MatrixGroup,
+    cells: CellRange,
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the masked scores [b, n, h, w] of a tile.
+    """Return the masked scores [b, n, h, w] of some cells.
 
-    `query` is [b, n_kv, group * h, d], the rows of the tile with the heads that share a key
+    `query` is [b, n_kv, queries_per_key_head * h, d], the rows with the heads that share a key
     head stacked; `key` is [b, n_kv, w, d]. Both are already in the accumulating dtype.
     """
+    call, pse = given.call, given.pse
     scores = query @ key.transpose(-1, -2)
-    scores = scores.view(scores.shape[0], -1, tile.height, tile.width)
-    pse = operands.pse
+    scores = scores.view(scores.shape[0], -1, cells.height, cells.width)
     if pse is not None and call.pse_type == 1:
-        scores = scores.add_(_matrix_bias(call, pse, piece, tile, scores.dtype))
+        scores = scores.add_(_matrix_bias(given, pse, group, cells))
     if call.scale != 1.0:
         scores = scores.mul_(call.scale)
-    if pse is not None and call.pse_type == 0:
-        scores = scores.add_(_matrix_bias(call, pse, piece, tile, scores.dtype))
-    elif pse is not None and call.pse_type in (2, 3):
-        scores = scores.add_(_slope_bias(call, pse, piece, tile, scores.dtype))
-    hidden = masked(call, operands, piece, tile)
+    if pse is not None and call.pse_type in (0, 2, 3):
+        bias = _slope_bias if call.pse_type else _matrix_bias
+        scores = scores.add_(bias(given, pse, group, cells))
+    hidden = masked(given, group, cells)
     return scores if hidden is None else scores.masked_fill_(hidden, MASKED)
 
 
-def kept(
-    call: KernelCall, operands: Operands, piece: Piece, tile: Tile, device: torch.device
-) -> torch.Tensor | None:
+def kept(given: CallTensors, group: MatrixGroup, cells: CellRange) -> torch.Tensor | None:
     """Return which cells [b, n, h, w] survive dropout; None when there is no dropout."""
+    call, device = given.call, given.query.device
     if call.keep_prob >= 1.0:
         return None
-    packed = operands.dropout_mask
-    b = torch.arange(piece.batch.start, piece.batch.stop, device=device)[:, None, None, None]
-    n = torch.arange(piece.heads.start, piece.heads.stop, device=device)[:, None, None]
-    i = torch.arange(tile.i0, tile.i1, device=device)[:, None]
-    j = torch.arange(tile.j0, tile.j1, device=device)
-    index = (((b * call.num_heads + n) * piece.q_len + i) * piece.kv_len + j) + piece.first_decision
-    if packed is not None:
-        return read_bits(packed, index)
+    b, n = (
+        torch.arange(some.start, some.stop, device=device) for some in (group.batch, group.heads)
+    )
+    i, j = _indices(cells, device)
+    matrix = (b[:, None] * call.num_heads + n)[..., None, None]
+    index = (matrix * group.q_len + i) * group.kv_len + j + group.first_decision
+    if given.dropout_mask is not None:
+        return read_bits(given.dropout_mask, index)
     return dropout_bits(index, call.seed, call.offset, call.keep_prob)

@@ -1,74 +1,70 @@
-"""Layouts as the fused kernel sees them: which axis of a tensor is which.
-
-Patterns are einops patterns. Merged head axes are written ``(n d)``.
-"""
+"""What a kernel call says of its tensors: shapes, dtypes, and the extents read off them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
-from attnkit.errors import KernelContractError
+import torch
 
-__all__ = ["LAYOUTS", "LayoutSizes", "layout_sizes", "sequence_lengths"]
+from attnkit import layouts
+from attnkit.errors import CompositionError, KernelContractError
+from attnkit.kernel.arguments import check_tensors_given
+from attnkit.layouts import Sizes
 
-LAYOUTS: dict[str, str] = {
-    "BSH": "b s (n d)",
-    "SBH": "s b (n d)",
-    "BSND": "b s n d",
-    "BNSD": "b n s d",
-    "TND": "t n d",
-}
-"""Input layouts of the kernel and the einops pattern of a query in each."""
+__all__ = ["LAYOUTS", "UNBOUNDED", "TensorSpec", "differences", "read_sizes"]
+
+UNBOUNDED = 2147483647
+"""The default of pre_tokens and next_tokens: no bound."""
+
+LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
+"""The input layouts of the kernel; `attnkit.layouts` holds their patterns."""
 
 
 @dataclass(frozen=True)
-class LayoutSizes:
-    """The extents of one operand. `length` counts tokens: S per sequence, or T when packed."""
+class TensorSpec:
+    """The shape and dtype of a tensor, without the tensor.
 
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-
-
-def layout_sizes(layout: str, shape: Sequence[int], heads: int | None, dim: int) -> LayoutSizes:
-    """Read the extents of an operand from its shape.
-
-    Where the layout merges heads, either `heads` is known (the query's), or the head size
-    `dim` is (the key's).
+    >>> print(TensorSpec((2, 16, 64), torch.bfloat16))
+    bfloat16[2, 16, 64]
     """
-    pattern = LAYOUTS.get(layout)
-    if pattern is None:
-        raise KernelContractError(
-            f"input_layout={layout!r} is not one of {', '.join(LAYOUTS)}", ["layout-unknown"]
-        )
-    merged = "(" in pattern
-    axes = pattern.replace("(n d)", "h").split()
-    if len(axes) != len(shape):
-        raise KernelContractError(
-            f"a tensor of shape {tuple(shape)} has rank {len(shape)}; layout {layout} "
-            f"('{pattern}') has {len(axes)} axes",
-            ["rank"],
-        )
-    size = dict(zip(axes, shape, strict=True))
-    if merged:
-        count = heads if heads is not None else (size["h"] // dim if dim else 0)
-        size["n"], size["d"] = count, size["h"] // count if count else 0
-    if "t" in size:
-        return LayoutSizes(1, size["t"], size["n"], size["d"])
-    return LayoutSizes(size["b"], size["s"], size["n"], size["d"])
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Describe a tensor."""
+        check_tensors_given("TensorSpec.of", ("tensor", tensor))
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
-def sequence_lengths(cumulative: Sequence[int]) -> tuple[int, ...]:
-    """Return the lengths that the kernel derives from a cumulative list without leading 0.
+def read_sizes(layout: str, spec: TensorSpec, *, heads: int = 0, dim: int = 0) -> Sizes:
+    """Read extents off a shape. Where heads are merged, their number or their size is known.
 
-    ``len[0] = cu[0]``, ``len[b] = max(0, cu[b] - cu[b - 1])``: a repeated value is an empty
-    sequence, and so is a trailing zero.
-
-    >>> sequence_lengths([3, 5, 5, 0])
-    (3, 2, 0, 0)
+    Empty axes, and heads that do not divide, are for the rules to tell.
     """
-    before = (0, *cumulative[:-1]) if cumulative else ()
-    return tuple(max(0, now - last) for last, now in zip_longest(before, cumulative, fillvalue=0))
+    if layout not in LAYOUTS:
+        words = f"input_layout={layout!r} is not one of {', '.join(LAYOUTS)}"
+        raise KernelContractError(words, ["layout-unknown"])
+    try:
+        found = layouts.get(layout).extents(spec.shape)
+    except CompositionError as error:
+        raise KernelContractError(str(error), ["rank"]) from None
+    if "n d" in found:
+        heads = heads or (found["n d"] // dim if dim else 0)
+        found["n"], found["d"] = heads, found["n d"] // heads if heads else 0
+    length = found["t"] if "t" in found else found["s"]
+    return Sizes(found.get("b", 1), length, found["n"], found["d"])
+
+
+def differences(cumulative: Sequence[int]) -> list[int]:
+    """Return the steps of a cumulative list without leading 0; they may be negative.
+
+    >>> differences([3, 5, 5, 0])
+    [3, 2, 0, -5]
+    """
+    return [now - last for last, now in zip((0, *cumulative), cumulative, strict=False)]

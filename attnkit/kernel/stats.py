@@ -22,7 +22,7 @@ __all__ = ["COPIES", "log_sum_exp", "merge_partials", "pack_stats", "unpack_stat
 COPIES = 8
 
 
-def _blocks(call: KernelCall) -> Iterator[tuple[slice, int]]:
+def _sequence_rows(call: KernelCall) -> Iterator[tuple[slice, int]]:
     """Where each packed sequence's rows are, and how many."""
     start = 0
     for q_len, _ in call.sequences:
@@ -44,8 +44,8 @@ def pack_stats(call: KernelCall, rows: torch.Tensor) -> torch.Tensor:
     if not call.is_packed or call.softmax_layout:
         return rows.unsqueeze(-1).repeat_interleave(COPIES, -1)
     flat = rows.clone()
-    for block, q_len in _blocks(call):
-        flat[block] = rows[block].T.reshape(q_len, call.num_heads)
+    for rows_of, q_len in _sequence_rows(call):
+        flat[rows_of] = rows[rows_of].T.reshape(q_len, call.num_heads)
     return flat.unsqueeze(-1).repeat_interleave(COPIES, -1)
 
 
@@ -69,8 +69,8 @@ def unpack_stats(call: KernelCall, stats: torch.Tensor) -> torch.Tensor:
     if not call.is_packed or call.softmax_layout:
         return rows
     out = rows.clone()
-    for block, q_len in _blocks(call):
-        out[block] = rows[block].reshape(call.num_heads, q_len).T
+    for rows_of, q_len in _sequence_rows(call):
+        out[rows_of] = rows[rows_of].reshape(call.num_heads, q_len).T
     return out
 
 

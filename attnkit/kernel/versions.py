@@ -7,21 +7,10 @@ aclnn, and MindSpeed's fusion_attention_v2.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from attnkit.errors import KernelContractError, Refusal
+from attnkit.errors import KernelContractError
 
-if TYPE_CHECKING:
-    from attnkit.kernel.call import KernelCall
-
-__all__ = [
-    "OP_VERSIONS",
-    "OpVersion",
-    "arguments_for",
-    "expressing_versions",
-    "inexpressible",
-    "op_version",
-]
+__all__ = ["OP_VERSIONS", "OpVersion", "op_version"]
 
 _OUTPUTS = (
     "attention_out",
@@ -171,54 +160,3 @@ def op_version(name: str) -> OpVersion:
             f"version={name!r} is not one of {', '.join(OP_VERSIONS)}", ["version-unknown"]
         )
     return OP_VERSIONS[name]
-
-
-def _foreign(call: KernelCall, version: OpVersion) -> list[str]:
-    """The arguments that the call needs and the version lacks."""
-    return [name for name in call.non_default_arguments() if name not in version.arguments]
-
-
-def inexpressible(call: KernelCall, version: str) -> str | None:
-    """Return why a version cannot express a call, or None when it can."""
-    target = op_version(version)
-    missing = _foreign(call, target)
-    if not missing:
-        return None
-    given = ", ".join(f"{name}={getattr(call, name)}" for name in missing)
-    return f"{target.op} has no argument for {given}"
-
-
-def expressing_versions(call: KernelCall) -> tuple[str, ...]:
-    """Return the versions that have every argument the call needs, oldest first.
-
-    >>> from attnkit.kernel import KernelCall, TensorSpec
-    >>> import torch
-    >>> spec = TensorSpec((1, 2, 4, 8), torch.float16)
-    >>> slopes = TensorSpec((2,), torch.float32)
-    >>> call = KernelCall(spec, spec, spec, 2, "BNSD", pse=slopes, pse_type=2)
-    >>> expressing_versions(call)
-    ('v2', 'mindspeed')
-    """
-    return tuple(name for name in OP_VERSIONS if inexpressible(call, name) is None)
-
-
-def arguments_for(call: KernelCall, version: str) -> dict[str, object] | Refusal:
-    """Return the keyword arguments of a version, spelled as it spells them, or why it cannot.
-
-    Tensors stand as their descriptions, lists as tuples. Arguments at the op's defaults are
-    left out, so that releases which do not know them yet can still be called.
-
-    >>> import torch
-    >>> from attnkit.kernel import KernelCall, TensorSpec
-    >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-    >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", scale=0.25)
-    >>> arguments = arguments_for(call, "v1")
-    >>> arguments["scale"], arguments["head_num"]
-    (0.25, 2)
-    """
-    target = op_version(version)
-    reason = inexpressible(call, version)
-    if reason is not None:
-        return Refusal("version-cannot-express", reason, version)
-    given = call.non_default_arguments()
-    return {target.spelling.get(name, name): value for name, value in given.items()}

@@ -19,9 +19,8 @@ import torch
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
-from attnkit.kernel import UNBOUNDED, KernelCall, TensorSpec
+from attnkit.kernel import UNBOUNDED, KernelCall, TensorSpec, expressing_versions
 from attnkit.kernel.modes import MASK_DECIDES
-from attnkit.kernel.versions import expressing_versions
 from attnkit.planner.biases import bias_arguments, disprove_bias, part_arguments
 from attnkit.planner.blocks import Block, tile_whole
 from attnkit.planner.candidates import Form, opaque_shape

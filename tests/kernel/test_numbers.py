@@ -607,10 +607,10 @@ def test_nothing_of_the_size_of_the_score_matrix_is_made():
 def test_tiles_that_the_mode_excludes_are_not_computed(monkeypatch, arguments, share):
     computed = 0
 
-    def counting(call, operands_, piece, tile, query, key):
+    def counting(given, group, cells, query, key):
         nonlocal computed
-        computed += tile.height * tile.width
-        return score_tile(call, operands_, piece, tile, query, key)
+        computed += cells.height * cells.width
+        return score_tile(given, group, cells, query, key)
 
     monkeypatch.setattr("attnkit.kernel.emulator.score_tile", counting)
     q, k, v = (t.float() for t in operands(1, 1, 1, 4096, 4096, 4, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnkit.kernel import AttenMask, emulate, operands
+from attnkit.kernel import AttenMask, call_tensors, emulate
 from tests.kernel import test_numbers
 from tests.kernel.plain import DENSE, call_for
 from tests.kernel.test_numbers import check_dense, check_packed
@@ -15,9 +15,9 @@ from tests.kernel.test_numbers import operands as random_operands
 @pytest.fixture(params=[(2, 3, 12), (1, 1, 1), (4, 2, 40)])
 def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     rows, columns, cells = request.param
-    monkeypatch.setattr(operands, "_TILE_ROWS", rows)
-    monkeypatch.setattr(operands, "_TILE_COLUMNS", columns)
-    monkeypatch.setattr(operands, "_TILE_CELLS", cells)
+    monkeypatch.setattr(call_tensors, "_TILE_ROWS", rows)
+    monkeypatch.setattr(call_tensors, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(call_tensors, "_TILE_CELLS", cells)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -49,7 +49,7 @@ def test_statistics_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch):
     mask[1] = True
     call = call_for(q, k, v, 1, "BNSD", atten_mask=AttenMask.full((4, 9)))
     whole = emulate(call, q, k, v, atten_mask=mask)
-    monkeypatch.setattr(operands, "_TILE_COLUMNS", 2)
+    monkeypatch.setattr(call_tensors, "_TILE_COLUMNS", 2)
     for got, want in zip(emulate(call, q, k, v, atten_mask=mask), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert whole[2][0, 0, 1, 0] == 9

@@ -31,8 +31,7 @@ import torch
 
 from attnkit import masks
 from attnkit.geometry import Region
-from attnkit.kernel import AttenMask, KernelCall, TensorSpec
-from attnkit.kernel.versions import expressing_versions
+from attnkit.kernel import AttenMask, KernelCall, TensorSpec, expressing_versions
 from attnkit.planner import Composition, Request, read_request
 from attnkit.planner.blocks import Block
 from attnkit.planner.candidates import Form

@@ -1,24 +1,20 @@
-"""The rules of the fused kernel's contract as data, by subject."""
+"""The rules of the fused kernel's contract, one function each, by subject.
+
+A rule is asked about a `KernelCall` and a `Target`. It yields what is wrong, in words and
+numbers; only the first is told. Its docstring says what must hold.
+"""
 
 from __future__ import annotations
 
-from attnkit.kernel.rules.biases import BIAS_RULES
-from attnkit.kernel.rules.extras import EXTRA_RULES
-from attnkit.kernel.rules.masks import MASK_RULES
-from attnkit.kernel.rules.rule import LAYERS, Layer, MaskFacts, Product, Rule, Target, Violation
-from attnkit.kernel.rules.shapes import ARGUMENT_TYPE, SHAPE_RULES
+from importlib import import_module
 
-__all__ = [
-    "ARGUMENT_TYPE",
-    "LAYERS",
-    "RULES",
-    "Layer",
-    "MaskFacts",
-    "Product",
-    "Rule",
-    "Target",
-    "Violation",
-]
+from attnkit.kernel.legality import Rule, known_rules
 
-RULES: tuple[Rule, ...] = (*SHAPE_RULES, *MASK_RULES, *BIAS_RULES, *EXTRA_RULES)
-"""Every rule: the one about types first of all, structural ones first within their subject."""
+__all__ = ["RULES"]
+
+# The order in which rules are asked and told: the one about types is the first of all.
+for _subject in ("shapes", "masks", "windows", "biases", "extras"):
+    import_module(f"{__name__}.{_subject}")
+
+RULES: tuple[Rule, ...] = known_rules()
+"""Every rule, in that order."""

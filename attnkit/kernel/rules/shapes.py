@@ -1,355 +1,280 @@
-"""Rules about layouts, ranks, heads, dtypes, lengths: what the tensors look like.
-
-Sources: op-plugin's checks before dispatch, the aclnn parameter checks and the general tiling
-of CANN flash_attention_score, and the limits of the operator's reference pages.
-"""
+"""Rules about layouts, ranks, heads, dtypes, lengths: what the tensors look like."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
+from attnkit import layouts
 from attnkit.errors import shown
 from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, fits_int64
-from attnkit.kernel.rules.rule import Rule, Target
-from attnkit.kernel.sizes import LAYOUTS
+from attnkit.kernel.call import KernelCall
+from attnkit.kernel.legality import Found, Target, rule
+from attnkit.kernel.sizes import LAYOUTS, TensorSpec
 
-if TYPE_CHECKING:
-    from attnkit.kernel.call import KernelCall, TensorSpec
-
-__all__ = ["ARGUMENT_TYPE", "SHAPE_RULES"]
+__all__ = ["argument_type"]
 
 _MILLION = 1_000_000
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _operands(call: KernelCall) -> dict[str, TensorSpec]:
+def _named(call: KernelCall) -> dict[str, TensorSpec]:
     return {"query": call.query, "key": call.key, "value": call.value}
 
 
-def _argument_type(call: KernelCall, on: Target) -> str | None:
-    def is_list(value: object) -> bool:
-        return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
-
-    wrong = [n for n in INTEGERS if not fits_int64(getattr(call, n))]
-    wrong += [n for n in LISTS if not is_list(getattr(call, n))]
-    for name in FLOATS:
-        number: object = getattr(call, name)
-        if not (isinstance(number, float) or fits_int64(number)):
-            wrong.append(name)
-    wrong += [n for n in BOOLS if not isinstance(getattr(call, n), bool)]
-    wrong += [n for n in TEXTS if not isinstance(getattr(call, n), str)]
-    if not wrong:
-        return None
-    return ", ".join(f"{n}={shown(getattr(call, n))}" for n in wrong)
-
-
-def _layout_unknown(call: KernelCall, on: Target) -> str | None:
-    return None if call.layout in LAYOUTS else f"input_layout={shown(call.input_layout)}"
-
-
-def _rank(call: KernelCall, on: Target) -> str | None:
-    if call.layout not in LAYOUTS:
-        return None
-    rank = 3 if call.layout in ("BSH", "SBH", "TND") else 4
-    wrong = [f"{n} {s}" for n, s in _operands(call).items() if len(s.shape) != rank]
-    return f"{', '.join(wrong)} in layout {call.layout}, which has rank {rank}" if wrong else None
-
-
-def _head_num(call: KernelCall, on: Target) -> str | None:
-    if _layout_unknown(call, on) or _rank(call, on):
-        return None
-    last = call.query.shape[-1]
-    if call.head_num <= 0:
-        return f"head_num={call.head_num}"
-    if call.layout in ("BSH", "SBH"):
-        return f"head_num={call.head_num} with H={last}" if last % call.head_num else None
-    heads = call.query.shape[1 if call.layout in ("BNSD", "TND") else 2]
-    return (
-        f"head_num={call.head_num} with a query of {heads} heads"
-        if heads != call.head_num
-        else None
-    )
-
-
-def _kv_heads(call: KernelCall, on: Target) -> str | None:
-    if _layout_unknown(call, on) or _rank(call, on) or _head_num(call, on):
-        return None
-    dim = call.head_dim
-    width = call.key.shape[-1]
-    if call.layout in ("BSH", "SBH") and (dim == 0 or width % dim):
-        return f"key H={width} with a head size of {dim}"
-    kv_heads = call.num_kv_heads
-    if kv_heads == 0 or call.num_heads % kv_heads:
-        return f"{call.num_heads} query heads over {kv_heads} key heads"
-    if call.layout in ("BSH", "SBH") and call.value.shape[-1] % kv_heads:
-        return f"value H={call.value.shape[-1]} over {kv_heads} key heads"
-    return None
-
-
-def _varlen_lists(call: KernelCall, on: Target) -> str | None:
-    if not call.is_packed:
-        return None
-    q_lens, kv_lens = call.actual_seq_qlen, call.actual_seq_kvlen
-    if not q_lens or not kv_lens:
-        return f"actual_seq_qlen={shown(q_lens)}, actual_seq_kvlen={shown(kv_lens)}"
-    if len(q_lens) != len(kv_lens):
-        return f"{len(q_lens)} query lengths and {len(kv_lens)} key lengths"
-    return None
-
-
-def _varlen_dense(call: KernelCall, on: Target) -> str | None:
-    given = call.actual_seq_qlen is not None or call.actual_seq_kvlen is not None
-    return f"actual_seq lists in layout {call.layout}" if given and not call.is_packed else None
-
-
-def _dtype_mixed(call: KernelCall, on: Target) -> str | None:
-    dtypes = {s.dtype for s in _operands(call).values()}
-    if len(dtypes) == 1:
-        return None
-    return ", ".join(f"{n} {s}" for n, s in _operands(call).items())
-
-
-def _dtype(call: KernelCall, on: Target) -> str | None:
-    allowed = (*_DTYPES, torch.float64) if on.product == "emulator" else _DTYPES
-    return None if call.dtype in allowed else f"query {call.query}"
-
-
-def _batch(call: KernelCall, on: Target) -> str | None:
-    sizes = (call.query_sizes.batch, call.key_sizes.batch, call.value_sizes.batch)
-    return f"batches of query, key, value: {sizes}" if len(set(sizes)) > 1 else None
-
-
-def _key_value(call: KernelCall, on: Target) -> str | None:
-    key, value = call.key_sizes, call.value_sizes
-    if (key.length, key.heads) == (value.length, value.heads):
-        return None
-    return f"key {call.key} and value {call.value}"
-
-
-def _head_dim_equal(call: KernelCall, on: Target) -> str | None:
-    pair = (call.head_dim, call.key_sizes.head_dim)
-    return None if pair[0] == pair[1] else f"query heads of {pair[0]} and key heads of {pair[1]}"
-
-
-def _value_dim(call: KernelCall, on: Target) -> str | None:
-    if call.value_dim <= call.head_dim:
-        return None
-    return f"value heads of {call.value_dim} beside query heads of {call.head_dim}"
-
-
-def _head_dim_limit(call: KernelCall, on: Target) -> str | None:
-    sizes = (call.head_dim, call.value_dim)
-    return None if all(0 < size <= 768 for size in sizes) else "heads of {} and {}".format(*sizes)
-
-
-def _heads_limit(call: KernelCall, on: Target) -> str | None:
-    return f"{call.num_heads} heads" if call.num_heads > 256 else None
-
-
-def _batch_limit(call: KernelCall, on: Target) -> str | None:
-    limit = 2048 if call.is_packed else 2 * _MILLION
-    what = "sequences" if call.is_packed else "batch elements"
-    return None if 0 < call.batch <= limit else f"{call.batch} {what}, the limit is {limit}"
-
-
-def _length_limit(call: KernelCall, on: Target) -> str | None:
-    longest = max(call.query_sizes.length, call.key_sizes.length)
-    return f"{longest} tokens" if longest > _MILLION else None
-
-
-def _varlen_total(call: KernelCall, on: Target) -> str | None:
-    used = [sum(column) for column in zip(*call.sequences, strict=True)]
-    have = [call.query_sizes.length, call.key_sizes.length]
-    if not call.is_packed or (used[0] <= have[0] and used[1] <= have[1]):
-        return None
-    return f"lengths sum to {used[0]} queries and {used[1]} keys; the tensors hold {have}"
-
-
-def _varlen_tail(call: KernelCall, on: Target) -> str | None:
-    if not call.is_packed:
-        return None
-    used_q, used_kv = (sum(column) for column in zip(*call.sequences, strict=True))
-    spare_q, spare_kv = call.query_sizes.length - used_q, call.key_sizes.length - used_kv
-    q_ends, kv_ends = (given and given[-1] == 0 for given in _cumulative(call))
-    if spare_q <= 0 or (q_ends and (kv_ends or spare_kv <= 0)):
-        return None
-    return f"{spare_q} query rows and {spare_kv} keys lie beyond the last sequence"
-
-
-def _cumulative(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return call.actual_seq_qlen or (), call.actual_seq_kvlen or ()
-
-
-def _varlen_decreasing(call: KernelCall, on: Target) -> str | None:
-    if not call.is_packed:
-        return None
-    for name in ("actual_seq_qlen", "actual_seq_kvlen"):
-        given = getattr(call, name)
-        trimmed = given[
-            : len(given) - next((n for n, v in enumerate(given[::-1]) if v), len(given))
-        ]
-        if any(now < last for last, now in pairwise((0, *trimmed))):
-            return f"{name}={shown(given)} decreases"
-    return None
-
-
-ARGUMENT_TYPE = Rule(
+@rule(
     "argument-type",
-    "torch",
-    "numbers are int (of 64 bits) or float, lists hold such ints, switches are bool, layouts str",
-    "Convert the argument; lengths and indices are host integers, not tensors.",
-    _argument_type,
+    layer="torch",
+    remedy="Convert the argument; lengths and indices are host integers, not tensors.",
     type_error=True,
     structural=True,
 )
-"""The rule that every other one relies on."""
+def argument_type(call: KernelCall, on: Target) -> Found:
+    """Numbers are int (64 bits) or float, lists hold such ints, switches are bool, layouts str."""
 
-SHAPE_RULES: tuple[Rule, ...] = (
-    ARGUMENT_TYPE,
-    Rule(
-        "layout-unknown",
-        "torch",
-        f"input_layout is one of {', '.join(LAYOUTS)}",
-        "Use one of them; BNSD is [batch, heads, tokens, head size].",
-        _layout_unknown,
-        structural=True,
-    ),
-    Rule(
-        "rank",
-        "torch",
-        "query, key and value have the rank of the layout: 3 for BSH, SBH, TND, 4 for BSND, BNSD",
-        "Reshape the tensors, or name the layout they are in.",
-        _rank,
-        structural=True,
-    ),
-    Rule(
-        "head-num",
-        "torch",
-        "head_num is positive, divides H (BSH, SBH) and equals the query's head axis elsewhere",
-        "Pass the number of query heads.",
-        _head_num,
-        structural=True,
-    ),
-    Rule(
-        "kv-heads",
-        "tiling",
-        "the query heads are a multiple of the key and value heads",
-        "Query head h reads key head h // (heads / kv_heads); repeat or drop key heads.",
-        _kv_heads,
-        structural=True,
-    ),
-    Rule(
-        "varlen-lists",
-        "torch",
-        "layout TND needs actual_seq_qlen and actual_seq_kvlen, of the same length, not empty",
-        "Pass the cumulative lengths without a leading 0, one entry per sequence in each.",
-        _varlen_lists,
-        structural=True,
-    ),
-    Rule(
-        "varlen-dense",
-        "documented",
-        "actual_seq_qlen and actual_seq_kvlen belong to layout TND",
-        "Leave them out, or pack the sequences into layout TND.",
-        _varlen_dense,
-    ),
-    Rule(
-        "dtype-mixed",
-        "aclnn",
-        "query, key and value have one dtype",
-        "Cast them to the same dtype.",
-        _dtype_mixed,
-        type_error=True,
-    ),
-    Rule(
-        "dtype",
-        "aclnn",
-        "the kernel computes float16, bfloat16 and float32 (float64 only off the device)",
-        "Cast query, key and value.",
-        _dtype,
-        type_error=True,
-    ),
-    Rule(
-        "batch-mismatch",
-        "tiling",
-        "query, key and value have the same batch",
-        "Expand or cut the batch axes to match.",
-        _batch,
-    ),
-    Rule(
-        "key-value-shape",
-        "tiling",
-        "key and value have the same shape except for the head size",
-        "Pass as many values as keys.",
-        _key_value,
-    ),
-    Rule(
-        "head-dim-equal",
-        "aclnn",
-        "query and key heads have the same size",
-        "Project both to one head size.",
-        _head_dim_equal,
-    ),
-    Rule(
-        "value-dim",
-        "aclnn",
-        "value heads are not larger than query heads",
-        "Pad query and key heads with zeros up to the value's size; scores do not change.",
-        _value_dim,
-    ),
-    Rule(
-        "head-dim-limit",
-        "aclnn",
-        "heads have 1 to 768 elements",
-        "Use more, smaller heads.",
-        _head_dim_limit,
-    ),
-    Rule(
-        "heads-limit",
-        "documented",
-        "there are 1 to 256 query heads",
-        "Split the heads over several calls.",
-        _heads_limit,
-    ),
-    Rule(
-        "batch-limit",
-        "documented",
-        "a dense call has 1 to 2M batch elements, a packed one 1 to 2048 sequences (longer lists "
-        "may end the process)",
-        "Split the batch, leave an empty one out; merge the padding at the end into one sequence.",
-        _batch_limit,
-    ),
-    Rule(
-        "length-limit",
-        "documented",
-        "there are at most 1,000,000 tokens (the binding checks cumulative entries only)",
-        "Split the sequence and merge the parts by their statistics.",
-        _length_limit,
-    ),
-    Rule(
-        "varlen-total",
-        "tiling",
-        "packed lengths sum to at most the number of tokens in the tensors",
-        "Check that the lists are cumulative and belong to these tensors.",
-        _varlen_total,
-    ),
-    Rule(
-        "varlen-tail",
-        "silent",
-        "query rows beyond the last sequence stay uninitialised (and, with keys beyond it, are "
-        "rejected from CANN 9.0 on) unless both lists end in 0",
-        "Append 0 to both lists, which makes those rows zero, or cut the tensors.",
-        _varlen_tail,
-    ),
-    Rule(
-        "varlen-decreasing",
-        "silent",
-        "cumulative lengths start at 0 or more and never decrease (but for zeros at the end): the "
-        "kernel takes such a sequence to be empty",
-        "Pass running totals, not the lengths themselves.",
-        _varlen_decreasing,
-    ),
+    def is_list(value: object) -> bool:
+        return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, float) or fits_int64(value)
+
+    wrong = [n for n in INTEGERS if not fits_int64(getattr(call, n))]
+    wrong += [n for n in LISTS if not is_list(getattr(call, n))]
+    wrong += [n for n in FLOATS if not is_number(getattr(call, n))]
+    wrong += [n for n in BOOLS if not isinstance(getattr(call, n), bool)]
+    wrong += [n for n in TEXTS if not isinstance(getattr(call, n), str)]
+    if wrong:
+        yield ", ".join(f"{n}={shown(getattr(call, n))}" for n in wrong)
+
+
+@rule(
+    "layout-unknown",
+    layer="torch",
+    remedy="Use one of them; BNSD is [batch, heads, tokens, head size].",
+    structural=True,
 )
+def layout_unknown(call: KernelCall, on: Target) -> Found:
+    """The input_layout is one of BSH, SBH, BSND, BNSD, TND."""
+    if call.layout not in LAYOUTS:
+        yield f"input_layout={shown(call.input_layout)}"
+
+
+@rule(
+    "rank",
+    layer="torch",
+    remedy="Reshape the tensors, or name the layout they are in.",
+    structural=True,
+)
+def rank(call: KernelCall, on: Target) -> Found:
+    """Query, key and value have the rank of the layout: 3 for BSH, SBH, TND, 4 for BSND, BNSD."""
+    if layout_unknown.broken(call, on):
+        return
+    axes = layouts.get(call.layout).rank
+    wrong = [f"{n} {s}" for n, s in _named(call).items() if len(s.shape) != axes]
+    if wrong:
+        yield f"{', '.join(wrong)} in layout {call.layout}, which has rank {axes}"
+
+
+@rule("head-num", layer="torch", remedy="Pass the number of query heads.", structural=True)
+def head_num(call: KernelCall, on: Target) -> Found:
+    """The head_num is positive, divides H (BSH, SBH) and equals the query's head axis elsewhere."""
+    if layout_unknown.broken(call, on) or rank.broken(call, on):
+        return
+    extents = layouts.get(call.layout).extents(call.query.shape)
+    if call.head_num <= 0:
+        yield f"head_num={call.head_num}"
+    elif "n d" in extents and extents["n d"] % call.head_num:
+        yield f"head_num={call.head_num} with H={extents['n d']}"
+    elif extents.get("n", call.head_num) != call.head_num:
+        yield f"head_num={call.head_num} with a query of {extents['n']} heads"
+
+
+@rule(
+    "kv-heads",
+    layer="tiling",
+    remedy="Query head h reads key head h // (heads / kv_heads); repeat or drop key heads.",
+    structural=True,
+)
+def kv_heads(call: KernelCall, on: Target) -> Found:
+    """The query heads are a multiple of the key and value heads."""
+    if any(earlier.broken(call, on) for earlier in (layout_unknown, rank, head_num)):
+        return
+    merged = layouts.get(call.layout).merges_heads
+    dim, width = call.head_dim, call.key.shape[-1]
+    if merged and (dim == 0 or width % dim):
+        yield f"key H={width} with a head size of {dim}"
+    elif call.num_kv_heads == 0 or call.num_heads % call.num_kv_heads:
+        yield f"{call.num_heads} query heads over {call.num_kv_heads} key heads"
+    elif merged and call.value.shape[-1] % call.num_kv_heads:
+        yield f"value H={call.value.shape[-1]} over {call.num_kv_heads} key heads"
+
+
+@rule(
+    "varlen-lists",
+    layer="torch",
+    remedy="Pass the cumulative lengths without a leading 0, one entry per sequence in each.",
+    structural=True,
+)
+def varlen_lists(call: KernelCall, on: Target) -> Found:
+    """Layout TND needs actual_seq_qlen and actual_seq_kvlen, of the same length, not empty."""
+    if not call.is_packed:
+        return
+    q_lens, kv_lens = call.actual_seq_qlen, call.actual_seq_kvlen
+    if not q_lens or not kv_lens:
+        yield f"actual_seq_qlen={shown(q_lens)}, actual_seq_kvlen={shown(kv_lens)}"
+    elif len(q_lens) != len(kv_lens):
+        yield f"{len(q_lens)} query lengths and {len(kv_lens)} key lengths"
+
+
+@rule(
+    "varlen-dense",
+    layer="documented",
+    remedy="Leave them out, or pack the sequences into layout TND.",
+)
+def varlen_dense(call: KernelCall, on: Target) -> Found:
+    """The lists actual_seq_qlen and actual_seq_kvlen belong to layout TND."""
+    given = call.actual_seq_qlen is not None or call.actual_seq_kvlen is not None
+    if given and not call.is_packed:
+        yield f"actual_seq lists in layout {call.layout}"
+
+
+@rule("dtype-mixed", layer="aclnn", remedy="Cast them to the same dtype.", type_error=True)
+def dtype_mixed(call: KernelCall, on: Target) -> Found:
+    """Query, key and value have one dtype."""
+    if len({spec.dtype for spec in _named(call).values()}) > 1:
+        yield ", ".join(f"{name} {spec}" for name, spec in _named(call).items())
+
+
+@rule("dtype", layer="aclnn", remedy="Cast query, key and value.", type_error=True)
+def dtype(call: KernelCall, on: Target) -> Found:
+    """The kernel computes float16, bfloat16 and float32 (float64 only off the device)."""
+    allowed = (*_DTYPES, torch.float64) if on.product == "emulator" else _DTYPES
+    if call.dtype not in allowed:
+        yield f"query {call.query}"
+
+
+@rule("batch-mismatch", layer="tiling", remedy="Expand or cut the batch axes to match.")
+def batch_mismatch(call: KernelCall, on: Target) -> Found:
+    """Query, key and value have the same batch."""
+    sizes = (call.query_sizes.batch, call.key_sizes.batch, call.value_sizes.batch)
+    if len(set(sizes)) > 1:
+        yield f"batches of query, key, value: {sizes}"
+
+
+@rule("key-value-shape", layer="tiling", remedy="Pass as many values as keys.")
+def key_value_shape(call: KernelCall, on: Target) -> Found:
+    """Key and value have the same shape except for the head size."""
+    key, value = call.key_sizes, call.value_sizes
+    if (key.length, key.heads) != (value.length, value.heads):
+        yield f"key {call.key} and value {call.value}"
+
+
+@rule("head-dim-equal", layer="aclnn", remedy="Project both to one head size.")
+def head_dim_equal(call: KernelCall, on: Target) -> Found:
+    """Query and key heads have the same size."""
+    if call.head_dim != call.key_sizes.dim:
+        yield f"query heads of {call.head_dim} and key heads of {call.key_sizes.dim}"
+
+
+@rule(
+    "value-dim",
+    layer="aclnn",
+    remedy="Pad query and key heads with zeros up to the value's size; scores do not change.",
+)
+def value_dim(call: KernelCall, on: Target) -> Found:
+    """Value heads are not larger than query heads."""
+    if call.value_dim > call.head_dim:
+        yield f"value heads of {call.value_dim} beside query heads of {call.head_dim}"
+
+
+@rule("head-dim-limit", layer="aclnn", remedy="Use more, smaller heads.")
+def head_dim_limit(call: KernelCall, on: Target) -> Found:
+    """Heads have 1 to 768 elements."""
+    if not (0 < call.head_dim <= 768 and 0 < call.value_dim <= 768):
+        yield f"heads of {call.head_dim} and {call.value_dim}"
+
+
+@rule("heads-limit", layer="documented", remedy="Split the heads over several calls.")
+def heads_limit(call: KernelCall, on: Target) -> Found:
+    """There are 1 to 256 query heads."""
+    if call.num_heads > 256:
+        yield f"{call.num_heads} heads"
+
+
+@rule(
+    "batch-limit",
+    layer="documented",
+    remedy="Split the batch, leave an empty one out; merge the padding at the end into one "
+    "sequence.",
+)
+def batch_limit(call: KernelCall, on: Target) -> Found:
+    """A dense call has 1 to 2M batch elements, a packed one 1 to 2048 sequences.
+
+    Longer lists may end the process.
+    """
+    limit = 2048 if call.is_packed else 2 * _MILLION
+    if not 0 < call.batch <= limit:
+        what = "sequences" if call.is_packed else "batch elements"
+        yield f"{call.batch} {what}, the limit is {limit}"
+
+
+@rule(
+    "length-limit",
+    layer="documented",
+    remedy="Split the sequence and merge the parts by their statistics.",
+)
+def length_limit(call: KernelCall, on: Target) -> Found:
+    """There are at most 1,000,000 tokens (the binding checks cumulative entries only)."""
+    longest = max(call.query_sizes.length, call.key_sizes.length)
+    if longest > _MILLION:
+        yield f"{longest} tokens"
+
+
+@rule(
+    "varlen-total",
+    layer="tiling",
+    remedy="Check that the lists are cumulative and belong to these tensors.",
+)
+def varlen_total(call: KernelCall, on: Target) -> Found:
+    """Packed lengths sum to at most the number of tokens in the tensors."""
+    used, have = call.total_lengths, (call.query_sizes.length, call.key_sizes.length)
+    if call.is_packed and (used[0] > have[0] or used[1] > have[1]):
+        yield f"lengths sum to {used[0]} queries and {used[1]} keys; the tensors hold {list(have)}"
+
+
+@rule(
+    "varlen-tail",
+    layer="silent",
+    source="tiling",
+    remedy="Append 0 to both lists, which makes those rows zero, or cut the tensors.",
+)
+def varlen_tail(call: KernelCall, on: Target) -> Found:
+    """Query rows beyond the last sequence stay uninitialised unless both lists end in 0.
+
+    With keys beyond it, too, they are rejected from CANN 9.0 on.
+    """
+    used_q, used_kv = call.total_lengths
+    spare_q, spare_kv = call.query_sizes.length - used_q, call.key_sizes.length - used_kv
+    lists = (call.actual_seq_qlen or (), call.actual_seq_kvlen or ())
+    q_ends, kv_ends = (given and given[-1] == 0 for given in lists)
+    if call.is_packed and spare_q > 0 and not (q_ends and (kv_ends or spare_kv <= 0)):
+        yield f"{spare_q} query rows and {spare_kv} keys lie beyond the last sequence"
+
+
+@rule(
+    "varlen-decreasing",
+    layer="silent",
+    source="tiling",
+    remedy="Pass running totals, not the lengths themselves.",
+)
+def varlen_decreasing(call: KernelCall, on: Target) -> Found:
+    """Cumulative lengths start at 0 or more and never decrease (but for zeros at the end).
+
+    The kernel takes a sequence whose length would be negative to be empty.
+    """
+    for name in ("actual_seq_qlen", "actual_seq_kvlen") if call.is_packed else ():
+        given = getattr(call, name)
+        zeros = next((n for n, total in enumerate(given[::-1]) if total), len(given))
+        if any(now < last for last, now in pairwise((0, *given[: len(given) - zeros]))):
+            yield f"{name}={shown(given)} decreases"

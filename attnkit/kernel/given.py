@@ -1,0 +1,137 @@
+"""The op's arguments by name, forward or backward: made into one record, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from attnkit.arguments import odd_kind
+from attnkit.errors import KernelContractError, KernelContractTypeError, shown
+from attnkit.kernel.arguments import fits_int64, plain
+from attnkit.kernel.atten_mask import AttenMask
+from attnkit.kernel.call import KernelCall
+from attnkit.kernel.launch import choose_version, device_product
+from attnkit.kernel.legality import Target, Violation, contract_error
+from attnkit.kernel.mask_facts import mask_facts
+from attnkit.kernel.rules.shapes import argument_type
+from attnkit.kernel.sizes import TensorSpec
+
+__all__ = ["checked_call", "forward_seeds"]
+
+_REQUIRED = ("query", "key", "value")
+_OPTIONAL = ("pse", "atten_mask", "sink", "dropout_mask")
+
+# What the forward of a call leaves for its backward, and what the output's gradient looks like.
+_RESULTS = ("dy", "softmax_max", "softmax_sum", "attention_in")
+
+
+def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
+    """Return the record of a call, and its tensors; raise one error with every broken rule.
+
+    `given` are the parameters of `fusion_attention` by name, or those of its gradient, which
+    alone have a "dy".
+    """
+    results = {name: given[name] for name in _RESULTS if "dy" in given}
+    call = _described(given, backward=bool(results))
+    specs = {name: _spec(name, tensor) for name, tensor in results.items()}
+    if given.get("softmax_in") is not None:
+        _spec("softmax_in", given["softmax_in"])
+    tensors = {name: given.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    _check_devices({**tensors, **results})
+    _check_rules(call, tensors, backward=bool(results), silent=given["allow_silent"])
+    _check_results(call, specs)
+    return call, tensors
+
+
+def forward_seeds(given: Mapping[str, Any]) -> dict[str, int]:
+    """Return the seed, offset and numels that a forward returned, given to its backward."""
+    seeds = {name: plain(name, given[name]) for name in ("seed", "offset", "numels")}
+    for name, number in seeds.items():
+        if not fits_int64(number):
+            raise contract_error([Violation(argument_type, f"{name}={shown(number)}")])
+    return seeds
+
+
+def _spec(name: str, tensor: object) -> TensorSpec:
+    if not isinstance(tensor, torch.Tensor):
+        words = f"{name}={shown(tensor)} is a {type(tensor).__name__}"
+        words = f"{name}: None given" if tensor is None else words
+        raise KernelContractTypeError(f"{words}; the op takes a torch.Tensor", ["argument-type"])
+    kind = odd_kind(tensor)
+    if kind is not None:
+        words = f"{name} is a tensor of another kind ({kind}); the op takes plain strided ones"
+        raise KernelContractTypeError(words, ["argument-type"])
+    return TensorSpec.of(tensor)
+
+
+def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
+    """Make the record; parameters that are not fields of it are left aside."""
+    arguments: dict[str, Any] = {}
+    for name in (f.name for f in fields(KernelCall) if f.name in given):
+        value = given[name]
+        if name in _REQUIRED or (name in (*_OPTIONAL, "padding_mask") and value is not None):
+            arguments[name] = _spec(name, value)
+        else:
+            arguments[name] = plain(name, value)
+    if given["atten_mask"] is not None:
+        arguments["atten_mask"] = AttenMask.of(given["atten_mask"])
+    if backward:
+        # The seeds are what the forward returned, not a wish; the rules about wishes do not apply.
+        arguments |= {"seed": 0, "offset": 0}
+    call = KernelCall(**arguments)
+    wrong = argument_type.broken(call, Target())
+    if wrong is not None:
+        raise contract_error([Violation(argument_type, wrong)])
+    return call
+
+
+def _check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    given = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise KernelContractError(f"the tensors are on different devices: {places}", ["device"])
+
+
+def _check_rules(
+    call: KernelCall, tensors: Mapping[str, Any], *, backward: bool, silent: bool
+) -> None:
+    query = tensors["query"]
+    trained = any(_wants_grad(tensors[name]) for name in (*_REQUIRED, "sink"))
+    product = device_product(query.device) if query.device.type == "npu" else "emulator"
+    version = choose_version(call)
+
+    def broken(mask: torch.Tensor | None) -> tuple[Violation, ...]:
+        return call.violations(
+            version=version,
+            product=product,
+            training=backward or trained,
+            learnable_bias=_wants_grad(tensors["pse"]),
+            mask_facts=mask_facts(call, mask),
+        )
+
+    found = broken(None)
+    if not found and not silent:
+        # Content is looked at last: it makes sense only for shapes that are in order.
+        found = broken(tensors["atten_mask"])
+    blocking = [v for v in found if not (silent and v.layer == "silent")]
+    if blocking:
+        raise contract_error(blocking)
+
+
+def _wants_grad(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _check_results(call: KernelCall, given: Mapping[str, TensorSpec]) -> None:
+    """Refuse a gradient, an output or statistics that the forward of a call does not have."""
+    for name, spec in given.items():
+        is_stats = name.startswith("softmax")
+        subject, wanted = ("stats", call.stats) if is_stats else ("grad", call.output)
+        words = f"{name} is {spec}; the forward of this call has {wanted}"
+        if spec.shape != wanted.shape:
+            raise KernelContractError(words, [f"{subject}-shape"])
+        if spec.dtype != wanted.dtype:
+            raise KernelContractTypeError(words, [f"{subject}-dtype"])
