@@ -5,6 +5,7 @@ and the rest.
 """
 
 from attnkit.doctor.cases import CASES, Case
-from attnkit.doctor.suite import DTYPES, Check, Result, run_case, run_suite
+from attnkit.doctor.compare import Check
+from attnkit.doctor.suite import DTYPES, Result, run_case, run_suite
 
 __all__ = ["CASES", "DTYPES", "Case", "Check", "Result", "run_case", "run_suite"]

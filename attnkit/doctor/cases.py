@@ -89,20 +89,17 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        lens = self.seqlens
-        batch = self.batch if lens is None else 1
-        q_len = self.q_len if lens is None else lens.total_q
-        kv_len = self.kv_len if lens is None else lens.total_kv
-        layout = layouts.get(self.layout)
-        query, key, value, grad = (
-            draw(*layout.shape(Sizes(batch, length, heads, dim)))
-            for length, heads, dim in (
-                (q_len, self.heads, self.dim),
-                (kv_len, self.kv_heads, self.dim),
-                (kv_len, self.kv_heads, self.value_dim),
-                (q_len, self.heads, self.value_dim),
-            )
+        batch, q_len, kv_len = self.batch, self.q_len, self.kv_len
+        if self.seqlens is not None:
+            batch, q_len, kv_len = 1, self.seqlens.total_q, self.seqlens.total_kv
+        sizes = (
+            Sizes(batch, q_len, self.heads, self.dim),
+            Sizes(batch, kv_len, self.kv_heads, self.dim),
+            Sizes(batch, kv_len, self.kv_heads, self.value_dim),
+            Sizes(batch, q_len, self.heads, self.value_dim),
         )
+        layout = layouts.get(self.layout)
+        query, key, value, grad = (draw(*layout.shape(of)) for of in sizes)
         bias = self.pse
         if self.matrix:
             matrix = pse.Dense(draw(*self.matrix), before_scale=self.before_scale)
@@ -139,13 +136,18 @@ _DOCUMENTS = masks.Documents([7, 11, 6])
 _EVEN = SeqLens([9, 4, 11])
 _LONGER = SeqLens([50, 64, 30])
 _UNEVEN = SeqLens([5, 0, 12, 7], [5, 3, 12, 9])
-_PIECES = _WINDOW | (_CAUSAL & masks.Columns(0, 2))
+_WINDOW_AND_START = _WINDOW | (_CAUSAL & masks.Columns(0, 2))
 _HEADS = masks.PerHead([_CAUSAL, masks.Full(), masks.Band(2, 2), _CAUSAL])
 _SQUARE = AttenMask.full((24, 24), [Region.of(Slice(0, 24, 0, 24, lo=-9, hi=4))])
 _PREFIXED = AttenMask.full(
     (2, 1, 24, 24),
     [Region.of(Slice(0, 24, 0, 24, hi=0)) | Region.of(Slice(0, 24, 0, n)) for n in (6, 11)],
 )
+_CUT = (("atten_mask", AttenMask.causal()), ("pre_tokens", 24))
+_WIDE: dict[str, Any] = {"q_len": 64, "kv_len": 64}
+# Longer than one tile of the emulator, and of most kernels.
+_TILES: dict[str, Any] = {"batch": 1, "q_len": 400, "kv_len": 400, "heads": 2}
+_TILES |= {"dim": 64, "value_dim": 64, "quick": False}
 
 
 def _grouped(group: str, *cases: Case) -> tuple[Case, ...]:
@@ -171,60 +173,17 @@ _MODES = _grouped(
         "mode-7",
         layout="TND",
         seqlens=SeqLens([9, 4, 11], [9, 4, 14]),
-        call=(
-            ("atten_mask", AttenMask.causal()),
-            ("sparse_mode", 7),
-            ("pre_tokens", 24),
-            ("next_tokens", -2),
-        ),
+        call=(*_CUT, ("sparse_mode", 7), ("next_tokens", -2)),
     ),
     Case(
         "mode-8",
         layout="TND",
         seqlens=_EVEN,
-        call=(
-            ("atten_mask", AttenMask.causal()),
-            ("sparse_mode", 8),
-            ("pre_tokens", 24),
-            ("next_tokens", 2),
-        ),
+        call=(*_CUT, ("sparse_mode", 8), ("next_tokens", 2)),
     ),
-    Case(
-        "mode-3-tiles",
-        _CAUSAL,
-        batch=1,
-        q_len=400,
-        kv_len=400,
-        heads=2,
-        kv_heads=1,
-        dim=64,
-        value_dim=64,
-        quick=False,
-    ),
-    Case(
-        "mode-4-tiles",
-        _CAUSAL & masks.SlidingWindow(150),
-        batch=1,
-        q_len=400,
-        kv_len=400,
-        heads=2,
-        kv_heads=1,
-        dim=64,
-        value_dim=64,
-        quick=False,
-    ),
-    Case(
-        "mode-6-tiles",
-        masks.PrefixLM(170),
-        batch=1,
-        q_len=400,
-        kv_len=400,
-        heads=2,
-        kv_heads=1,
-        dim=64,
-        value_dim=64,
-        quick=False,
-    ),
+    Case("mode-3-tiles", _CAUSAL, kv_heads=1, **_TILES),
+    Case("mode-4-tiles", _CAUSAL & masks.SlidingWindow(150), kv_heads=1, **_TILES),
+    Case("mode-6-tiles", masks.PrefixLM(170), kv_heads=1, **_TILES),
 )
 _MASKS = _grouped(
     "masks",
@@ -254,22 +213,16 @@ _EMPTY = _grouped(
 )
 _MERGES = _grouped(
     "merged calls",
-    Case("merge-two-calls", _PIECES, q_len=64, kv_len=64, merges=True),
-    Case("merge-two-calls-sink", _PIECES, q_len=64, kv_len=64, sink=True, merges=True),
-    Case("merge-packed", _PIECES, layout="TND", seqlens=_LONGER, merges=True),
+    Case("merge-two-calls", _WINDOW_AND_START, merges=True, **_WIDE),
+    Case("merge-two-calls-sink", _WINDOW_AND_START, sink=True, merges=True, **_WIDE),
+    Case("merge-packed", _WINDOW_AND_START, layout="TND", seqlens=_LONGER, merges=True),
     Case("merge-heads", _HEADS, merges=True),
     Case(
         "merge-tiles",
         (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
         merges=True,
-        batch=1,
-        q_len=400,
-        kv_len=400,
-        heads=2,
         kv_heads=2,
-        dim=64,
-        value_dim=64,
-        quick=False,
+        **_TILES,
     ),
 )
 _BIASES = _grouped(
@@ -298,7 +251,7 @@ _LAYOUTS = _grouped(
     Case("scale", _CAUSAL, scale=0.37),
 )
 # Value heads as wide as there are keys: with the unit matrix for values, weights can be read.
-_DROP: dict[str, Any] = {"dropout": 0.25, "dim": 64, "value_dim": 64, "q_len": 64, "kv_len": 64}
+_DROP: dict[str, Any] = {"dropout": 0.25, "dim": 64, "value_dim": 64, **_WIDE}
 _DROPOUT = _grouped(
     "dropout",
     Case("dropout-full", **_DROP),
@@ -306,7 +259,7 @@ _DROPOUT = _grouped(
     Case("dropout-heads", _CAUSAL, layout="BNSD", kv_heads=2, **_DROP),
     Case("dropout-sbh", _CAUSAL, layout="SBH", **_DROP),
     Case("dropout-packed", _CAUSAL, layout="TND", seqlens=_LONGER, **_DROP),
-    Case("dropout-merge", _PIECES, merges=True, **_DROP),
+    Case("dropout-merge", _WINDOW_AND_START, merges=True, **_DROP),
 )
 
 CASES: tuple[Case, ...] = (

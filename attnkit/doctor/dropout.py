@@ -15,7 +15,7 @@ from torch import Tensor
 from attnkit import layouts
 from attnkit.backends import Operands, run_plan
 from attnkit.doctor.cases import Case, Inputs
-from attnkit.doctor.suite import Check, compare
+from attnkit.doctor.compare import Check, compare, evaluate
 from attnkit.planner import Plan
 
 __all__ = ["check_dropout"]
@@ -28,24 +28,43 @@ _SEED = 7
 def check_dropout(case: Case, plan: Plan, device: str, dtype: torch.dtype) -> list[Check]:
     """Return the keep rate, the scaling, the gradients, and whether draws differ and repeat."""
     given = _with_unit_values(case, case.inputs(dtype), dtype)
-    request = replace(plan.request, dropout=0.0, device="cpu")
-    definition = Plan("reference", request)
-    weights, exact_grads = _weights(case, definition, given, torch.float64)
-    found, found_grads = _run(case, plan, given, device)
-    decided = [w > 0 for w in weights]
-    kept = [(f != 0) & d for f, d in zip(found, decided, strict=True)]
-    cells, survivors = (sum(int(t.sum()) for t in ts) for ts in (decided, kept))
+    found = evaluate(plan, given, device, dtype)
+    output = _rows(case, found["output"], case.heads)
+    leaves = {
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in (("query", given.query), ("key", given.key), ("value", given.value))
+    }
+    # Not the leaf for values: its gradient comes from the survivors alone.
+    operands = Operands(leaves["query"], leaves["key"], given.value.double())
+    definition = Plan("reference", replace(plan.request, dropout=0.0, device="cpu"))
+    weights = _rows(case, run_plan(definition, operands).output, case.heads)
+    decided = [weight > 0 for weight in weights]
+    kept = [(row != 0) & known for row, known in zip(output, decided, strict=True)]
+    cells, survivors = (sum(int(t.sum()) for t in some) for some in (decided, kept))
     rate, sigma = survivors / cells, (case.dropout * (1 - case.dropout) / cells) ** 0.5
     checks = [Check("keep rate, distance", abs(rate - 1 + case.dropout), _SIGMAS * sigma)]
-    factor = 1 / (1 - case.dropout)
-    wanted = [w.detach() * k * factor for w, k in zip(weights, kept, strict=True)]
-    rounded = [w.to(dtype).double() for w in wanted]
-    checks += compare("survivors", _flat(found), _flat(wanted), _flat(rounded), dtype)
-    gradients = exact_grads([k * factor for k in kept])
-    for name, tensor in found_grads.items():
-        exact = gradients[name]
-        checks += compare(name, tensor, exact, exact.to(dtype).double(), dtype)
+    used = [w * k / (1 - case.dropout) for w, k in zip(weights, kept, strict=True)]
+    values = _rows(case, leaves["value"], case.kv_heads, keys=True)
+    product = _summed_product(used, values, _rows(case, given.grad.double(), case.heads))
+    exact = {"survivors": _flat(used).detach()}
+    for name, gradient in zip(
+        leaves, torch.autograd.grad(product, list(leaves.values())), strict=True
+    ):
+        exact[f"gradient of {name}"] = gradient
+    for name, wanted in exact.items():
+        tensor = _flat(output) if name == "survivors" else found[name]
+        checks += compare(name, tensor, wanted, wanted.to(dtype).double(), dtype)
     return [*checks, *_draws(plan, given, device)]
+
+
+def _summed_product(weights: list[Tensor], values: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """Return the number whose gradients are those of the output with these weights."""
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, value, grad in zip(weights, values, grads, strict=True):
+        wide = value.repeat_interleave(weight.shape[1] // value.shape[1], dim=1)
+        product = einsum(weight[..., : wide.shape[2]], wide, "b n i j, b n j d -> b n i d")
+        total = total + (product * grad).sum()
+    return total
 
 
 def _draws(plan: Plan, given: Inputs, device: str) -> list[Check]:
@@ -63,15 +82,12 @@ def _draws(plan: Plan, given: Inputs, device: str) -> list[Check]:
 
 def _with_unit_values(case: Case, given: Inputs, dtype: torch.dtype) -> Inputs:
     """Put the unit matrix in the place of every sequence's values."""
-    layout = layouts.get(case.layout)
-    if case.seqlens is not None:
-        local = torch.cat([torch.arange(n) for n in case.seqlens.kv])
-        unit = torch.eye(case.value_dim, dtype=dtype)[local]
-        value = unit[:, None].expand(-1, case.kv_heads, -1).contiguous()
-    else:
-        unit = torch.eye(case.kv_len, case.value_dim, dtype=dtype)
-        shape = (case.batch, case.kv_heads, -1, -1)
-        value = layout.from_bnsd(unit.expand(*shape).contiguous())
+    layout, lens = layouts.get(case.layout), case.seqlens
+    lengths = (case.kv_len,) * case.batch if lens is None else lens.kv
+    units = [
+        torch.eye(n, case.value_dim, dtype=dtype).expand(1, case.kv_heads, -1, -1) for n in lengths
+    ]
+    value = layout.from_bnsd(torch.cat(units)) if lens is None else layout.join(units)
     return replace(given, value=value.contiguous())
 
 
@@ -85,52 +101,3 @@ def _rows(case: Case, tensor: Tensor, heads: int, keys: bool = False) -> list[Te
 
 def _flat(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _run(
-    case: Case, plan: Plan, given: Inputs, device: str
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return the device's output in rows, and its gradients, in float64 on the CPU."""
-    named = {"query": given.query, "key": given.key, "value": given.value}
-    leaves = {n: t.detach().to(device, copy=True).requires_grad_() for n, t in named.items()}
-    output = run_plan(plan, Operands(leaves["query"], leaves["key"], leaves["value"])).output
-    torch.autograd.backward(output, given.grad.to(device))
-    gradients = {
-        f"gradient of {name}": leaf.grad.cpu().double()
-        for name, leaf in leaves.items()
-        if leaf.grad is not None
-    }
-    return _rows(case, output.detach().cpu().double(), case.heads), gradients
-
-
-class _Gradients:
-    """The exact gradients of attention whose weights are multiplied by given factors."""
-
-    def __init__(
-        self, case: Case, weights: list[Tensor], leaves: dict[str, Tensor], grad: Tensor
-    ) -> None:
-        self.case, self.weights, self.leaves, self.grad = case, weights, leaves, grad
-
-    def __call__(self, factors: list[Tensor]) -> dict[str, Tensor]:
-        case, group = self.case, self.case.heads // self.case.kv_heads
-        values = _rows(case, self.leaves["value"], case.kv_heads, keys=True)
-        grads = _rows(case, self.grad.double(), case.heads)
-        total = torch.zeros((), dtype=torch.float64)
-        for weight, factor, value, grad in zip(self.weights, factors, values, grads, strict=True):
-            wide = value.repeat_interleave(group, dim=1)
-            used = (weight * factor)[..., : wide.shape[2]]
-            total = total + (einsum(used, wide, "b n i j, b n j d -> b n i d") * grad).sum()
-        found = torch.autograd.grad(total, list(self.leaves.values()))
-        return {f"gradient of {n}": g for n, g in zip(self.leaves, found, strict=True)}
-
-
-def _weights(
-    case: Case, definition: Plan, given: Inputs, dtype: torch.dtype
-) -> tuple[list[Tensor], _Gradients]:
-    """Return the softmax weights without dropout, and how gradients follow from them."""
-    named = {"query": given.query, "key": given.key, "value": given.value}
-    leaves = {n: t.detach().to(dtype, copy=True).requires_grad_() for n, t in named.items()}
-    unit = given.value.to(dtype)  # not the leaf: its gradient comes from the survivors alone
-    output = run_plan(definition, Operands(leaves["query"], leaves["key"], unit)).output
-    weights = _rows(case, output, case.heads)
-    return weights, _Gradients(case, weights, leaves, given.grad)

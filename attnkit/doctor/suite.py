@@ -8,45 +8,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from attnkit.backends import Operands, make_plan, run_plan
+from attnkit.backends import make_plan
 from attnkit.doctor.cases import CASES, Case, Inputs, Regions
+from attnkit.doctor.compare import Check, check_values
+from attnkit.doctor.dropout import check_dropout
 from attnkit.errors import BackendRefused
 from attnkit.kernel import KernelCall
 from attnkit.planner import Composition, Launch, Plan, read_request
 from attnkit.planner.blocks import tile_whole
 from attnkit.planner.candidates import Form
 
-__all__ = ["DTYPES", "Check", "Result", "compare", "make_case_plan", "run_case", "run_suite"]
+__all__ = ["DTYPES", "Result", "make_case_plan", "run_case", "run_suite"]
 
 Status = Literal["passed", "failed", "refused", "error"]
-Results = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that the kernel computes in."""
-
-# Two computations of one formula in one precision differ from the exact value by errors of one
-# size, but one may round in more places. Sums are kept in float32 in any case: where that is
-# the precision of the result as well, their order and the device's own exp() show in it.
-_WORSE = {torch.float32: 32.0, torch.float16: 8.0, torch.bfloat16: 8.0}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One figure of a case and the limit that it has to keep."""
-
-    name: str
-    value: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure keeps the limit; a NaN does not."""
-        return self.value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.value:.3g}, allowed {self.limit:.3g}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +87,6 @@ def run_case(
     dtype: torch.dtype = torch.float32,
 ) -> Result:
     """Run one case and compare it with the reference in float64."""
-    from attnkit.doctor.dropout import check_dropout
-
     started = time.perf_counter()
     result = Result(
         case.name, case.group, str(dtype).removeprefix("torch."), case.composition, "passed"
@@ -187,78 +163,3 @@ def _describe(step: Launch) -> str:
 
 
 _SHAPES = ("query", "key", "value", "head_num", "scale")
-
-
-# -- values and gradients ------------------------------------------------------------------
-
-
-def check_values(case: Case, plan: Plan, device: str, dtype: torch.dtype) -> list[Check]:
-    """Compare output, statistics and gradients with the reference in float64."""
-    given = case.inputs(dtype)
-    definition = Plan("reference", replace(plan.request, device="cpu"))
-    exact = _evaluate(definition, given, "cpu", torch.float64)
-    same = _evaluate(definition, given, "cpu", dtype)
-    found = _evaluate(plan, given, device, dtype)
-    checks: list[Check] = []
-    for name, tensor in found.items():
-        checks += compare(name, tensor, exact[name], same[name], dtype)
-    return checks
-
-
-def _evaluate(plan: Plan, given: Inputs, device: str, dtype: torch.dtype) -> Results:
-    """Return output, statistics and gradients as float64 on the CPU."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        # A copy in any case: two runs that shared a leaf would add up their gradients.
-        return tensor.detach().to(dtype).to(device, copy=True)
-
-    named = {"query": given.query, "key": given.key, "value": given.value}
-    named |= {"sink": given.sink} if given.sink is not None else {}
-    leaves = {name: moved(tensor).requires_grad_() for name, tensor in named.items()}
-    bias = given.pse
-    if bias is not None and bias.tensors:
-        from attnkit.backends.rebind import rebound
-
-        bias = rebound(bias, [moved(tensor) for tensor in bias.tensors])
-    operands = Operands(leaves["query"], leaves["key"], leaves["value"], bias, leaves.get("sink"))
-    output, stats = run_plan(plan, operands)
-    torch.autograd.backward(output, moved(given.grad))
-    found = {"output": output, "max": stats.max, "sum": stats.sum}
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
-            found[f"gradient of {name}"] = leaf.grad
-    return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
-
-
-def compare(
-    name: str, found: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype
-) -> tuple[Check, Check]:
-    """Return the largest error and the root mean square one, with their limits.
-
-    The limits are a few times what rounding to `dtype` costs: the error of the reference in
-    that dtype (`same`), or of one rounding, whichever is larger. The second figure averages
-    over roundings, and so shows a small factor that the first one cannot tell from them.
-    """
-    eps, worse = torch.finfo(dtype).eps, _WORSE[dtype]
-    rounding = max(eps / 4, torch.finfo(torch.float32).eps)  # of one number, root mean square
-    size, mean = _largest(exact.nan_to_num(0.0, 0.0, 0.0)), _mean(exact.nan_to_num(0.0, 0.0, 0.0))
-    gap, own = _gap(found, exact), _gap(same, exact)
-    return (
-        Check(f"{name}, largest error", _largest(gap), worse * max(_largest(own), eps * size)),
-        Check(f"{name}, mean error", _mean(gap), worse * max(_mean(own), rounding * mean)),
-    )
-
-
-def _gap(one: Tensor, other: Tensor) -> Tensor:
-    """Return the differences; equal infinities do not differ, a NaN always does."""
-    if one.shape != other.shape:
-        return torch.full((1,), torch.inf, dtype=torch.float64)
-    return torch.where(one == other, 0.0, (one - other).abs()).nan_to_num(torch.inf)
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _mean(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0

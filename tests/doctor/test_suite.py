@@ -12,7 +12,8 @@ import torch
 
 from attnkit.backends import emulated
 from attnkit.doctor import CASES, DTYPES, Case, Check, run_case, run_suite
-from attnkit.doctor.suite import compare, make_case_plan
+from attnkit.doctor.compare import compare
+from attnkit.doctor.suite import make_case_plan
 from attnkit.kernel import Gradients, emulate, emulate_grad
 from attnkit.masks import Causal
 
