@@ -14,7 +14,7 @@ import torch
 
 from attnkit.doctor import report as reports
 from attnkit.doctor.cases import CASES, Case
-from attnkit.doctor.findings import Target, find_target, findings, npu_absence
+from attnkit.doctor.findings import Machine, find_machine, findings, npu_absence
 from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.report import Report
 from attnkit.doctor.screen import Screen
@@ -65,17 +65,17 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         for case in CASES:
             screen.line(f"{case.name:<24} {case.composition}")
         return GOOD
-    target = _target(arguments.device)
-    quick = arguments.quick or not (arguments.full or target.is_hardware)
+    machine = _machine(arguments.device)
+    quick = arguments.quick or not (arguments.full or machine.is_hardware)
     jobs = _jobs(quick, arguments.only)
     out = arguments.out or (None if arguments.json else Path(DEFAULT_FILE))
     level = "selected" if arguments.only else "quick" if quick else "full"
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report = Report(target, level, started, expected=len(jobs))
+    report = Report(machine, level, started, expected=len(jobs))
     _save(report, out)  # a file that cannot be written is known now, not in an hour
     screen.quiet = arguments.json
     try:
-        with _threads(1 if not target.is_hardware else torch.get_num_threads()):
+        with _threads(1 if not machine.is_hardware else torch.get_num_threads()):
             _examine(report, jobs, out, screen, timings=not arguments.only, quick=quick)
         report.status = "complete"
     except KeyboardInterrupt:
@@ -93,10 +93,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return FAILED if report.failures else GOOD
 
 
-def _target(device: str) -> Target:
+def _machine(device: str) -> Machine:
     absence = npu_absence()
     if device == "auto":
-        return find_target("cpu" if absence else "npu:0")
+        return find_machine("cpu" if absence else "npu:0")
     if device.partition(":")[0] == "npu" and absence:
         raise NoNpu(f"--device {device}: {absence}")
     try:
@@ -104,12 +104,12 @@ def _target(device: str) -> Target:
     except RuntimeError:
         raise UsageError(f"--device {device}: no such device; try npu, npu:1, cpu") from None
     if kind == "npu":
-        return find_target(device if ":" in device else "npu:0")
+        return find_machine(device if ":" in device else "npu:0")
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} of them")
-    return find_target(device)
+    return find_machine(device)
 
 
 def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
@@ -151,30 +151,30 @@ def _examine(
     report: Report, jobs: list[Job], out: Path | None, screen: Screen, *, timings: bool, quick: bool
 ) -> None:
     """Fill the report; whoever interrupts this keeps what is in it."""
-    target = report.target
-    screen.line(f"attnkit doctor: {target.label}")
-    report.findings = findings(target)
+    machine = report.machine
+    screen.line(f"attnkit doctor: {machine.label}")
+    report.findings = findings(machine)
     for label, text in reports.told_findings(report.findings):
         screen.line(f"  {label:<24} {text}")
     with screen.progress("conformance", len(jobs)) as bar:
         for case, dtype in jobs:
-            result = run_case(case, backend=target.backend, device=target.device, dtype=dtype)
+            result = run_case(case, backend=machine.backend, device=machine.device, dtype=dtype)
             report.results.append(result)
             bar.advance(result.name)
             _save(report, out)  # a device that takes the process down leaves this much
     if not timings:
         return
-    total = len(list(make_timing_cases(target, quick)))
+    total = len(list(make_timing_cases(machine, quick)))
     with screen.progress("timing", total) as bar:
-        dtype = torch.bfloat16 if target.is_hardware else torch.float32
+        dtype = torch.bfloat16 if machine.is_hardware else torch.float32
 
         def keep(timing: Timing) -> None:
             report.timings.append(timing)
             bar.advance(timing.name)
             _save(report, out)
 
-        run_timings(target, quick, dtype, keep)
-    if target.is_hardware:
+        run_timings(machine, quick, dtype, keep)
+    if machine.is_hardware:
         report.fit = fit_weights(samples_of(report.timings))
 
 
@@ -191,10 +191,10 @@ def _threads(count: int) -> Iterator[None]:
 
 def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
     if report.results:
-        screen.line(f"conformance, on {report.target.label}:")
+        screen.line(f"conformance, on {report.machine.label}:")
         screen.table(("cases", "passed", "failed", "refused"), report.rows())
     if report.timings:
-        screen.line(f"forward pass, on {report.target.label}:")
+        screen.line(f"forward pass, on {report.machine.label}:")
         titles = ("composition", "plan, us", "dense mask", "torch SDPA")
         screen.table(titles, report.timing_rows())
     if report.fit is not None:
@@ -208,18 +208,18 @@ def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
     for text in reports.told_refusals(report.results):
         screen.line(text)
     for result in report.failures:
-        for text in reports.told_failure(result, _rerun(result, report.target)):
+        for text in reports.told_failure(result, _rerun(result, report.machine)):
             screen.line(text)
     counts = report.counts
     failed = counts["failed"] + counts["error"]
     screen.line(
         f"{report.status}: {counts['passed']} passed, {failed} failed, {counts['refused']} "
-        f"refused of {report.expected} cases on {report.target.label}"
+        f"refused of {report.expected} cases on {report.machine.label}"
     )
     if out is not None:
         screen.line(f"report: {out}")
 
 
-def _rerun(result: Result, target: Target) -> str:
+def _rerun(result: Result, machine: Machine) -> str:
     name = shlex.quote(result.name)
-    return f"python -m attnkit doctor --device {target.device} --only {name}"
+    return f"python -m attnkit doctor --device {machine.device} --only {name}"

@@ -18,13 +18,13 @@ from attnkit.kernel import OP_VERSIONS
 from attnkit.masks import Causal, SlidingWindow
 from attnkit.planner import Composition, Request, read_request
 
-__all__ = ["Target", "find_target", "findings", "npu_absence"]
+__all__ = ["Machine", "find_machine", "findings", "npu_absence"]
 
 EMULATOR = "emulator, not hardware"
 
 
 @dataclass(frozen=True)
-class Target:
+class Machine:
     """What the suite runs on: a backend, a device, and a name that says whether it is real."""
 
     backend: str
@@ -54,21 +54,21 @@ def npu_absence() -> str | None:
     return None
 
 
-def find_target(device: str) -> Target:
-    """Return the target on a device: an NPU is tested, everything else emulates one.
+def find_machine(device: str) -> Machine:
+    """Return what a device is tested with: an NPU is tested, everything else emulates one.
 
     Raises `NoNpu` for an NPU beyond those that there are; `npu_absence` says if there is any.
     """
     if torch.device(device).type != "npu":
-        return Target("emulated", device, f"{EMULATOR} (on {device})")
+        return Machine("emulated", device, f"{EMULATOR} (on {device})")
     npu: Any = getattr(torch, "npu", None)
     count = npu.device_count()
     if (torch.device(device).index or 0) >= count:
         raise NoNpu(f"{device} is not there; this machine has npu:0 to npu:{count - 1}")
-    return Target("ascend", device, f"{device}, {npu.get_device_name(torch.device(device))}")
+    return Machine("ascend", device, f"{device}, {npu.get_device_name(torch.device(device))}")
 
 
-def findings(target: Target) -> dict[str, Any]:
+def findings(machine: Machine) -> dict[str, Any]:
     """Return what is installed and what each backend would say, as plain data."""
     absence = npu_absence()
     return {
@@ -81,7 +81,7 @@ def findings(target: Target) -> dict[str, Any]:
         "npu": absence or "usable",
         "devices": _devices(absence is None),
         "ops": {name: _arguments(op.op) for name, op in OP_VERSIONS.items() if "." not in op.op},
-        "backends": _backends(target.device),
+        "backends": _backends(machine.device),
     }
 
 

@@ -7,7 +7,7 @@ launches and small launches. Its coefficients, turned over for the first two, ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -36,10 +36,6 @@ class Fit:
     samples: int
     median_error: float
     worst_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def samples_of(timings: Iterable[Any]) -> list[Sample]:
@@ -70,12 +66,8 @@ def fit_weights(samples: Sequence[Sample], start: Chip | None = None) -> Fit | N
         rest = times - rows[:, fixed] @ found[fixed]
         scaled = rows[:, free] / times[:, None]
         units = scaled.abs().amax(0)
-        solved = (
-            torch.linalg.lstsq(scaled / units, (rest / times)[:, None], driver="gelsd").solution[
-                :, 0
-            ]
-            / units
-        )
+        wanted = (rest / times)[:, None]
+        solved = torch.linalg.lstsq(scaled / units, wanted, driver="gelsd").solution[:, 0] / units
         negative = [k for k, value in zip(free, solved, strict=True) if value <= 0]
         if not negative:
             found[free] = solved

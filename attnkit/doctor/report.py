@@ -7,11 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from attnkit.doctor.findings import Target
+from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import Fit
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Timing
@@ -28,7 +28,7 @@ _MOST_REASONS = 3
 class Report:
     """What the doctor has found so far; `status` is "running" until it says otherwise."""
 
-    target: Target
+    machine: Machine
     level: str
     started: str
     expected: int
@@ -51,27 +51,27 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        note = "" if self.target.is_hardware else "timings of an emulator; no weights follow"
+        note = "" if self.machine.is_hardware else "timings of an emulator; no weights follow"
         return {
             "format": FORMAT,
             "report": "attnkit doctor",
             "status": self.status,
-            "target": self.target.label,
-            "hardware": self.target.is_hardware,
-            "backend": self.target.backend,
-            "device": self.target.device,
+            "target": self.machine.label,
+            "hardware": self.machine.is_hardware,
+            "backend": self.machine.backend,
+            "device": self.machine.device,
             "level": self.level,
             "started": self.started,
             "findings": self.findings,
             "summary": {"expected": self.expected, **self.counts},
             "cases": [result.to_dict() for result in self.results],
             "timings": {
-                "target": self.target.label,
+                "target": self.machine.label,
                 "note": note,
                 "unit": "ns, median of a forward pass",
-                "rows": [timing.to_dict() for timing in self.timings],
+                "rows": [asdict(timing) for timing in self.timings],
             },
-            "weights": None if self.fit is None else self.fit.to_dict(),
+            "weights": None if self.fit is None else asdict(self.fit),
         }
 
     def text(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnkit.backends import Operands, run_plan
-from attnkit.doctor.cases import Case
-from attnkit.doctor.findings import Target
+from attnkit.doctor.cases import Case, Inputs
+from attnkit.doctor.findings import Machine
 from attnkit.doctor.suite import make_case_plan
 from attnkit.errors import BackendRefused
 from attnkit.kernel import AttenMask
 from attnkit.masks import Causal, Columns, Documents, Full, Mask, PrefixLM, SlidingWindow
-from attnkit.planner import Plan, Price
+from attnkit.planner import Plan
 from attnkit.planner.plan import Solution
 
 __all__ = ["Timing", "make_timing_cases", "run_timings", "time_case"]
@@ -42,27 +42,22 @@ class Timing:
 
     name: str
     length: int
-    rounds: int
-    plan: float | None
-    dense: float | None
-    sdpa: float | None
-    plan_counts: dict[str, float]
-    dense_counts: dict[str, float]
-    calls: tuple[str, ...]
+    rounds: int = 0
+    plan: float | None = None
+    dense: float | None = None
+    sdpa: float | None = None
+    plan_counts: dict[str, float] = field(default_factory=dict)
+    dense_counts: dict[str, float] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
-
-def make_timing_cases(target: Target, quick: bool) -> Iterator[Case]:
-    """Yield the compositions to time, at lengths that suit the target."""
-    if not target.is_hardware:
-        lengths: tuple[int, ...] = (128,) if quick else (256,)
-    else:
-        lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
-    for length in lengths:
+def make_timing_cases(machine: Machine, quick: bool) -> Iterator[Case]:
+    """Yield the compositions to time, at lengths that suit the machine."""
+    real = machine.is_hardware
+    lengths = (1024, 4096) if quick else (512, 1024, 2048, 4096, 8192)
+    heads, dim = (8, 128) if real else (2, 32)
+    for length in lengths if real else (128 if quick else 256,):
         window = _CAUSAL & SlidingWindow(length // 8)
         named: dict[str, Mask] = {
             "full": Full(),
@@ -72,7 +67,6 @@ def make_timing_cases(target: Target, quick: bool) -> Iterator[Case]:
             "documents": _CAUSAL & Documents([length // 4] * 4),
             "window-and-first-keys": window | (_CAUSAL & Columns(0, 64)),
         }
-        heads, dim = (8, 128) if target.is_hardware else (2, 32)
         for name, mask in named.items():
             yield Case(
                 f"{name}-{length}",
@@ -89,86 +83,76 @@ def make_timing_cases(target: Target, quick: bool) -> Iterator[Case]:
 
 
 def run_timings(
-    target: Target,
+    machine: Machine,
     quick: bool,
     dtype: torch.dtype,
     on_timing: Callable[[Timing], None] = lambda timing: None,
 ) -> list[Timing]:
     """Time every case, and tell each as soon as it is known."""
     found = []
-    for case in make_timing_cases(target, quick):
-        rounds = 20 if target.is_hardware else 3
+    for case in make_timing_cases(machine, quick):
         try:
-            found.append(time_case(case, target, dtype, rounds))
+            found.append(time_case(case, machine, dtype, 20 if machine.is_hardware else 3))
         except Exception as error:  # such as a device out of memory: the next may fit again
             note = f"{type(error).__name__}: {error}"
-            found.append(Timing(case.name, case.q_len, 0, None, None, None, {}, {}, (), (note,)))
+            found.append(Timing(case.name, case.q_len, notes=(note,)))
         on_timing(found[-1])
     return found
 
 
-def time_case(case: Case, target: Target, dtype: torch.dtype, rounds: int) -> Timing:
+def time_case(case: Case, machine: Machine, dtype: torch.dtype, rounds: int) -> Timing:
     """Time a composition as planned, with a dense mask, and with torch's own function."""
-    given = case.inputs(dtype)
-    q, k, v = (t.to(target.device) for t in (given.query, given.key, given.value))
-    plan = make_case_plan(case, given, target.backend, target.device)
-    dense = _dense_plan(case, plan, target)
-    allowed = case.mask.materialize(case.q_len, case.kv_len).to(target.device)
-    forms: dict[str, Callable[[], object]] = {"plan": partial(_run, plan, q, k, v)}
-    if dense is not None:
-        forms["dense"] = partial(_run, dense, q, k, v)
+    given, device = case.inputs(dtype), machine.device
+    q, k, v = (t.to(device) for t in (given.query, given.key, given.value))
+    allowed = case.mask.materialize(case.q_len, case.kv_len).to(device)
+    plan = make_case_plan(case, given, machine.backend, device)
+    plans = {"plan": plan, "dense": _dense_plan(case, given, machine)}
+    made = {name: some for name, some in plans.items() if some is not None}
+    forms: dict[str, Callable[[], object]] = {
+        name: partial(run_plan, some, Operands(q, k, v)) for name, some in made.items()
+    }
     forms["sdpa"] = partial(_sdpa, q, k, v, allowed)
-    times, notes = _alternate(forms, target.device, rounds)
+    times, notes = _alternate(forms, device, rounds)
+    counts = {name: Solution(some.steps).price.to_dict() for name, some in made.items()}
     return Timing(
         case.name,
         case.q_len,
         rounds,
-        times.get("plan"),
-        times.get("dense"),
-        times.get("sdpa"),
-        _counts(plan),
-        {} if dense is None else _counts(dense),
+        *(times.get("plan"), times.get("dense"), times.get("sdpa")),
+        *(counts["plan"], counts.get("dense", {})),
         tuple(step.label for step in plan.steps),
         notes,
     )
 
 
-def _dense_plan(case: Case, plan: Plan, target: Target) -> Plan | None:
+def _dense_plan(case: Case, given: Inputs, machine: Machine) -> Plan | None:
     """Return the plan of one call that reads a mask of one entry per cell."""
     region = case.mask.region(case.q_len, case.kv_len)
-    rows = {"inner_precise": 2} if region.empty_rows(case.q_len) else {}
     mask = AttenMask.full((case.q_len, case.kv_len), [region])
-    forced = replace(
-        case, mask=Full(), call=(("atten_mask", mask), ("sparse_mode", 1), *rows.items())
-    )
+    rows = (("inner_precise", 2),) if region.empty_rows(case.q_len) else ()
+    call = (("atten_mask", mask), ("sparse_mode", 1), *rows)
+    forced = replace(case, mask=Full(), call=call)
     try:
-        return make_case_plan(
-            forced, case.inputs(plan.request.dtype), target.backend, target.device
-        )
+        return make_case_plan(forced, given, machine.backend, machine.device)
     except BackendRefused:
         return None
 
 
-def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> object:
-    with torch.no_grad():
-        return run_plan(plan, Operands(q, k, v))
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    with torch.no_grad():
-        query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
 
+@torch.no_grad()
 def _alternate(
     forms: dict[str, Callable[[], object]], device: str, rounds: int
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Return medians in nanoseconds, after one run each to warm up, and what did not run."""
     times: dict[str, list[int]] = {}
     notes = []
-    for name, run in forms.items():
+    for name, form in forms.items():
         try:
-            run()
+            form()
             synchronize(device)
             times[name] = []
         except RuntimeError as error:
@@ -189,8 +173,3 @@ def synchronize(device: str) -> None:
     module: Any = getattr(torch, kind, None)
     if kind != "cpu" and module is not None:
         module.synchronize()
-
-
-def _counts(plan: Plan) -> dict[str, float]:
-    price: Price = Solution(plan.steps).price
-    return price.to_dict()

@@ -14,7 +14,7 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.legality import MaskFacts, Product, Target, Violation, violations
-from attnkit.kernel.modes import COMPRESSED_MODES, mode_region, prefix_causal, window
+from attnkit.kernel.modes import COMPRESSED_MODES, MASK_DECIDES, mode_region, prefix_causal, window
 from attnkit.kernel.sizes import UNBOUNDED, TensorSpec, differences, read_sizes
 from attnkit.kernel.versions import op_version
 from attnkit.layouts import Sizes
@@ -85,19 +85,11 @@ class KernelCall:
         return self.layout == "TND"
 
     @cached_property
-    def query_sizes(self) -> Sizes:
-        """The extents of the query; `length` counts tokens: of a sequence, or all when packed."""
-        return read_sizes(self.layout, self.query, heads=self.head_num)
-
-    @cached_property
-    def key_sizes(self) -> Sizes:
-        """The extents of the key."""
-        return read_sizes(self.layout, self.key, dim=self.query_sizes.dim)
-
-    @cached_property
-    def value_sizes(self) -> Sizes:
-        """The extents of the value."""
-        return read_sizes(self.layout, self.value, heads=self.key_sizes.heads)
+    def sizes(self) -> tuple[Sizes, Sizes, Sizes]:
+        """The extents of query, key and value; `length` counts all tokens when packed."""
+        query = read_sizes(self.layout, self.query, heads=self.head_num)
+        key = read_sizes(self.layout, self.key, dim=query.dim)
+        return query, key, read_sizes(self.layout, self.value, heads=key.heads)
 
     @cached_property
     def sequences(self) -> tuple[tuple[int, int], ...]:
@@ -107,7 +99,7 @@ class KernelCall:
         empty.
         """
         if not self.is_packed:
-            return ((self.query_sizes.length, self.key_sizes.length),) * self.batch
+            return ((self.sizes[0].length, self.sizes[1].length),) * self.batch
         if self.actual_seq_qlen is None or self.actual_seq_kvlen is None:
             words = "layout TND needs actual_seq_qlen and actual_seq_kvlen, cumulative lengths"
             raise KernelContractError(f"{words} without a leading 0", ["varlen-missing"])
@@ -122,7 +114,7 @@ class KernelCall:
     @property
     def batch(self) -> int:
         """The number of batch elements, or of packed sequences."""
-        return len(self.sequences) if self.is_packed else self.query_sizes.batch
+        return len(self.sequences) if self.is_packed else self.sizes[0].batch
 
     @property
     def q_len(self) -> int:
@@ -142,22 +134,22 @@ class KernelCall:
     @property
     def num_heads(self) -> int:
         """The number of query heads."""
-        return self.query_sizes.heads
+        return self.sizes[0].heads
 
     @property
     def num_kv_heads(self) -> int:
         """The number of key and value heads; query head h reads h // (heads / kv_heads)."""
-        return self.key_sizes.heads
+        return self.sizes[1].heads
 
     @property
     def head_dim(self) -> int:
         """The size of a query or key head."""
-        return self.query_sizes.dim
+        return self.sizes[0].dim
 
     @property
     def value_dim(self) -> int:
         """The size of a value head, which may be smaller than the key's."""
-        return self.value_sizes.dim
+        return self.sizes[2].dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +166,7 @@ class KernelCall:
     def stats(self) -> TensorSpec:
         """The shape and dtype of softmax_max and softmax_sum: eight equal copies per row."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        heads, tokens = self.num_heads, self.query_sizes.length
+        heads, tokens = self.num_heads, self.sizes[0].length
         rows = (tokens, heads) if self.is_packed else (self.batch, heads, tokens)
         return TensorSpec((*rows, 8), dtype)
 
@@ -210,6 +202,11 @@ class KernelCall:
         if self.sparse_mode not in COMPRESSED_MODES:
             return None
         return AttenMask.prefix() if self.sparse_mode == 6 else AttenMask.causal()
+
+    @property
+    def drawn_mask(self) -> AttenMask | None:
+        """The mask with an entry per cell, in the modes in which it decides."""
+        return self.atten_mask if self.sparse_mode in MASK_DECIDES else None
 
     @property
     def start_indices(self) -> tuple[int, int]:
@@ -330,11 +327,9 @@ class KernelCall:
     def top_left_tokens(self) -> tuple[int, int]:
         """The window of modes 0, 3 and 4, anchored top-left, as the dense tiling converts it."""
         shift = self.kv_len - self.q_len
-        if self.sparse_mode == 3:
-            return (self.q_len, shift)
-        if self.sparse_mode == 4:
-            return (self.pre_tokens - shift, self.next_tokens + shift)
-        return (self.pre_tokens, self.next_tokens)
+        pre, next_ = self.pre_tokens, self.next_tokens
+        converted = {3: (self.q_len, shift), 4: (pre - shift, next_ + shift)}
+        return converted.get(self.sparse_mode, (pre, next_))
 
     @property
     def empty_row_output(self) -> Literal["zero", "mean"]:
@@ -403,10 +398,7 @@ class KernelCall:
         left out, so that releases which do not know them yet can still be called.
 
         >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> call = KernelCall(spec, spec, spec, head_num=2, input_layout="BSND", scale=0.25)
-        >>> arguments_for(call, "v1") == call.arguments_for("v1")
-        True
-        >>> call.arguments_for("v1")["scale"]
+        >>> arguments_for(KernelCall(spec, spec, spec, 2, "BSND", scale=0.25), "v1")["scale"]
         0.25
         """
         reason = self.inexpressible(version)

@@ -18,14 +18,7 @@ from attnkit.geometry import Region
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.fusion_attention import FusionOutput, fusion_attention, fusion_attention_grad
 from attnkit.kernel.legality import LAYERS, SOURCES
-from attnkit.kernel.modes import (
-    band,
-    band_sequence,
-    left_up_causal,
-    prefix_causal,
-    right_down_causal,
-    window,
-)
+from attnkit.kernel.modes import mode_region, window
 from attnkit.kernel.rules import RULES
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.kernel.versions import OP_VERSIONS
@@ -142,18 +135,18 @@ def _picture(region: Region, q_len: int, kv_len: int) -> list[str]:
 
 
 def _modes() -> str:
-    q_len, kv_len = 4, 6
+    sizes = (4, 6)
     drawn = {
-        "mode 0, window pre=2 next=1 that the mask must lie in": window(q_len, kv_len, 2, 1),
-        "mode 2": left_up_causal(q_len, kv_len),
-        "mode 3": right_down_causal(q_len, kv_len),
-        "mode 4, pre=2 next=1": band(q_len, kv_len, 2, 1),
-        "mode 6, prefix=4": prefix_causal(q_len, kv_len, 4),
-        "mode 7, last sequence, next=-2": band_sequence(q_len, kv_len, -2),
-        "mode 8, first sequence, next=1": band_sequence(q_len, kv_len, 1),
+        "mode 0, window pre=2 next=1 that the mask must lie in": window(*sizes, 2, 1),
+        "mode 2": mode_region(2, (0, 0), *sizes),
+        "mode 3": mode_region(3, (0, 0), *sizes),
+        "mode 4, pre=2 next=1": mode_region(4, (2, 1), *sizes),
+        "mode 6, prefix=4": mode_region(6, (0, 0), *sizes, prefix=4),
+        "mode 7, last sequence, next=-2": mode_region(7, (0, -2), *sizes, cut=True),
+        "mode 8, first sequence, next=1": mode_region(8, (0, 1), *sizes, cut=True),
     }
     blocks = "\n\n".join(
-        "\n".join([name, *_picture(region, q_len, kv_len)]) for name, region in drawn.items()
+        "\n".join([name, *_picture(region, *sizes)]) for name, region in drawn.items()
     )
     return (
         "## Sparse modes\n\nThe formulas are in the reference above. Four queries (rows) and six "

@@ -17,9 +17,7 @@ from attnkit.geometry import Region, Slice
 __all__ = [
     "COMPRESSED_MODES",
     "MASK_DECIDES",
-    "band",
-    "band_sequence",
-    "left_up_causal",
+    "diagonals",
     "mode_region",
     "prefix_causal",
     "right_down_causal",
@@ -41,15 +39,6 @@ def window(q_len: int, kv_len: int, pre: int, next_: int) -> Region:
     return Region.of(Slice(0, q_len, 0, kv_len, lo=-pre, hi=next_))
 
 
-def left_up_causal(q_len: int, kv_len: int) -> Region:
-    """Mode 2: ``j <= i``, anchored top-left.
-
-    >>> left_up_causal(2, 3).area
-    3
-    """
-    return Region.of(Slice(0, q_len, 0, kv_len, hi=0))
-
-
 def right_down_causal(q_len: int, kv_len: int) -> Region:
     """Mode 3: ``j <= i + shift``, anchored bottom-right.
 
@@ -57,16 +46,6 @@ def right_down_causal(q_len: int, kv_len: int) -> Region:
     5
     """
     return Region.of(Slice(0, q_len, 0, kv_len, hi=kv_len - q_len))
-
-
-def band(q_len: int, kv_len: int, pre: int, next_: int) -> Region:
-    """Mode 4: ``i + shift - pre <= j <= i + shift + next``, both ends inclusive.
-
-    >>> band(4, 4, pre=1, next_=0).row_counts()[-1].first     # pre=1 covers two keys
-    2
-    """
-    shift = kv_len - q_len
-    return Region.of(Slice(0, q_len, 0, kv_len, lo=shift - pre, hi=shift + next_))
 
 
 def prefix_causal(q_len: int, kv_len: int, length: int) -> Region:
@@ -78,12 +57,28 @@ def prefix_causal(q_len: int, kv_len: int, length: int) -> Region:
     return right_down_causal(q_len, kv_len) | Region.of(Slice(0, q_len, 0, min(length, kv_len)))
 
 
-def band_sequence(q_len: int, kv_len: int, next_: int) -> Region:
-    """Modes 7 and 8, the one sequence that was cut: ``j <= i + shift + next``.
+def diagonals(
+    mode: int, ends: tuple[int, int], shift: int, *, cut: bool = False
+) -> tuple[int | None, int]:
+    """Return the bounds ``low <= j - i <= high`` of a mode with a compressed mask.
 
-    The `pre` bound is never applied; a legal call has ``pre_tokens >= kv_len`` there.
+    `ends` are pre_tokens and next_tokens. Modes 2 and 8 are anchored top-left, the others
+    bottom-right. `cut` marks the one sequence that modes 7 (the last with queries) and 8 (the
+    first) treat apart: it ends at `next`, and `pre` is never applied there; a legal call has
+    ``pre_tokens >= kv_len``. Mode 4 keeps both ends, inclusive.
+
+    >>> diagonals(4, (1, 0), 0)  # pre = 1 covers two keys
+    (-1, 0)
     """
-    return Region.of(Slice(0, q_len, 0, kv_len, hi=kv_len - q_len + next_))
+    if mode not in COMPRESSED_MODES:
+        raise KernelContractError(
+            f"sparse_mode={mode} is not one whose set follows from sizes, {COMPRESSED_MODES}: in "
+            f"modes {MASK_DECIDES} the mask tensor decides",
+            ["sparse-mode-range"],
+        )
+    if mode == 4 or cut:
+        return shift - ends[0] if mode == 4 else None, shift + ends[1]
+    return None, 0 if mode in (2, 8) else shift
 
 
 def mode_region(
@@ -91,23 +86,10 @@ def mode_region(
 ) -> Region:
     """Return what a mode with a compressed mask computes for one score matrix.
 
-    `ends` are pre_tokens and next_tokens. `cut` marks the one sequence that modes 7 (the last
-    with queries) and 8 (the first) treat apart.
+    >>> mode_region(2, (0, 0), 2, 3).area  # j <= i
+    3
     """
-    sets = {
-        2: lambda: left_up_causal(q_len, kv_len),
-        3: lambda: right_down_causal(q_len, kv_len),
-        4: lambda: band(q_len, kv_len, *ends),
-        6: lambda: prefix_causal(q_len, kv_len, prefix),
-        7: lambda: right_down_causal(q_len, kv_len),
-        8: lambda: left_up_causal(q_len, kv_len),
-    }
-    if mode in (7, 8) and cut:
-        return band_sequence(q_len, kv_len, ends[1])
-    if mode in sets:
-        return sets[mode]()
-    raise KernelContractError(
-        f"sparse_mode={mode} is not one whose set follows from sizes, {COMPRESSED_MODES}: in modes "
-        f"{MASK_DECIDES} the mask tensor decides",
-        ["sparse-mode-range"],
-    )
+    if mode == 6:
+        return prefix_causal(q_len, kv_len, prefix)
+    low, high = diagonals(mode, ends, kv_len - q_len, cut=cut)
+    return Region.of(Slice(0, q_len, 0, kv_len, lo=low, hi=high))

@@ -14,7 +14,7 @@ from attnkit.kernel.atten_mask import COMPRESSED_SIDE, PREFIX_SIDE
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.call_tensors import CallTensors, CellRange, MatrixGroup
 from attnkit.kernel.dropout import dropout_bits, read_bits
-from attnkit.kernel.modes import COMPRESSED_MODES
+from attnkit.kernel.modes import COMPRESSED_MODES, diagonals
 
 __all__ = ["MASKED", "kept", "masked", "score_tile", "visited_columns"]
 
@@ -32,13 +32,8 @@ _FARTHEST = 2**62
 
 def _diagonals(call: KernelCall, group: MatrixGroup) -> tuple[int | None, int]:
     """The diagonals ``low <= j - i <= high`` that the mode itself applies."""
-    shift = group.kv_len - group.q_len
-    mode = call.sparse_mode
-    if mode == 4:
-        return shift - call.pre_tokens, shift + call.next_tokens
-    if mode in (7, 8) and group.sequence == call.band_index:
-        return None, shift + call.next_tokens
-    return None, shift if mode in (3, 6, 7) else 0
+    ends, shift = (call.pre_tokens, call.next_tokens), group.kv_len - group.q_len
+    return diagonals(call.sparse_mode, ends, shift, cut=group.sequence == call.band_index)
 
 
 def _entries(call: KernelCall, group: MatrixGroup) -> slice:

@@ -21,6 +21,7 @@ _OUTPUTS = (
     "offset",
     "numels",
 )
+_GRADS = ("dq", "dk", "dv", "dpse")
 _COMMON = (
     "query",
     "key",
@@ -46,13 +47,7 @@ _OLD_SPELLING = {"pre_tokens": "pre_tockens", "next_tokens": "next_tockens"}
 _BIAS = ("pse_type", "q_start_idx", "kv_start_idx")
 _STATS = ("softmax_layout", "sink")
 _RANDOM = ("dropout_mask", "seed", "offset")
-_SINCE = {
-    "softmax_layout": "7.3.0",
-    "sink": "7.3.0",
-    "dropout_mask": "26.0.0",
-    "seed": "26.0.0",
-    "offset": "26.0.0",
-}
+_SINCE = {**dict.fromkeys(_STATS, "7.3.0"), **dict.fromkeys(_RANDOM, "26.0.0")}
 
 
 @dataclass(frozen=True)
@@ -94,17 +89,14 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention_grad",
             (*_COMMON, *_STATS, *_RANDOM),
             _OUTPUTS,
-            ("dq", "dk", "dv", "dpse", "dsink"),
+            (*_GRADS, "dsink"),
             ("A2", "A3", "950"),
             False,
             "5.0.0",
             _OLD_SPELLING,
-            {
-                "actual_seq_qlen": "6.0",
-                "actual_seq_kvlen": "6.0",
-                **_SINCE,
-                "softmax_layout": "7.2.0",
-            },
+            dict.fromkeys(("actual_seq_qlen", "actual_seq_kvlen"), "6.0")
+            | _SINCE
+            | {"softmax_layout": "7.2.0"},
         ),
         OpVersion(
             "v2",
@@ -112,7 +104,7 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention_grad_v2",
             (*_COMMON, *_BIAS, *_STATS, *_RANDOM),
             _OUTPUTS,
-            ("dq", "dk", "dv", "dpse", "dq_rope", "dk_rope", "dsink"),
+            (*_GRADS, "dq_rope", "dk_rope", "dsink"),
             ("A2", "A3", "950"),
             True,
             "7.1.0",
@@ -126,7 +118,7 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention_grad_v3",
             (*_COMMON, *_STATS),
             _OUTPUTS[:6],
-            ("dq", "dk", "dv", "dpse", "dsink"),
+            (*_GRADS, "dsink"),
             ("A2", "A3"),
             False,
             "26.0.0",
@@ -140,7 +132,7 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "mindspeed.ops.fusion_attention_v2.npu_fusion_attention_grad",
             (*_COMMON, *_BIAS),
             _OUTPUTS,
-            ("dq", "dk", "dv", "dpse"),
+            _GRADS,
             ("A2", "A3"),
             True,
             "MindSpeed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnkit.doctor.findings import Target
+from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.suite import make_case_plan
 from attnkit.doctor.timing import make_timing_cases
@@ -77,7 +77,7 @@ def test_too_few_times_give_no_weights():
 
 
 def test_the_timing_cases_of_a_device_tell_every_weight():
-    device = Target("ascend", "npu:0", "npu:0, a name")
+    device = Machine("ascend", "npu:0", "npu:0, a name")
     samples = []
     for case in make_timing_cases(device, quick=False):
         if case.q_len > 1024:

@@ -9,7 +9,7 @@ import torch
 from attnkit.geometry import Region
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.legality import Found, Target, rule
-from attnkit.kernel.modes import MASK_DECIDES, window
+from attnkit.kernel.modes import window
 
 __all__: list[str] = []
 
@@ -80,8 +80,8 @@ def mask_shape(call: KernelCall, on: Target) -> Found:
 
     Only [B, 1, Sq, Skv], [1, 1, Sq, Skv] and [Sq, Skv] are broadcast; TND: [max Sq, max Skv].
     """
-    mask, cells = call.atten_mask, (call.q_len, call.kv_len)
-    if mask is None or call.sparse_mode not in MASK_DECIDES:
+    mask, cells = call.drawn_mask, (call.q_len, call.kv_len)
+    if mask is None:
         return
     shapes = [(*lead, *cells) for lead in _leads(call)]
     wanted = " or ".join(str(list(shape)) for shape in shapes)
@@ -141,8 +141,8 @@ def mask_values(call: KernelCall, on: Target) -> Found:
 
 def _known_content(call: KernelCall) -> Iterator[tuple[Region, tuple[int, int]]]:
     """The cells that a full mask allows, where they are known, per head and score matrix."""
-    mask = call.atten_mask
-    if mask is None or mask.is_opaque or call.sparse_mode not in MASK_DECIDES:
+    mask = call.drawn_mask
+    if mask is None or mask.is_opaque:
         return
     heads = mask.shape[1] if len(mask.shape) == 4 and mask.shape[1] == call.num_heads else 1
     for head in range(heads):
@@ -170,7 +170,7 @@ def mask_outside_window(call: KernelCall, on: Target) -> Found:
 def _rows_without_a_key(call: KernelCall, on: Target) -> Found:
     """How many query rows a full mask leaves without a key, if it does."""
     count = on.mask.empty_rows
-    if call.atten_mask is None or call.sparse_mode not in MASK_DECIDES:
+    if call.drawn_mask is None:
         return
     if count is None:
         pairs = ((region.empty_rows(s[0]), s) for region, s in _known_content(call))
@@ -209,10 +209,8 @@ def mask_total_lengths(call: KernelCall, on: Target) -> Found:
 
     One of the total lengths is accepted, read elsewhere, and has made gradients overflow.
     """
-    mask = call.atten_mask
-    if mask is None or not call.is_packed or call.sparse_mode not in MASK_DECIDES:
-        return
-    if mask.shape == call.total_lengths != (call.q_len, call.kv_len):
+    mask, longest = call.drawn_mask, (call.q_len, call.kv_len)
+    if call.is_packed and mask is not None and mask.shape == call.total_lengths != longest:
         yield f"atten_mask has shape {list(mask.shape)}, the total lengths"
 
 
@@ -222,10 +220,8 @@ def mask_4d_packed(call: KernelCall, on: Target) -> Found:
 
     One with four, [1|B, 1|N, max Sq, max Skv], is accepted and read as if it were packed.
     """
-    mask = call.atten_mask
-    if mask is None or not call.is_packed or call.sparse_mode not in MASK_DECIDES:
-        return
-    if len(mask.shape) == 4:
+    mask = call.drawn_mask
+    if call.is_packed and mask is not None and len(mask.shape) == 4:
         yield f"atten_mask has shape {list(mask.shape)} in layout TND"
 
 

@@ -157,7 +157,7 @@ def dtype(call: KernelCall, on: Target) -> Found:
 @rule("batch-mismatch", layer="tiling", remedy="Expand or cut the batch axes to match.")
 def batch_mismatch(call: KernelCall, on: Target) -> Found:
     """Query, key and value have the same batch."""
-    sizes = (call.query_sizes.batch, call.key_sizes.batch, call.value_sizes.batch)
+    sizes = tuple(size.batch for size in call.sizes)
     if len(set(sizes)) > 1:
         yield f"batches of query, key, value: {sizes}"
 
@@ -165,7 +165,7 @@ def batch_mismatch(call: KernelCall, on: Target) -> Found:
 @rule("key-value-shape", layer="tiling", remedy="Pass as many values as keys.")
 def key_value_shape(call: KernelCall, on: Target) -> Found:
     """Key and value have the same shape except for the head size."""
-    key, value = call.key_sizes, call.value_sizes
+    _, key, value = call.sizes
     if (key.length, key.heads) != (value.length, value.heads):
         yield f"key {call.key} and value {call.value}"
 
@@ -173,8 +173,9 @@ def key_value_shape(call: KernelCall, on: Target) -> Found:
 @rule("head-dim-equal", layer="aclnn", remedy="Project both to one head size.")
 def head_dim_equal(call: KernelCall, on: Target) -> Found:
     """Query and key heads have the same size."""
-    if call.head_dim != call.key_sizes.dim:
-        yield f"query heads of {call.head_dim} and key heads of {call.key_sizes.dim}"
+    query, key, _ = call.sizes
+    if query.dim != key.dim:
+        yield f"query heads of {query.dim} and key heads of {key.dim}"
 
 
 @rule(
@@ -226,7 +227,7 @@ def batch_limit(call: KernelCall, on: Target) -> Found:
 )
 def length_limit(call: KernelCall, on: Target) -> Found:
     """There are at most 1,000,000 tokens (the binding checks cumulative entries only)."""
-    longest = max(call.query_sizes.length, call.key_sizes.length)
+    longest = max(size.length for size in call.sizes[:2])
     if longest > _MILLION:
         yield f"{longest} tokens"
 
@@ -238,9 +239,9 @@ def length_limit(call: KernelCall, on: Target) -> Found:
 )
 def varlen_total(call: KernelCall, on: Target) -> Found:
     """Packed lengths sum to at most the number of tokens in the tensors."""
-    used, have = call.total_lengths, (call.query_sizes.length, call.key_sizes.length)
+    used, have = call.total_lengths, [size.length for size in call.sizes[:2]]
     if call.is_packed and (used[0] > have[0] or used[1] > have[1]):
-        yield f"lengths sum to {used[0]} queries and {used[1]} keys; the tensors hold {list(have)}"
+        yield f"lengths sum to {used[0]} queries and {used[1]} keys; the tensors hold {have}"
 
 
 @rule(
@@ -254,8 +255,8 @@ def varlen_tail(call: KernelCall, on: Target) -> Found:
 
     With keys beyond it, too, they are rejected from CANN 9.0 on.
     """
-    used_q, used_kv = call.total_lengths
-    spare_q, spare_kv = call.query_sizes.length - used_q, call.key_sizes.length - used_kv
+    used = call.total_lengths
+    spare_q, spare_kv = (size.length - n for size, n in zip(call.sizes, used, strict=False))
     lists = (call.actual_seq_qlen or (), call.actual_seq_kvlen or ())
     q_ends, kv_ends = (given and given[-1] == 0 for given in lists)
     if call.is_packed and spare_q > 0 and not (q_ends and (kv_ends or spare_kv <= 0)):
