@@ -7,22 +7,17 @@ from typing import Any
 
 import torch
 
-from attnkit.errors import KernelContractError, Refusal
+from attnkit.errors import KernelContractError
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.emulator import Gradients
 from attnkit.kernel.legality import Product
 from attnkit.kernel.sizes import TensorSpec
-from attnkit.kernel.versions import OP_VERSIONS
+from attnkit.kernel.versions import OP_VERSIONS, OpVersion
 
 __all__ = ["choose_version", "device_product", "expressing_versions", "launch", "launch_grad"]
 
-_SPELLINGS = {
-    "pre_tokens": "pre_tockens",
-    "next_tokens": "next_tockens",
-    "pre_tockens": "pre_tokens",
-    "next_tockens": "next_tokens",
-}
+_OLD = OP_VERSIONS["v1"].spelling
 
 
 def expressing_versions(call: KernelCall) -> tuple[str, ...]:
@@ -50,44 +45,46 @@ def device_product(device: torch.device) -> Product:
     return "A3" if "910_93" in name or "A3" in name else "A2"
 
 
-def _values(
-    arguments: Mapping[str, object], tensors: Mapping[str, torch.Tensor | None]
+def _arguments(
+    call: KernelCall,
+    version: OpVersion,
+    tensors: Mapping[str, torch.Tensor | None],
+    without: tuple[str, ...] = (),
 ) -> dict[str, object]:
-    """Put tensors where the call has descriptions, and lists where it has tuples."""
-    out: dict[str, object] = {}
-    for name, value in arguments.items():
+    """Return what a call says, tensors in the place of descriptions, and lists of tuples."""
+    reason = call.inexpressible(version.name)
+    if reason is not None:
+        raise KernelContractError(reason, ["version-cannot-express"])
+    given = {n: value for n, value in call.non_default_arguments().items() if n not in without}
+    for name, value in given.items():
         if isinstance(value, TensorSpec | AttenMask):
-            out[name] = tensors[name]
-        else:
-            out[name] = list(value) if isinstance(value, tuple) else value
-    return out
+            given[name] = tensors[name]
+        elif isinstance(value, tuple):
+            given[name] = list(value)
+    return given
 
 
-def _installed(op: Any, name: str, arguments: dict[str, object]) -> dict[str, object]:
-    """Spell arguments as the installed schema does; an argument it lacks is an error."""
+def _run(ops: Any, name: str, arguments: dict[str, object]) -> tuple[Any, ...]:
+    """Call an op, spelled as its installed schema is; an argument that it lacks is an error."""
+    op = getattr(torch.ops.npu if ops is None else ops, name)
     known = {argument.name for argument in op.default._schema.arguments}
-    spelled = {n if n in known else _SPELLINGS.get(n, n): v for n, v in arguments.items()}
-    foreign = [n for n in spelled if n not in known]
+    spelled = {n if n in known or n not in _OLD else _OLD[n]: v for n, v in arguments.items()}
+    foreign = [n for n in arguments if not known & {n, _OLD.get(n, n)}]
     if foreign:
         raise KernelContractError(
             f"the installed {name} has no argument {', '.join(foreign)}; it has "
             f"{', '.join(sorted(known))}. Use a newer torch_npu, or a call without it",
             ["version-cannot-express"],
         )
-    return spelled
+    return tuple(op(**spelled))
 
 
 def launch(
     call: KernelCall, tensors: Mapping[str, torch.Tensor | None], *, ops: Any = None
 ) -> tuple[Any, ...]:
     """Call the op; `ops` stands in for ``torch.ops.npu``. Returns what the op returns."""
-    version = choose_version(call)
-    arguments = call.arguments_for(version)
-    if isinstance(arguments, Refusal):
-        raise KernelContractError(str(arguments), [arguments.code])
-    name = OP_VERSIONS[version].op
-    op = getattr(torch.ops.npu if ops is None else ops, name)
-    return tuple(op(**_installed(op, name, _values(arguments, tensors))))
+    version = OP_VERSIONS[choose_version(call)]
+    return _run(ops, version.op, _arguments(call, version, tensors))
 
 
 def launch_grad(
@@ -99,16 +96,11 @@ def launch_grad(
 ) -> Gradients:
     """Call the grad op of a call; `extra` are its own arguments (dy, statistics, seeds)."""
     version = OP_VERSIONS[choose_version(call)]
-    arguments = call.arguments_for(version.name)
-    if isinstance(arguments, Refusal):
-        raise KernelContractError(str(arguments), [arguments.code])
     # The grad op regenerates dropout from the forward's seed, offset and numels, in `extra`.
-    drawn = ("dropout_mask", "seed", "offset")
-    values = _values({n: v for n, v in arguments.items() if n not in drawn}, tensors)
+    values = _arguments(call, version, tensors, without=("dropout_mask", "seed", "offset"))
     if "scale" in values:
         values[version.grad_scale] = values.pop("scale")
-    op = getattr(torch.ops.npu if ops is None else ops, version.grad_op)
-    out = op(**_installed(op, version.grad_op, {**values, **extra}))
+    out = _run(ops, version.grad_op, {**values, **extra})
     # Releases differ in how many gradients they return; the first four have always been these.
     # Without a sink the op returns an empty tensor in its place, or nothing.
     sink = None if call.sink is None else out[version.grad_outputs.index("dsink")]
