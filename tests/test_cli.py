@@ -153,7 +153,7 @@ def test_a_defect_of_the_doctor_keeps_what_was_found(monkeypatch: pytest.MonkeyP
 
 
 def test_no_npu_where_one_was_demanded(monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr(command, "npu_absence", lambda: "torch_npu is not installed")
+    monkeypatch.setattr(NO_TORCH_NPU, lambda: "torch_npu is not installed")
     assert main(["doctor", "--device", "npu:1"]) == 3
     assert capsys.readouterr().err == "error: --device npu:1: torch_npu is not installed\n"
 
@@ -162,7 +162,7 @@ def test_an_npu_beyond_those_that_there_are(monkeypatch: pytest.MonkeyPatch, cap
     npu = SimpleNamespace(device_count=lambda: 2, get_device_name=lambda device: "a name")
     monkeypatch.setattr(torch, "npu", npu, raising=False)
     monkeypatch.setattr(torch, "device", lambda name: SimpleNamespace(type="npu", index=2))
-    monkeypatch.setattr(command, "npu_absence", lambda: None)
+    monkeypatch.setattr(NO_TORCH_NPU, lambda: None)
     assert main(["doctor", "--device", "npu:2"]) == 3
     assert "npu:2 is not there; this machine has npu:0 to npu:1" in capsys.readouterr().err
 

@@ -14,13 +14,13 @@ import torch
 
 from attnkit.doctor import report as reports
 from attnkit.doctor.cases import CASES, Case
-from attnkit.doctor.findings import Machine, find_machine, findings, npu_absence
+from attnkit.doctor.findings import Machine, find_machine, findings
 from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.report import Report
 from attnkit.doctor.screen import Screen
 from attnkit.doctor.suite import DTYPES, Result, run_case
 from attnkit.doctor.timing import Timing, make_timing_cases, run_timings
-from attnkit.doctor.usage import FAILED, GOOD, INTERRUPTED, NoNpu, UsageError
+from attnkit.doctor.usage import FAILED, GOOD, INTERRUPTED, UsageError
 from attnkit.errors import shown
 from attnkit.registry import closest
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         for case in CASES:
             screen.line(f"{case.name:<24} {case.composition}")
         return GOOD
-    machine = _machine(arguments.device)
+    machine = find_machine(arguments.device)
     quick = arguments.quick or not (arguments.full or machine.is_hardware)
     jobs = _jobs(quick, arguments.only)
     out = arguments.out or (None if arguments.json else Path(DEFAULT_FILE))
@@ -91,25 +91,6 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if report.status == "interrupted":
         return INTERRUPTED
     return FAILED if report.failures else GOOD
-
-
-def _machine(device: str) -> Machine:
-    absence = npu_absence()
-    if device == "auto":
-        return find_machine("cpu" if absence else "npu:0")
-    if device.partition(":")[0] == "npu" and absence:
-        raise NoNpu(f"--device {device}: {absence}")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"--device {device}: no such device; try npu, npu:1, cpu") from None
-    if kind == "npu":
-        return find_machine(device if ":" in device else "npu:0")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} of them")
-    return find_machine(device)
 
 
 def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnkit.backends import BACKENDS
-from attnkit.doctor.usage import NoNpu
+from attnkit.doctor.usage import NoNpu, UsageError
 from attnkit.errors import Refusal
 from attnkit.kernel import OP_VERSIONS
 from attnkit.masks import Causal, SlidingWindow
@@ -57,15 +57,28 @@ def npu_absence() -> str | None:
 def find_machine(device: str) -> Machine:
     """Return what a device is tested with: an NPU is tested, everything else emulates one.
 
-    Raises `NoNpu` for an NPU beyond those that there are; `npu_absence` says if there is any.
+    "auto" takes an NPU if there is one. Raises `NoNpu` or `UsageError` for what is not there.
     """
-    if torch.device(device).type != "npu":
-        return Machine("emulated", device, f"{EMULATOR} (on {device})")
-    npu: Any = getattr(torch, "npu", None)
-    count = npu.device_count()
-    if (torch.device(device).index or 0) >= count:
-        raise NoNpu(f"{device} is not there; this machine has npu:0 to npu:{count - 1}")
-    return Machine("ascend", device, f"{device}, {npu.get_device_name(torch.device(device))}")
+    absence = npu_absence()
+    if device == "auto":
+        device = "cpu" if absence else "npu"
+    if device.partition(":")[0] == "npu" and absence:
+        raise NoNpu(f"--device {device}: {absence}")
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        raise UsageError(f"--device {device}: no such device; try npu, npu:1, cpu") from None
+    if kind == "npu":
+        npu: Any = getattr(torch, "npu", None)
+        name, count = f"npu:{index}", npu.device_count()
+        if index >= count:
+            raise NoNpu(f"{name} is not there; this machine has npu:0 to npu:{count - 1}")
+        return Machine("ascend", name, f"{name}, {npu.get_device_name(torch.device(name))}")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} of them")
+    return Machine("emulated", device, f"{EMULATOR} (on {device})")
 
 
 def findings(machine: Machine) -> dict[str, Any]:

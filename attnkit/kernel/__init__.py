@@ -16,7 +16,7 @@ For those who extend attnkit, with a backend or a tool that asks about calls: `K
 from __future__ import annotations
 
 from attnkit.kernel.atten_mask import AttenMask
-from attnkit.kernel.call import KernelCall, arguments_for
+from attnkit.kernel.call import KernelCall
 from attnkit.kernel.dropout import dropout_bytes, dropout_mask
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
 from attnkit.kernel.fusion_attention import (
@@ -24,7 +24,7 @@ from attnkit.kernel.fusion_attention import (
     fusion_attention,
     fusion_attention_grad,
 )
-from attnkit.kernel.launch import expressing_versions
+from attnkit.kernel.launch import arguments_for, expressing_versions
 from attnkit.kernel.legality import MaskFacts, Rule, Violation
 from attnkit.kernel.rules import RULES
 from attnkit.kernel.sizes import UNBOUNDED, TensorSpec

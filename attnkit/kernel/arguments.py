@@ -23,10 +23,10 @@ __all__ = [
     "INTEGERS",
     "LISTS",
     "TEXTS",
+    "as_python",
     "check_count",
     "check_tensors_given",
     "fits_int64",
-    "plain",
 ]
 
 INTEGERS = (
@@ -45,12 +45,12 @@ TEXTS = ("input_layout", "softmax_layout")
 LISTS = ("prefix", "actual_seq_qlen", "actual_seq_kvlen", "q_start_idx", "kv_start_idx")
 
 
-def plain(name: str, value: Any) -> Any:
+def as_python(name: str, value: Any) -> Any:
     """Return an argument as a Python number or tuple where it means one; else as it is.
 
-    >>> plain("scale", np.float32(0.5)), plain("prefix", np.array([3, 4]))
+    >>> as_python("scale", np.float32(0.5)), as_python("prefix", np.array([3, 4]))
     (0.5, (3, 4))
-    >>> plain("prefix", [3, 4.5])
+    >>> as_python("prefix", [3, 4.5])
     [3, 4.5]
     """
     try:

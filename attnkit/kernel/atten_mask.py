@@ -130,6 +130,22 @@ class AttenMask:
             )
         return self.regions[index]
 
+    @property
+    def per_head(self) -> bool:
+        """Whether heads have entries of their own."""
+        return len(self.shape) == 4 and self.shape[1] > 1
+
+    def plane(self, batch: int, head: int) -> Region:
+        """Return the allowed cells of a batch element and head; an axis of 1 serves all of them.
+
+        >>> AttenMask.full((1, 1, 2, 3), [Region.full(2, 3)]).plane(1, 5).area
+        6
+        """
+        if len(self.shape) != 4:
+            return self.allowed()
+        row = batch if self.shape[0] > 1 else 0
+        return self.allowed(row * self.shape[1] + (head if self.per_head else 0))
+
     def build(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the tensor, True where masked; small ones are built once per device."""
         if self.is_opaque:

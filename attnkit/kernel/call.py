@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -14,12 +13,12 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.legality import MaskFacts, Product, Target, Violation, violations
-from attnkit.kernel.modes import COMPRESSED_MODES, MASK_DECIDES, mode_region, prefix_causal, window
-from attnkit.kernel.sizes import UNBOUNDED, TensorSpec, differences, read_sizes
+from attnkit.kernel.modes import COMPRESSED_MODES, mode_region, prefix_causal, window
+from attnkit.kernel.sizes import UNBOUNDED, TensorSpec, paired_steps, read_sizes
 from attnkit.kernel.versions import op_version
 from attnkit.layouts import Sizes
 
-__all__ = ["KernelCall", "RowRanges", "arguments_for"]
+__all__ = ["KernelCall", "RowRanges"]
 
 RowRanges = tuple[tuple[int, int], ...]
 
@@ -40,8 +39,6 @@ class KernelCall:
     (True, (0, 0), ((),), ((),))
     >>> call.non_default_arguments()["sparse_mode"], call.arguments_for("v1")["sparse_mode"]
     (3, 3)
-    >>> call.inexpressible("v1") is None
-    True
     """
 
     query: TensorSpec
@@ -103,13 +100,8 @@ class KernelCall:
         if self.actual_seq_qlen is None or self.actual_seq_kvlen is None:
             words = "layout TND needs actual_seq_qlen and actual_seq_kvlen, cumulative lengths"
             raise KernelContractError(f"{words} without a leading 0", ["varlen-missing"])
-        return tuple((max(0, q), max(0, kv)) for q, kv in self._steps)
-
-    @property
-    def _steps(self) -> Iterator[tuple[int, int]]:
-        """The differences of the two cumulative lists."""
-        lists = (self.actual_seq_qlen or (), self.actual_seq_kvlen or ())
-        return zip(*map(differences, lists), strict=False)
+        steps = paired_steps(self.actual_seq_qlen, self.actual_seq_kvlen)
+        return tuple((max(0, q), max(0, kv)) for q, kv in steps)
 
     @property
     def batch(self) -> int:
@@ -179,7 +171,8 @@ class KernelCall:
         """
         if not self.is_packed:
             return self.batch * self.num_heads * self.q_len * self.kv_len
-        return self.num_heads * sum(q * kv for q, kv in self._steps)
+        steps = paired_steps(self.actual_seq_qlen or (), self.actual_seq_kvlen or ())
+        return self.num_heads * sum(q * kv for q, kv in steps)
 
     # -- what is computed ----------------------------------------------------------------
 
@@ -202,11 +195,6 @@ class KernelCall:
         if self.sparse_mode not in COMPRESSED_MODES:
             return None
         return AttenMask.prefix() if self.sparse_mode == 6 else AttenMask.causal()
-
-    @property
-    def drawn_mask(self) -> AttenMask | None:
-        """The mask with an entry per cell, in the modes in which it decides."""
-        return self.atten_mask if self.sparse_mode in MASK_DECIDES else None
 
     @property
     def start_indices(self) -> tuple[int, int]:
@@ -252,8 +240,7 @@ class KernelCall:
             ends = (self.pre_tokens, self.next_tokens)
             known = {some: mode_region(self.sparse_mode, ends, *some) for some in set(given)}
             return tuple(known[some] for some in given)
-        planes = mask.shape[1] if len(mask.shape) == 4 else 1
-        heads = range(self.num_heads) if head is None and planes > 1 else (head or 0,)
+        heads = range(self.num_heads) if head is None and mask.per_head else (head or 0,)
         found = {tuple(self._masked_region(mask, b, h) for b in range(self.batch)) for h in heads}
         if len(found) > 1:
             raise KernelContractError(
@@ -279,11 +266,7 @@ class KernelCall:
     def _masked_region(self, mask: AttenMask, b: int, head: int) -> Region:
         """Modes 0, 1 and 5: the block of the mask tensor that belongs to one score matrix."""
         (i0, j0), (q_len, kv_len) = self.mask_origin(b), self.sequences[b]
-        index = 0
-        if len(mask.shape) == 4:
-            index = (b if mask.shape[0] > 1 else 0) * mask.shape[1]
-            index += head if mask.shape[1] > 1 else 0
-        return mask.allowed(index).cut((i0, i0 + q_len), (j0, j0 + kv_len))
+        return mask.plane(b, head).cut((i0, i0 + q_len), (j0, j0 + kv_len))
 
     def mask_origin(self, b: int) -> tuple[int, int]:
         """Return where a full mask starts for score matrix `b` (modes 0, 1 and 5).
@@ -398,7 +381,7 @@ class KernelCall:
         left out, so that releases which do not know them yet can still be called.
 
         >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
-        >>> arguments_for(KernelCall(spec, spec, spec, 2, "BSND", scale=0.25), "v1")["scale"]
+        >>> KernelCall(spec, spec, spec, 2, "BSND", scale=0.25).arguments_for("v1")["scale"]
         0.25
         """
         reason = self.inexpressible(version)
@@ -415,6 +398,3 @@ class KernelCall:
 
         arguments = self.non_default_arguments().items()
         return f"npu_fusion_attention({', '.join(f'{k}={show(v)}' for k, v in arguments)})"
-
-
-arguments_for = KernelCall.arguments_for

@@ -10,7 +10,7 @@ import torch
 
 from attnkit.arguments import odd_kind
 from attnkit.errors import KernelContractError, KernelContractTypeError, shown
-from attnkit.kernel.arguments import fits_int64, plain
+from attnkit.kernel.arguments import as_python, fits_int64
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.launch import choose_version, device_product
@@ -48,7 +48,7 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
 
 def forward_seeds(given: Mapping[str, Any]) -> dict[str, int]:
     """Return the seed, offset and numels that a forward returned, given to its backward."""
-    seeds = {name: plain(name, given[name]) for name in ("seed", "offset", "numels")}
+    seeds = {name: as_python(name, given[name]) for name in ("seed", "offset", "numels")}
     for name, number in seeds.items():
         if not fits_int64(number):
             raise contract_error([Violation(argument_type, f"{name}={shown(number)}")])
@@ -75,7 +75,7 @@ def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
         if name in _REQUIRED or (name in (*_OPTIONAL, "padding_mask") and value is not None):
             arguments[name] = _spec(name, value)
         else:
-            arguments[name] = plain(name, value)
+            arguments[name] = as_python(name, value)
     if given["atten_mask"] is not None:
         arguments["atten_mask"] = AttenMask.of(given["atten_mask"])
     if backward:

@@ -15,7 +15,14 @@ from attnkit.kernel.legality import Product
 from attnkit.kernel.sizes import TensorSpec
 from attnkit.kernel.versions import OP_VERSIONS, OpVersion
 
-__all__ = ["choose_version", "device_product", "expressing_versions", "launch", "launch_grad"]
+__all__ = [
+    "arguments_for",
+    "choose_version",
+    "device_product",
+    "expressing_versions",
+    "launch",
+    "launch_grad",
+]
 
 _OLD = OP_VERSIONS["v1"].spelling
 
@@ -28,6 +35,9 @@ def expressing_versions(call: KernelCall) -> tuple[str, ...]:
     ('v2', 'mindspeed')
     """
     return tuple(name for name in OP_VERSIONS if call.inexpressible(name) is None)
+
+
+arguments_for = KernelCall.arguments_for
 
 
 def choose_version(call: KernelCall) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -12,7 +13,7 @@ from attnkit.errors import CompositionError, KernelContractError
 from attnkit.kernel.arguments import check_tensors_given
 from attnkit.layouts import Sizes
 
-__all__ = ["LAYOUTS", "UNBOUNDED", "TensorSpec", "differences", "read_sizes"]
+__all__ = ["LAYOUTS", "UNBOUNDED", "TensorSpec", "paired_steps", "read_sizes"]
 
 UNBOUNDED = 2147483647
 """The default of pre_tokens and next_tokens: no bound."""
@@ -61,10 +62,11 @@ def read_sizes(layout: str, spec: TensorSpec, *, heads: int = 0, dim: int = 0) -
     return Sizes(found.get("b", 1), length, found["n"], found["d"])
 
 
-def differences(cumulative: Sequence[int]) -> list[int]:
-    """Return the steps of a cumulative list without leading 0; they may be negative.
+def paired_steps(q: Sequence[int], kv: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the steps of two cumulative lists without leading 0; they may be negative.
 
-    >>> differences([3, 5, 5, 0])
-    [3, 2, 0, -5]
+    >>> paired_steps([3, 5, 5, 0], [4, 5, 6, 6])
+    [(3, 4), (2, 1), (0, 1), (-5, 0)]
     """
-    return [now - last for last, now in zip((0, *cumulative), cumulative, strict=False)]
+    points = zip((0, *q), (0, *kv), strict=False)
+    return [(q1 - q0, kv1 - kv0) for (q0, kv0), (q1, kv1) in pairwise(points)]

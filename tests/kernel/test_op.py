@@ -19,7 +19,7 @@ from attnkit.kernel import (
     fusion_attention,
     fusion_attention_grad,
 )
-from attnkit.kernel.arguments import plain as as_plain
+from attnkit.kernel.arguments import as_python
 from attnkit.kernel.launch import choose_version, launch, launch_grad
 from tests.kernel.plain import plain, to_layout
 
@@ -190,7 +190,7 @@ def test_types_are_those_of_the_binding(name: str, binding):
         return (i for i in (1, 2)) if label == "generator" else VALUES[label]
 
     for label in VALUES:
-        mine = as_plain(name, sample(label))
+        mine = as_python(name, sample(label))
         broken = replace(call(), **{name: mine}).violations()
         taken = "argument-type" not in {violation.code for violation in broken}
         try:

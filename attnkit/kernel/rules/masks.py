@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from attnkit.geometry import Region
+from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.legality import Found, Target, rule
-from attnkit.kernel.modes import window
+from attnkit.kernel.modes import MASK_DECIDES, window
 
 __all__: list[str] = []
 
@@ -69,6 +70,11 @@ def mask_dtype(call: KernelCall, on: Target) -> Found:
         yield f"atten_mask has dtype {str(mask.dtype).removeprefix('torch.')}"
 
 
+def _drawn(call: KernelCall) -> AttenMask | None:
+    """The mask with an entry per cell, in the modes in which it decides."""
+    return call.atten_mask if call.sparse_mode in MASK_DECIDES else None
+
+
 def _leads(call: KernelCall) -> list[tuple[int, ...]]:
     """The leading axes that a mask may have."""
     return [(call.batch, call.num_heads), (call.batch, 1), (1, 1), ()]
@@ -80,7 +86,7 @@ def mask_shape(call: KernelCall, on: Target) -> Found:
 
     Only [B, 1, Sq, Skv], [1, 1, Sq, Skv] and [Sq, Skv] are broadcast; TND: [max Sq, max Skv].
     """
-    mask, cells = call.drawn_mask, (call.q_len, call.kv_len)
+    mask, cells = _drawn(call), (call.q_len, call.kv_len)
     if mask is None:
         return
     shapes = [(*lead, *cells) for lead in _leads(call)]
@@ -141,7 +147,7 @@ def mask_values(call: KernelCall, on: Target) -> Found:
 
 def _known_content(call: KernelCall) -> Iterator[tuple[Region, tuple[int, int]]]:
     """The cells that a full mask allows, where they are known, per head and score matrix."""
-    mask = call.drawn_mask
+    mask = _drawn(call)
     if mask is None or mask.is_opaque:
         return
     heads = mask.shape[1] if len(mask.shape) == 4 and mask.shape[1] == call.num_heads else 1
@@ -170,7 +176,7 @@ def mask_outside_window(call: KernelCall, on: Target) -> Found:
 def _rows_without_a_key(call: KernelCall, on: Target) -> Found:
     """How many query rows a full mask leaves without a key, if it does."""
     count = on.mask.empty_rows
-    if call.drawn_mask is None:
+    if _drawn(call) is None:
         return
     if count is None:
         pairs = ((region.empty_rows(s[0]), s) for region, s in _known_content(call))
@@ -209,7 +215,7 @@ def mask_total_lengths(call: KernelCall, on: Target) -> Found:
 
     One of the total lengths is accepted, read elsewhere, and has made gradients overflow.
     """
-    mask, longest = call.drawn_mask, (call.q_len, call.kv_len)
+    mask, longest = _drawn(call), (call.q_len, call.kv_len)
     if call.is_packed and mask is not None and mask.shape == call.total_lengths != longest:
         yield f"atten_mask has shape {list(mask.shape)}, the total lengths"
 
@@ -220,7 +226,7 @@ def mask_4d_packed(call: KernelCall, on: Target) -> Found:
 
     One with four, [1|B, 1|N, max Sq, max Skv], is accepted and read as if it were packed.
     """
-    mask = call.drawn_mask
+    mask = _drawn(call)
     if call.is_packed and mask is not None and len(mask.shape) == 4:
         yield f"atten_mask has shape {list(mask.shape)} in layout TND"
 
