@@ -101,7 +101,7 @@ class Attention(nn.Module):
         _check_backend(backend, self._composition)
         self.backend = backend
         self.register_parameter("sink", nn.Parameter(torch.zeros(num_heads)) if sink else None)
-        self._pse_names = _register_tensors(self, pse)
+        self._pse_names = _register_tensors(self, self._composition.pse)
         self._plans: dict[Hashable, Plan] = {}
 
     @property

@@ -8,12 +8,13 @@ executed but the constructors that the caller hands in.
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from attnkit.errors import (
     LONGEST,
@@ -25,13 +26,15 @@ from attnkit.errors import (
 )
 from attnkit.registry import suggestion
 
-__all__ = ["LONGEST_TEXT", "LONGEST_WORDS", "arguments_text", "evaluate"]
+__all__ = ["LONGEST_TEXT", "LONGEST_WORDS", "arguments_text", "evaluate", "value_or_text"]
 
 LONGEST_WORDS = 1 << 18
 """Characters of a text that is read, what stands in quotes left out."""
 
 LONGEST_TEXT = 1 << 22
 """Characters of a text that is read, in all (a dense mask is one long word)."""
+
+T = TypeVar("T")
 
 _QUOTED = re.compile(r"""'[^'\\]*'|"[^"\\]*\"""")
 
@@ -68,6 +71,28 @@ def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> A
     except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         told = _where(error)
         raise CompositionError(f"cannot read the {what} {shown(text)}: {told}") from None
+
+
+def value_or_text(
+    name: str,
+    given: object,
+    base: type,
+    read: Callable[[str], T],
+    hint: Callable[[object], str],
+) -> T:
+    """Return an argument that is an object of a family, or the text of one, as the object.
+
+    Raises `CompositionTypeError` for anything else; `hint` says what to do about it.
+    """
+    if isinstance(given, base):
+        return cast(T, given)
+    if isinstance(given, str):
+        return read(given)
+    if isinstance(given, type) and issubclass(given, base):
+        told = f"is the class; call it: {name}={given.__name__}(...)"
+    else:
+        told = f"is a {type(given).__name__}; {hint(given)}"
+    raise CompositionTypeError(f"{name}={shown(given)} {told}")
 
 
 def _check_length(text: str, what: str) -> None:
@@ -146,9 +171,15 @@ class _Reader:
         twice = [key for key, times in Counter(given).items() if times > 1]
         if twice:
             raise CompositionError(f"{name} got {shown(twice[0])} twice; say it once")
+        make = self.names[name]
+        known = list(inspect.signature(make).parameters)
+        wrong = [key for key in given if key not in known]
+        if wrong:
+            told = suggestion(wrong[0], known)
+            raise CompositionError(f"{name} has no argument {shown(wrong[0])}{told}")
         arguments = [self.read(argument) for argument in node.args]
         keywords = {k.arg: self.read(k.value) for k in node.keywords if k.arg is not None}
-        return self.names[name](*arguments, **keywords)
+        return make(*arguments, **keywords)
 
 
 def _source(node: ast.expr) -> str:

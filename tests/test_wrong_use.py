@@ -13,6 +13,7 @@ import attnkit as ak
 from attnkit import layouts, masks, pse
 from attnkit.errors import AttnkitError
 from attnkit.layouts import BSH, BSND, TND, Layout
+from attnkit.layouts.names import doubt
 from attnkit.rotary import Rotary, positions
 
 X = torch.zeros(2, 5, 16)
@@ -129,7 +130,7 @@ for form in (BSND, BSH, TND):
         f"{form.name}.sizes heads": lambda v, form=form, s=shape: form.sizes(s, v),
         f"{form.name}.sizes dim": lambda v, form=form, s=shape: form.sizes(s, head_dim=v),
         f"{form.name}.shape": lambda v, form=form: form.shape(v),
-        f"{form.name}.doubt": lambda v, form=form: form.doubt(v, v),
+        f"{form.name}.doubt": lambda v, form=form: doubt(form, v, v),
         f"{form.name}.to_bnsd": lambda v, form=form: form.to_bnsd(v, 4),
         f"{form.name}.from_bnsd": lambda v, form=form: form.from_bnsd(v),
         f"{form.name}.to_tnd": lambda v, form=form: form.to_tnd(v, 4),

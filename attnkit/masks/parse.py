@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.rectangles import PrefixLM
-from attnkit.textform import evaluate
+from attnkit.textform import evaluate, value_or_text
 
-__all__ = ["parse"]
+__all__ = ["as_mask", "parse"]
 
 
 @untraced(MASK_IN_GRAPH)
@@ -39,3 +42,31 @@ unknown mask SlidngWindow; did you mean 'SlidingWindow'? Known: ...
             "'Causal() & SlidingWindow(64)'"
         )
     return mask
+
+
+def as_mask(given: object, name: str = "mask") -> Mask:
+    """Return the mask that an argument is or writes; `CompositionTypeError` says how to make one.
+
+    >>> as_mask("Causal() & SlidingWindow(64)")
+    Causal() & SlidingWindow(64)
+    >>> from attnkit import masks
+    >>> as_mask(masks.Causal)
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionTypeError: mask=<class 'attnkit.masks.causal.Causal'> is the class; \
+call it: mask=Causal(...)
+    """
+    return value_or_text(name, given, Mask, parse, _how)
+
+
+def _how(given: object) -> str:
+    if isinstance(given, Tensor | np.ndarray):
+        return (
+            "True says two things in the field: masks.Dense.keep(t) if it means allowed, "
+            "masks.Dense.drop(t) if not; a tokenizer's attention_mask is masks.Padding.of(t)"
+        )
+    if callable(given):
+        return "a function fn(b, h, i, j) of cells is masks.Predicate(fn)"
+    if isinstance(given, list | tuple):
+        return "one mask per head is masks.PerHead([...]), one per text masks.PerBatch([...])"
+    return "it must be a mask of attnkit.masks, or the text of one"

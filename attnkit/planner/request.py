@@ -19,8 +19,10 @@ from attnkit.arguments import FLOATS, check_int, check_number, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
+from attnkit.masks.parse import as_mask
 from attnkit.pse import Align, ByDistance, Linear, Pse, Sloped, Structure
 from attnkit.pse.cut import uncut
+from attnkit.pse.parse import as_pse
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -94,16 +96,8 @@ class Composition:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mask, Mask):
-            raise CompositionTypeError(
-                f"mask={shown(self.mask)} is a {type(self.mask).__name__}; it must be a mask of "
-                "attnkit.masks (wrap a boolean tensor: masks.Dense.keep(t) or .drop(t))"
-            )
-        if self.pse is not None and not isinstance(self.pse, Pse):
-            raise CompositionTypeError(
-                f"pse={shown(self.pse)} is a {type(self.pse).__name__}; it must be a bias of "
-                "attnkit.pse (wrap a tensor: pse.Dense(t))"
-            )
+        object.__setattr__(self, "mask", as_mask(self.mask))
+        object.__setattr__(self, "pse", as_pse(self.pse))
         object.__setattr__(self, "layout", layouts.get(self.layout).name)  # an alias is another
         if self.scale is not None:
             rule = "finite, or None for 1/sqrt(head_dim)"

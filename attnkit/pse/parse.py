@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.pse.base import PSE, Pse
-from attnkit.textform import evaluate
+from attnkit.textform import evaluate, value_or_text
 
-__all__ = ["parse"]
+__all__ = ["as_pse", "parse"]
 
 
 @untraced(BIAS_IN_GRAPH)
@@ -36,3 +40,27 @@ T5Relative
             "instance 'ALiBi(8) + SqrtALiBi(8)'"
         )
     return bias
+
+
+def as_pse(given: object, name: str = "pse") -> Pse | None:
+    """Return the bias that an argument is or writes, None for None; else say how to make one.
+
+    >>> as_pse("ALiBi(8)").heads
+    8
+    >>> as_pse(torch.zeros(4, 4))
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionTypeError: pse=<tensor [4, 4] of torch.float32> is a Tensor; a \
+tensor of biases is pse.Dense(t)
+    """
+    return None if given is None else value_or_text(name, given, Pse, parse, _how)
+
+
+def _how(given: object) -> str:
+    if isinstance(given, Tensor) and given.dtype == torch.bool:
+        return "a boolean tensor is a mask: mask=masks.Dense.keep(t) or masks.Dense.drop(t)"
+    if isinstance(given, Tensor | np.ndarray):
+        return "a tensor of biases is pse.Dense(t)"
+    if isinstance(given, list | tuple):
+        return "slopes per head are pse.ALiBi(slopes=[...])"
+    return "it must be a bias of attnkit.pse, or the text of one"

@@ -1,0 +1,94 @@
+"""What an argument may be written as, and what is said where it is something else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import attnkit as ak
+from attnkit import masks, pse
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.masks.parse import as_mask
+from attnkit.pse.parse import as_pse
+
+X = torch.randn(1, 6, 2, 8)
+
+
+@pytest.mark.parametrize("text", ["Causal()", "Causal() & SlidingWindow(2) | Columns(0, 1)"])
+def test_a_mask_may_be_its_text(text: str) -> None:
+    mask = masks.parse(text)
+    assert as_mask(text) == as_mask(mask) == mask
+    assert ak.Attention(2, 8, mask=text).mask == mask
+    assert ak.plan(X, X, X, mask=text).request.mask == mask
+    assert torch.equal(ak.attention(X, X, X, mask=text), ak.attention(X, X, X, mask=mask))
+
+
+def test_a_bias_may_be_its_text() -> None:
+    bias = pse.ALiBi(2)
+    assert as_pse("ALiBi(2)") == as_pse(bias) == bias
+    assert as_pse(None) is None
+    layer = ak.Attention(2, 8, pse="T5Relative(2)")
+    assert [name for name, _ in layer.named_parameters()] == ["pse_0"]
+    assert layer.pse == pse.T5Relative(2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (masks.Causal, ["Causal'> is the class", "mask=Causal(...)"]),
+        (torch.ones(4, 4, dtype=torch.bool), ["masks.Dense.keep(t)", "masks.Padding.of(t)"]),
+        (np.ones((4, 4), bool), ["masks.Dense.keep(t)"]),
+        (lambda b, h, i, j: i >= j, ["masks.Predicate(fn)"]),
+        ([masks.Causal(), masks.Full()], ["masks.PerHead([...])", "masks.PerBatch([...])"]),
+        (3, ["mask=3 is a int", "or the text of one"]),
+        ("Casual()", ["Casual", "did you mean 'Causal'"]),
+        ("causal", ["causal"]),
+        (pse.ALiBi(2), ["must be a mask"]),
+    ],
+)
+def test_what_is_not_a_mask_is_told_how_to_become_one(given: object, words: list[str]) -> None:
+    for take in (as_mask, lambda mask: ak.Attention(2, 8, mask=mask)):
+        with pytest.raises(CompositionError) as caught:
+            take(given)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (pse.ALiBi, ["ALiBi'> is the class", "pse=ALiBi(...)"]),
+        (torch.zeros(4, 4), ["pse.Dense(t)"]),
+        (torch.ones(4, 4, dtype=torch.bool), ["is a mask", "masks.Dense.keep(t)"]),
+        ([0.5, 0.25], ["pse.ALiBi(slopes=[...])"]),
+        (masks.Causal(), ["must be a bias"]),
+        ("ALiBy(2)", ["did you mean 'ALiBi'"]),
+    ],
+)
+def test_what_is_not_a_bias_is_told_how_to_become_one(given: object, words: list[str]) -> None:
+    for take in (as_pse, lambda bias: ak.Attention(2, 8, pse=bias)):
+        with pytest.raises(CompositionError) as caught:
+            take(given)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "SlidingWindow(window=64)",
+            ["has no argument 'window'", "Known: size, align"],
+        ),
+        ("Causal(aling='top_left')", ["did you mean 'align'"]),
+        ("PrefixLM(lenght=3)", ["PrefixLM has no argument 'lenght'; did you mean 'length'"]),
+    ],
+)
+def test_text_with_a_wrong_argument_is_told_the_right_ones(text: str, words: list[str]) -> None:
+    with pytest.raises(CompositionError) as caught:
+        masks.parse(text)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_wrong_kind_is_a_type_error() -> None:
+    with pytest.raises(CompositionTypeError):
+        as_mask(masks.Causal)
