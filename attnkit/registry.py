@@ -53,6 +53,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._group = group
         self._broken: list[str] = []
+        self._watchers: list[Callable[[], None]] = []
 
     def add(self, name: str, entry: T) -> T:
         """Register `entry` under `name`; a name that something else has is an error."""
@@ -67,6 +68,7 @@ class Registry(Generic[T]):
                 f"(as {shown(self._entries[name])}); choose another name"
             )
         self._entries[name] = entry
+        self._changed()
         return entry
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -85,6 +87,11 @@ class Registry(Generic[T]):
         """Forget `name` (for plug-ins that unload, and for tests)."""
         self[name]
         del self._entries[name]
+        self._changed()
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Call a function after every change: what was derived from the entries is old then."""
+        self._watchers.append(call)
 
     def __getitem__(self, name: str) -> T:
         if name in self:
@@ -110,6 +117,10 @@ class Registry(Generic[T]):
     def items(self) -> tuple[tuple[str, T], ...]:
         """Return the (name, entry) pairs as they are now."""
         return tuple(self._all().items())
+
+    def _changed(self) -> None:
+        for call in self._watchers:
+            call()
 
     def _all(self) -> dict[str, T]:
         """Return the entries, those of other packages included."""

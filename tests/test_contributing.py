@@ -19,7 +19,7 @@ from attnkit.attention import Attention
 from attnkit.backends import BACKENDS
 from attnkit.config import AttentionConfig
 from attnkit.errors import BackendRefused
-from attnkit.layouts import LAYOUTS
+from attnkit.layouts import LAYOUTS, SeqLens, Sizes
 from attnkit.registry import Registry
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -142,14 +142,45 @@ def test_the_layout_works_everywhere(contribute: Contribute) -> None:
 def test_the_backend_works_everywhere(contribute: Contribute) -> None:
     contribute("backends")
     config = AttentionConfig.model_validate(
-        "{num_heads: 2, head_dim: 8, mask: Causal(), backend: double}"
+        "{num_heads: 4, num_kv_heads: 2, head_dim: 8, mask: Causal(), backend: eager}"
     )
-    assert "double" in AttentionConfig.model_json_schema()["properties"]["backend"]["enum"]
-    q, k, v = qkv(1, 6, 2, 8)
-    expected = Attention(2, 8, mask=masks.Causal())
-    result = config.build()(q, k, v, return_stats=True)
-    reference = expected(q, k, v, return_stats=True)
-    torch.testing.assert_close(result.output, reference.output)
-    torch.testing.assert_close(result.stats.lse, reference.stats.lse)
-    with pytest.raises(BackendRefused, match="already-double"):
-        config.build()(q.double(), k.double(), v.double())
+    assert "eager" in AttentionConfig.model_json_schema()["properties"]["backend"]["enum"]
+    layer = Attention(4, 8, layout="TND", sink=True, softcap=2.0, backend="eager")
+    with pytest.raises(BackendRefused, match="softcap") as caught:
+        layer(*qkv(6, 4, 8), seqlens=SeqLens([2, 4]))
+    assert {one.code for one in caught.value.refusals} == {"packed", "sink", "softcap"}
+    assert config.build().plan(*qkv(1, 6, 4, 8)[:1], *qkv(1, 6, 2, 8)[1:]).backend == "eager"
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "BSH", "BSND", "SBH"])
+@pytest.mark.parametrize(
+    ("mask", "bias"),
+    [
+        (masks.Causal(), None),
+        (masks.Rows(2), pse.ALiBi(4)),  # rows that see no key
+        (masks.Padding([6, 3]), pse.T5Relative(4) + pse.ALiBi(4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_backend_agrees_with_the_definition(
+    layout: str, mask: masks.Mask, bias: pse.Pse | None, dropout: float, contribute: Contribute
+) -> None:
+    contribute("backends")
+    form = LAYOUTS[layout]
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(form.shape(Sizes(2, 6, heads, 8)), dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    found = []
+    for name in ("eager", "reference"):
+        layer = Attention(
+            4, 8, num_kv_heads=2, mask=mask, pse=bias, layout=layout, dropout=dropout, backend=name
+        )
+        torch.manual_seed(1)
+        output, stats = layer(*tensors, return_stats=True)
+        loss = output.square().sum() + stats.lse.masked_fill(stats.lse.isinf(), 0.0).sum()
+        found.append((output, stats.lse, stats.max, *torch.autograd.grad(loss, tensors)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -9,7 +9,7 @@ from attnkit.backends.base import (
     Stats,
     register,
 )
-from attnkit.backends.choose import AUTO_ORDER, make_plan, run_plan
+from attnkit.backends.choose import auto_order, make_plan, run_plan
 from attnkit.backends.cuda import Cuda
 from attnkit.backends.emulated import Emulated
 from attnkit.backends.flex import Flex
@@ -17,7 +17,6 @@ from attnkit.backends.reference import Reference
 from attnkit.backends.tiled import Tiled
 
 __all__ = [
-    "AUTO_ORDER",
     "BACKENDS",
     "Ascend",
     "AttentionOutput",
@@ -29,6 +28,7 @@ __all__ = [
     "Reference",
     "Stats",
     "Tiled",
+    "auto_order",
     "make_plan",
     "register",
     "run_plan",

@@ -33,6 +33,7 @@ class Ascend(Fused):
     """
 
     name = "ascend"
+    auto = 10
 
     def __init__(self, ops: Any = None, device: str = "npu") -> None:
         self._given = ops

@@ -113,6 +113,8 @@ class Backend(ABC):
     """
 
     name: str
+    auto: ClassVar[int | None] = None
+    """Its place among the backends that "auto" asks, the smallest first; None: by name only."""
     plan_type: type[Plan] = Plan
     """The class of the plans that `run` takes."""
     by_calls: bool = False

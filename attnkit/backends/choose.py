@@ -11,10 +11,17 @@ from attnkit.backends.base import BACKENDS, AttentionOutput, Operands
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 
-__all__ = ["AUTO_ORDER", "make_plan", "run_plan"]
+__all__ = ["auto_order", "make_plan", "run_plan"]
 
-AUTO_ORDER = ("ascend", "cuda", "tiled", "reference")
-"""The order in which "auto" asks; the first without a refusal runs."""
+
+def auto_order() -> tuple[str, ...]:
+    """Return the backends that "auto" asks, by their places; the first without a refusal runs.
+
+    >>> auto_order()
+    ('ascend', 'cuda', 'tiled', 'reference')
+    """
+    places = [(one.auto, name) for name, one in BACKENDS.items() if one.auto is not None]
+    return tuple(name for _, name in sorted(places, key=lambda place: place[0]))
 
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
@@ -26,7 +33,7 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
     that it passed over on the plan, a failed proof among them.
     """
     passed: list[Refusal] = []
-    for name in AUTO_ORDER if backend == "auto" else (backend,):
+    for name in auto_order() if backend == "auto" else (backend,):
         reasons = BACKENDS[name].refusals(request)
         if not reasons:
             plan = BACKENDS[name].plan(request)
@@ -47,6 +54,9 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
         "backend='auto' would take the next one that can and keep these reasons",
         passed,
     )
+
+
+BACKENDS.on_change(make_plan.cache_clear)
 
 
 def run_plan(plan: Plan, operands: Operands) -> AttentionOutput:

@@ -55,6 +55,7 @@ class Cuda(Backend):
     """
 
     name = "cuda"
+    auto = 20
     plan_type = CudaPlan
 
     def __init__(self, flex: Flex | None = None) -> None:

@@ -30,6 +30,7 @@ class Reference(Backend):
     """The definition: one dense score matrix per batch element and head."""
 
     name = "reference"
+    auto = 40
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return nothing: the definition runs everything."""

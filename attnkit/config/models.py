@@ -177,7 +177,7 @@ class _Composition(_Config):
     mask: MaskField = Field(
         default=Full(),
         description="the allowed cells",
-        json_schema_extra={"default": MASK.write(Full())},
+        json_schema_extra={"default": {"kind": "full"}},
     )
     pse: PseField | None = Field(
         default=None, description="the positional bias, added to the scores"

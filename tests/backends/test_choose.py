@@ -9,7 +9,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends import AUTO_ORDER, BACKENDS, AttentionOutput, Backend, Operands, Stats
+from attnkit.backends import BACKENDS, AttentionOutput, Backend, Operands, Stats, auto_order
 from attnkit.planner import Plan, Request
 from attnkit.pse import Dense
 
@@ -18,7 +18,7 @@ X = torch.randn(1, 8, 2, 4)
 
 def test_auto_keeps_the_reasons_of_those_it_passed_over() -> None:
     plan = ak.plan(X, X, X, mask=masks.Causal())
-    assert plan.backend in AUTO_ORDER
+    assert plan.backend in auto_order()
     assert plan.backend != "ascend"
     passed = {(r.subject, r.code) for r in plan.passed_over}
     assert ("ascend", "device") in passed
@@ -43,7 +43,7 @@ def test_what_is_certain_is_refused_when_the_module_is_built() -> None:
 
 
 def test_auto_raises_with_every_reason_where_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnkit.backends.choose.AUTO_ORDER", ("ascend", "emulated"))
+    monkeypatch.setattr("attnkit.backends.choose.auto_order", lambda: ("ascend", "emulated"))
     with pytest.raises(ak.BackendRefused, match="no backend runs") as refused:
         ak.attention(X, X, X, softcap=1.25)
     assert {r.subject for r in refused.value.refusals} == {"ascend", "emulated"}
@@ -75,6 +75,27 @@ def test_a_backend_is_one_class_and_one_registration() -> None:
         BACKENDS.remove("zeros")
 
 
+class Eager(Zeros):
+    """A backend that "auto" asks first."""
+
+    name = "eager"
+    auto = 5
+
+
+def test_auto_asks_the_backends_of_others_in_their_place() -> None:
+    before = ak.plan(X, X, X, scale=0.25)
+    ak.backends.register(Eager())
+    try:
+        assert auto_order() == ("eager", "ascend", "cuda", "tiled", "reference")
+        assert ak.plan(X, X, X, scale=0.25).backend == "eager"
+        refused = ak.plan(X, X, X, scale=0.25, pse=pse.ALiBi(2))
+        assert refused.backend == before.backend
+        assert refused.passed_over[0].subject == "eager"
+    finally:
+        BACKENDS.remove("eager")
+    assert ak.plan(X, X, X, scale=0.25).backend == before.backend
+
+
 class Hasty(type(BACKENDS["emulated"])):  # type: ignore[misc]
     """A backend of fused calls whose plans lack one."""
 
@@ -86,7 +107,7 @@ class Hasty(type(BACKENDS["emulated"])):  # type: ignore[misc]
 
 def test_a_plan_whose_proof_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     ak.backends.register(Hasty())
-    monkeypatch.setattr("attnkit.backends.choose.AUTO_ORDER", ("hasty", "reference"))
+    monkeypatch.setattr("attnkit.backends.choose.auto_order", lambda: ("hasty", "reference"))
     try:
         plan = ak.plan(X, X, X, scale=0.123)
         assert plan.backend == "reference"

@@ -51,6 +51,7 @@ class Tiled(Backend):
     """
 
     name = "tiled"
+    auto = 30
     plan_type = TiledPlan
     saves_lse = True
 
