@@ -264,7 +264,7 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         (["plan", "--config", "none.yaml", "--q-len", "8"], "none.yaml': No such file"),
         (["plan", "--config", "folder", "--q-len", "8"], "'folder': Is a directory"),
         (["plan", "--config", "a\0b", "--q-len", "8"], "embedded null byte"),
-        (["plan", "--config", "binary.yaml", "--q-len", "8"], "is no UTF-8 text"),
+        (["plan", "--config", "binary.yaml", "--q-len", "8"], "is not UTF-8 text"),
         (["plan", "--config", "model.yaml", "--q-len", "9" * 30], "from 1 to 2147483647"),
         (["plan", "--config", "model.yaml", "--q-len", "9" * 5_000], "from 1 to 2147483647"),
         (

@@ -11,7 +11,6 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from dataclasses import Field as DataclassField
-from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
@@ -30,8 +29,11 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
+from attnkit.backends import BACKENDS
 from attnkit.config.text import check_size, parts_of_data
 from attnkit.errors import CompositionError, ConfigError
+from attnkit.layouts import LAYOUTS
+from attnkit.layouts.names import meant
 from attnkit.masks import MASKS, Mask
 from attnkit.masks import parse as parse_mask
 from attnkit.pse import PSE, Pse, Sum
@@ -39,17 +41,19 @@ from attnkit.pse import parse as parse_pse
 from attnkit.registry import suggestion
 
 __all__ = [
+    "BACKEND",
     "BIAS",
+    "LAYOUT",
     "MASK",
     "Family",
-    "Named",
+    "Name",
     "Record",
     "first_line",
     "problem",
     "problems_at",
 ]
 
-# A file says what it means: a quoted "64" is no number, and yes is no 1.
+# A file says what it means: a quoted "64" is not a number, and true is not 1.
 _STRICT: dict[object, object] = {
     int: StrictInt,
     float: StrictFloat,
@@ -59,7 +63,43 @@ _STRICT: dict[object, object] = {
 
 
 @dataclass(frozen=True)
-class Family:
+class Record:
+    """A pydantic field type: an object of one dataclass, written as a mapping of its fields."""
+
+    owner: type
+
+    def read(self, value: object) -> Any:
+        """Return the object that a mapping writes, or the object itself."""
+        if isinstance(value, self.owner):
+            return value
+        if not isinstance(value, Mapping):
+            raise problem(f"must be a mapping with the keys {', '.join(self.keys())}")
+        return _construct(self.owner, value)
+
+    def write(self, value: object) -> dict[str, Any]:
+        """Return the shortest mapping that reads back as `value`."""
+        return _shortest(value)
+
+    def keys(self, kind: object = None) -> tuple[str, ...]:
+        """Return the keys that the mapping (of this kind) may have."""
+        return tuple(item.name for item in _arguments(self.owner))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.read,
+            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return handler(_model(self.owner).__pydantic_core_schema__)
+
+
+@dataclass(frozen=True)
+class Family(Record):
     """A pydantic field type: any object of a registry of classes, discriminated by `kind`.
 
     `inside` marks the field of an object that is itself of the family (the parts of an
@@ -67,7 +107,6 @@ class Family:
     """
 
     what: str
-    base: type
     classes: Callable[[], Mapping[str, type]]
     parse: Callable[[str], Any]
     inside: bool = False
@@ -76,7 +115,7 @@ class Family:
 
     def read(self, value: object) -> Any:
         """Return the object that `value` writes: a mapping, text, or the object itself."""
-        if isinstance(value, self.base):
+        if isinstance(value, self.owner):
             return value
         if isinstance(value, str):
             return self._from_text(value)
@@ -105,8 +144,8 @@ class Family:
         if not isinstance(kind, str) or kind not in classes:
             aliases = {family.__name__: name for name, family in classes.items()}
             hint = suggestion(kind, classes, aliases)
-            raise problems_at({"kind": f"is no registered {self.what}{hint}"}, value)
-        return _construct(classes[kind], _model(self.base, kind, classes[kind]), value)
+            raise problems_at({"kind": f"is not a registered {self.what}{hint}"}, value)
+        return _construct(classes[kind], value, kind)
 
     # -- writing -------------------------------------------------------------------------
 
@@ -122,7 +161,7 @@ class Family:
         return self._mapping(value)
 
     def _parts(self, value: object) -> Iterable[object]:
-        if isinstance(value, self.base) and is_dataclass(value):
+        if isinstance(value, self.owner) and is_dataclass(value):
             return [getattr(value, item.name) for item in _arguments(type(value))]
         return parts_of_data(value)
 
@@ -139,7 +178,7 @@ class Family:
         }
 
     def _plain(self, where: str, value: object) -> Any:
-        if isinstance(value, self.base):
+        if isinstance(value, self.owner):
             return self._mapping(value)
         if isinstance(value, (tuple, list)):
             return [self._plain(f"{where}[{k}]", item) for k, item in enumerate(value)]
@@ -152,24 +191,16 @@ class Family:
 
     # -- what pydantic asks --------------------------------------------------------------
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self.read,
-            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
-        )
-
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         # Built anew each time it is asked for: the registry may have grown since.
-        name = f"{self.base.__module__}.{self.base.__name__}"
+        name = f"{self.owner.__module__}.{self.owner.__name__}"
         reference = core_schema.definition_reference_schema(name)
         if self.inside:
             return handler(reference)
         choices: dict[Any, CoreSchema] = {
-            kind: _model(self.base, kind, family).__pydantic_core_schema__
+            kind: _model(family, kind).__pydantic_core_schema__
             for kind, family in self.classes().items()
         }
         union = core_schema.union_schema(
@@ -177,71 +208,36 @@ class Family:
             if handler.mode == "validation"
             else [core_schema.tagged_union_schema(choices, "kind")],
             ref=name,
-            metadata={"pydantic_js_updates": {"description": first_line(self.base)}},
+            metadata={"pydantic_js_updates": {"description": first_line(self.owner)}},
         )
         return handler(core_schema.definitions_schema(reference, [union]))
 
-    def keys(self, kind: object) -> tuple[str, ...]:
-        """Return the keys that a mapping of this kind may have."""
+    def keys(self, kind: object = None) -> tuple[str, ...]:
         family = self.classes().get(kind) if isinstance(kind, str) else None
         names = () if family is None else tuple(item.name for item in _arguments(family))
         return ("kind", *names)
 
 
 @dataclass(frozen=True)
-class Record:
-    """A pydantic field type: one dataclass, written as a mapping of its fields."""
+class Name:
+    """A pydantic field type: the name of a registered object (a layout, a backend).
 
-    owner: type
-
-    def read(self, value: object) -> Any:
-        """Return the object that a mapping writes, or the object itself."""
-        if isinstance(value, self.owner):
-            return value
-        if not isinstance(value, Mapping):
-            raise problem(f"must be a mapping with the keys {', '.join(self.keys())}")
-        return _construct(self.owner, _model(self.owner, None, self.owner), value)
-
-    def write(self, value: object) -> dict[str, Any]:
-        """Return the shortest mapping that reads back as `value`."""
-        return _shortest(value)
-
-    def keys(self, kind: object = None) -> tuple[str, ...]:
-        """Return the keys that the mapping may have."""
-        return tuple(item.name for item in _arguments(self.owner))
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self.read,
-            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
-        )
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return handler(_model(self.owner, None, self.owner).__pydantic_core_schema__)
-
-
-@dataclass(frozen=True)
-class Named:
-    """A pydantic field type: the name of a registered object (a layout, a backend)."""
+    `of` returns the name of what is meant, given a name or the object; None for nothing known.
+    """
 
     what: str
-    entries: Callable[[], Mapping[str, object]]
+    known: Callable[[], Mapping[str, object]]
+    of: Callable[[str], str | None]
 
     def read(self, value: object) -> str:
         """Return the name, given it or the registered object itself."""
-        known = self.entries()
-        name = value if isinstance(value, str) else getattr(value, "name", None)
-        if (
-            not isinstance(name, str)
-            or name not in known
-            or not (name is value or known[name] == value)
-        ):
+        known = self.known()
+        word = value if isinstance(value, str) else getattr(value, "name", None)
+        name = self.of(word) if isinstance(word, str) else None
+        if name is None or not (word is value or known.get(name) == value):
             other = {key: k for k in known for key in (k.lower(), k.upper())}
-            raise problem(f"is no registered {self.what}{suggestion(name or value, known, other)}")
+            hint = suggestion(word or value, known, other)
+            raise problem(f"is not a registered {self.what}{hint}")
         return name
 
     def __get_pydantic_core_schema__(
@@ -252,7 +248,7 @@ class Named:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return handler(core_schema.literal_schema(list(self.entries())))
+        return handler(core_schema.literal_schema(list(self.known())))
 
 
 def _pse_classes() -> dict[str, type]:
@@ -260,8 +256,19 @@ def _pse_classes() -> dict[str, type]:
     return {"sum": Sum} | dict(PSE.items())
 
 
-MASK = Family("mask", Mask, lambda: dict(MASKS.items()), parse_mask)
-BIAS = Family("positional bias", Pse, _pse_classes, parse_pse)
+def _layout(word: str) -> str | None:
+    found = meant(word)
+    return None if found is None else found.name
+
+
+MASK = Family(Mask, "mask", lambda: dict(MASKS.items()), parse_mask)
+BIAS = Family(Pse, "positional bias", _pse_classes, parse_pse)
+LAYOUT = Name("layout", lambda: dict(LAYOUTS.items()), _layout)
+BACKEND = Name(
+    "backend",
+    lambda: {"auto": None} | dict(BACKENDS.items()),
+    lambda word: word if word == "auto" or word in BACKENDS else None,
+)
 
 
 def first_line(owner: type) -> str:
@@ -272,19 +279,26 @@ def first_line(owner: type) -> str:
 def _arguments(family: type) -> tuple[DataclassField[Any], ...]:
     if not is_dataclass(family):
         raise ConfigError(
-            f"{family.__name__} is registered but is no dataclass, so a configuration cannot know "
-            "its fields; decorate it with @dataclass(frozen=True)"
+            f"{family.__name__} is registered but is not a dataclass, so its fields are not known; "
+            "decorate it with @dataclass(frozen=True)"
         )
     return tuple(item for item in fields(family) if item.init)
 
 
-@lru_cache(maxsize=512)
-def _model(base: type, kind: str | None, owner: type) -> type[BaseModel]:
+def _model(owner: type, kind: str | None = None) -> type[BaseModel]:
     """Return the pydantic model of what a mapping of this kind says; None has no key `kind`.
 
     It does not depend on what else is registered: a nested field looks its kind up when a
-    value arrives.
+    value arrives. So the class it describes keeps it.
     """
+    made: type[BaseModel] | None = vars(owner).get("_config_model")
+    if made is None:
+        made = _make_model(owner, kind)
+        type.__setattr__(owner, "_config_model", made)
+    return made
+
+
+def _make_model(owner: type, kind: str | None) -> type[BaseModel]:
     try:
         hints = get_type_hints(owner)
     except NameError as error:
@@ -294,7 +308,7 @@ def _model(base: type, kind: str | None, owner: type) -> type[BaseModel]:
         ) from None
     parameters: dict[str, Any] = {} if kind is None else {"kind": (Literal[kind], ...)}
     for item in _arguments(owner):
-        parameters[item.name] = (_annotation(hints[item.name], base), _default(item))
+        parameters[item.name] = (_annotation(hints[item.name], owner), _default(item))
     return create_model(
         owner.__name__,
         __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True),
@@ -304,20 +318,17 @@ def _model(base: type, kind: str | None, owner: type) -> type[BaseModel]:
     )
 
 
-def _annotation(hint: Any, base: type) -> Any:
-    """Return a dataclass annotation with its scalars strict, and masks and biases readable.
-
-    `base` is what the owner of the field is itself.
-    """
+def _annotation(hint: Any, owner: type) -> Any:
+    """Return a dataclass annotation with its scalars strict, and masks and biases readable."""
     if hint in _STRICT:
         return _STRICT[hint]
     for family in (MASK, BIAS):
-        if isinstance(hint, type) and issubclass(hint, family.base):
-            return Annotated[hint, replace(family, inside=family.base is base)]
+        if isinstance(hint, type) and issubclass(hint, family.owner):
+            return Annotated[hint, replace(family, inside=issubclass(owner, family.owner))]
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal or not arguments:
         return hint
-    parts = tuple(_annotation(part, base) for part in arguments)
+    parts = tuple(_annotation(part, owner) for part in arguments)
     if origin in (Union, types.UnionType):
         return Union[parts]  # noqa: UP007 -- the parts are known only now
     return origin[parts]
@@ -331,8 +342,8 @@ def _default(item: DataclassField[Any]) -> Any:
     return ...
 
 
-def _construct(owner: type, model: type[BaseModel], value: Mapping[Any, Any]) -> Any:
-    given = model.model_validate(value)
+def _construct(owner: type, value: Mapping[Any, Any], kind: str | None = None) -> Any:
+    given = _model(owner, kind).model_validate(value)
     arguments = {name: getattr(given, name) for name in given.model_fields_set - {"kind"}}
     try:
         return owner(**arguments)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from os import PathLike
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,24 +24,32 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticSerializationError
 
 from attnkit.attention import Attention
-from attnkit.backends import BACKENDS
-from attnkit.config.kinds import BIAS, MASK, Named, Record, first_line, problem, problems_at
+from attnkit.config.kinds import (
+    BACKEND,
+    BIAS,
+    LAYOUT,
+    MASK,
+    Record,
+    first_line,
+    problem,
+    problems_at,
+)
 from attnkit.config.problems import config_error
-from attnkit.config.text import check_size, read_file, read_json, read_yaml
+from attnkit.config.text import check_size, read_file, read_json, read_yaml, write_yaml
 from attnkit.errors import AttnkitError, ConfigError
-from attnkit.layouts import LAYOUTS
 from attnkit.masks import Full, Mask
 from attnkit.modules import MultiHeadAttention
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField"]
 
 A = ParamSpec("A")
 R = TypeVar("R")
-C = TypeVar("C", bound="_Config")
-P = TypeVar("P", bound="_Composition")
-M = TypeVar("M", bound="MultiHeadAttentionConfig")
+B = TypeVar("B")
 
 Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Real = Annotated[StrictFloat, Field(allow_inf_nan=False)]
@@ -86,7 +93,7 @@ class _Config(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
-    def model_validate(cls: type[C], obj: Any) -> C:  # type: ignore[override]
+    def model_validate(cls, obj: Any) -> Self:  # type: ignore[override]
         """Return the configuration that a mapping or YAML text writes.
 
         A configuration is returned as it is. How strict to be is not the caller's choice:
@@ -94,15 +101,18 @@ class _Config(BaseModel):
 
         Raises `ConfigError` with every problem found.
         """
+        if not isinstance(obj, str):
+            with _teaching(cls, obj):
+                return super().model_validate(obj)
         with _teaching(cls, obj):
-            data = read_yaml(obj) if isinstance(obj, str) else obj
-        with _teaching(cls, data):
+            data = read_yaml(obj)
+        with _teaching(cls, data, obj):
             return super().model_validate(data)
 
     @classmethod
     def model_validate_json(  # type: ignore[override]
-        cls: type[C], json_data: str | bytes | bytearray
-    ) -> C:
+        cls, json_data: str | bytes | bytearray
+    ) -> Self:
         """Return the configuration that JSON text writes; as `model_validate` otherwise."""
         with _teaching(cls, json_data):
             data = read_json(json_data)
@@ -110,7 +120,7 @@ class _Config(BaseModel):
             return super().model_validate(data)
 
     @classmethod
-    def from_yaml(cls: type[C], source: str | PathLike[str]) -> C:
+    def from_yaml(cls, source: str | PathLike[str]) -> Self:
         """Return the configuration in a YAML text, or in a file given as a `pathlib.Path`."""
         with _teaching(cls, source):
             text = source if isinstance(source, str) else read_file(source)
@@ -130,10 +140,17 @@ class _Config(BaseModel):
             if item.is_required()
         }
         content = {"version": self.version, **required, **said}
-        return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
+        return write_yaml(content)
 
     model_dump = _ours(BaseModel.model_dump)
     model_dump_json = _ours(BaseModel.model_dump_json)
+
+    def _built(self, module: Callable[..., B]) -> B:
+        """Return the module whose arguments the keys are."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        del given["version"]
+        # Modules that are built from one configuration share no weights.
+        return module(**given | {"pse": copy.deepcopy(given["pse"])})
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +184,7 @@ class _Config(BaseModel):
         return written
 
 
-class _Composition(_Config):
+class _ModuleConfig(_Config):
     """What a configuration of any attention module says: the composition and its heads."""
 
     num_heads: Count = Field(description="query heads")
@@ -194,12 +211,15 @@ class _Composition(_Config):
     softcap: Annotated[Real, Field(gt=0)] | None = Field(
         default=None, description="c of c*tanh(scale*q.k/c), before the bias"
     )
-    backend: Annotated[str, Named("backend", lambda: {"auto": None} | dict(BACKENDS.items()))] = (
-        Field(default="auto", description="who computes; a name never falls back to another")
+    backend: Annotated[str, BACKEND] = Field(
+        default="auto", description="who computes; a name never falls back to another"
+    )
+    layout: Annotated[str, LAYOUT] = Field(
+        default="BSND", description="how the axes of query, key and value lie in memory"
     )
 
     @model_validator(mode="after")
-    def _heads_agree(self: P) -> P:
+    def _heads_agree(self) -> Self:
         heads, told = self.num_heads, {}
         if self.num_kv_heads is not None and heads % self.num_kv_heads:
             told["num_kv_heads"] = f"must divide num_heads={heads}"
@@ -211,7 +231,7 @@ class _Composition(_Config):
         return self
 
 
-class AttentionConfig(_Composition):
+class AttentionConfig(_ModuleConfig):
     """An `Attention` as a versioned mapping, for YAML, JSON and training scripts.
 
     The keys are the arguments of `Attention`. A mask or a bias is the object itself, a mapping
@@ -250,28 +270,13 @@ num_kv_heads, mask, pse, scale, dropout, sink, softcap, backend, layout; got 'Ca
     """
 
     head_dim: Count = Field(description="extent of one head")
-    layout: Annotated[str, Named("layout", lambda: dict(LAYOUTS.items()))] = Field(
-        default="BSND", description="how the axes of query, key and value lie in memory"
-    )
 
     def build(self) -> Attention:
         """Return the module; raises `CompositionError` or `BackendRefused` as it does."""
-        return Attention(
-            self.num_heads,
-            self.head_dim,
-            num_kv_heads=self.num_kv_heads,
-            mask=self.mask,
-            pse=copy.deepcopy(self.pse),  # each module has weights of its own
-            layout=self.layout,
-            scale=self.scale,
-            dropout=self.dropout,
-            sink=self.sink,
-            softcap=self.softcap,
-            backend=self.backend,
-        )
+        return self._built(Attention)
 
 
-class MultiHeadAttentionConfig(_Composition):
+class MultiHeadAttentionConfig(_ModuleConfig):
     """A `MultiHeadAttention` as a versioned mapping: `AttentionConfig` with its projections.
 
     The keys are the arguments of `MultiHeadAttention`. `rotary` is true, false, or a mapping of
@@ -305,7 +310,7 @@ class MultiHeadAttentionConfig(_Composition):
     )
 
     @model_validator(mode="after")
-    def _heads_divide(self: M) -> M:
+    def _heads_divide(self) -> Self:
         if self.head_dim is None and self.dim % self.num_heads:
             told = f"must be a multiple of num_heads={self.num_heads}, or give head_dim"
             raise problems_at({"dim": told}, self.__dict__)
@@ -313,32 +318,18 @@ class MultiHeadAttentionConfig(_Composition):
 
     def build(self) -> MultiHeadAttention:
         """Return the module; its weights are drawn from torch's generator."""
-        return MultiHeadAttention(
-            self.dim,
-            self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            kv_dim=self.kv_dim,
-            bias=self.bias,
-            rotary=self.rotary,
-            mask=self.mask,
-            pse=copy.deepcopy(self.pse),  # each module has weights of its own
-            dropout=self.dropout,
-            scale=self.scale,
-            softcap=self.softcap,
-            sink=self.sink,
-            backend=self.backend,
-        )
+        return self._built(MultiHeadAttention)
+
+
+_OBJECTS = {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
 
 
 @contextmanager
-def _teaching(model: type[BaseModel], data: object) -> Iterator[None]:
+def _teaching(model: type[BaseModel], data: object, text: str | None = None) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise config_error(
-            error, model, data, {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
-        ) from None
+        raise config_error(error, model, data, _OBJECTS, text) from None
     except ConfigError as error:
         raise ConfigError(f"{model.__name__}: {error}") from None
     except RecursionError:

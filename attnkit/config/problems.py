@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from attnkit.config.kinds import Family, Record
+from attnkit.config.kinds import Record
+from attnkit.config.text import place
 from attnkit.errors import ConfigError, clipped, shown
 from attnkit.registry import suggestion
 
@@ -23,11 +24,12 @@ def config_error(
     error: ValidationError,
     model: type[BaseModel],
     data: object,
-    families: Mapping[str, Family | Record],
+    fields: Mapping[str, Record],
+    text: str | None = None,
 ) -> ConfigError:
     """Return the `ConfigError` of everything that `error` found in `data`.
 
-    `families` names the fields of `model` that hold objects of a family.
+    `fields` names those of `model` that hold objects; `text` is what `data` was read from.
     """
     found: dict[Path, list[Any]] = {}
     for problem in error.errors(include_url=False):
@@ -39,9 +41,10 @@ def config_error(
     lines: list[str] = []
     room = _ROOM
     for path in told[:_SHOWN]:
-        sentences = [_sentence(one, path, model, data, families) for one in found[path]]
+        sentences = [_sentence(one, path, model, data, fields) for one in found[path]]
         sentence = " or ".join(dict.fromkeys(sentences))
-        line = f"{_text(path)}{clipped(sentence, _ROOM)}{_given(path, data, sentence)}"
+        where = f" ({place(text, path)})" if text is not None else ""
+        line = f"{_text(path)}{clipped(sentence, _ROOM)}{_given(path, data, sentence)}{where}"
         room -= len(line)
         if lines and room < 0:
             break
@@ -54,7 +57,7 @@ def config_error(
 def _path(problem: Any, data: object) -> Path:
     """Return the keys and indices of a location, without the names of union branches.
 
-    A union adds the name of the branch that failed; it is no key of what was given there.
+    A union adds the name of the branch that failed; it is not a key of what was given there.
     """
     path: list[str | int] = []
     here = data
@@ -76,25 +79,25 @@ def _sentence(
     path: Path,
     model: type[BaseModel],
     data: object,
-    families: Mapping[str, Family | Record],
+    fields: Mapping[str, Record],
 ) -> str:
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return f"unknown key{suggestion(path[-1], _known(path, model, data, families))}"
+        return f"unknown key{suggestion(path[-1], _known(path, model, data, fields))}"
     if kind == "missing":
-        return f"is missing. Known keys: {', '.join(_known(path, model, data, families))}"
+        return f"is missing. Known keys: {', '.join(_known(path, model, data, fields))}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should be", "must be").replace("a valid tuple", "a list")
     message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
     if kind in ("int_type", "float_type") and _is_number(problem["input"]):
         message += " without quotes"
         if "e" in problem["input"].lower():
-            message += " (YAML takes 1e-3 for text: write 1.0e-3)"
+            message += " (to YAML 1.1 it is a text: write 1.0e-3)"
     return message
 
 
 def _known(
-    path: Path, model: type[BaseModel], data: object, families: Mapping[str, Family | Record]
+    path: Path, model: type[BaseModel], data: object, fields: Mapping[str, Record]
 ) -> tuple[str, ...]:
     """Return the keys that the mapping around the last step may have."""
     if len(path) == 1:
@@ -102,7 +105,7 @@ def _known(
         return tuple(name for name, _ in required_first)
     parent = _at(path[:-1], data)
     kind = parent.get("kind") if isinstance(parent, Mapping) else None
-    return families[str(path[0])].keys(kind)
+    return fields[str(path[0])].keys(kind)
 
 
 def _text(path: Path) -> str:

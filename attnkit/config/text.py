@@ -1,27 +1,25 @@
 """Texts and data of configurations: read safely, within stated limits.
 
-A text is measured while it is parsed, and data before anything is validated: an alias counts as
-often as it is used, so that ten lines cannot stand for a billion keys.
+YAML is 1.2: `no` and `on` are words, and JSON is YAML. A text is measured before anything is
+made of it, and data before anything is validated: an alias counts as often as it is used, so
+that ten lines cannot stand for a billion keys.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from yaml.composer import Composer
-from yaml.constructor import ConstructorError, SafeConstructor
-from yaml.events import (
-    AliasEvent,
-    CollectionEndEvent,
-    CollectionStartEvent,
-    Event,
-    NodeEvent,
-)
-from yaml.resolver import Resolver
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
 
 from attnkit.errors import ConfigError, shown
 
@@ -31,9 +29,11 @@ __all__ = [
     "MOST_NODES",
     "check_size",
     "parts_of_data",
+    "place",
     "read_file",
     "read_json",
     "read_yaml",
+    "write_yaml",
 ]
 
 MOST_CHARACTERS = 1_000_000
@@ -45,11 +45,8 @@ MOST_NODES = 20_000
 MOST_DEPTH = 140
 """How deep its mappings and lists may nest: what the deepest mask takes, two levels for each."""
 
-# A number in base 60 takes time quadratic in its length.
-_LONGEST_NUMBER = 1_000
-
-# What PyYAML's and Python's readers of numbers, dates and tags raise for bad ones.
-_BAD_SCALARS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What readers of numbers, dates and tags raise for bad ones.
+_BAD_SCALARS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def read_file(source: object) -> str:
@@ -64,7 +61,7 @@ def read_file(source: object) -> str:
         with path.open(encoding="utf-8") as file:
             return file.read(MOST_CHARACTERS + 1)
     except UnicodeDecodeError:
-        raise ConfigError(f"{shown(str(path))}: is no UTF-8 text") from None
+        raise ConfigError(f"{shown(str(path))}: is not UTF-8 text") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{shown(str(path))}: {reason}") from None
@@ -74,14 +71,56 @@ def read_yaml(text: str) -> Any:
     """Return the data that a YAML text writes."""
     _check_length(text)
     try:
-        loader = _Loader(_measured(text))
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the text is no YAML: {error}") from None
-    except ConfigError:
-        raise
-    except _BAD_SCALARS as error:
-        raise ConfigError(f"the text is no YAML: a value cannot be read: {error}") from None
+        yaml = _yaml()
+        node = _nodes(text)
+        too_large = check_size(node, _inside)
+        if too_large is not None:
+            raise ConfigError(too_large)
+        data: Any = None if node is None else yaml.constructor.construct_document(node)
+        return data
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"{_line_and_column(text, mark.index)}: "
+        told = str(error.problem).partition(" with value")[0]  # of a key that appears twice
+        context = f" ({error.context})" if error.context else ""
+        raise ConfigError(f"the text is not YAML: {where}{told}{context}") from None
+    except ReaderError as error:
+        where = _line_and_column(text, error.position)
+        raise ConfigError(f"the text is not YAML: {where}: {error.reason}") from None
+
+
+def write_yaml(data: Any) -> str:
+    """Return a text that `read_yaml` reads back as `data`; what is innermost is on one line."""
+    yaml: Any = _yaml()  # its options are typed as what they start with
+    text = io.StringIO()
+    yaml.default_flow_style, yaml.width = None, 100
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(data, text)
+    return text.getvalue()
+
+
+def place(text: str, path: Sequence[str | int]) -> str:
+    """Return where in a YAML text the value at a path stands, or what comes closest to it.
+
+    >>> place("mask:\\n  kind: causal\\n  size: 3\\n", ("mask", "size"))
+    'line 3, column 9'
+    """
+    node = _nodes(text)
+    for step in path:
+        inside: Mapping[Any, Node] = {}
+        if isinstance(node, SequenceNode):
+            inside = dict(enumerate(node.value))
+        elif isinstance(node, MappingNode):
+            inside = {key.value: value for key, value in node.value if isinstance(key, ScalarNode)}
+        if step not in inside:
+            break
+        node = inside[step]
+    return "" if node is None else _line_and_column(text, node.start_mark.index)
+
+
+def _line_and_column(text: str, index: int) -> str:
+    before = text[:index]
+    return f"line {before.count(chr(10)) + 1}, column {index - before.rfind(chr(10))}"
 
 
 def read_json(text: object) -> Any:
@@ -96,7 +135,7 @@ def read_json(text: object) -> Any:
     except RecursionError:
         raise ConfigError(_too_deep()) from None
     except ValueError as error:
-        raise ConfigError(f"the text is no JSON: {error}") from None
+        raise ConfigError(f"the text is not JSON: {error}") from None
 
 
 def parts_of_data(value: object) -> Iterable[object]:
@@ -146,90 +185,61 @@ def check_size(
     return None
 
 
-class _Loader(Composer, SafeConstructor, Resolver):
-    """YAML's safe loader over events already read; a key that stands twice is a mistake."""
+class _Constructor(SafeConstructor):
+    """Makes plain data; says where a value is that cannot be read."""
 
-    def __init__(self, events: list[Event]) -> None:
-        self._events = events[::-1]
-        Composer.__init__(self)
-        SafeConstructor.__init__(self)
-        Resolver.__init__(self)
-
-    def check_event(self, *choices: type[Event]) -> bool:
-        return bool(self._events) and (not choices or isinstance(self._events[-1], choices))
-
-    def peek_event(self) -> Event | None:
-        return self._events[-1] if self._events else None
-
-    def get_event(self) -> Event | None:
-        return self._events.pop() if self._events else None
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if (
-            isinstance(node, yaml.ScalarNode)
-            and node.tag != "tag:yaml.org,2002:str"
-            and len(node.value) > _LONGEST_NUMBER
-        ):
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except _BAD_SCALARS as error:
             raise ConstructorError(
-                None, None, f"a number of {len(node.value):,} characters", node.start_mark
-            )
-        return super().construct_object(node, deep)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # the constructor refuses it
-            if key in seen:
-                raise ConstructorError(
-                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+                None, None, f"a value cannot be read: {error}", node.start_mark
+            ) from None
 
 
-def _measured(text: str) -> list[Event]:
-    """Return the events of a YAML text, aliases counted as copies of what they name."""
-    events: list[Event] = []
-    sizes: dict[str, tuple[int, int]] = {}  # nodes and depth of what has an anchor
-    open_: list[tuple[str | None, list[tuple[int, int]]]] = [(None, [])]
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        events.append(event)
-        if isinstance(event, CollectionStartEvent):
-            sizes.pop(event.anchor or "", None)
-            open_.append((event.anchor, []))
-            if len(open_) > MOST_DEPTH + 1:
-                raise ConfigError(_too_deep())
-            continue
-        if isinstance(event, CollectionEndEvent):
-            anchor, parts = open_.pop()
-            size = (1 + sum(n for n, _ in parts), 1 + max((d for _, d in parts), default=0))
-        elif isinstance(event, AliasEvent):
-            if any(event.anchor == anchor for anchor, _ in open_):
-                raise ConfigError("it contains itself")
-            anchor, size = None, sizes.get(event.anchor or "", (1, 0))
-        elif isinstance(event, NodeEvent):
-            anchor, size = event.anchor, (1, 0)
-        else:
-            continue
-        if anchor is not None:
-            sizes[anchor] = size
-        open_[-1][1].append(size)
-        if len(events) > 2 * MOST_NODES or size[0] > MOST_NODES:
-            raise ConfigError(_too_many())
-        if size[1] + len(open_) - 1 > MOST_DEPTH:
+class _Representer(SafeRepresenter):
+    """Writes 1e-07 as 1.0e-07, which readers of YAML 1.1 do not take for a text."""
+
+    def represent_float(self, data: float) -> ScalarNode:
+        node = super().represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")
+        return node
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor, yaml.Representer = _Constructor, _Representer
+    return yaml
+
+
+def _nodes(text: str) -> Node | None:
+    """Return the tree of a text, every value with its place, whose size is checked while read."""
+    depth = 0
+    for count, event in enumerate(_yaml().parse(text)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MOST_DEPTH:
             raise ConfigError(_too_deep())
-    return events
+        if count > 2 * MOST_NODES:
+            raise ConfigError(_too_many())
+    node: Node | None = _yaml().compose(text)
+    return node
+
+
+def _inside(node: object) -> Iterable[object]:
+    if isinstance(node, MappingNode):
+        return (part for pair in node.value for part in pair)
+    return node.value if isinstance(node, SequenceNode) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ConfigError(f"the key {shown(name)} stands twice")
+            raise ConfigError(f"the key {shown(name)} appears twice")
         found[name] = value
     return found
 

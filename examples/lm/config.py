@@ -6,8 +6,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 import attnkit as ak
 from attnkit import masks
@@ -98,11 +99,11 @@ def load_config(path: Path, **overrides: int | None) -> RunConfig:
     Raises `RunError`, whose one line says which key is wrong and what is possible.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError as error:
         near = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) or "no *.yaml beside it"
         raise RunError(f"cannot read the config {path}: {error.strerror} (found: {near})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no sections; it needs {_join(RunConfig.model_fields)}")

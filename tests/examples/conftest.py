@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 TINY: dict[str, dict[str, Any]] = {
     "training": {
@@ -47,7 +47,7 @@ def write_config(tmp_path: Path) -> WriteConfig:
             else:
                 content[name] = content.get(name, {}) | change
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(content))
+        YAML(typ="safe", pure=True).dump(content, path)
         return path
 
     return write
