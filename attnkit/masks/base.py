@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
@@ -22,6 +22,7 @@ from attnkit.geometry import Region
 from attnkit.masks import picture
 from attnkit.masks.cells import Enclosure, Rectangle, paint
 from attnkit.masks.picture import Picture
+from attnkit.masks.trace import cells_of, row_blocks
 from attnkit.registry import Registry
 from attnkit.textform import arguments_text
 
@@ -47,8 +48,6 @@ Align = Literal["bottom_right", "top_left"]
 
 LONGEST_REPR = 1000
 """Characters that ``repr(mask)`` takes, at most; ``str(mask)`` is whole."""
-
-_CELLS_AT_ONCE = 1 << 22  # read together where two matrices are compared
 
 
 class Mask(ABC):
@@ -138,14 +137,12 @@ class Mask(ABC):
         keys = (0, shorter)
         if old.exact and new.exact:
             return new.inner.cut(keys, keys) == old.inner
-        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
-        blocks = ((i, min(i + height, shorter)) for i in range(0, shorter, height))
         return all(
             torch.equal(
                 self._read(Rectangle(rows, keys, longer, longer, batch, head)),
                 self._read(Rectangle(rows, keys, shorter, shorter, batch, head)),
             )
-            for rows in blocks
+            for rows in row_blocks(0, shorter, shorter)
         )
 
     @property
@@ -228,13 +225,6 @@ class Mask(ABC):
         if known.exact:
             return paint(known.inner.cut(at.rows, at.keys), *at.shape, device)
         return self._cells(at, device)
-
-    def _reader(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str = "cpu"
-    ) -> Callable[[int, int], torch.Tensor]:
-        """Return what reads rows ``i0 <= i < i1`` of a score matrix: a mask that is no region."""
-        whole = Rectangle((0, 0), (0, kv_len), q_len, kv_len, batch, head)
-        return lambda i0, i1: self._cells(whole._replace(rows=(i0, i1)), device)
 
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head.
@@ -330,9 +320,8 @@ class Mask(ABC):
         return picture.figure(drawn, q_len, kv_len, repr(self))
 
     def _shares(self, q_len: int, kv_len: int, b: int, h: int, rows: int, keys: int) -> Picture:
-        known = self._checked_enclosure(q_len, kv_len, b, h)
-        cells = known.inner if known.exact else self._reader(q_len, kv_len, b, h)
-        return picture.shares(cells, q_len, kv_len, rows, keys)
+        self._checked_enclosure(q_len, kv_len, b, h)
+        return picture.shares(cells_of(self, q_len, kv_len, b, h), q_len, kv_len, rows, keys)
 
     def simplify(self, q_len: int | None = None, kv_len: int | None = None) -> Mask:
         """Return the simplest mask known with the same cells at these lengths.

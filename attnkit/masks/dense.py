@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ import torch
 from attnkit.arguments import check_readable, describe
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
+from attnkit.masks.trace import enclosed
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "boolean_cells"]
 
 _MOST_CELLS = 1 << 33  # a GiB of bits
 
@@ -42,8 +41,8 @@ class Dense(Mask):
 
     >>> import torch
     >>> causal = Dense.keep(torch.ones(4, 4).tril().bool())
-    >>> causal.region(4, 4) == Region.of(Slice(0, 4, 0, 4, hi=0))
-    True
+    >>> causal.region(4, 4)
+    Region.of(Slice(i0=0, i1=4, j0=0, j1=4, lo=-3, hi=0))
     """
 
     packed: str
@@ -76,7 +75,7 @@ class Dense(Mask):
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:
         """Build from a tensor where True marks an allowed cell."""
-        return cls(_pack(_held(_boolean(tensor, "keep"))))
+        return cls(_pack(_held(boolean_cells(tensor, "keep"))))
 
     @classmethod
     def drop(cls, tensor: torch.Tensor) -> Dense:
@@ -86,13 +85,20 @@ class Dense(Mask):
         >>> Dense.drop(torch.tensor([[False, True]])).region(1, 2).area
         1
         """
-        return cls(_pack(~_held(_boolean(tensor, "drop"))))
+        return cls(_pack(~_held(boolean_cells(tensor, "drop"))))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
         plane = self._plane_index(batch, head)
         if plane not in self._enclosures:
-            self._enclosures[plane] = _recover(self._array(*plane))
+            _, _, rows, keys = self._content[0]
+            whole = Rectangle((0, rows), (0, keys), rows, keys, *plane)
+            self._enclosures[plane] = enclosed(
+                lambda i0, i1: self._cells(whole._replace(rows=(i0, i1)), "cpu"),
+                rows,
+                keys,
+                max_runs=8 * (rows + keys) + 64,
+            )
         return self._enclosures[plane]
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
@@ -142,7 +148,8 @@ class Dense(Mask):
         return f"<masks.Dense {'x'.join(map(str, shape))}, {allowed} allowed>"
 
 
-def _boolean(tensor: object, name: str) -> torch.Tensor:
+def boolean_cells(tensor: object, name: str) -> torch.Tensor:
+    """Return a tensor that `Dense.keep` and `Dense.drop` take, checked."""
     if isinstance(tensor, torch.Tensor):
         check_readable(f"Dense.{name}", tensor)
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.bool:
@@ -212,23 +219,3 @@ def _inflated(deflated: bytes, size: int) -> bytes:
     if len(bits) != size or not stream.eof or stream.unused_data:
         raise ValueError("the number of bits does not fit the shape")
     return bits
-
-
-def _recover(cells: _Cells) -> Enclosure:
-    """Trace the runs of each row; where they are too many, find the slice around them all."""
-    q_len, kv_len = cells.shape
-    edges = np.diff(np.pad(cells, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    stops = np.nonzero(edges == -1)[1]
-    if len(rows) > 8 * (q_len + kv_len) + 64:
-        lo, hi = int((starts - rows).min()), int((stops - 1 - rows).max())
-        hull = Slice(int(rows[0]), int(rows[-1]) + 1, int(starts.min()), int(stops.max()), lo, hi)
-        return Enclosure(Region.empty(), Region.of(hull))
-    bounds = np.searchsorted(rows, np.arange(q_len + 1))
-    region = Region.from_rows(
-        [
-            tuple(zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True))
-            for a, b in pairwise(bounds.tolist())
-        ]
-    )
-    return Enclosure(region, region)

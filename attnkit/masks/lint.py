@@ -21,14 +21,14 @@ from attnkit.masks.algebra import And, Not, _Joined
 from attnkit.masks.base import Enclosure, Full, Mask
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
-from attnkit.masks.composite import Composite
+from attnkit.masks.composite import Composite, leaves
 from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
-from attnkit.masks.recover import recover
+from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.slices import Slices
-from attnkit.masks.trace import CHUNK_CELLS, mask_rows
+from attnkit.masks.trace import mask_rows, row_blocks
 
 __all__ = ["Finding", "lint", "positive_leaves", "ranges"]
 
@@ -71,16 +71,21 @@ class Finding:
 
 
 class _View(NamedTuple):
-    """A mask at given lengths, and its cells in each score matrix; None where no region."""
+    """A mask at given lengths, and its cells in each score matrix; None where no region.
+
+    `found`: what recovery said, where the cells had to be read.
+    """
 
     mask: Mask
     q_len: int
     kv_len: int
     regions: dict[tuple[int, int], Region] | None
+    found: Recovered | None
 
     @property
     def planes(self) -> list[tuple[int, int]]:
-        return _planes(self.mask)
+        mask = self.mask
+        return [(b, h) for b in range(mask.batches or 1) for h in range(mask.heads or 1)]
 
     def where(self, planes: list[tuple[int, int]]) -> str:
         """Say which score matrices are meant, when not all are."""
@@ -96,12 +101,11 @@ def lint(
 ) -> tuple[Finding, ...]:
     """Return what `Mask.lint` documents."""
     mask.check(q_len, kv_len, batch, heads)
-    regions = _regions(mask, q_len, kv_len)
-    view = _View(mask, q_len, kv_len, regions)
+    view = _view(mask, q_len, kv_len)
     found = [*_rows_and_keys(view), *_equal_to_named(view)]
     wide = list(_too_wide(view))
     found += [finding for _, finding in wide]
-    if regions is None:
+    if view.regions is None:
         found.append(_no_region(view))
         return tuple(found)
     found += _leaks(view)
@@ -111,25 +115,23 @@ def lint(
     return tuple(found)
 
 
-def _regions(mask: Mask, q_len: int, kv_len: int) -> dict[tuple[int, int], Region] | None:
+def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
+    view = _View(mask, q_len, kv_len, None, None)
     if min(q_len, kv_len) == 0:
-        return {plane: Region.empty() for plane in _planes(mask)}
-    known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in _planes(mask)}
+        return view._replace(regions=dict.fromkeys(view.planes, Region.empty()))
+    known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in view.planes}
     if all(one.exact for one in known.values()):
-        return {plane: one.inner for plane, one in known.items()}
+        return view._replace(regions={plane: one.inner for plane, one in known.items()})
     found = recover(mask, q_len, kv_len)
     if not found.exact:
-        return None
+        return view._replace(found=found)
     # Equal planes are held once.
-    return {
+    regions = {
         (b, h): per_head[min(h, len(per_head) - 1)]
         for b, h in known
         for per_head in [found.regions[min(b, len(found.regions) - 1)]]
     }
-
-
-def _planes(mask: Mask) -> list[tuple[int, int]]:
-    return [(b, h) for b in range(mask.batches or 1) for h in range(mask.heads or 1)]
+    return view._replace(regions=regions, found=found)
 
 
 def ranges(spans: Iterable[tuple[int, int]]) -> str:
@@ -208,12 +210,11 @@ def _seen(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
         region = view.regions[plane]
         return region.empty_rows(view.q_len), _free_keys(region, view.kv_len)
     read = mask_rows(view.mask, view.q_len, view.kv_len, *plane)
-    height = max(1, CHUNK_CELLS // max(1, view.kv_len))
     rows = torch.zeros(view.q_len, dtype=torch.bool)
     keys = torch.zeros(view.kv_len, dtype=torch.bool)
-    for i0 in range(0, view.q_len, height):
-        cells = read(i0, min(i0 + height, view.q_len)).cpu()
-        rows[i0 : i0 + height] = cells.any(dim=1)
+    for i0, i1 in row_blocks(0, view.q_len, view.kv_len):
+        cells = read(i0, i1)
+        rows[i0:i1] = cells.any(dim=1)
         keys |= cells.any(dim=0)
     return _false(rows), _false(keys)
 
@@ -260,15 +261,10 @@ def positive_leaves(mask: Mask, positive: bool = True, head: int | None = None) 
         yield mask
 
 
-def _all_leaves(mask: Mask) -> list[Mask]:
-    both = [*positive_leaves(mask), *positive_leaves(mask, False)]
-    return list(dict.fromkeys(both))
-
-
 def _too_wide(view: _View) -> Iterator[tuple[Mask, Finding]]:
     if min(view.q_len, view.kv_len) == 0:
         return
-    for part in _all_leaves(view.mask):
+    for part in dict.fromkeys(leaves(view.mask)):
         widest, wider = part, _without_limit(part)
         while wider is not None and _alike(part, wider, view):
             widest, wider = wider, _without_limit(wider)
@@ -302,10 +298,11 @@ def _without_limit(part: Mask) -> Mask | None:
 
 
 def _equal_to_named(view: _View) -> Iterator[Finding]:
-    for part in _all_leaves(view.mask):
+    for part in dict.fromkeys(leaves(view.mask)):
         if not isinstance(part, Dense | Slices | Predicate):
             continue
-        found = recover(part, view.q_len, view.kv_len)
+        found = view.found if part is view.mask else None
+        found = recover(part, view.q_len, view.kv_len) if found is None else found
         if found.named:
             yield Finding(
                 "equals-a-named-mask",

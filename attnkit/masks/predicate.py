@@ -18,11 +18,9 @@ from attnkit.errors import (
 )
 from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, Rectangle
+from attnkit.masks.trace import row_blocks
 
-__all__ = ["CHUNK_CELLS", "MaskFunction", "Predicate", "evaluate", "function_name"]
-
-CHUNK_CELLS = 1 << 20
-"""Cells that are read at a time, so that memory does not follow the score matrix."""
+__all__ = ["MaskFunction", "Predicate", "evaluate", "function_name"]
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -67,10 +65,9 @@ class Predicate(Mask):
         (top, bottom), j = at.rows, torch.arange(*at.keys, device=device)
         cells = torch.empty(at.shape, dtype=torch.bool, device=device)
         b, h = (torch.tensor(value, device=device) for value in (at.batch, at.head))
-        height = max(1, CHUNK_CELLS // max(1, len(j)))
-        for start in range(top, bottom, height):
-            i = torch.arange(start, min(start + height, bottom), device=device)
-            cells[start - top : start - top + len(i)] = evaluate(self.fn, b, h, i, j)
+        for start, stop in row_blocks(top, bottom, len(j)):
+            i = torch.arange(start, stop, device=device)
+            cells[start - top : stop - top] = evaluate(self.fn, b, h, i, j)
         return cells
 
     @property

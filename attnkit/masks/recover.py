@@ -26,7 +26,7 @@ from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import MaskFunction, Predicate
 from attnkit.masks.slices import Slices
 from attnkit.masks.sources import Source, source_of
-from attnkit.masks.trace import Traced, count_slices, trace
+from attnkit.masks.trace import Progress, count_slices, trace
 
 __all__ = ["Recovered", "recover"]
 
@@ -86,6 +86,7 @@ def recover(
     q_offset: int = 0,
     device: torch.device | str | None = None,
     max_slices: int | None = None,
+    progress: Progress | None = None,
 ) -> Recovered:
     """Find the mask behind a tensor, a function, row bounds or another mask.
 
@@ -105,9 +106,10 @@ def recover(
     torch's SDPA, FlexAttention and transformers) or masked out (False, as in
     `nn.MultiheadAttention` and the fused kernel).
 
-    Every cell is evaluated once, in chunks of rows of about a million cells. Where the region
-    needs more than `max_slices` (default 64 + 4 * max(q_len, kv_len)) the source stays as it
-    is, and `reason` says so.
+    Every cell is evaluated once, in chunks of rows of about a million cells, those outside of a
+    mask's `outer` bound left out. `progress(rows, all_rows)` is called after each chunk. Where the
+    region needs more than `max_slices` (default 64 + 4 * max(q_len, kv_len)) the source stays as
+    it is, and `reason` says so.
 
     >>> import torch
     >>> from attnkit import masks
@@ -124,33 +126,43 @@ def recover(
     if max_slices is None:
         max_slices = 64 + 4 * max(given.q_len, given.kv_len)
     check_int("max_slices", max_slices, 1)
-    planes = [
-        [_plane(given, b, h, max_slices) for h in range(given.heads or 1)]
-        for b in range(given.batches or 1)
-    ]
-    for b, row in enumerate(planes):
-        for h, traced in enumerate(row):
-            if traced.region is None:
-                return _as_given(given, b, h, traced.reason)
-    regions = tuple(tuple(t.region for t in row if t.region is not None) for row in planes)
-    return _write(given, regions)
+    regions: list[tuple[Region, ...]] = []
+    for b in range(given.batches or 1):
+        row: list[Region] = []
+        for h in range(given.heads or 1):
+            region = _plane(given, b, h, max_slices, progress)
+            if isinstance(region, str):
+                return _as_given(given, b, h, region)
+            row.append(region)
+        regions.append(tuple(row))
+    return _write(given, tuple(regions))
 
 
-def _plane(given: Source, b: int, h: int, max_slices: int) -> Traced:
-    known = given.region(b, h)
-    if known is None:
-        return trace(given.rows(b, h), given.q_len, given.kv_len, max_slices)
-    size = count_slices(known)
-    if size <= max_slices or given.mask is not None:
-        return Traced(known)
-    return Traced(None, f"the rows need {size} slices, and max_slices={max_slices}")
+def _plane(
+    given: Source, b: int, h: int, max_slices: int, progress: Progress | None
+) -> Region | str:
+    """Return the region of a score matrix, or in words why it has none."""
+    cells = given.cells(b, h)
+    if not isinstance(cells, Region):
+        heads, rows = given.heads or 1, given.q_len
+        before, every = (b * heads + h) * rows, (given.batches or 1) * heads * rows
+
+        def tell(done: int, _: int) -> None:
+            if progress is not None:
+                progress(before + done, every)
+
+        return trace(cells, rows, given.kv_len, max_slices, progress=tell)
+    size = count_slices(cells)
+    if size <= max_slices or given.written:
+        return cells
+    return f"the rows need {size} slices, and max_slices={max_slices}"
 
 
 def _as_given(given: Source, b: int, h: int, reason: str) -> Recovered:
     where = [f"batch element {b}"] * (given.batches is not None)
     where += [f"head {h}"] * (given.heads is not None)
     told = f" of {', '.join(where)}" if where else ""
-    mask = given.fallback()
+    mask = given.mask()
     return Recovered(
         mask,
         (),
@@ -172,9 +184,10 @@ def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
     found = {column: _one_head(column, given) for column in dict.fromkeys(columns)}
     masks = [found[column] for column in columns]
     mask = masks[0] if len(masks) == 1 else PerHead(masks)
-    if given.mask is not None and not _simpler(mask, given.mask):
-        mask = given.mask
-    if mask is not given.mask and not _same(mask, regions, given):  # a fault of the search
+    kept = given.written and not _simpler(mask, given.mask())
+    if kept:
+        mask = given.mask()
+    elif not _same(mask, regions, given):  # a fault of the search
         raise CompositionError(f"{mask!r} was found for a source, but its cells differ")
     slices = sum(count_slices(region) for region in {r for row in regions for r in row})
     named = not any(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask))
@@ -224,7 +237,7 @@ def _same(mask: Mask, regions: tuple[tuple[Region, ...], ...], given: Source) ->
 
 def _reason(given: Source, mask: Mask, named: bool, slices: int) -> str:
     size = f"{slices} slice{'s' * (slices != 1)}"
-    if given.mask is not None and mask == given.mask:
+    if given.written and mask == given.mask():
         return f"the region ({size}) has no simpler form among those tried"
     if named:
         return f"{given.said}; the region ({size}) equals {mask!r}"

@@ -1,4 +1,4 @@
-"""What `masks.recover` takes, brought to one form: a reader of rows for each score matrix."""
+"""What `masks.recover` takes, brought to one form: a mask, or a reader of rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from attnkit.arguments import check_int, check_readable, describe, holds_integer
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import Mask
-from attnkit.masks.dense import Dense, _boolean
+from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
-from attnkit.masks.trace import RowReader, function_rows, mask_rows, region_rows
+from attnkit.masks.trace import RowReader, cells_of
 
 __all__ = ["Source", "source_of"]
 
 
 class Source(NamedTuple):
-    """A source of cells: its lengths, what it tells apart, and how to read it."""
+    """A source of cells: its lengths, what it tells apart, and how to read it.
+
+    `cells` gives each score matrix as its region or a reader, `mask` the source as it is, as a
+    mask; `written`: its author wrote it as one.
+    """
 
     q_len: int
     kv_len: int
     batches: int | None
     heads: int | None
-    rows: Callable[[int, int], RowReader]
-    region: Callable[[int, int], Region | None]
-    fallback: Callable[[], Mask]
+    cells: Callable[[int, int], Region | RowReader]
+    mask: Callable[[], Mask]
     said: str
-    mask: Mask | None = None
+    written: bool = False
 
 
 def source_of(
@@ -62,35 +65,42 @@ def source_of(
     check_int("recover q_offset", q_offset, 0)
     if not isinstance(source, Mask) and callable(source) and not isinstance(source, torch.Tensor):
         lengths = _needed("a function", q_len, kv_len)
-        return _from_function(source, *lengths, keep, batch, heads, q_offset, device)
+        function = _function(source, *lengths, keep, batch, heads, q_offset, device)
+        return _of_mask(function, *lengths, _cells_read(*lengths, keep), device)
     if batch is not None or heads is not None or q_offset:
         raise CompositionError(
             f"recover got {describe(source)} with batch, heads or q_offset; these belong to a "
             "function fn(b, h, i, j), everything else has batches, heads and rows of its own"
         )
     if isinstance(source, Mask):
-        return _from_mask(source, q_len, kv_len, keep)
+        return _written(source, q_len, kv_len, keep)
     if isinstance(source, np.ndarray):
         source = _tensor(source)
     if isinstance(source, torch.Tensor):
         check_readable("recover", source)
-    if isinstance(source, torch.Tensor) and not (source.dim() in (2, 3) and _whole(source)):
-        return _from_tensor(source, q_len, kv_len, keep)
-    return _from_bounds(source, q_len, kv_len, keep)
+        if not (source.dim() in (2, 3) and holds_integers(source) and source.shape[-1] == 2):
+            return _from_tensor(source, q_len, kv_len, keep)
+        source = source.tolist()
+    bounds = _bounds(source, q_len, kv_len, keep)
+    said = f"all {bounds.q_len} rows of bounds read"
+    return _of_mask(bounds, bounds.q_len, bounds.kv_len, said)
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    try:
-        return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:
-        raise CompositionTypeError(
-            f"recover got {describe(array)}, which torch cannot hold ({error}); give booleans, or "
-            "row bounds as int64"
-        ) from None
-
-
-def _whole(tensor: torch.Tensor) -> bool:
-    return holds_integers(tensor) and tensor.shape[-1] == 2
+def _of_mask(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    said: str,
+    device: torch.device | str | None = None,
+    written: bool = False,
+) -> Source:
+    return Source(
+        q_len, kv_len, mask.batches, mask.heads,
+        cells=lambda b, h: cells_of(mask, q_len, kv_len, b, h, device),
+        mask=lambda: mask,
+        said=said,
+        written=written,
+    )  # fmt: skip
 
 
 def _needed(what: str, q_len: int | None, kv_len: int | None) -> tuple[int, int]:
@@ -110,18 +120,14 @@ def _fits(what: str, said: Sequence[int | None], own: Sequence[int]) -> None:
             )
 
 
-def _read(q_len: int, kv_len: int, keep: bool) -> str:
+def _cells_read(q_len: int, kv_len: int, keep: bool) -> str:
     return f"all {q_len * kv_len} cells read (True = {'allowed' if keep else 'masked out'})"
-
-
-def _negated(reader: RowReader) -> RowReader:
-    return lambda i0, i1: ~reader(i0, i1)
 
 
 # -- masks and tensors ---------------------------------------------------------------------
 
 
-def _from_mask(mask: Mask, q_len: int | None, kv_len: int | None, keep: bool) -> Source:
+def _written(mask: Mask, q_len: int | None, kv_len: int | None, keep: bool) -> Source:
     if not keep:
         raise CompositionError(
             f"recover got keep=False with {mask!r}; a mask says what it allows, so invert it: ~mask"
@@ -131,40 +137,33 @@ def _from_mask(mask: Mask, q_len: int | None, kv_len: int | None, keep: bool) ->
     ]
     rows, keys = _needed(repr(mask), *own)
     mask.check(rows if q_len is None else q_len, keys if kv_len is None else kv_len)
+    known = mask.is_region(rows, keys)
+    said = "compared as regions" if known else _cells_read(rows, keys, True)
+    return _of_mask(mask, rows, keys, said, written=True)
 
-    def region(b: int, h: int) -> Region | None:
-        known = mask.enclosure(rows, keys, b, h)
-        return known.inner if known.exact else None
 
-    return Source(
-        rows, keys, mask.batches, mask.heads,
-        rows=lambda b, h: mask_rows(mask, rows, keys, b, h),
-        region=region,
-        fallback=lambda: mask,
-        said="compared as regions" if mask.is_region(rows, keys) else _read(rows, keys, True),
-        mask=mask,
-    )  # fmt: skip
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise CompositionTypeError(
+            f"recover got {describe(array)}, which torch cannot hold ({error}); give booleans, or "
+            "row bounds as int64"
+        ) from None
 
 
 def _from_tensor(tensor: torch.Tensor, q_len: int | None, kv_len: int | None, keep: bool) -> Source:
-    cells = _boolean(tensor, "keep" if keep else "drop")
-    planes = cells.detach().reshape((1,) * (4 - cells.dim()) + tuple(cells.shape))
-    b_count, h_count, rows, keys = planes.shape
-    _fits(f"a tensor of shape {tuple(tensor.shape)}", (q_len, kv_len), (rows, keys))
+    cells = boolean_cells(tensor, "keep" if keep else "drop").detach()
+    planes = cells.reshape((1,) * (4 - cells.dim()) + tuple(cells.shape))
     # An expanded axis holds one score matrix, however long it is.
-    batches = b_count if b_count > 1 and planes.stride(0) else None
-    heads = h_count if h_count > 1 and planes.stride(1) else None
-
-    def reader(b: int, h: int) -> RowReader:
-        plane = planes[b, h]
-        return _negated(lambda i0, i1: plane[i0:i1]) if not keep else lambda i0, i1: plane[i0:i1]
-
+    planes = planes[slice(None if planes.stride(0) else 1), slice(None if planes.stride(1) else 1)]
+    batches, heads, rows, keys = planes.shape
+    _fits(f"a tensor of shape {tuple(tensor.shape)}", (q_len, kv_len), (rows, keys))
     return Source(
-        rows, keys, batches, heads,
-        rows=reader,
-        region=lambda b, h: None,
-        fallback=lambda: Dense.keep(cells) if keep else Dense.drop(cells),
-        said=_read(rows, keys, keep),
+        rows, keys, batches if batches > 1 else None, heads if heads > 1 else None,
+        cells=lambda b, h: lambda i0, i1: planes[b, h, i0:i1] ^ (not keep),
+        mask=lambda: Dense.keep(planes) if keep else Dense.drop(planes),
+        said=_cells_read(rows, keys, keep),
     )  # fmt: skip
 
 
@@ -194,7 +193,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _from_function(
+def _function(
     fn: Callable[..., Any],
     q_len: int,
     kv_len: int,
@@ -203,28 +202,14 @@ def _from_function(
     heads: int | None,
     q_offset: int,
     device: torch.device | str | None,
-) -> Source:
+) -> Mask:
     function = cast(MaskFunction, fn)
     if q_len and kv_len:
         _check_uses(function, batch, heads, device)
-
-    def reader(b: int, h: int) -> RowReader:
-        read = function_rows(function, kv_len, b, h, q_offset, device)
-        return read if keep else _negated(read)
-
-    def fallback() -> Mask:
-        mask: Mask = Predicate(function, batch, heads)
-        if q_offset:
-            mask = mask[q_offset:, :]
-        return mask if keep else ~mask
-
-    return Source(
-        q_len, kv_len, batch, heads,
-        rows=reader,
-        region=lambda b, h: None,
-        fallback=fallback,
-        said=_read(q_len, kv_len, keep),
-    )  # fmt: skip
+    mask: Mask = Predicate(function, batch, heads)
+    if q_offset:
+        mask = mask[q_offset:, :]
+    return mask if keep else ~mask
 
 
 def _check_uses(
@@ -247,9 +232,7 @@ def _check_uses(
 # -- row bounds ----------------------------------------------------------------------------
 
 
-def _from_bounds(source: object, q_len: int | None, kv_len: int | None, keep: bool) -> Source:
-    if isinstance(source, torch.Tensor):
-        source = source.tolist()
+def _bounds(source: object, q_len: int | None, kv_len: int | None, keep: bool) -> Slices:
     if not isinstance(source, tuple | list):
         raise CompositionTypeError(
             f"recover got {describe(source)}; it takes a bool tensor, a function fn(b, h, i, j), "
@@ -265,15 +248,8 @@ def _from_bounds(source: object, q_len: int | None, kv_len: int | None, keep: bo
             "recover got row bounds and no kv_len; bounds do not tell how many keys there are"
         )
     _fits("row bounds", (q_len, None), (len(source), 0))
-    rows = len(source)
     region = Region.from_rows(_row(i, row, kv_len) for i, row in enumerate(source))
-    return Source(
-        rows, kv_len, None, None,
-        rows=lambda b, h: region_rows(region, kv_len),
-        region=lambda b, h: region,
-        fallback=lambda: Slices.of(region, rows, kv_len),
-        said=f"all {rows} rows of bounds read",
-    )  # fmt: skip
+    return Slices.of(region, len(source), kv_len)
 
 
 def _row(i: int, row: object, kv_len: int) -> list[tuple[int, int]]:

@@ -8,67 +8,139 @@ needed follows the slices found, not the score matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from attnkit.geometry import Region
-from attnkit.masks.base import Mask
-from attnkit.masks.cells import paint
-from attnkit.masks.predicate import CHUNK_CELLS, evaluate
+from attnkit.geometry import Region, Slice
+from attnkit.masks.cells import Enclosure, Rectangle, paint
+
+if TYPE_CHECKING:
+    from attnkit.masks.base import Mask
 
 __all__ = [
     "CHUNK_CELLS",
+    "Progress",
     "RowReader",
-    "Traced",
+    "cells_of",
     "count_slices",
-    "function_rows",
+    "enclosed",
     "mask_rows",
     "region_rows",
+    "row_blocks",
     "trace",
 ]
+
+CHUNK_CELLS = 1 << 20
+"""Cells that are read at a time, so that memory does not follow the score matrix."""
 
 # The cells of rows i0 <= i < i1, as a bool tensor [i1 - i0, kv_len].
 RowReader = Callable[[int, int], torch.Tensor]
 
+# Is told after each chunk how many rows have been read, and of how many.
+Progress = Callable[[int, int], None]
 
-class Traced(NamedTuple):
-    """The region that was read; where it grew too large, None and the reason."""
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-    region: Region | None
-    reason: str = ""
+
+class _Chunk(NamedTuple):
+    """The runs of rows ``i0 <= i < i1``: the row of each, its first key, and the key after it."""
+
+    i0: int
+    i1: int
+    rows: _Ints
+    starts: _Ints
+    stops: _Ints
+
+    def region(self) -> Region:
+        borders = np.searchsorted(self.rows, np.arange(self.i0, self.i1 + 1)).tolist()
+        runs = list(zip(self.starts.tolist(), self.stops.tolist(), strict=True))
+        rows = (runs[a:b] for a, b in pairwise(borders))
+        return Region.from_rows(rows).shift(self.i0, 0)
+
+    def hull(self) -> Slice:
+        starts, stops = self.starts - self.rows, self.stops - self.rows
+        return Slice(
+            int(self.rows[0]), int(self.rows[-1]) + 1,
+            int(self.starts.min()), int(self.stops.max()),
+            int(starts.min()), int(stops.max()) - 1,
+        )  # fmt: skip
+
+
+def row_blocks(
+    start: int, stop: int, kv_len: int, cells: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Iterate over rows ``start <= i < stop``, so many at once as hold at most `cells` cells.
+
+    >>> list(row_blocks(0, 5, 10, 20))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    height = max(1, (CHUNK_CELLS if cells is None else cells) // max(1, kv_len))
+    return ((i, min(i + height, stop)) for i in range(start, stop, height))
+
+
+def _chunks(rows: RowReader, q_len: int, kv_len: int, cells: int | None = None) -> Iterator[_Chunk]:
+    for i0, i1 in row_blocks(0, q_len, kv_len, cells):
+        # A column of False on either side makes every run begin and end inside its own row.
+        framed = np.zeros((i1 - i0, kv_len + 2), dtype=np.bool_)
+        framed[:, 1:-1] = rows(i0, i1).cpu().numpy()
+        flat = framed.reshape(-1)
+        at, keys = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), kv_len + 2)
+        yield _Chunk(i0, i1, at[::2] + i0, keys[::2], keys[1::2])
 
 
 def trace(
-    rows: RowReader, q_len: int, kv_len: int, max_slices: int, chunk_cells: int = CHUNK_CELLS
-) -> Traced:
-    """Read all rows and return the region they form, if it has at most `max_slices` slices.
+    rows: RowReader,
+    q_len: int,
+    kv_len: int,
+    max_slices: int,
+    chunk_cells: int | None = None,
+    progress: Progress | None = None,
+) -> Region | str:
+    """Read all rows and return the region they form; why not, if it has over `max_slices` slices.
 
     >>> cells = torch.ones(6, 6).tril().bool()
-    >>> trace(lambda i0, i1: cells[i0:i1], 6, 6, max_slices=4).region
+    >>> trace(lambda i0, i1: cells[i0:i1], 6, 6, max_slices=4)
     Region.of(Slice(i0=0, i1=6, j0=0, j1=6, lo=-5, hi=0))
     """
     pending: list[Region] = []
-    height = max(1, chunk_cells // max(1, kv_len))
     found = 0
-    for i0 in range(0, q_len, height):
-        i1 = min(i0 + height, q_len)
-        chunk = Region.from_rows(_runs(rows(i0, i1), kv_len)).shift(i0, 0)
-        pending.append(chunk)
-        found += count_slices(chunk)
+    for chunk in _chunks(rows, q_len, kv_len, chunk_cells):
+        pending.append(chunk.region())
+        found += count_slices(pending[-1])
+        if progress is not None:
+            progress(chunk.i1, q_len)
         # A chunk's border cuts slices in two, so a sum is judged only after a merge; to merge
         # at twice the limit and not before it keeps the merges few.
-        if found > 2 * max_slices or i1 == q_len:
+        if found > 2 * max_slices or chunk.i1 == q_len:
             pending = [Region.union(pending)]
             found = count_slices(pending[0])
             if found > max_slices:
-                return Traced(
-                    None,
-                    f"rows 0 to {i1 - 1} of {q_len} already need {found} slices, and "
-                    f"max_slices={max_slices}",
+                return (
+                    f"rows 0 to {chunk.i1 - 1} of {q_len} already need {found} slices, and "
+                    f"max_slices={max_slices}"
                 )
-    return Traced(Region.union(pending))
+    return Region.union(pending)
+
+
+def enclosed(rows: RowReader, q_len: int, kv_len: int, max_runs: int) -> Enclosure:
+    """Read all rows and return their region; the slice around it where it has too many runs."""
+    parts: list[Region] = []
+    hulls: list[Slice] = []
+    found = 0
+    for chunk in _chunks(rows, q_len, kv_len):
+        found += len(chunk.rows)
+        if len(chunk.rows):
+            hulls.append(chunk.hull())
+        if found <= max_runs:
+            parts.append(chunk.region())
+    if found <= max_runs:
+        region = Region.union(parts)
+        return Enclosure(region, region)
+    around = Region.of(*hulls).bounds
+    return Enclosure(Region.empty(), Region.of(*(() if around is None else (around,))))
 
 
 def count_slices(region: Region) -> int:
@@ -76,27 +148,39 @@ def count_slices(region: Region) -> int:
     return sum(len(runs) for _, _, runs in region.strips)
 
 
-def _runs(cells: torch.Tensor, kv_len: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Yield the runs (start, stop) of True of each row."""
-    count = cells.shape[0]
-    # A column of False on either side makes every run begin and end inside its own row.
-    framed = np.zeros((count, kv_len + 2), dtype=np.bool_)
-    framed[:, 1:-1] = cells.cpu().numpy()
-    flat = framed.reshape(-1)
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    rows, keys = np.divmod(ends, kv_len + 2)
-    borders = np.searchsorted(rows, np.arange(count + 1)).tolist()
-    for r in range(count):
-        row = keys[borders[r] : borders[r + 1]].tolist()
-        yield tuple(zip(row[::2], row[1::2], strict=True))
+def cells_of(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    batch: int,
+    head: int,
+    device: torch.device | str | None = None,
+) -> Region | RowReader:
+    """Return a score matrix as its region, or where it is none as a reader of its rows.
+
+    Only the cells inside the mask's bound are asked for.
+    """
+    known = mask.enclosure(q_len, kv_len, batch, head)
+    if known.exact:
+        return known.inner
+    device = "cpu" if device is None else device
+
+    def read(i0: int, i1: int) -> torch.Tensor:
+        cells = torch.zeros(i1 - i0, kv_len, dtype=torch.bool, device=device)
+        around = (known.outer & Region.of(Slice(i0, i1, 0, kv_len))).bounds
+        if around is not None:
+            keys = around.j0, around.j1
+            at = Rectangle((i0, i1), keys, q_len, kv_len, batch, head)
+            cells[:, slice(*keys)] = mask._cells(at, device)
+        return cells
+
+    return read
 
 
 def mask_rows(mask: Mask, q_len: int, kv_len: int, batch: int, head: int) -> RowReader:
     """Return a reader of any mask."""
-    known = mask.enclosure(q_len, kv_len, batch, head)
-    if known.exact:
-        return region_rows(known.inner, kv_len)
-    return mask._reader(q_len, kv_len, batch, head)
+    cells = cells_of(mask, q_len, kv_len, batch, head)
+    return region_rows(cells, kv_len) if isinstance(cells, Region) else cells
 
 
 def region_rows(region: Region, kv_len: int) -> RowReader:
@@ -104,25 +188,5 @@ def region_rows(region: Region, kv_len: int) -> RowReader:
 
     def read(i0: int, i1: int) -> torch.Tensor:
         return paint(region.cut((i0, i1), (0, kv_len)), i1 - i0, kv_len, "cpu")
-
-    return read
-
-
-def function_rows(
-    fn: Callable[..., torch.Tensor],
-    kv_len: int,
-    batch: int,
-    head: int,
-    q_offset: int = 0,
-    device: torch.device | str | None = None,
-) -> RowReader:
-    """Return a reader of ``fn(b, h, i + q_offset, j)``."""
-    device = "cpu" if device is None else device
-    keys = torch.arange(kv_len, device=device)
-    b, h = (torch.tensor(value, device=device) for value in (batch, head))
-
-    def read(i0: int, i1: int) -> torch.Tensor:
-        rows = torch.arange(q_offset + i0, q_offset + i1, device=device)
-        return evaluate(fn, b, h, rows, keys)
 
     return read

@@ -54,7 +54,7 @@ def test_rows_are_read_in_blocks(monkeypatch):
         seen.append(1)
         return (i >= j) & (i % 3 != 0)
 
-    monkeypatch.setattr("attnkit.masks.predicate.CHUNK_CELLS", 40)
+    monkeypatch.setattr("attnkit.masks.trace.CHUNK_CELLS", 40)
     drawn = masks.Predicate(fn).materialize(10, 10)[0, 0]
     i, j = torch.arange(10)[:, None], torch.arange(10)[None]
     assert drawn.equal((i >= j) & (i % 3 != 0))

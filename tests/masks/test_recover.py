@@ -15,7 +15,7 @@ from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
 from attnkit.masks import Dense, PerHead, Predicate, Slices, parse, recover
 from attnkit.masks.naming import name
-from attnkit.masks.trace import count_slices, function_rows, trace
+from attnkit.masks.trace import count_slices, mask_rows, trace
 from tests.masks.oracle import SIZES, cases
 from tests.masks.test_compositions import composable, compositions
 
@@ -351,6 +351,53 @@ def test_a_large_function_is_read_in_chunks(one_thread):
     assert peak < 64 << 20
 
 
+def test_progress_is_told_after_each_chunk(monkeypatch):
+    monkeypatch.setattr("attnkit.masks.trace.CHUNK_CELLS", 16)
+    told = []
+    cells = drawn(PerHead([C, W(2)]), 6, 8)
+    recover(cells, progress=lambda done, every: told.append((done, every)))
+    assert told == [(done, 12) for done in (2, 4, 6, 8, 10, 12)]
+
+
+@pytest.mark.parametrize("ask", [recover, masks.Mask.lint, masks.Mask.show])
+def test_a_function_is_asked_for_the_cells_inside_its_bound_alone(ask, monkeypatch):
+    monkeypatch.setattr("attnkit.masks.trace.CHUNK_CELLS", 64 * 4)
+    asked = []
+
+    def evaluate(fn, b, h, rows, keys):
+        asked.append((rows.tolist(), keys.tolist()))
+        return torch.ones(len(rows), len(keys), dtype=torch.bool)
+
+    monkeypatch.setattr("attnkit.masks.predicate.evaluate", evaluate)
+    ask(W(5) & Predicate(lambda b, h, i, j: i == i), 64, 64)
+    rows = [row for found, _ in asked for row in found]
+    assert rows[:64] == list(range(64))
+    assert all(len(keys) <= len(rows) + 4 for rows, keys in asked[:16])
+
+
+def test_a_function_that_is_the_mask_is_read_once_by_lint(monkeypatch):
+    asked = []
+
+    def even(b, h, i, j):
+        asked.append(0)
+        return (i + j) % 2 == 0
+
+    Predicate(lambda b, h, i, j: even(b, h, i, j) | (i >= j)).lint(8, 8)
+    assert len(asked) == 1
+
+
+def test_a_large_dense_mask_is_enclosed_in_chunks(one_thread):
+    """What is unpacked at a time is a chunk, not the score matrix."""
+    mask = Dense.keep(torch.ones(8192, 8192, dtype=torch.bool).tril_())
+    noise = Dense.keep(torch.rand(2048, 2048) < 0.5)
+    tracemalloc.start()
+    assert mask.enclosure(8192, 8192).inner == C.region(8192, 8192)
+    assert not noise.enclosure(2048, 2048).inner
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
+
+
 @pytest.mark.slow
 def test_64k_rows_are_read_in_chunks(one_thread):
     found, most, peak = tallest_chunk(window_function, 1 << 16)
@@ -364,17 +411,17 @@ def test_the_height_of_a_chunk_does_not_matter(height):
     for mask in NAMED[:20]:
         cells = drawn(mask, 96, 96)[0, 0]
         traced = trace(lambda i0, i1, c=cells: c[i0:i1], 96, 96, 1000, chunk_cells=96 * height)
-        assert traced.region == mask.region(96, 96)
+        assert traced == mask.region(96, 96)
 
 
 def test_the_limit_counts_slices_not_chunks():
-    rows = function_rows(lambda b, h, i, j: i >= j, 64, 0, 0)
-    assert trace(rows, 64, 64, max_slices=1, chunk_cells=64).region == C.region(64, 64)
-    chunks = function_rows(lambda b, h, i, j: i // 2 == j // 2, 64, 0, 0)
-    assert trace(chunks, 64, 64, max_slices=32, chunk_cells=64).region is not None
+    rows = mask_rows(Predicate(lambda b, h, i, j: i >= j), 64, 64, 0, 0)
+    assert trace(rows, 64, 64, max_slices=1, chunk_cells=64) == C.region(64, 64)
+    chunks = mask_rows(Predicate(lambda b, h, i, j: i // 2 == j // 2), 64, 64, 0, 0)
+    assert isinstance(trace(chunks, 64, 64, max_slices=32, chunk_cells=64), Region)
     stopped = trace(chunks, 64, 64, max_slices=31, chunk_cells=64)
-    assert stopped.region is None
-    assert "max_slices=31" in stopped.reason
+    assert isinstance(stopped, str)
+    assert "max_slices=31" in stopped
 
 
 # -- Slices ------------------------------------------------------------------------------------
