@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
+from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
 
 __all__ = [
     "FLOATS",
     "IntsLike",
+    "LengthsLike",
     "check_align",
     "check_bool",
     "check_choice",
@@ -35,9 +36,11 @@ __all__ = [
     "holds_integers",
     "odd_kind",
     "short",
+    "tokens",
 ]
 
 IntsLike = Sequence[int] | Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
+LengthsLike = IntsLike | Sequence[IntsLike]  # the same, for every batch element or for each
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that attention is computed in."""
@@ -169,6 +172,32 @@ def check_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:
         if type(value) is not int or not minimum <= value <= LARGEST:  # the check itself is slow
             check_int(f"{name}[{k}]", value, minimum)
     return tuple(values)
+
+
+def tokens(name: str, ids: object) -> Tensor:
+    """Return a number per token as an integer tensor, [S] or [B, S].
+
+    >>> tokens("from_ids", [[0, 1]]).shape
+    torch.Size([1, 2])
+    """
+    if isinstance(ids, Tensor):
+        check_readable(name, ids)
+    elif isinstance(ids, Sequence):
+        for row in (ids, *(ids[:1])):
+            if isinstance(row, Sequence):
+                check_length(name, row)
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CompositionTypeError(
+            f"{name} takes one number per token, [S] or [B, S]; got {describe(ids)} "
+            f"({clipped(str(error), LONGEST)})"
+        ) from None
+    if rows.dim() not in (1, 2) or rows.numel() == 0 or not holds_integers(rows):
+        raise CompositionTypeError(
+            f"{name} takes one integer per token, [S] or [B, S]; got {describe(rows)}"
+        )
+    return rows
 
 
 def check_length(name: str, values: Sequence[Any]) -> None:

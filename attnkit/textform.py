@@ -12,7 +12,7 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, cast
 
@@ -24,9 +24,16 @@ from attnkit.errors import (
     clipped,
     shown,
 )
-from attnkit.registry import suggestion
+from attnkit.registry import closest, suggestion
 
-__all__ = ["LONGEST_TEXT", "LONGEST_WORDS", "arguments_text", "evaluate", "value_or_text"]
+__all__ = [
+    "LONGEST_TEXT",
+    "LONGEST_WORDS",
+    "arguments_text",
+    "check_names",
+    "evaluate",
+    "value_or_text",
+]
 
 LONGEST_WORDS = 1 << 18
 """Characters of a text that is read, what stands in quotes left out."""
@@ -188,6 +195,27 @@ def _source(node: ast.expr) -> str:
         return shown(ast.unparse(node))
     except (RecursionError, ValueError):
         return f"a {type(node).__name__}"
+
+
+def check_names(family: type, given: Sequence[object], named: Mapping[str, object]) -> None:
+    """Raise `CompositionTypeError` for named arguments that a family's constructor has not.
+
+    Of the arguments that are still free it names the one that was probably meant: one that is
+    spelt alike, or else the first.
+    """
+    code = getattr(family.__init__, "__code__", None)  # type: ignore[misc]
+    if code is None or code.co_flags & inspect.CO_VARKEYWORDS:
+        return
+    known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    wrong = [name for name in named if name not in known]
+    if not wrong:
+        return
+    free = [name for name in known[len(given) :] if name not in named] or known
+    alike = closest(wrong[0], free) or next((name for name in free if name in wrong[0]), free[0])
+    raise CompositionTypeError(
+        f"{family.__name__} takes no {shown(wrong[0])}: did you mean {alike}="
+        f"{clipped(shown(named[wrong[0]]), LONGEST)}? Its arguments are {', '.join(known)}"
+    )
 
 
 def arguments_text(value: Any, show: Callable[[Any], str] = repr) -> str:

@@ -47,15 +47,6 @@ def document_prefixes(length: int, every: int, count: int) -> masks.Mask:
     return out
 
 
-def spans(*ends: tuple[int, int]) -> masks.Mask:
-    """Return spans of tokens that see each other in both directions."""
-    squares = [masks.Rows(a, b) & masks.Columns(a, b) for a, b in ends]
-    out = squares[0]
-    for square in squares[1:]:
-        out = out | square
-    return out
-
-
 CAUSAL = masks.Causal()
 DOCUMENTS = masks.Documents([128] * 16)
 
@@ -72,7 +63,8 @@ GALLERY: dict[str, masks.Mask] = {
     "Longformer": masks.Band(128, 128) | masks.Columns(0, 16) | masks.Rows(0, 16),
     "Block diffusion": BlockDiffusion(64),
     "Shared prefix": CAUSAL & (masks.Columns(0, 256) | masks.Documents([256] * 8)),
-    "Bidirectional spans": CAUSAL | spans((100, 300), (500, 600), (900, 1300), (1700, 1800)),
+    "Bidirectional spans": CAUSAL
+    | masks.Spans([(100, 300), (500, 600), (900, 1300), (1700, 1800)]),
     "Dilated window": masks.SlidingWindow(256) & masks.Dilated(2),
 }
 

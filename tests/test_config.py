@@ -47,6 +47,8 @@ MASKS_OF_EVERY_KIND = [
     masks.Rows(0, 2),
     masks.Prefix(2),
     masks.Prefix((2, 3)),
+    masks.Spans([(0, 2), (3, 4)]),
+    masks.Spans([[(0, 2)], []]),
     masks.PrefixLM(3),
     masks.Documents([2, 3]),
     masks.Documents([[2, 3], [1, 4]], [[2, 2], [1, 3]]),

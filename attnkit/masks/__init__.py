@@ -16,6 +16,7 @@ from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
 from attnkit.masks.slices import Slices
+from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
 
 register = MASKS.register
@@ -50,7 +51,9 @@ __all__ = [
     "Rows",
     "Slices",
     "SlidingWindow",
+    "Spans",
     "StackReport",
+    "from_token_types",
     "lint_stack",
     "parse",
     "recover",

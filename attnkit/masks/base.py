@@ -24,7 +24,7 @@ from attnkit.masks.cells import Enclosure, Rectangle, paint
 from attnkit.masks.picture import Picture
 from attnkit.masks.trace import cells_of, row_blocks
 from attnkit.registry import Registry
-from attnkit.textform import arguments_text
+from attnkit.textform import arguments_text, check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,6 +94,7 @@ class Mask(ABC):
     @untraced(MASK_IN_GRAPH)
     def __new__(cls, *given: Any, **named: Any) -> Self:
         """Make a mask; inside of a compiled function, outside of its graph."""
+        check_names(cls, given, named)
         return super().__new__(cls)
 
     # -- what a family says --------------------------------------------------------------
@@ -409,6 +410,13 @@ class Mask(ABC):
                 f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{shown(index)}]"
             )
         rows, keys = index
+        for end in (rows.start, rows.stop, keys.start, keys.stop):
+            if type(end) is int and end < 0:
+                raise CompositionError(
+                    f"a mask is cut from its first row and key on, got mask[{shown(rows)}, "
+                    f"{shown(keys)}] with {shown(end)}; it knows no last one to count from, so "
+                    f"write q_len - {shown(-end)} or kv_len - {shown(-end)}"
+                )
         first, other = (0 if part.start is None else part.start for part in (rows, keys))
         return MASKS["cut"](self, (first, rows.stop), (other, keys.stop))
 

@@ -15,6 +15,7 @@ import torch
 from attnkit.arguments import check_readable, describe
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.trace import enclosed
 
@@ -22,7 +23,7 @@ __all__ = ["Dense", "boolean_cells"]
 
 _MOST_CELLS = 1 << 33  # a GiB of bits
 
-_SHAPE = re.compile(r"(\d{1,18})x(\d{1,18})x(\d{1,18})x(\d{1,18})")
+_SHAPE = re.compile(r"(?:(\d{1,18})x)?(\d{1,18})x(\d{1,18})x(\d{1,18})")
 
 _Shape = tuple[int, int, int, int]
 _Cells = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
@@ -34,10 +35,12 @@ class Dense(Mask):
     """The cells of a boolean tensor; the caller says which ones True marks.
 
     ``Dense.keep(t)``: True = allowed (torch's SDPA, transformers). ``Dense.drop(t)``: True =
-    masked out (`nn.MultiheadAttention`, the fused kernel). Shapes [Sq, Skv], [N, Sq, Skv] and
-    [B or 1, N or 1, Sq, Skv]. The tensor is copied, one bit per cell: a later write to it does
-    not change the mask. Where its cells form a small union of slices, the mask knows its
-    region, and is planned as if it had been named. It holds at most 2**33 cells.
+    masked out (`nn.MultiheadAttention`, the fused kernel). Shapes [Sq, Skv] and [B or 1, N or 1,
+    Sq or 1, Skv]: an axis of 1 serves all. [N, Sq, Skv] is one matrix per head; where there are as
+    many batch elements it is refused, for it may mean these. The tensor is copied, one bit per
+    cell: a later write to it does not change the mask. Where its cells form a small union of
+    slices, the mask knows its region, and is planned as if it had been named. It holds at most
+    2**33 cells.
 
     >>> import torch
     >>> causal = Dense.keep(torch.ones(4, 4).tril().bool())
@@ -90,8 +93,8 @@ class Dense(Mask):
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
         plane = self._plane_index(batch, head)
+        _, _, rows, keys = self._content[0]
         if plane not in self._enclosures:
-            _, _, rows, keys = self._content[0]
             whole = Rectangle((0, rows), (0, keys), rows, keys, *plane)
             self._enclosures[plane] = enclosed(
                 lambda i0, i1: self._cells(whole._replace(rows=(i0, i1)), "cpu"),
@@ -99,7 +102,27 @@ class Dense(Mask):
                 keys,
                 max_runs=8 * (rows + keys) + 64,
             )
-        return self._enclosures[plane]
+        known = self._enclosures[plane]
+        if rows == 1 != q_len:
+            each = Region.of(*(Slice(0, q_len, *run) for run in known.inner.row(0)))
+            known = Enclosure(each, each)  # one row is always a region
+        return known
+
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Also refuse three axes that may mean batch elements."""
+        if self.heads is not None and self._axes == 3 and self.heads == batch:
+            raise CompositionError(
+                f"{self!r} was given with three axes, the first of which counts heads, and there "
+                f"are {batch} batch elements too; write tensor[:, None] for one matrix per batch "
+                "element, tensor[None] for one per head"
+            )
+        super().check(q_len, kv_len, batch, heads)
+
+    @property
+    def _axes(self) -> int:
+        return self.packed[:80].partition(":")[0].count("x") + 1
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         if device is None:
@@ -122,7 +145,8 @@ class Dense(Mask):
         return flat.reshape(last - first, kv_len).astype(bool)
 
     def _value(self) -> Hashable:
-        return self._content  # not the text: another zlib packs the same cells differently
+        # Not the text: another zlib packs the same cells differently.
+        return self._axes, self._content
 
     @property
     def batches(self) -> int | None:
@@ -138,14 +162,19 @@ class Dense(Mask):
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
-        """The tensor's lengths."""
+        """The tensor's lengths; one row serves any number of queries."""
         _, _, q_len, kv_len = self._content[0]
-        return q_len, kv_len
+        return None if q_len == 1 else q_len, kv_len
+
+    @property
+    def anchored(self) -> bool:
+        """Unless it is a row that serves every query."""
+        return self._content[0][2] != 1
 
     def __repr__(self) -> str:
         shape, bits = self._content
         allowed = int.from_bytes(bits, "big").bit_count()
-        return f"<masks.Dense {'x'.join(map(str, shape))}, {allowed} allowed>"
+        return f"<masks.Dense {'x'.join(map(str, shape[-self._axes :]))}, {allowed} allowed>"
 
 
 def boolean_cells(tensor: object, name: str) -> torch.Tensor:
@@ -160,7 +189,7 @@ def boolean_cells(tensor: object, name: str) -> torch.Tensor:
     if not 2 <= tensor.dim() <= 4:
         raise CompositionError(
             f"Dense.{name} got shape {tuple(tensor.shape)}; it takes [Sq, Skv], [N, Sq, Skv] or "
-            "[B or 1, N or 1, Sq, Skv]"
+            "[B or 1, N or 1, Sq or 1, Skv]"
         )
     if 0 in tensor.shape[:-2]:
         raise CompositionError(
@@ -182,10 +211,12 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
 
 @untraced(MASK_IN_GRAPH)
 def _pack(tensor: torch.Tensor) -> str:
-    """Return ``BxNxSqxSkv:`` and the bits, deflated, in base 64."""
-    cells = tensor.detach().cpu().reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape)).numpy()
+    """Return ``BxNxSqxSkv:`` (without B of three axes) and the bits, deflated, in base 64."""
+    cells = tensor.detach().cpu().numpy()
+    # Only three axes leave open what the first one counts, if it counts anything.
+    shape = cells.shape if cells.ndim == 3 < 2 + len(cells) else (1, 1, *cells.shape)[-4:]
     bits = zlib.compress(np.packbits(cells).tobytes(), level=1)
-    return "x".join(map(str, cells.shape)) + ":" + base64.b64encode(bits).decode()
+    return "x".join(map(str, shape)) + ":" + base64.b64encode(bits).decode()
 
 
 def _unpack(packed: str) -> tuple[_Shape, bytes]:
@@ -194,7 +225,7 @@ def _unpack(packed: str) -> tuple[_Shape, bytes]:
         found = _SHAPE.fullmatch(head)
         if found is None:
             raise ValueError("it begins with a shape, BxNxSqxSkv:")
-        b, n, q_len, kv_len = map(int, found.groups())
+        b, n, q_len, kv_len = (int(size or 1) for size in found.groups())
         cells = b * n * q_len * kv_len
         if min(b, n) < 1 or cells > _MOST_CELLS:
             raise ValueError(f"a shape has 1 to {_MOST_CELLS} cells, or no rows or keys")

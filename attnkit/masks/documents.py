@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -13,15 +12,16 @@ import torch
 
 from attnkit.arguments import (
     IntsLike,
+    LengthsLike,
     check_int,
     check_ints,
-    check_length,
     check_readable,
     describe,
     holds_integers,
     short,
+    tokens,
 )
-from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clipped, shown
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Nested, agree
@@ -29,7 +29,6 @@ from attnkit.masks.composite import Nested, agree
 __all__ = ["Documents"]
 
 Lengths = tuple[int, ...] | tuple[tuple[int, ...], ...]
-LengthsLike = IntsLike | Sequence[IntsLike]
 
 
 def _lengths(name: str, values: object) -> Lengths:
@@ -148,7 +147,7 @@ class Documents(Nested):
         >>> Documents.from_ids([7, 7, 3])
         Documents((2, 1))
         """
-        rows = _rows_of_ids(ids)
+        rows = tokens("from_ids", ids)
         per_batch = rows if rows.dim() == 2 else rows[None]
         lengths = []
         for b, row in enumerate(per_batch):
@@ -268,28 +267,6 @@ class Documents(Nested):
 
 def _per_batch(lengths: Lengths) -> tuple[tuple[int, ...], ...]:
     return lengths if isinstance(lengths[0], tuple) else (lengths,)
-
-
-def _rows_of_ids(ids: object) -> torch.Tensor:
-    """Return document numbers as an integer tensor [S] or [B, S]."""
-    if isinstance(ids, torch.Tensor):
-        check_readable("from_ids", ids)
-    elif isinstance(ids, Sequence):
-        for row in (ids, *(ids[:1])):
-            if isinstance(row, Sequence):
-                check_length("from_ids", row)
-    try:
-        rows = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CompositionTypeError(
-            f"from_ids takes one document number per token, [S] or [B, S]; got {describe(ids)} "
-            f"({clipped(str(error), LONGEST)})"
-        ) from None
-    if rows.dim() not in (1, 2) or rows.numel() == 0 or not holds_integers(rows):
-        raise CompositionTypeError(
-            f"from_ids takes one integer per token, [S] or [B, S]; got {describe(rows)}"
-        )
-    return rows
 
 
 def _first_repeated(numbers: list[int]) -> int | None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from attnkit.arguments import IntsLike, check_ints, check_readable, describe
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.algebra import Or
@@ -50,6 +51,7 @@ class Padding(Mask):
             )
 
     @staticmethod
+    @untraced(MASK_IN_GRAPH)
     def of(attention_mask: torch.Tensor) -> Mask:
         """Return the keys that a tokenizer's ``attention_mask`` [b, s] marks: 1 (True) exists.
 

@@ -14,12 +14,12 @@ from attnkit.masks.base import MASKS, Mask
 
 __all__ = ["Slices"]
 
-Piece = tuple[int, int, int, int, int, int]
-Pieces = tuple[Piece, ...] | tuple[tuple[Piece, ...], ...]
+Bounds = tuple[int, int, int, int, int, int]
+BoundsLists = tuple[Bounds, ...] | tuple[tuple[Bounds, ...], ...]
 
 if TYPE_CHECKING:
-    PieceLike = Sequence[int | None]
-    PiecesLike = Sequence[PieceLike] | Sequence[Sequence[PieceLike]]
+    BoundsLike = Sequence[int | None]
+    BoundsListsLike = Sequence[BoundsLike] | Sequence[Sequence[BoundsLike]]
 
 
 @MASKS.register("slices")
@@ -42,13 +42,13 @@ class Slices(Mask):
     Slices(((0, 2, 0, 2, -1, 1),), 2, 2)
     """
 
-    slices: Pieces
+    slices: BoundsLists
     q_len: int
     kv_len: int
 
     if TYPE_CHECKING:  # more is taken than is kept
 
-        def __init__(self, slices: PiecesLike, q_len: int, kv_len: int) -> None: ...
+        def __init__(self, slices: BoundsListsLike, q_len: int, kv_len: int) -> None: ...
 
     def __post_init__(self) -> None:
         check_int("Slices q_len", self.q_len, 0)
@@ -58,28 +58,28 @@ class Slices(Mask):
                 f"Slices takes a list of slices (i0, i1, j0, j1, lo, hi), got "
                 f"{describe(self.slices)}"
             )
-        many = any(_is_list_of_pieces(entry) for entry in self.slices)
+        many = any(_is_list(entry) for entry in self.slices)
         lists = self.slices if many else [self.slices]
-        regions = [_region(pieces, self.q_len, self.kv_len) for pieces in lists]
-        kept = tuple(_pieces(region) for region in regions)
+        regions = [_union(one, self.q_len, self.kv_len) for one in lists]
+        kept = tuple(_bounds_of(region) for region in regions)
         object.__setattr__(self, "slices", kept if many else kept[0])
 
     @classmethod
     def of(cls, region: Region | Sequence[Region], q_len: int, kv_len: int) -> Slices:
         """Hold a region, or one region for each batch element."""
         if isinstance(region, Region):
-            return cls(_pieces(region), q_len, kv_len)
+            return cls(_bounds_of(region), q_len, kv_len)
         if not isinstance(region, Sequence) or not all(isinstance(r, Region) for r in region):
             raise CompositionTypeError(
                 f"Slices.of takes a Region, or a list of one for each batch element, got "
                 f"{describe(region)}"
             )
-        return cls(tuple(_pieces(one) for one in region), q_len, kv_len)
+        return cls(tuple(_bounds_of(one) for one in region), q_len, kv_len)
 
     @cached_property
     def _regions(self) -> tuple[Region, ...]:
         lists = self.slices if self.batches is not None else (self.slices,)
-        return tuple(_region(pieces, self.q_len, self.kv_len) for pieces in lists)
+        return tuple(_union(one, self.q_len, self.kv_len) for one in lists)
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         region = self._regions[batch if self.batches is not None else 0]
@@ -89,7 +89,7 @@ class Slices(Mask):
     @property
     def batches(self) -> int | None:
         """One list of slices per batch element, where they differ."""
-        many = bool(self.slices) and _is_list_of_pieces(self.slices[0])
+        many = bool(self.slices) and _is_list(self.slices[0])
         return len(self.slices) if many else None
 
     @property
@@ -98,27 +98,32 @@ class Slices(Mask):
         return self.q_len, self.kv_len
 
 
-def _is_list_of_pieces(entry: object) -> bool:
+def _is_list(entry: object) -> bool:
     """Whether an entry of `slices` is a list of slices rather than a slice."""
     return isinstance(entry, tuple | list) and (
         not entry or isinstance(entry[0], tuple | list | Slice)
     )
 
 
-def _region(pieces: object, q_len: int, kv_len: int) -> Region:
-    if not isinstance(pieces, tuple | list):
+def _union(slices: object, q_len: int, kv_len: int) -> Region:
+    if not isinstance(slices, tuple | list):
         raise CompositionTypeError(
-            f"Slices got {describe(pieces)} beside lists of slices; give every batch element its "
+            f"Slices got {describe(slices)} beside lists of slices; give every batch element its "
             "list of slices (i0, i1, j0, j1, lo, hi), or one list for all"
         )
     parts = []
-    for piece in pieces:
-        if not isinstance(piece, tuple | list) or len(piece) != 6:
+    for bounds in slices:
+        if not isinstance(bounds, tuple | list) or len(bounds) != 6:
             raise CompositionTypeError(
-                f"Slices got {describe(piece)}; a slice is (i0, i1, j0, j1, lo, hi): rows, keys, "
+                f"Slices got {describe(bounds)}; a slice is (i0, i1, j0, j1, lo, hi): rows, keys, "
                 "and the least and greatest j - i"
             )
-        parts.append(Slice(*piece))
+        if any(type(end) is int and end < 0 for end in bounds[:4]):
+            raise CompositionError(
+                f"Slices got {shown(tuple(bounds))}; rows and keys count from the first one, so "
+                "i0, i1, j0 and j1 are 0 or more (from the end: q_len - 2 for -2)"
+            )
+        parts.append(Slice(*bounds))
     region = Region.of(*parts)
     if not region.fits(q_len, kv_len):
         raise CompositionError(
@@ -128,5 +133,5 @@ def _region(pieces: object, q_len: int, kv_len: int) -> Region:
     return region
 
 
-def _pieces(region: Region) -> tuple[Piece, ...]:
+def _bounds_of(region: Region) -> tuple[Bounds, ...]:
     return tuple((s.i0, s.i1, s.j0, s.j1, s.lo, s.hi) for s in region.slices)

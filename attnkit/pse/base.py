@@ -19,6 +19,7 @@ from torch import Tensor
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.registry import Registry
+from attnkit.textform import check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,6 +56,7 @@ class Pse(ABC):
     @untraced(BIAS_IN_GRAPH)
     def __new__(cls, *given: Any, **named: Any) -> Self:
         """Make a bias; inside of a compiled function, outside of its graph."""
+        check_names(cls, given, named)
         return super().__new__(cls)
 
     @property

@@ -254,8 +254,9 @@ class _Draw:
     def dense(self, q: int, kv: int, heads: bool) -> Spec:
         shapes: list[tuple[int, ...]] = [(q, kv)]
         if heads:
-            shapes += [(self.heads, q, kv), (self.batch, self.heads, q, kv)]
-        shapes += [(self.batch, 1, q, kv)]
+            per_head = (self.heads, q, kv) if self.heads != self.batch else (1, self.heads, q, kv)
+            shapes += [per_head, (self.batch, self.heads, q, kv), (1, self.heads, 1, kv)]
+        shapes += [(self.batch, 1, q, kv), (self.batch, 1, 1, kv)]
         share = self.r.choice((0.1, 0.5, 0.9, 0.98))
         kind = self.r.choice(("noise", "noise", "causal", "almost"))
         how = self.r.choice(("keep", "drop"))

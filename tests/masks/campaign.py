@@ -102,6 +102,26 @@ class World:
 
         return self.node(masks.Band(left, right, a), formula, a)
 
+    def spans(self) -> Node:
+        a, per_batch = self.align(), self.random.random() < 0.5
+        each = [
+            [
+                (start, start + self.random.randint(1, 4))
+                for start in self.random.sample(range(8), self.random.randint(0, 3))
+            ]
+            for _ in range(self.batch if per_batch else 1)
+        ]
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            found = np.zeros(np.broadcast_shapes(p.shape, j.shape, b.shape), bool)
+            for n in range(self.batch):
+                for start, stop in each[n % len(each)]:
+                    inside = (start <= p) & (p < stop) & (start <= j) & (j < stop)
+                    found |= (b == n) & inside
+            return found
+
+        return self.node(masks.Spans(each if per_batch else each[0], a), formula, a)
+
     def chunked(self) -> Node:
         a, s = self.align(), self.random.randint(1, 6)
         return self.node(masks.Chunked(s, a), lambda p, j, i, b: j // s == p // s, a)
@@ -197,11 +217,12 @@ class World:
 
     def dense(self, q: int, k: int) -> Node:
         axes = self.random.randint(2, 4)
-        shape = [*(self.batch, self.heads)[4 - axes :], q, k]
+        shape = [*(self.batch, self.heads)[4 - axes :], self.random.choice((q, q, 1)), k]
         share = self.random.choice((0.0, 0.2, 0.5, 0.8, 1.0))
         bits = np.array([self.random.random() < share for _ in range(int(np.prod(shape)))], bool)
         given = bits.reshape(shape)
         tensor = torch.from_numpy(given.copy())
+        tensor = tensor[None] if axes == 3 and self.batch == self.heads else tensor
         if self.random.random() < 0.5:
             return Node(masks.Dense.keep(tensor), lambda q, k: self.all(q, k, given))
         return Node(masks.Dense.drop(tensor), lambda q, k: self.all(q, k, ~given))
@@ -245,7 +266,21 @@ class World:
                 lambda q, k: np.stack([e.cells(q, k)[:, h] for h, e in enumerate(each)], axis=1),
                 all(one.writable for one in each),
             )
+        if draw < 0.88 and self.batch > 1:
+            return self.per_batch(depth, size, apart)
         return self.cut(depth, size, apart)
+
+    def per_batch(self, depth: int, size: tuple[int, int] | None, apart: bool) -> Node:
+        """A mask of its own for each batch element, of parts that tell none apart."""
+        each: list[Node] = []
+        while len(each) < self.batch:
+            one = self.tree(depth - 1, size, apart)
+            each += [one] if one.mask.batches is None else []
+        return Node(
+            masks.PerBatch([one.mask for one in each]),
+            lambda q, k: np.stack([one.cells(q, k)[b] for b, one in enumerate(each)]),
+            all(one.writable for one in each),
+        )
 
     def joined(self, depth: int, size: tuple[int, int] | None, apart: bool) -> Node:
         x, y = (self.tree(depth - 1, size, apart) for _ in range(2))
@@ -285,7 +320,7 @@ class World:
 FREE = [
     World.full, World.causal, World.window, World.band, World.chunked, World.block_causal,
     World.dilated, World.columns, World.rows, World.prefix, World.prefixes, World.prefix_lm,
-    World.predicate,
+    World.predicate, World.spans,
 ]  # fmt: skip
 SIZED = [World.documents, World.documents, World.padding, World.dense, World.slices]
 

@@ -72,6 +72,11 @@ def anchored_cases(align: str) -> Iterator[Case]:
             ),
         )
     yield Case(masks.PrefixLM(2, align), lambda c: c.j <= c.p(align) or c.j < 2)
+    spans = ((0, 2), (3, 5)), ((1, 9),), ()
+    yield Case(
+        masks.Spans(spans, align),
+        lambda c: any(a <= c.p(align) < z and a <= c.j < z for a, z in spans[c.b]),
+    )
 
 
 def free_cases() -> Iterator[Case]:

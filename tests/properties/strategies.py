@@ -20,7 +20,8 @@ def dense_masks(draw: st.DrawFn, q_len: int, kv_len: int, heads: int) -> Mask:
     planes = draw(st.sampled_from([1, heads]))
     bits = draw(st.lists(st.booleans(), min_size=q_len * kv_len, max_size=q_len * kv_len))
     cells = torch.tensor(bits, dtype=torch.bool).view(1, q_len, kv_len).repeat(planes, 1, 1)
-    return masks.Dense.keep(cells.logical_xor(torch.arange(planes)[:, None, None] % 2 == 1))
+    cells = cells.logical_xor(torch.arange(planes)[:, None, None] % 2 == 1)
+    return masks.Dense.keep(cells[None])
 
 
 @st.composite

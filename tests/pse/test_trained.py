@@ -134,6 +134,7 @@ def test_they_are_values(make) -> None:
         (lambda: T5Relative(2, 7, bidirectional=False), CompositionError, "multiple of 2"),
         (lambda: T5Relative(2, 32, 8), CompositionError, "larger one"),
         (lambda: T5Relative(0), CompositionError, "num_heads=0 .* >= 1"),
+        (lambda: T5Relative(2, buckets=3), CompositionTypeError, "did you mean num_buckets=3"),
         (lambda: T5Relative("2"), CompositionTypeError, "num_heads='2' .* an int"),
         (lambda: T5Relative(2, align="left"), CompositionError, "bottom_right"),
         (lambda: T5Relative(2, bidirectional=1), CompositionTypeError, "True or False"),
