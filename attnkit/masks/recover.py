@@ -126,52 +126,40 @@ def recover(
     if max_slices is None:
         max_slices = 64 + 4 * max(given.q_len, given.kv_len)
     check_int("max_slices", max_slices, 1)
-    regions: list[tuple[Region, ...]] = []
-    for b in range(given.batches or 1):
-        row: list[Region] = []
-        for h in range(given.heads or 1):
-            region = _plane(given, b, h, max_slices, progress)
-            if isinstance(region, str):
-                return _as_given(given, b, h, region)
-            row.append(region)
-        regions.append(tuple(row))
-    return _write(given, tuple(regions))
+    heads = given.mask.heads or 1
+    every = (given.mask.batches or 1) * heads
+    found: list[Region] = []
+    for n in range(every):
+
+        def tell(done: int, rows: int, before: int = n) -> None:
+            if progress is not None:
+                progress(before * rows + done, every * rows)
+
+        region = _matrix(given, *divmod(n, heads), max_slices, tell)
+        if isinstance(region, str):
+            return _as_given(given, *divmod(n, heads), region)
+        found.append(region)
+    return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, every, heads)))
 
 
-def _plane(
-    given: Source, b: int, h: int, max_slices: int, progress: Progress | None
-) -> Region | str:
+def _matrix(given: Source, b: int, h: int, max_slices: int, tell: Progress) -> Region | str:
     """Return the region of a score matrix, or in words why it has none."""
     cells = given.cells(b, h)
     if not isinstance(cells, Region):
-        heads, rows = given.heads or 1, given.q_len
-        before, every = (b * heads + h) * rows, (given.batches or 1) * heads * rows
-
-        def tell(done: int, _: int) -> None:
-            if progress is not None:
-                progress(before + done, every)
-
-        return trace(cells, rows, given.kv_len, max_slices, progress=tell)
+        return trace(cells, given.q_len, given.kv_len, max_slices, progress=tell)
     size = count_slices(cells)
     if size <= max_slices or given.written:
         return cells
     return f"the rows need {size} slices, and max_slices={max_slices}"
 
 
-def _as_given(given: Source, b: int, h: int, reason: str) -> Recovered:
-    where = [f"batch element {b}"] * (given.batches is not None)
-    where += [f"head {h}"] * (given.heads is not None)
+def _as_given(given: Source, b: int, h: int, why: str) -> Recovered:
+    mask = given.mask
+    where = [f"batch element {b}"] * (mask.batches is not None)
+    where += [f"head {h}"] * (mask.heads is not None)
     told = f" of {', '.join(where)}" if where else ""
-    mask = given.mask()
-    return Recovered(
-        mask,
-        (),
-        exact=False,
-        named=False,
-        reason=f"stays {mask!r}: the cells{told} are no small union of slices ({reason})",
-        q_len=given.q_len,
-        kv_len=given.kv_len,
-    )
+    reason = f"stays {mask!r}: the cells{told} are no small union of slices ({why})"
+    return Recovered(mask, (), False, False, reason, given.q_len, given.kv_len)
 
 
 def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
@@ -181,24 +169,29 @@ def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
     if all(len(set(row)) == 1 for row in regions):
         regions = tuple(row[:1] for row in regions)
     columns = list(zip(*regions, strict=True))  # for each head, the regions of the batch
-    found = {column: _one_head(column, given) for column in dict.fromkeys(columns)}
-    masks = [found[column] for column in columns]
+    written = {column: _one_head(column, given) for column in dict.fromkeys(columns)}
+    masks = [written[column] for column in columns]
     mask = masks[0] if len(masks) == 1 else PerHead(masks)
-    kept = given.written and not _simpler(mask, given.mask())
-    if kept:
-        mask = given.mask()
+    if given.written and not _measure(mask) < _measure(given.mask):
+        mask = given.mask
     elif not _same(mask, regions, given):  # a fault of the search
         raise CompositionError(f"{mask!r} was found for a source, but its cells differ")
-    slices = sum(count_slices(region) for region in {r for row in regions for r in row})
-    named = not any(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask))
-    return Recovered(
-        mask,
-        regions,
-        exact=True,
-        named=named,
-        reason=_reason(given, mask, named, slices),
-        q_len=given.q_len,
-        kv_len=given.kv_len,
+    size = sum(count_slices(region) for region in {r for row in regions for r in row})
+    named = not _measure(mask)[0]
+    told = f"the region ({size} slice{'s' * (size != 1)})"
+    if given.written and mask == given.mask:
+        reason = f"{told} has no simpler form among those tried"
+    elif named:
+        reason = f"{given.said}; {told} equals {mask!r}"
+    else:
+        reason = f"{given.said}; {told} equals no named composition that was tried"
+    return Recovered(mask, regions, True, named, reason, given.q_len, given.kv_len)
+
+
+def _measure(mask: Mask) -> tuple[int, tuple[int, int]]:
+    """Return a measure to choose the simpler mask by: first, how much of it has no name."""
+    return sum(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask)), complexity(
+        mask
     )
 
 
@@ -209,16 +202,6 @@ def _one_head(regions: tuple[Region, ...], given: Source) -> Mask:
     if named is None or (len(str(named)) > len(str(literal)) and not isinstance(named, Full)):
         return literal
     return named
-
-
-def _simpler(mask: Mask, other: Mask) -> bool:
-    opaque = [
-        sum(isinstance(part, Slices | Dense | Predicate) for part in leaves(one))
-        for one in (mask, other)
-    ]
-    if opaque[0] != opaque[1]:
-        return opaque[0] < opaque[1]
-    return complexity(mask) < complexity(other)
 
 
 def _same(mask: Mask, regions: tuple[tuple[Region, ...], ...], given: Source) -> bool:
@@ -233,12 +216,3 @@ def _same(mask: Mask, regions: tuple[tuple[Region, ...], ...], given: Source) ->
         for b, row in enumerate(regions)
         for h, region in enumerate(row)
     )
-
-
-def _reason(given: Source, mask: Mask, named: bool, slices: int) -> str:
-    size = f"{slices} slice{'s' * (slices != 1)}"
-    if given.written and mask == given.mask():
-        return f"the region ({size}) has no simpler form among those tried"
-    if named:
-        return f"{given.said}; the region ({size}) equals {mask!r}"
-    return f"{given.said}; the region ({size}) equals no named composition that was tried"

@@ -1,4 +1,4 @@
-"""What `masks.recover` takes, brought to one form: a mask, or a reader of rows."""
+"""What `masks.recover` takes, brought to one form: a mask at some lengths."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from attnkit.arguments import check_int, check_readable, describe, holds_integer
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import Mask
+from attnkit.masks.cells import Rectangle
 from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
@@ -22,20 +23,25 @@ __all__ = ["Source", "source_of"]
 
 
 class Source(NamedTuple):
-    """A source of cells: its lengths, what it tells apart, and how to read it.
+    """A source of cells as a mask at some lengths, and how its cells come to be known.
 
-    `cells` gives each score matrix as its region or a reader, `mask` the source as it is, as a
-    mask; `written`: its author wrote it as one.
+    `written`: its author wrote it as a mask; `bits`: its cells are read whatever it knows of them.
     """
 
+    mask: Mask
     q_len: int
     kv_len: int
-    batches: int | None
-    heads: int | None
-    cells: Callable[[int, int], Region | RowReader]
-    mask: Callable[[], Mask]
     said: str
     written: bool = False
+    bits: bool = False
+    device: torch.device | str | None = None
+
+    def cells(self, batch: int, head: int) -> Region | RowReader:
+        """Return a score matrix as its region, or as a reader of its rows."""
+        if not self.bits:
+            return cells_of(self.mask, self.q_len, self.kv_len, batch, head, self.device)
+        whole = Rectangle((0, 0), (0, self.kv_len), self.q_len, self.kv_len, batch, head)
+        return lambda i0, i1: self.mask._cells(whole._replace(rows=(i0, i1)), "cpu")
 
 
 def source_of(
@@ -66,7 +72,7 @@ def source_of(
     if not isinstance(source, Mask) and callable(source) and not isinstance(source, torch.Tensor):
         lengths = _needed("a function", q_len, kv_len)
         function = _function(source, *lengths, keep, batch, heads, q_offset, device)
-        return _of_mask(function, *lengths, _cells_read(*lengths, keep), device)
+        return Source(function, *lengths, _cells_read(*lengths, keep), device=device)
     if batch is not None or heads is not None or q_offset:
         raise CompositionError(
             f"recover got {describe(source)} with batch, heads or q_offset; these belong to a "
@@ -83,24 +89,7 @@ def source_of(
         source = source.tolist()
     bounds = _bounds(source, q_len, kv_len, keep)
     said = f"all {bounds.q_len} rows of bounds read"
-    return _of_mask(bounds, bounds.q_len, bounds.kv_len, said)
-
-
-def _of_mask(
-    mask: Mask,
-    q_len: int,
-    kv_len: int,
-    said: str,
-    device: torch.device | str | None = None,
-    written: bool = False,
-) -> Source:
-    return Source(
-        q_len, kv_len, mask.batches, mask.heads,
-        cells=lambda b, h: cells_of(mask, q_len, kv_len, b, h, device),
-        mask=lambda: mask,
-        said=said,
-        written=written,
-    )  # fmt: skip
+    return Source(bounds, bounds.q_len, bounds.kv_len, said)
 
 
 def _needed(what: str, q_len: int | None, kv_len: int | None) -> tuple[int, int]:
@@ -139,7 +128,7 @@ def _written(mask: Mask, q_len: int | None, kv_len: int | None, keep: bool) -> S
     mask.check(rows if q_len is None else q_len, keys if kv_len is None else kv_len)
     known = mask.is_region(rows, keys)
     said = "compared as regions" if known else _cells_read(rows, keys, True)
-    return _of_mask(mask, rows, keys, said, written=True)
+    return Source(mask, rows, keys, said, written=True)
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -153,18 +142,14 @@ def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def _from_tensor(tensor: torch.Tensor, q_len: int | None, kv_len: int | None, keep: bool) -> Source:
-    cells = boolean_cells(tensor, "keep" if keep else "drop").detach()
+    cells = boolean_cells(tensor, "keep" if keep else "drop")
     planes = cells.reshape((1,) * (4 - cells.dim()) + tuple(cells.shape))
     # An expanded axis holds one score matrix, however long it is.
     planes = planes[slice(None if planes.stride(0) else 1), slice(None if planes.stride(1) else 1)]
-    batches, heads, rows, keys = planes.shape
-    _fits(f"a tensor of shape {tuple(tensor.shape)}", (q_len, kv_len), (rows, keys))
-    return Source(
-        rows, keys, batches if batches > 1 else None, heads if heads > 1 else None,
-        cells=lambda b, h: lambda i0, i1: planes[b, h, i0:i1] ^ (not keep),
-        mask=lambda: Dense.keep(planes) if keep else Dense.drop(planes),
-        said=_cells_read(rows, keys, keep),
-    )  # fmt: skip
+    own = planes.shape[2], planes.shape[3]
+    _fits(f"a tensor of shape {tuple(tensor.shape)}", (q_len, kv_len), own)
+    mask = Dense.keep(planes) if keep else Dense.drop(planes)
+    return Source(mask, *own, _cells_read(*own, keep), bits=True)
 
 
 # -- functions -----------------------------------------------------------------------------
