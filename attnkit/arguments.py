@@ -30,6 +30,8 @@ __all__ = [
     "check_ints",
     "check_length",
     "check_number",
+    "check_place",
+    "check_range",
     "check_readable",
     "check_tensor",
     "describe",
@@ -147,6 +149,30 @@ def check_choice(name: str, value: object, choices: Mapping[str, str]) -> str:
 def check_align(owner: str, align: object) -> None:
     """Raise `CompositionError` unless `align` is one of the two words."""
     check_choice(f"{owner} got align", align, _ALIGN)
+
+
+def check_range(name: str, span: tuple[int, int], length: int | None) -> int:
+    """Return the length that a range ``[start, stop)`` lies in; None: one that will do.
+
+    >>> check_range("q_range", (2, 5), 4)
+    Traceback (most recent call last):
+    ...
+    attnkit.errors.CompositionError: q_range=(2, 5) does not lie in a score matrix of extent 4; \
+give (start, stop) with 0 <= start <= stop <= the extent
+    """
+    pair = isinstance(span, tuple | list) and len(span) == 2
+    known = span[1] if pair and length is None else length
+    if not pair or any(type(end) is not int for end in (*span, known)):
+        raise CompositionTypeError(
+            f"{name}={shown(span)} of extent {shown(known)}; a range is (start, stop), two ints "
+            "with start <= stop"
+        )
+    if known is None or not 0 <= span[0] <= span[1] <= known:
+        raise CompositionError(
+            f"{name}={shown(span)} does not lie in a score matrix of extent {shown(known)}; give "
+            "(start, stop) with 0 <= start <= stop <= the extent"
+        )
+    return known
 
 
 # -- lists of integers -------------------------------------------------------------------
@@ -301,6 +327,19 @@ def check_device(device: object) -> None:
     except Exception as error:  # each kind of device has its own error
         reason = shown(str(error).partition("\n")[0])
         raise CompositionError(f"device={shown(device)} is not there: {reason}") from error
+
+
+def check_place(name: str, tensor: Tensor, device: torch.device | str | None) -> None:
+    """Raise `CompositionError` unless a tensor is where the scores are."""
+    if device is None:
+        return
+    own, asked = tensor.device, torch.device(device)
+    # "cuda" without an index means the current one, which only the tensor can tell.
+    if own.type != asked.type or asked.index not in (None, own.index):
+        raise CompositionError(
+            f"{name} is on {own}, the scores are on {device}; move it once, where the model is "
+            "built"
+        )
 
 
 # -- how a message shows a value ---------------------------------------------------------

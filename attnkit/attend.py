@@ -22,12 +22,12 @@ from torch import Tensor
 
 from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
 from attnkit.backends.graph import hold, run_number, stand_in
-from attnkit.backends.rebind import rebound
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.planner import Composition, Plan, read_request
 from attnkit.planner.request import is_transformed
 from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 
 __all__ = ["Asked", "attend", "interned", "is_tracing", "key_of", "plan_of"]
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from attnkit.arguments import check_bool, check_int
 from attnkit.attend import Asked, attend, interned, is_tracing, key_of, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput
-from attnkit.backends.rebind import rebound
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.planner import Composition, Plan
 from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 
 __all__ = ["Attention", "attention", "plan"]
 
@@ -41,7 +41,10 @@ class Attention(nn.Module):
     - `mask`: which cells take part (`attnkit.masks`); default all.
     - `pse`: what is added to the scores (`attnkit.pse`); default nothing. Its tensors belong
       to the module: an `nn.Parameter` trains with it and is part of its state, another tensor
-      is a buffer that moves with it (and is not part of its state).
+      is a buffer that moves with it (and is not part of its state). They are named by kind,
+      ``pse_table`` of T5Relative, ``pse_slopes`` of a learnable ALiBi, in a sum after the part's
+      number: ``pse_0_slopes``. One bias given to several layers is shared by them; ``bias.copy()``
+      is another one.
     - `scale`: default ``head_dim ** -0.5``. `softcap`: ``c * tanh(scale * q.k / c)``
       in place of ``scale * q.k``; the bias is added after it, as in flash-attention.
     - `dropout`: on the softmax weights, in training mode, from torch's generator.
@@ -316,14 +319,21 @@ def _check_pse(pse: object) -> None:
 
 def _register_tensors(module: nn.Module, pse: Pse | None) -> tuple[str, ...]:
     """Make the tensors of a bias the module's own, and return their names there."""
-    names = []
-    for k, tensor in enumerate(pse.tensors if pse is not None else ()):
-        names.append(f"pse_{k}")
+    names = [] if pse is None else [f"pse_{name}" for name in pse.tensor_names]
+    for name, tensor in zip(names, pse.tensors if pse is not None else (), strict=True):
         if isinstance(tensor, nn.Parameter):
-            module.register_parameter(names[-1], tensor)
+            module.register_parameter(name, tensor)
         else:
-            module.register_buffer(names[-1], tensor, persistent=False)
+            module.register_buffer(name, tensor, persistent=False)
+    module.register_load_state_dict_pre_hook(_name_numbered)  # type: ignore[no-untyped-call]
     return tuple(names)
+
+
+def _name_numbered(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Load the tensors of a bias from a state that has them by number, as it once did."""
+    for k, name in enumerate(module._pse_names):  # type: ignore[arg-type]
+        if f"{prefix}pse_{k}" in state:
+            state[prefix + name] = state.pop(f"{prefix}pse_{k}")
 
 
 def _check_heads(composition: Composition, num_heads: int) -> None:

@@ -185,7 +185,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "slopes of the wrong size": (
         lambda: ak.attention(x(), x(), x(), pse=pse.ALiBi(slopes=(0.5, 0.25))),
         ak.CompositionError,
-        r"made for 2 heads, but the query has 4; give one slope per query head",
+        r"made for 2 heads, but the query has 4; give it one per query head",
     ),
     "slopes of the wrong size in a module": (
         lambda: ak.Attention(4, 8, pse=pse.ALiBi(2)),
@@ -388,7 +388,7 @@ def test_a_learnable_bias_trains_with_the_module() -> None:
     layer(q, q, q).square().sum().backward()
     assert table.grad is not None
     assert table.grad.abs().sum() > 0
-    assert dict(layer.named_parameters()) == {"pse_0": table}
+    assert dict(layer.named_parameters()) == {"pse_0_tensor": table}
 
 
 def test_dropout_follows_the_mode_and_torchs_generator() -> None:
@@ -456,7 +456,7 @@ def test_copies_are_whole_and_their_own(duplicate: Callable[[ak.Attention], Any]
     assert torch.equal(twin(q, q, q), meant)
     assert repr(twin) == repr(layer)
     with torch.no_grad():
-        twin.pse_0.add_(1.0 + torch.rand_like(twin.pse_0))
+        twin.pse_0_tensor.add_(1.0 + torch.rand_like(twin.pse_0_tensor))
         twin.sink.add_(1.0)
     assert not torch.equal(twin(q, q, q), meant)
     assert torch.equal(layer(q, q, q), meant)
@@ -466,9 +466,10 @@ def test_copies_are_whole_and_their_own(duplicate: Callable[[ak.Attention], Any]
 def test_state_dict_round_trip(assign: bool) -> None:
     layer, other, q = full_layer(), full_layer(), x()
     state = layer.state_dict()
-    assert sorted(state) == ["pse_0", "sink"]
+    assert sorted(state) == ["pse_0_tensor", "sink"]
     with torch.no_grad():
-        other.pse_1.copy_(layer.pse_1)  # a fixed table is part of the definition, not the state
+        # A fixed table is part of the definition, not the state.
+        other.pse_1_tensor.copy_(layer.pse_1_tensor)
     other.load_state_dict(state, assign=assign)
     assert torch.equal(other(q, q, q), layer(q, q, q))
 
@@ -491,13 +492,13 @@ def test_casting_takes_the_bias_and_the_sink_along(dtype: torch.dtype, backend: 
 
 def test_moving_through_meta_rebinds_the_bias() -> None:
     layer, q = full_layer(), x()
-    meant, fixed = layer(q, q, q), layer.pse_1
+    meant, fixed = layer(q, q, q), layer.pse_1_tensor
     state = layer.state_dict()
     moved = layer.to("meta")
     assert moved.plan(*(t.to("meta") for t in (q, q, q))).request.sink
     moved.to_empty(device="cpu").load_state_dict(state)
     with torch.no_grad():
-        moved.pse_1.copy_(fixed)
+        moved.pse_1_tensor.copy_(fixed)
     assert torch.equal(moved(q, q, q), meant)
 
 
@@ -506,7 +507,7 @@ def test_functional_call_uses_the_tensors_it_is_given() -> None:
     zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
     meant = layer(q, q, q)
     found = torch.func.functional_call(layer, zero, (q, q, q))
-    table = pse.Dense(zero["pse_0"]) + pse.Dense(layer.pse_1)
+    table = pse.Dense(zero["pse_0_tensor"]) + pse.Dense(layer.pse_1_tensor)
     assert torch.equal(
         found, ak.attention(q, q, q, mask=masks.Causal(), pse=table, sink=zero["sink"])
     )

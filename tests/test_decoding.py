@@ -151,13 +151,13 @@ class Draw(random.Random):
         }[pattern]
 
 
+@dataclass(frozen=True)
 class Lengths(pse.Pse):
     """A bias that changes with the text: no step can know what the whole will hold."""
 
-    def materialize(
-        self, q_len, kv_len, *, batch=None, heads=None, batch_index=None, dtype=None, device=None
-    ):
-        return torch.full((1, 1, q_len, kv_len), 0.1 * kv_len, dtype=dtype).tril()
+    def _values(self, at, dtype, device):
+        i, j = torch.arange(*at.rows)[:, None], torch.arange(*at.keys)
+        return torch.where(j <= i, 0.1 * at.kv_len, 0.0).to(dtype)
 
 
 def settled(mask: Mask, n: int, stops: list[int]) -> bool:

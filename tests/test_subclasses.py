@@ -43,6 +43,14 @@ class Bent(pse.ALiBi):
         return distance * distance
 
 
+class Shifted(pse.ALiBi):
+    """The same slopes, and more in some rows."""
+
+    def _values(self, at, dtype, device):
+        rows = torch.arange(*at.rows, dtype=dtype)[:, None]
+        return super()._values(at, dtype, device) + rows % 3
+
+
 MASKS = [
     (Lower("top_left"), masks.Causal("top_left")),
     (Near(3), masks.SlidingWindow(3)),
@@ -74,7 +82,7 @@ def test_joins_of_a_subclass_are_flat():
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference", "emulated"])
-@pytest.mark.parametrize("kind", [Slope, Bent])
+@pytest.mark.parametrize("kind", [Slope, Bent, Shifted])
 def test_a_bias_of_a_subclass(kind, backend):
     x = torch.randn(1, 6, 2, 8, dtype=torch.float64)
     bias = kind([0.5, 0.25])
@@ -99,5 +107,13 @@ def test_flex_takes_slopes_for_what_they_compute():
         torch.testing.assert_close(got, bias.materialize(6, 6)[0, 1, 1, 4])
 
 
-def test_a_family_that_says_its_power():
-    assert (pse.ALiBi.power, pse.SqrtALiBi.power, Slope.power, Bent.power) == (1.0, 0.5, 1.0, None)
+def test_a_subclass_has_the_structure_of_the_cells_it_computes():
+    slopes = (0.5, 0.25)
+    for kind, structure in (
+        (pse.ALiBi, pse.Linear("top_left", slopes)),
+        (pse.SqrtALiBi, pse.Root("top_left", slopes)),
+        (Slope, pse.Linear("top_left", slopes)),
+        (Bent, pse.Toeplitz("top_left")),
+        (Shifted, None),
+    ):
+        assert kind(slopes, align="top_left").structure == structure

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from attnkit.backends.rebind import rebound
 from attnkit.errors import Refusal
 from attnkit.planner import Composition, Plan, Request
 from attnkit.planner.plan import RUNNERS
 from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 from attnkit.registry import Registry
 
 __all__ = ["BACKENDS", "AttentionOutput", "Backend", "Operands", "Stats", "register"]

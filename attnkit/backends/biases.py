@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,10 +12,9 @@ from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.blocks import Block
-from attnkit.pse import LearnableALiBi, Pse
-from attnkit.pse.sloped import Sloped
+from attnkit.pse import Cells, PerKey, Pse
 
-__all__ = ["call_bias"]
+__all__ = ["by_diagonal", "call_bias", "numbers_of", "stored"]
 
 
 def call_bias(
@@ -28,7 +25,9 @@ def call_bias(
     if pse is None or spec is None:
         return None
     if launch.call.pse_type in (2, 3):
-        return _slopes(pse, spec, device, heads)
+        (part,) = pse.parts  # a sum may be of one
+        slopes = numbers_of(part, spec.dtype, device).detach()
+        return slopes if heads is None else slopes[list(heads)]
     before = launch.call.pse_type == 1
     if is_compressed(launch.call):
         # The rows of the longest sequence hold the distances of every other.
@@ -79,19 +78,42 @@ def _piece(
     return bias.clamp(-most, most)
 
 
-def _slopes(
-    pse: Pse, spec: TensorSpec, device: torch.device, heads: Sequence[int] | None
-) -> Tensor:
-    (sloped,) = pse.parts
-    if isinstance(sloped, LearnableALiBi):
-        weight = sloped.weight.detach().to(spec.dtype)
-        return weight if heads is None else weight[list(heads)]
-    slopes = sloped.slopes if isinstance(sloped, Sloped) else ()
-    if heads is not None:
-        slopes = tuple(slopes[head] for head in heads)
-    return _slopes_tensor(slopes, spec.dtype, device)
+def numbers_of(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the small tensor that a bias's cells follow from: constant slopes, or its own."""
+    slopes = getattr(part.structure, "slopes", None)
+    return part.tensors[0].to(dtype) if slopes is None else _constants(slopes, dtype, device)
 
 
 @constant
-def _slopes_tensor(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(slopes, dtype=dtype, device=device)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a bias ``[1 | b, 1 | n, 1 | i, j]``: a view of a tensor that is the bias."""
+    given = isinstance(part.structure, Cells | PerKey)
+    dtype = part.tensors[0].dtype if given else dtype
+    q_len, kv_len = lengths
+    rows = (0, min(1, q_len) if isinstance(part.structure, PerKey) else q_len)
+    whole = {"q_len": q_len, "kv_len": kv_len}
+    return part.rectangle(rows, (0, kv_len), **whole, dtype=dtype, device=device)
+
+
+def by_diagonal(
+    request: Request, part: Pse, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, dict[tuple[int, int], int]]:
+    """Return the numbers ``[1 | n, diagonals]`` of a bias by distance, and where they begin.
+
+    Score matrices of the same lengths share theirs, in the order of ``j - i``, from ``1 - q_len``
+    on.
+    """
+    found, starts = [], {}
+    start = 0
+    for lengths in dict.fromkeys(request.sequences):
+        if all(lengths):
+            found.append(part.diagonals(*lengths, dtype=dtype, device=device))
+            starts[lengths] = start
+            start += sum(lengths) - 1
+    if not found:
+        return torch.zeros(1, 0, dtype=dtype, device=device), {}
+    return (found[0] if len(found) == 1 else torch.cat(found, -1)), starts

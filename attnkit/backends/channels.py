@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from dataclasses import dataclass
+from functools import reduce
 from operator import add
 
 import torch
@@ -19,11 +19,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
+from attnkit.backends.biases import numbers_of
 from attnkit.constants import constant
 from attnkit.planner import Plan, Request
 from attnkit.planner.routes import BASE, Channels, Route
-from attnkit.pse import Linear, PerKey, Pse, Sloped, Stepped, Sum
-from attnkit.pse.structure import joined
+from attnkit.pse import Linear, PerKey, Pse, Stepped, Sum
+from attnkit.pse.structure import sum_of_steps
 
 __all__ = ["Leveled", "run_on_route"]
 
@@ -62,7 +63,7 @@ def run_on_route(
         operands.sink,
         _logits(parts, route.stepped, wide) if route.levels else None,
     )
-    return run(_inside(plan), widened)
+    return run(plan.on_channels, widened)
 
 
 def _logits(parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype) -> Tensor:
@@ -75,31 +76,18 @@ def _values(
     parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return the small tensor that a bias follows from: several tables as their sum, by step."""
-    first, *more = (parts[part] for part in one.parts)
-    if isinstance(first, Sloped):
-        return _constants(first.slopes, dtype, device)
-    if not more:
-        return first.tensors[0].to(dtype)
-    tables = [part.tensors[0].to(dtype) for part in (first, *more)]
-    known = tuple(part.structure for part in (first, *more) if isinstance(part.structure, Stepped))
+    summed = [parts[part] for part in one.parts]
+    tables = [numbers_of(part, dtype, device) for part in summed]
+    if len(tables) == 1:
+        return tables[0]
+    known = tuple(part.structure for part in summed if isinstance(part.structure, Stepped))
     return reduce(add, map(torch.Tensor.__getitem__, tables, _rows_of_each(known, device)))
 
 
 @constant
 def _rows_of_each(structures: tuple[Stepped, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Return the rows that each table has on the steps of a sum."""
-    return tuple(torch.tensor(rows, device=device) for rows in joined(structures)[1])
-
-
-@constant
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-@lru_cache(maxsize=64)
-def _inside(plan: Plan) -> Plan:
-    """Return the plan of the calls themselves; kept, since plans are keys of caches."""
-    return plan if plan.route is None else replace(plan, request=plan.route.request, route=None)
+    return tuple(torch.tensor(rows, device=device) for rows in sum_of_steps(structures)[1])
 
 
 def _rest(parts: tuple[Pse, ...], route: Route) -> Pse | None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import BACKENDS, AttentionOutput, Operands, Stats, reached, stats_dtype
-from attnkit.backends.rebind import rebound
 from attnkit.errors import BackendRefused, CompositionError, Refusal
 from attnkit.planner import Plan
 from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 
 __all__ = ["Held", "hold", "run_in_graph", "run_number", "stand_in"]
 

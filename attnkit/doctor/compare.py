@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from attnkit.backends import Operands, run_plan
-from attnkit.backends.rebind import rebound
 from attnkit.doctor.cases import Case, Inputs
 from attnkit.planner import Plan
+from attnkit.pse.base import rebound
 
 __all__ = ["Check", "check_values", "compare", "evaluate"]
 

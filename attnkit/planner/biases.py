@@ -17,6 +17,8 @@ from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.planner.blocks import Block
 from attnkit.planner.request import BiasTerm, Request
+from attnkit.pse import Linear
+from attnkit.pse.structure import origin
 
 __all__ = [
     "COMPRESSED_ROWS",
@@ -50,7 +52,7 @@ def bias_arguments(
         shift = anchor(request, inside[0], terms[0]) if inside else 0
         yield ", slopes", slope_arguments(request, request.num_heads, shift)
     long = packed or request.q_len > COMPRESSED_ROWS
-    if long and inside and all(term.toeplitz for term in terms):
+    if long and inside and all(term.by_distance for term in terms):
         kv_len = max(block.sizes[1] for block in inside)
         shape = (1, request.num_heads, COMPRESSED_ROWS, kv_len)
         yield ", compressed bias", matrix_arguments(request, shape)
@@ -91,7 +93,7 @@ def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
     if softcap is not None:
         reason = f"softcap={softcap} is a term the fused kernel does not have"
         reasons.append(Refusal("softcap", reason))
-    learnable = [term.text for term in bias if term.requires_grad and term.structure is None]
+    learnable = [term.text for term in bias if term.requires_grad and not term.low_rank]
     if learnable:
         reason = (
             f"{' and '.join(learnable)} asks for a gradient, which the kernel never writes "
@@ -105,7 +107,7 @@ def slope_arguments(request: Request, heads: int, shift: int) -> Arguments:
     """Return the arguments of a bias by slopes, whose query 0 stands on key `shift`."""
     start = {"q_start_idx": (max(shift, 0),), "kv_start_idx": (max(-shift, 0),)} if shift else {}
     dtype = torch.float64 if request.dtype == torch.float64 else torch.float32
-    kind = 2 if request.bias[0].power == 1.0 else 3
+    kind = 2 if isinstance(request.bias[0].structure, Linear) else 3
     return {"pse": TensorSpec((heads,), dtype), "pse_type": kind, **start}
 
 
@@ -126,8 +128,7 @@ def matrix_arguments(request: Request, shape: tuple[int, ...]) -> Arguments | Re
 def anchor(request: Request, block: Block, term: BiasTerm) -> int:
     """Return the key, in a block's own numbering, that its query 0 stands on."""
     q_len, kv_len = request.sequences[block.batch]
-    at = kv_len - q_len if term.align == "bottom_right" else 0
-    return block.i0 + at - block.j0
+    return block.i0 + origin(q_len, kv_len, term.align) - block.j0
 
 
 def is_compressed(call: KernelCall) -> bool:

@@ -66,7 +66,7 @@ def lower(request: Request) -> Lowering:
     if not request.batch:
         reason = "the kernel needs at least one batch element"
         return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
-    if any(term.structure is not None for term in request.bias):
+    if any(term.low_rank for term in request.bias):
         return _cheapest_way(request)
     return _as_given(request)
 

@@ -118,6 +118,11 @@ class Plan:
         """What the plan costs; None where no kernel call is made."""
         return Solution(self.steps).price if self.steps else None
 
+    @cached_property
+    def on_channels(self) -> Plan:
+        """The plan of the calls alone, for query and key that have the channels of the route."""
+        return self if self.route is None else replace(self, request=self.route.request, route=None)
+
     def disprove(self) -> Refusal | None:
         """Return why the plan does not compute its request, with the cells; None if it does.
 

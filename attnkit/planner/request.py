@@ -20,9 +20,9 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
-from attnkit.pse import Align, ByDistance, Linear, Pse, Sloped, Structure
-from attnkit.pse.cut import uncut
+from attnkit.pse import Align, Cells, Linear, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
+from attnkit.pse.structure import OfDistance
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 
@@ -31,53 +31,59 @@ __all__ = ["BiasTerm", "Composition", "Request", "read_request"]
 class BiasTerm:
     """What a plan may know of one addend of the bias; values are bound when the plan runs.
 
-    `slopes` are there where the bias is constants, one per head, times distances; `structure`
-    where it follows from a small tensor; `by_distance` says that ``j - i`` and the head are all
-    that its cells depend on, and that it gives itself as a vector.
+    `structure` is what its cells follow from, where that is less than a matrix.
     """
 
     text: str
     key: Hashable
     before_scale: bool = False
     requires_grad: bool = False
-    toeplitz: bool = False
-    slopes: tuple[float, ...] | None = None
-    power: float = 1.0
-    align: Align = "bottom_right"
+    structure: Structure | None = None
     dtype: torch.dtype | None = None
     batch: int | None = None
-    structure: Structure | None = None
-    by_distance: bool = False
     extent: tuple[int | None, int | None] = (None, None)
 
     @classmethod
     def of(cls, part: Pse) -> BiasTerm:
         """Describe one addend. A gradient that is not recorded now is none that is asked for."""
-        trains = part.requires_grad and torch.is_grad_enabled()
-        # Constants times a power of the distance, whatever the class is called.
-        fixed = part if isinstance(part, Sloped) and part.power is not None else None
-        structure = Linear(fixed.align) if fixed and fixed.power == 1.0 else part.structure
+        known = part.structure
+        if part.before_scale and not isinstance(known, Toeplitz | Cells):
+            known = None  # the others are added after the scale
         return cls(
             repr(part),
             part.key(),
             part.before_scale,
-            trains,
-            part.toeplitz,
-            slopes=fixed.slopes if fixed else None,
-            power=fixed.power if fixed and fixed.power else 1.0,
-            align=getattr(fixed or structure, "align", "bottom_right"),
+            part.requires_grad and torch.is_grad_enabled(),
+            known,
             dtype=part.tensors[0].dtype if part.tensors else None,
             batch=part.batch,
-            structure=structure,
-            by_distance=isinstance(uncut(part)[0], ByDistance),
             extent=part.extent,
         )
 
     @property
+    def align(self) -> Align:
+        """From which end the distances are counted, where it is one of distances."""
+        return self.structure.align if isinstance(self.structure, OfDistance) else "bottom_right"
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether ``j - i`` and the head are all that its cells depend on."""
+        return isinstance(self.structure, OfDistance)
+
+    @property
+    def slopes(self) -> tuple[float, ...] | None:
+        """The slopes of distances, or of their roots, where these are constants."""
+        return self.structure.slopes if isinstance(self.structure, Linear | Root) else None
+
+    @property
     def sloped(self) -> bool:
         """Whether the kernel can compute it from one number per head, which must not train."""
-        bound = isinstance(self.structure, Linear) and not self.requires_grad
-        return self.slopes is not None or bound
+        return isinstance(self.structure, Linear | Root) and not self.requires_grad
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether channels of query and key can hold it, or levels can."""
+        return isinstance(self.structure, Linear | PerKey | Stepped)
 
 
 @dataclass(frozen=True)

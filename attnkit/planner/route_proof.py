@@ -19,10 +19,10 @@ from attnkit.planner.routes import (
     Span,
     channel_dims,
     distances_of,
-    origin_of,
     structure_of,
 )
 from attnkit.pse import Align, Linear, PerKey, Stepped
+from attnkit.pse.structure import origin
 
 __all__ = ["disprove_route"]
 
@@ -108,7 +108,7 @@ def _at_distances(
     if isinstance(request.mask, Resorted):
         order = replace(request.mask, rest=Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
         return region.shift(block.i0, block.j0) <= order.region(*sizes)
-    shift = block.j0 - block.i0 - origin_of(sizes, align)
+    shift = block.j0 - block.i0 - origin(*sizes, align)
     if any(_within((box.lo + shift, box.hi + shift), band) for band in bands):
         return True
     inside = (Slice(box.i0, box.i1, box.j0, box.j1, lo - shift, hi - shift) for lo, hi in bands)

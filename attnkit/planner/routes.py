@@ -44,7 +44,7 @@ from attnkit.planner.candidates import Zone
 from attnkit.planner.matrices import matrices
 from attnkit.planner.request import Request
 from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
-from attnkit.pse.structure import joined
+from attnkit.pse.structure import origin, sum_of_steps
 
 __all__ = [
     "BASE",
@@ -54,7 +54,6 @@ __all__ = [
     "channel_dims",
     "distances_of",
     "in_parts",
-    "origin_of",
     "routes",
     "structure_of",
 ]
@@ -166,7 +165,7 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
     found: list[Channels] = []
     stepped: list[int] = []
     for k, term in enumerate(request.bias):
-        if term.structure is None or (term.sloped and not sloped):
+        if not term.low_rank or (term.sloped and not sloped):
             continue
         if isinstance(term.structure, Stepped):
             stepped.append(k)
@@ -280,7 +279,7 @@ def structure_of(request: Request, parts: tuple[int, ...]) -> Structure | None:
     stepped = [term for term in terms if isinstance(term, Stepped)]
     alike = len({term.align for term in stepped}) == 1
     alike |= all(q_len == kv_len for q_len, kv_len in request.sequences)
-    return joined(stepped)[0] if alike and len(stepped) == len(terms) else None
+    return sum_of_steps(stepped)[0] if alike and len(stepped) == len(terms) else None
 
 
 def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
@@ -333,15 +332,10 @@ def distances_of(request: Request, align: Align) -> tuple[int, int]:
     for plane in known.planes:
         pairs = {(e.outer, sizes) for e, sizes in zip(plane, request.sequences, strict=True)}
         for region, sizes in pairs:
-            bounds, at = region.bounds, origin_of(sizes, align)
+            bounds, at = region.bounds, origin(*sizes, align)
             if bounds is not None:
                 ends += [bounds.lo - at, bounds.hi - at]
     return (min(ends), max(ends)) if ends else (0, 0)
-
-
-def origin_of(sizes: tuple[int, int], align: Align) -> int:
-    """Return what ``j - i`` is at distance 0."""
-    return sizes[1] - sizes[0] if align == "bottom_right" else 0
 
 
 def _splits(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from attnkit.arguments import check_bool
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
-from attnkit.pse.sloped import Sloped, press_slopes
+from attnkit.pse.sloped import Sloped
 from attnkit.pse.structure import Linear
 
 __all__ = ["ALiBi", "LearnableALiBi"]
 
 
 @PSE.register("alibi")
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class ALiBi(Sloped):
     """ALiBi: ``bias[h, i, j] = -slope[h] * abs(i' - j)``, added after the scale.
 
@@ -43,7 +43,6 @@ class ALiBi(Sloped):
     tensor([0.0625, 0.0039], requires_grad=True)
     """
 
-    power = 1.0
     learnable: bool = False
 
     def __new__(
@@ -71,6 +70,11 @@ class ALiBi(Sloped):
     ) -> None:
         super().__init__(num_heads, slopes, align)
         object.__setattr__(self, "learnable", False)
+
+    @property
+    def structure(self) -> Linear:
+        """A slope per head, times the distance."""
+        return Linear(self.align, self.slopes)
 
     def curve(self, distance: Tensor) -> Tensor:
         """Return the distance itself."""
@@ -108,9 +112,7 @@ class LearnableALiBi(ByDistance):
         align: Align = "bottom_right",
     ) -> None:
         fixed: Sloped = ALiBi(num_heads, slopes, align)
-        object.__setattr__(self, "num_heads", fixed.heads)
-        object.__setattr__(self, "slopes", fixed.slopes)
-        object.__setattr__(self, "align", align)
+        vars(self).update(num_heads=fixed.heads, slopes=fixed.slopes, align=align)
         object.__setattr__(self, "weight", nn.Parameter(torch.tensor(fixed.slopes)))
 
     @property
@@ -119,18 +121,14 @@ class LearnableALiBi(ByDistance):
         return len(self.slopes)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The slopes."""
-        return (self.weight,)
+    def tensor_names(self) -> tuple[str, ...]:
+        """The weight is the slopes."""
+        return ("slopes",)
 
     @property
     def structure(self) -> Linear:
         """A slope per head, times the distance."""
         return Linear(self.align)
-
-    def key(self) -> Hashable:
-        """Return everything but the slopes, which are bound when a plan runs."""
-        return ("LearnableALiBi", self.heads, self.align, self.weight.requires_grad)
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``-weight[h] * abs(distance)``, computed in float32 (float64) and cast once."""
@@ -138,24 +136,5 @@ class LearnableALiBi(ByDistance):
         weight = self.weight.to(exact).view(-1, *(1,) * distance.ndim)
         return (-weight * distance.abs().to(exact)).to(dtype)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LearnableALiBi):
-            return NotImplemented
-        if (self.key(), self.slopes) != (other.key(), other.slopes):
-            return False
-        same_device = self.weight.device == other.weight.device
-        return self.weight is other.weight or (
-            same_device and not self.weight.is_meta and torch.equal(self.weight, other.weight)
-        )
-
-    def __hash__(self) -> int:
-        return hash(("LearnableALiBi", self.slopes, self.align))
-
     def __repr__(self) -> str:
-        align = "" if self.align == "bottom_right" else f", align={self.align!r}"
-        computed = self.slopes == press_slopes(self.heads)
-        inside = f"{self.heads}" if computed else f"slopes={self.slopes!r}"
-        return f"ALiBi({inside}{align}, learnable=True)"
-
-    def _misfit(self, what: str, own: int, given: int) -> str:
-        return f"{super()._misfit(what, own, given)}; give one slope per query head"
+        return f"{repr(ALiBi(slopes=self.slopes, align=self.align))[:-1]}, learnable=True)"

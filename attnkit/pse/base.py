@@ -6,29 +6,30 @@ it will be computed; `materialize` is its exact definition and the oracle for ev
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnkit.arguments import check_float_dtype, check_int, check_place, check_range
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.masks.base import Rectangle
+from attnkit.pse.structure import Align, OfDistance, Structure
 from attnkit.registry import Registry
 from attnkit.textform import check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from attnkit.pse.structure import Structure
+__all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "Sum", "rebound"]
 
-__all__ = ["PSE", "Align", "Pse", "Range", "Sum", "check_range"]
-
-Align = Literal["bottom_right", "top_left"]
 Range = tuple[int, int]
 
 _CELLS_AT_ONCE = 1 << 20  # read together where two matrices are compared
@@ -40,8 +41,15 @@ class Pse(ABC):
     Shapes: ``[1 | b, n | 1, q_len, kv_len]`` once materialised. In a packed batch every
     sequence is its own score matrix and has its own `q_len` and `kv_len`.
 
-    A new family is a frozen dataclass with `materialize`, and `check` where it can be wrong;
-    ``@PSE.register("kind")`` gives it a name in configurations and in `parse`.
+    A new family is a frozen dataclass with `_values`, the cells of a rectangle; whatever else is
+    asked of a bias follows from that. Where it is made for some heads, batch elements or lengths,
+    it says `heads`, `batch`, `extent`. Where its cells follow from less than a matrix, it says
+    so by `structure`, and reaches kernels in that form. Tensors in its fields are its own: with
+    ``@dataclass(frozen=True, eq=False)`` equality compares what they hold. A name in
+    configurations and in `parse` comes by ``@PSE.register("kind")``.
+
+    One object given to several layers is shared: they have one set of parameters. `copy` makes
+    another, with parameters of its own.
 
     >>> from attnkit import pse
     >>> bias = pse.ALiBi(2) + pse.ALiBi(2, align="top_left")
@@ -50,6 +58,8 @@ class Pse(ABC):
     """
 
     kind: ClassVar[str]
+    _cells_from: ClassVar[frozenset[str]] = frozenset({"_values"})
+    """Where a subclass defines one of these anew, its structure is what this class states."""
 
     # A tracer would hand a half-made object to the planner, whose fields still have the defaults
     # of their class.
@@ -59,52 +69,106 @@ class Pse(ABC):
         check_names(cls, given, named)
         return super().__new__(cls)
 
+    def __init_subclass__(cls) -> None:
+        """Leave a subclass that computes its cells in another way the structure they still have."""
+        super().__init_subclass__()
+        for parent in cls.__mro__[1:]:
+            anew = vars(parent).get("_cells_from", frozenset()) & vars(cls).keys()
+            if anew and "structure" not in vars(cls):
+                type.__setattr__(cls, "structure", vars(parent)["structure"])
+
+    # -- what a family says --------------------------------------------------------------
+
+    @abstractmethod
+    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """Return the cells of a rectangle: ``[rows, keys]``, before them ``n`` and ``b``, if any.
+
+        Of all batch elements and heads; an axis of one entry serves any number. They are computed
+        in `dtype`, float32 or float64, and rounded after. Gradients reach the tensors of the bias.
+        """
+
+    @property
+    def structure(self) -> Structure | None:
+        """What its cells follow from (`attnkit.pse.structure`); None: no less than a matrix."""
+        return None
+
     @property
     def before_scale(self) -> bool:
         """Whether the bias is added before the scores are scaled."""
         return False
 
     @property
-    def requires_grad(self) -> bool:
-        """Whether a gradient has to flow back into the bias."""
-        return any(tensor.requires_grad for tensor in self.tensors)
-
-    @property
     def heads(self) -> int | None:
         """The number of query heads it was made for; None fits any."""
-        return None
+        return _first(part.heads for part in self.members)
 
     @property
     def batch(self) -> int | None:
         """The number of batch elements (or packed sequences) it was made for; None fits any."""
-        return None
+        return _first(part.batch for part in self.members)
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
         """The (q_len, kv_len) it was made for; None where it fits any length."""
-        return (None, None)
+        known = [part.extent for part in self.members]
+        return _first(q_len for q_len, _ in known), _first(kv_len for _, kv_len in known)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors it carries, whose values are bound when a plan runs."""
+    def anchored(self) -> bool:
+        """Whether more rows or keys would move the numbers, rather than add some."""
+        return not self.members or any(part.anchored for part in self.members)
+
+    @property
+    def members(self) -> tuple[Pse, ...]:
+        """The biases that this one is made of; most are made of none."""
         return ()
 
-    @property
-    def toeplitz(self) -> bool:
-        """Whether the bias depends on the distance ``j - i`` only (and on the head)."""
-        return False
-
-    @property
-    def structure(self) -> Structure | None:
-        """What a planner may exploit of a single bias (`attnkit.pse.structure`); None: nothing."""
-        return None
+    # -- what everyone asks --------------------------------------------------------------
 
     @property
     def parts(self) -> tuple[Pse, ...]:
         """The biases it is the sum of: itself, unless it is a `Sum`."""
         return (self,)
 
-    @abstractmethod
+    @property
+    def toeplitz(self) -> bool:
+        """Whether the bias depends on the distance ``j - i`` only (and on the head)."""
+        return isinstance(self.structure, OfDistance)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors it carries, whose values are bound when a plan runs."""
+        own = tuple(value for value in self._fields if isinstance(value, Tensor))
+        return own + tuple(tensor for part in self.members for tensor in part.tensors)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """A name for each of the tensors: that of its field; in a sum, after the part's number.
+
+        >>> from attnkit import pse
+        >>> (pse.ALiBi(2) + pse.T5Relative(2)).tensor_names
+        ('1_table',)
+        """
+        own = {id(getattr(self, item.name)): item.name for item in fields(cast(Any, self))}
+        return tuple(own.get(id(tensor), str(k)) for k, tensor in enumerate(self.tensors))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient has to flow back into the bias."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    def copy(self) -> Self:
+        """Return an equal bias whose tensors are its own: parameters for another layer.
+
+        >>> from attnkit.pse import T5Relative
+        >>> first = T5Relative(8)
+        >>> second = first.copy()
+        >>> second == first, second.table is first.table
+        (True, False)
+        """
+        return rebound(self, [_twin(tensor) for tensor in self.tensors])
+
+    @final
     def materialize(
         self,
         q_len: int,
@@ -119,64 +183,20 @@ class Pse(ABC):
         """Return the bias as a tensor ``[1 | b, n | 1, q_len, kv_len]``: its definition.
 
         `batch` and `heads` are those of the query, checked where given. `batch_index` asks
-        for one batch element (or packed sequence) only, so that dimension 0 is 1.
+        for one batch element (or packed sequence) only, so that dimension 0 is 1. A bias that is
+        a tensor gives a view of it, unless `dtype` asks for a cast.
+
+        Raises `CompositionError` where the bias does not fit, or lives on another device.
+
+        >>> from attnkit import pse
+        >>> pse.ALiBi([0.5]).materialize(1, 3)
+        tensor([[[[-1.0000, -0.5000, -0.0000]]]])
         """
+        self.check(q_len, kv_len, batch, heads)
+        place = Rectangle((0, q_len), (0, kv_len), q_len, kv_len)
+        return self._read(place, batch_index, dtype, device)
 
-    def check(
-        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
-    ) -> None:
-        """Raise `CompositionError` where the bias does not fit; computes nothing.
-
-        >>> from attnkit.pse import ALiBi
-        >>> ALiBi(6).check(4, 4, batch=2, heads=8)
-        Traceback (most recent call last):
-        ...
-        attnkit.errors.CompositionError: ALiBi(6) was made for 6 heads, but the query has 8; \
-give one slope per query head
-        """
-        counts = (("batch", batch), ("heads", heads))
-        said = [(name, count) for name, count in counts if count is not None]
-        for name, length in (("q_len", q_len), ("kv_len", kv_len), *said):
-            plain = isinstance(length, int | torch.SymInt) and not isinstance(length, bool)
-            if not plain or not 0 <= length <= LARGEST:
-                raise CompositionTypeError(
-                    f"{self} was asked for {name}={shown(length)}; a length is an int from 0 to "
-                    f"{LARGEST}"
-                )
-        for what, own, given in (("heads", self.heads, heads), ("batch", self.batch, batch)):
-            if own is not None and given is not None and own != given:
-                raise CompositionError(self._misfit(what, own, given))
-
-    def cut(
-        self,
-        q_range: Range,
-        kv_range: Range,
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Pse:
-        """Return the part inside a rectangle ``[start, stop)``, renumbered from its corner.
-
-        `q_len` and `kv_len` are the lengths of the whole score matrix; they may be left out
-        where the bias knows them (`extent`) or does not depend on them.
-
-        >>> from attnkit.pse import ALiBi
-        >>> ALiBi(8, align="top_left").cut((4, 6), (0, 6), q_len=6, kv_len=6)
-        ALiBi(8)
-        """
-        from attnkit.pse.cut import Cut
-
-        whole = [
-            given if given is not None else known
-            for given, known in zip((q_len, kv_len), self.extent, strict=True)
-        ]
-        if whole[0] is None or whole[1] is None:
-            raise CompositionError(
-                f"{self}: what a rectangle of it holds depends on the lengths of the whole score "
-                "matrix; pass q_len= and kv_len="
-            )
-        return Cut(self, q_range, kv_range, whole[0], whole[1])
-
+    @final
     def rectangle(
         self,
         q_range: Range,
@@ -192,45 +212,51 @@ give one slope per query head
     ) -> Tensor:
         """Return the part of `materialize` inside a rectangle ``[start, stop)``.
 
-        Families with a formula per cell override it, so that no other cell is ever made.
+        No other cell is made.
 
         >>> from attnkit import pse
         >>> pse.ALiBi([1.0]).rectangle((2, 3), (0, 2), q_len=3, kv_len=3)
         tensor([[[[-2., -1.]]]])
         """
-        whole = self.materialize(
-            q_len,
-            kv_len,
-            batch=batch,
-            heads=heads,
-            batch_index=batch_index,
-            dtype=dtype,
-            device=device,
-        )
-        return whole[..., slice(*q_range), slice(*kv_range)]
+        self.check(q_len, kv_len, batch, heads)
+        return self._read(Rectangle(q_range, kv_range, q_len, kv_len), batch_index, dtype, device)
 
-    def _extends(self, shorter: int, longer: int) -> bool:
-        """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
-        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
-        for i in range(0, shorter, height):
-            rows, keys = (i, min(i + height, shorter)), (0, shorter)
-            old, new = (
-                self.rectangle(rows, keys, q_len=n, kv_len=n, dtype=torch.float64)
-                for n in (shorter, longer)
-            )
-            if not torch.equal(old, new):
-                return False
-        return True
+    def _read(
+        self,
+        at: Rectangle,
+        batch_index: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        check_float_dtype("dtype", dtype)
+        tensors = self.tensors
+        for tensor in tensors:
+            check_place("a tensor of the bias", tensor, device)
+        where = tensors[0].device if tensors else None if device is None else torch.device(device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        cells = self._values(at, wide, where)
+        cells = cells[(None,) * (4 - cells.ndim)]
+        if batch_index is not None and cells.shape[0] > 1:
+            cells = cells[batch_index : batch_index + 1]
+        return cells.to(dtype).expand(-1, -1, *at.shape)
 
-    def key(self) -> Hashable:
-        """Return what a plan may depend on: equal keys mean that one plan serves both biases.
+    def diagonals(
+        self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Return a bias by distance as a vector for each head: ``[1 | n, q_len + kv_len - 1]``.
+
+        The numbers are those of the diagonals ``j - i``, from ``1 - q_len`` on.
 
         >>> from attnkit import pse
-        >>> pse.ALiBi(2).key() == pse.ALiBi(2).key()
-        True
+        >>> pse.ALiBi([1.0]).diagonals(2, 3, dtype=torch.float32)
+        tensor([[-2., -1., -0., -1.]])
         """
-        return self
+        whole = {"q_len": q_len, "kv_len": kv_len}
+        column = self.rectangle((0, q_len), (0, 1), **whole, dtype=dtype, device=device)
+        row = self.rectangle((0, 1), (1, kv_len), **whole, dtype=dtype, device=device)
+        return torch.cat([column[0, :, :, 0].flip(-1), row[0, :, 0]], -1)
 
+    @final
     def term(
         self,
         q_len: int,
@@ -252,20 +278,126 @@ give one slope per query head
         >>> Dense(torch.ones(1, 2), before_scale=True).term(1, 2, scale=0.5)
         tensor([[[[0.5000, 0.5000]]]])
         """
+        self.check(q_len, kv_len, batch, heads)
+        place = Rectangle((0, q_len), (0, kv_len), q_len, kv_len)
+        read = ((part, part._read(place, batch_index, dtype, device)) for part in self.parts)
+        return reduce(add, (scale * cells if part.before_scale else cells for part, cells in read))
 
-        def one(part: Pse) -> Tensor:
-            bias = part.materialize(
-                q_len,
-                kv_len,
-                batch=batch,
-                heads=heads,
-                batch_index=batch_index,
-                dtype=dtype,
-                device=device,
+    def check(
+        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
+    ) -> None:
+        """Raise `CompositionError` where the bias does not fit; computes nothing.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(6).check(4, 4, batch=2, heads=8)
+        Traceback (most recent call last):
+        ...
+        attnkit.errors.CompositionError: ALiBi(6) was made for 6 heads, but the query has 8; \
+give it one per query head
+        """
+        sizes: dict[str, Any] = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads}
+        for name, size in sizes.items():
+            said = size is not None or name.endswith("len")
+            if said and not isinstance(size, torch.SymInt):
+                check_int(name, size, 0)
+        for own, given, made, remedy in (
+            (self.heads, heads, "{} heads, but the query has {}", "; give it one per query head"),
+            (self.batch, batch, "a batch of {}, but the query's is {}", ""),
+        ):
+            if own is not None and given is not None and own != given:
+                raise CompositionError(f"{self} was made for {made.format(own, given)}{remedy}")
+        if any(own not in (None, n) for own, n in zip(self.extent, (q_len, kv_len), strict=True)):
+            made = " x ".join("any" if own is None else str(own) for own in self.extent)
+            raise CompositionError(
+                f"pse.{self} is for score matrices of {made} (queries x keys), but this one is "
+                f"{q_len} x {kv_len}; slice the tensor, or cut the bias, to these lengths (every "
+                "sequence of a packed batch is its own score matrix), or use a bias defined for "
+                "any length"
             )
-            return scale * bias if part.before_scale else bias
 
-        return reduce(add, map(one, self.parts))
+    def cut(
+        self,
+        q_range: Range,
+        kv_range: Range,
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Pse:
+        """Return the part inside a rectangle ``[start, stop)``, renumbered from its corner.
+
+        `q_len` and `kv_len` are the lengths of the whole score matrix; they may be left out
+        where the bias knows them (`extent`) or does not depend on them.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(8, align="top_left").cut((4, 6), (0, 6), q_len=6, kv_len=6)
+        ALiBi(8)
+        """
+        whole = []
+        for name, own, length, span in (
+            ("q", self.extent[0], q_len, q_range),
+            ("kv", self.extent[1], kv_len, kv_range),
+        ):
+            if own is not None and length not in (None, own):
+                raise CompositionError(f"pse.{self} cannot be cut as one of {name}_len={length}")
+            known = own if length is None else length
+            if known is None and self.anchored:
+                raise CompositionError(
+                    f"{self}: what a rectangle of it holds depends on the lengths of the whole "
+                    "score matrix; pass q_len= and kv_len="
+                )
+            whole.append(check_range(f"{name}_range", span, known))
+        (q0, q1), (kv0, kv1) = q_range, kv_range
+        return self._inside(Rectangle((q0, q1), (kv0, kv1), *whole))
+
+    def _inside(self, at: Rectangle) -> Pse:
+        """Return the bias of a rectangle's cells; a family may know a closer form."""
+        from attnkit.pse.cut import Cut
+
+        return Cut(self, *at[:4])
+
+    def _extends(self, shorter: int, longer: int) -> bool:
+        """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
+        if self.members:
+            return all(part._extends(shorter, longer) for part in self.members)
+        if self.toeplitz:  # either anchor is the diagonal of a square matrix
+            return True
+        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
+        for i in range(0, shorter, height):
+            rows, keys = (i, min(i + height, shorter)), (0, shorter)
+            old, new = (
+                self.rectangle(rows, keys, q_len=n, kv_len=n, dtype=torch.float64)
+                for n in (shorter, longer)
+            )
+            if not torch.equal(old, new):
+                return False
+        return True
+
+    # -- value ---------------------------------------------------------------------------
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, item.name) for item in fields(cast(Any, self)))
+
+    def key(self) -> Hashable:
+        """Return what a plan may depend on: equal keys mean that one plan serves both biases.
+
+        These are its fields, of tensors the shape, the dtype and the need of a gradient.
+
+        >>> from attnkit import pse
+        >>> pse.ALiBi(2).key() == pse.ALiBi(2).key()
+        True
+        """
+        return (type(self), *map(_key, self._fields))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Pse) or type(other) is not type(self):
+            return NotImplemented
+        alike = self is other or self.key() == other.key()
+        return alike and all(map(_same, self.tensors, other.tensors))
+
+    def __hash__(self) -> int:
+        told = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self._fields)
+        return hash((type(self), *told))
 
     def __add__(self, other: Pse) -> Sum:
         if not isinstance(other, Pse):
@@ -281,11 +413,6 @@ give one slope per query head
             "pse.Dense(tensor)"
         )
 
-    def _misfit(self, what: str, own: int, given: int) -> str:
-        if what == "heads":
-            return f"{self} was made for {own} heads, but the query has {given}"
-        return f"{self} was made for a batch of {own}, but the query's is {given}"
-
 
 class PseRegistry(Registry[type[Pse]]):
     """The families of biases, by the kind that a configuration gives them."""
@@ -294,8 +421,8 @@ class PseRegistry(Registry[type[Pse]]):
         """Register a family; its class name must be free too, for `parse`."""
         if not isinstance(entry, type) or not issubclass(entry, Pse):
             raise CompositionTypeError(
-                f"{shown(entry)} is no family of positional biases; one is a frozen dataclass that "
-                "derives from pse.Pse"
+                f"{shown(entry)} is not a family of positional biases; one is a frozen dataclass "
+                "that derives from pse.Pse"
             )
         for kind, known in self._entries.items():
             if known.__name__ == entry.__name__ and kind != name:
@@ -308,13 +435,10 @@ class PseRegistry(Registry[type[Pse]]):
         return entry
 
 
-LARGEST = (1 << 63) - 1
-"""The largest length: positions are int64 in tensors."""
-
 PSE = PseRegistry("positional bias", "attnkit.pse")
 
 
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Sum(Pse):
     """The sum of several biases, ``p1 + p2``.
 
@@ -355,9 +479,18 @@ class Sum(Pse):
         _agree("keys", [(part, part.extent[1]) for part in flat])
 
     @property
-    def parts(self) -> tuple[Pse, ...]:
+    def members(self) -> tuple[Pse, ...]:
         """The addends, none of them a `Sum`."""
         return self.addends
+
+    parts = members
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names that each addend gives its own, after its number."""
+        return tuple(
+            f"{k}_{name}" for k, part in enumerate(self.parts) for name in part.tensor_names
+        )
 
     @property
     def before_scale(self) -> bool:
@@ -371,104 +504,74 @@ class Sum(Pse):
         return sides.pop()
 
     @property
-    def heads(self) -> int | None:
-        """The number of heads of the parts that have one."""
-        return _first(part.heads for part in self.parts)
-
-    @property
-    def batch(self) -> int | None:
-        """The batch size of the parts that have one."""
-        return _first(part.batch for part in self.parts)
-
-    @property
-    def extent(self) -> tuple[int | None, int | None]:
-        """The lengths of the parts that have some."""
-        q_lens, kv_lens = zip(*(part.extent for part in self.parts), strict=True)
-        return _first(q_lens), _first(kv_lens)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of all parts, in order."""
-        return tuple(tensor for part in self.parts for tensor in part.tensors)
-
-    @property
     def toeplitz(self) -> bool:
         """Whether every part depends on the distance only."""
         return all(part.toeplitz for part in self.parts)
 
-    def check(
-        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
-    ) -> None:
-        """Raise `CompositionError` where any part does not fit."""
-        for part in self.parts:
-            part.check(q_len, kv_len, batch, heads)
+    def _inside(self, at: Rectangle) -> Sum:
+        return Sum(part._inside(at) for part in self.parts)
 
-    def cut(
-        self,
-        q_range: Range,
-        kv_range: Range,
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Pse:
-        """Return the sum of the parts' cuts."""
-        return Sum(part.cut(q_range, kv_range, q_len=q_len, kv_len=kv_len) for part in self.parts)
-
-    def _extends(self, shorter: int, longer: int) -> bool:
-        """Whether every part does."""
-        return all(part._extends(shorter, longer) for part in self.parts)
-
-    def key(self) -> Hashable:
-        """Return the keys of the parts, in order."""
-        return ("Sum", *(part.key() for part in self.parts))
-
-    def materialize(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        batch_index: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Return the sum of the parts, which must lie on one side of the scale."""
+    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         _ = self.before_scale  # raises for a mixed sum
-        return reduce(
-            add,
-            (
-                part.materialize(
-                    q_len,
-                    kv_len,
-                    batch=batch,
-                    heads=heads,
-                    batch_index=batch_index,
-                    dtype=dtype,
-                    device=device,
-                )
-                for part in self.parts
-            ),
-        )
+        return reduce(add, (part._values(at, dtype, device).to(dtype) for part in self.parts))
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))
 
 
-def check_range(name: str, span: Range, length: int) -> None:
-    """Raise `CompositionError` unless ``0 <= start <= stop <= length``."""
-    pair = isinstance(span, tuple | list) and len(span) == 2
-    if not pair or any(type(end) is not int for end in (*span, length)):
-        raise CompositionTypeError(
-            f"{name}={shown(span)} of extent {shown(length)}; a range is (start, stop), two ints "
-            "with start <= stop"
-        )
-    start, stop = span
-    if not 0 <= start <= stop <= length:
+Some = TypeVar("Some", bound=Pse)
+
+
+def rebound(pse: Some, tensors: Sequence[Tensor]) -> Some:
+    """Return the same bias with `tensors` in place of its own, in the order of ``pse.tensors``.
+
+    Raises `CompositionError` for a bias that does not keep its tensors in its fields.
+
+    >>> import torch
+    >>> from attnkit.pse import ALiBi, Dense
+    >>> bias = ALiBi(2) + Dense(torch.zeros(2, 3, 3))
+    >>> rebound(bias, [torch.ones(2, 3, 3)]).tensors[0].sum()
+    tensor(18.)
+    """
+    places = {id(old): new for old, new in zip(pse.tensors, tensors, strict=True)}
+    found = cast(Some, _replaced(pse, places))
+    if any(a is not b for a, b in zip(found.tensors, tensors, strict=True)):
         raise CompositionError(
-            f"{name}={shown(span)} does not lie in a score matrix of extent {shown(length)}; give "
-            "(start, stop) with 0 <= start <= stop <= the extent"
+            f"the tensors of {pse!r} were replaced (by copying, moving, casting or loading), and "
+            "it does not keep them in the fields of its dataclass; build it anew"
         )
+    return found
+
+
+def _replaced(value: Any, places: dict[int, Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_replaced(part, places) for part in value)
+    if not isinstance(value, Pse):
+        return places.get(id(value), value)
+    twin = copy.copy(value)
+    for item in fields(cast(Any, value)):
+        object.__setattr__(twin, item.name, _replaced(getattr(value, item.name), places))
+    return twin
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same values that shares nothing with the one given."""
+    values = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, tensor.requires_grad)
+    return values.requires_grad_(tensor.requires_grad)
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.requires_grad)
+    if isinstance(value, tuple):
+        return tuple(map(_key, value))
+    return value.key() if isinstance(value, Pse) else value
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.device == b.device and not a.is_meta and torch.equal(a, b))
 
 
 def _first(claims: Iterable[int | None]) -> int | None:

@@ -6,23 +6,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnkit.arguments import check_align, check_int, check_number
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.pse.base import Align, Pse, Range, check_range
+from attnkit.pse.base import Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
 
 __all__ = ["MOST_HEADS", "Sloped", "press_slopes"]
 
 MOST_HEADS = 1 << 16
 """Heads that a bias by formula is made for, at most."""
-# What a subclass may define to have other cells.
-_CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}
-
 # What a subclass may define to have other cells.
 _CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}
 
@@ -45,7 +41,7 @@ def press_slopes(num_heads: int) -> tuple[float, ...]:
     return _geometric(power) + extra
 
 
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Sloped(ByDistance):
     """A bias ``-slope[h] * f(distance)``, where ``distance = abs(i' - j)``.
 
@@ -61,18 +57,9 @@ class Sloped(ByDistance):
     ALiBi(slopes=(0.125, 0.0625))
     """
 
-    power: ClassVar[float | None] = None
-    """``f(d) = d**power`` where that is so, which the kernel computes by itself for 1 and 1/2."""
-
     num_heads: int | None = None
     slopes: tuple[float, ...] = ()
     align: Align = "bottom_right"
-
-    def __init_subclass__(cls) -> None:
-        """Forget the power where a subclass computes its cells in another way and says none."""
-        super().__init_subclass__()
-        if "power" not in vars(cls) and _CELLS & vars(cls).keys():
-            cls.power = None
 
     def __init__(
         self,
@@ -98,39 +85,20 @@ class Sloped(ByDistance):
                 "query head, or num_heads alone for the slopes of Press et al."
             )
         check_align(name, align)
-        object.__setattr__(self, "num_heads", len(given))
-        object.__setattr__(self, "slopes", given)
-        object.__setattr__(self, "align", align)
+        vars(self).update(num_heads=len(given), slopes=given, align=align)
 
     @property
     def heads(self) -> int:
         """The number of query heads: one slope each."""
         return len(self.slopes)
 
-    def cut(
-        self,
-        q_range: Range,
-        kv_range: Range,
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Pse:
+    def _inside(self, at: Rectangle) -> Pse:
         """Return the same slopes with the anchor that the rectangle has, where it has one."""
-        if self.align == "bottom_right" and (q_len is None or kv_len is None):
-            return super().cut(q_range, kv_range, q_len=q_len, kv_len=kv_len)  # which raises
-        whole = (
-            q_range[1] if q_len is None else q_len,
-            kv_range[1] if kv_len is None else kv_len,
-        )
-        check_range("q_range", q_range, whole[0])
-        check_range("kv_range", kv_range, whole[1])
-        shift = q_range[0] + self.offset(*whole) - kv_range[0]
-        rows, keys = q_range[1] - q_range[0], kv_range[1] - kv_range[0]
+        shift = at.rows[0] + self.offset(at.q_len, at.kv_len) - at.keys[0]
+        rows, keys = at.shape
         if shift == keys - rows:
             return replace(self, align="bottom_right")
-        if shift == 0:
-            return replace(self, align="top_left")
-        return super().cut(q_range, kv_range, q_len=whole[0], kv_len=whole[1])
+        return replace(self, align="top_left") if shift == 0 else super()._inside(at)
 
     @abstractmethod
     def curve(self, distance: Tensor) -> Tensor:
@@ -157,9 +125,6 @@ class Sloped(ByDistance):
         align = "" if self.align == "bottom_right" else f", align={self.align!r}"
         inside = f"{self.heads}" if computed else f"slopes={self.slopes!r}"
         return f"{type(self).__name__}({inside}{align})"
-
-    def _misfit(self, what: str, own: int, given: int) -> str:
-        return f"{super()._misfit(what, own, given)}; give one slope per query head"
 
 
 def _geometric(power: int) -> tuple[float, ...]:

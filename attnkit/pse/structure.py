@@ -1,10 +1,11 @@
-"""What a planner may exploit of a bias: the few numbers that all of its cells are made of.
+"""What a bias states of itself: the few numbers that all of its cells are made of.
 
-A bias that trains cannot reach the fused kernel as a bias, since the kernel never writes that
-gradient. One whose cells follow from a small tensor can reach it another way: as channels of
-query and key, or as logits that are added where partial softmaxes merge. A `Pse` family says
-so by its `structure`; the small tensor is the first of its `tensors`. Positions are those of
-the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i.
+Planner and backends read this value, and never ask which family a bias is of. A small tensor
+is bound as slopes, in compressed rows, tile by tile, or, where it trains (the fused kernel
+never writes the gradient of a bias), as channels of query and key and as logits where partial
+softmaxes merge. The small tensor is the first of the bias's `tensors`. Positions are those of
+the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i. All but
+`Toeplitz` and `Cells` are added after the scale.
 """
 
 from __future__ import annotations
@@ -12,22 +13,70 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from attnkit.pse.base import Align
+__all__ = [
+    "Align",
+    "Cells",
+    "Linear",
+    "OfDistance",
+    "PerKey",
+    "Root",
+    "Stepped",
+    "Structure",
+    "Toeplitz",
+    "origin",
+    "sum_of_steps",
+]
 
-__all__ = ["Linear", "PerKey", "Stepped", "Structure", "joined"]
+Align = Literal["bottom_right", "top_left"]
+
+
+def origin(q_len: int, kv_len: int, align: Align) -> int:
+    """Return the key that query 0 stands on, which is what ``j - i`` is at distance 0.
+
+    >>> origin(2, 5, "bottom_right"), origin(2, 5, "top_left")
+    (3, 0)
+    """
+    return kv_len - q_len if align == "bottom_right" else 0
+
+
+@dataclass(frozen=True)
+class Toeplitz:
+    """``bias[h, i, j] = f(h, j - i')``: a number for each distance and head.
+
+    >>> from attnkit.pse import ALiBi
+    >>> ALiBi(2).cut((0, 2), (1, 3), q_len=4, kv_len=4).structure
+    Toeplitz(align='bottom_right')
+    """
+
+    align: Align
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``bias[h, i, j] = -tensor[h] * abs(i' - j)``, tensor [n].
+    """``bias[h, i, j] = -slope[h] * abs(i' - j)``; slopes [n] are constants, or the tensor.
 
     >>> from attnkit.pse import ALiBi
     >>> ALiBi(2, learnable=True).structure
-    Linear(align='bottom_right')
+    Linear(align='bottom_right', slopes=None)
     """
 
     align: Align
+    slopes: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Root:
+    """``bias[h, i, j] = -slope[h] * sqrt(abs(i' - j))``, of constant slopes.
+
+    >>> from attnkit.pse import SqrtALiBi
+    >>> SqrtALiBi([0.5]).structure
+    Root(align='bottom_right', slopes=(0.5,))
+    """
+
+    align: Align
+    slopes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -41,6 +90,17 @@ class PerKey:
     """
 
     per_head: bool
+
+
+@dataclass(frozen=True)
+class Cells:
+    """``bias[b, h, i, j] = tensor[b, h, i, j]``: the tensor as it is, in its dtype.
+
+    >>> import torch
+    >>> from attnkit.pse import Dense
+    >>> Dense(torch.zeros(2, 2)).structure
+    Cells()
+    """
 
 
 @dataclass(frozen=True)
@@ -66,13 +126,13 @@ class Stepped:
                 yield first, last, row
 
 
-def joined(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ...], ...]]:
+def sum_of_steps(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ...], ...]]:
     """Return the steps of a sum of stepped biases, and the row of each table on every step.
 
     The sum's own table has a row per step. All count distances alike.
 
     >>> near, far = Stepped((0, 0), (1, 0), "top_left"), Stepped((0, -4), (5, 6), "top_left")
-    >>> joined([near, far])
+    >>> sum_of_steps([near, far])
     (Stepped(starts=(-4, -4, 0), rows=(0, 1, 2), align='top_left'), ((1, 1, 0), (5, 6, 6)))
     """
     cuts = sorted({start for part in parts for start in part.starts[1:]})
@@ -85,4 +145,7 @@ def joined(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ...], ..
     return Stepped(starts, tuple(range(len(cuts) + 1)), parts[0].align), rows
 
 
-Structure = Linear | PerKey | Stepped
+OfDistance = Toeplitz | Linear | Root | Stepped
+"""The structures of a bias that depends on the distance ``j - i'`` and the head alone."""
+
+Structure = OfDistance | PerKey | Cells

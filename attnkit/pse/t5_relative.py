@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from attnkit.arguments import check_align, check_bool, check_floats, check_int
+from attnkit.constants import constant
 from attnkit.errors import CompositionError
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
@@ -108,53 +108,31 @@ class T5Relative(ByDistance):
                 f"T5Relative: table {list(table.shape)}; it must be {list(shape)}, one logit per "
                 "bucket and query head"
             )
-        for name, value in (
-            ("num_heads", num_heads),
-            ("num_buckets", num_buckets),
-            ("max_distance", max_distance),
-            ("bidirectional", bidirectional),
-            ("align", align),
-            ("table", table),
-        ):
-            object.__setattr__(self, name, value)
+        vars(self).update(num_heads=num_heads, num_buckets=num_buckets, max_distance=max_distance)
+        vars(self).update(bidirectional=bidirectional, align=align, table=table)
 
     @property
     def heads(self) -> int:
         """The number of query heads: one column of the table each."""
         return self.num_heads
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The table."""
-        return (self.table,)
-
-    @property
+    @cached_property
     def structure(self) -> Stepped:
         """The distances at which buckets begin, and the bucket of each step."""
-        starts, rows = _steps(self.num_buckets, self.max_distance, self.bidirectional)
-        return Stepped(starts, rows, self.align)
+        buckets = self._buckets(None).tolist()
+        begins = [k for k, row in enumerate(buckets) if k == 0 or row != buckets[k - 1]]
+        starts = tuple(k - self.max_distance for k in begins)
+        return Stepped(starts, tuple(buckets[k] for k in begins), self.align)
 
-    def key(self) -> Hashable:
-        """Return everything but the table's content, which is bound when a plan runs."""
-        return (*self._numbers(), self.table.dtype, self.table.requires_grad)
+    def _buckets(self, device: torch.device | None) -> Tensor:
+        """Return the buckets of all distances up to the largest in each direction."""
+        return _buckets(self.num_buckets, self.max_distance, self.bidirectional, device)
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """Return each distance's entry of the table."""
-        buckets = t5_bucket(distance, self.num_buckets, self.max_distance, self.bidirectional)
+        most = self.max_distance
+        buckets = self._buckets(distance.device)[distance.clamp(-most, most) + most]
         return self.table.to(dtype)[buckets].movedim(-1, 0)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, T5Relative):
-            return NotImplemented
-        if self.key() != other.key():
-            return False
-        same_device = self.table.device == other.table.device
-        return self.table is other.table or (
-            same_device and not self.table.is_meta and torch.equal(self.table, other.table)
-        )
-
-    def __hash__(self) -> int:
-        return hash(self._numbers())
 
     def __repr__(self) -> str:
         parts = [str(self.num_heads)]
@@ -164,24 +142,14 @@ class T5Relative(ByDistance):
             parts += [f"{name}={value!r}"] if value != default else []
         return f"T5Relative({', '.join(parts)})"
 
-    def _numbers(self) -> tuple[Hashable, ...]:
-        names = ("num_heads", "num_buckets", "max_distance", "bidirectional", "align")
-        return ("T5Relative", *(getattr(self, name) for name in names))
 
-
-@lru_cache
-def _steps(
-    num_buckets: int, max_distance: int, bidirectional: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return where buckets begin, from the far past to the far future, and which they are."""
-    distances = torch.arange(-max_distance - 1, max_distance + 2)
-    buckets = t5_bucket(distances, num_buckets, max_distance, bidirectional).tolist()
-    starts, rows = [-max_distance - 1], [buckets[0]]
-    for k, bucket in enumerate(buckets):
-        if bucket != rows[-1]:
-            starts.append(k - max_distance - 1)
-            rows.append(bucket)
-    return tuple(starts), tuple(rows)
+@constant
+def _buckets(
+    num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device | None
+) -> Tensor:
+    """Return the buckets from the far past to the far future; all beyond is in the last ones."""
+    distances = torch.arange(-max_distance, max_distance + 1, device=device)
+    return t5_bucket(distances, num_buckets, max_distance, bidirectional)
 
 
 def _check_buckets(

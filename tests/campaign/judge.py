@@ -184,7 +184,7 @@ def _sum(biases: list[pse.Pse]) -> pse.Pse | None:
 def _rebound(part: pse.Pse, tensor: Tensor | None) -> pse.Pse:
     if tensor is None:
         return part
-    from attnkit.backends.rebind import rebound
+    from attnkit.pse.base import rebound
 
     return rebound(part, [tensor])
 

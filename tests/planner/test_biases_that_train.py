@@ -739,7 +739,7 @@ def test_a_module_learns_them() -> None:
     bias = pse.ALiBi(2, learnable=True) + pse.T5Relative(2, 8, 12, bidirectional=False)
     layer = ak.Attention(2, 4, mask=CAUSAL, pse=bias, backend="emulated").double()
     twin = ak.Attention(2, 4, mask=CAUSAL, pse=deepcopy(bias), backend="reference").double()
-    assert [name for name, _ in layer.named_parameters()] == ["pse_0", "pse_1"]
+    assert [name for name, _ in layer.named_parameters()] == ["pse_0_slopes", "pse_1_table"]
     x = torch.randn(1, 16, 2, 4, dtype=torch.float64)
     for module in (layer, twin):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)

@@ -60,7 +60,7 @@ def test_materialize_casts_only_when_asked():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Dense([[0.0]]), ["takes a tensor", "list"]),
+        (lambda: Dense([[0.0]]), ["give a torch tensor", "list"]),
         (lambda: Dense(noise(4, 5), before_scale=1), ["before_scale", "1"]),
         (
             lambda: Dense(torch.zeros(4, 5, dtype=torch.int64)),

@@ -143,18 +143,8 @@ def test_a_new_family_is_one_class_and_one_registration():
     class Constant(Pse):
         value: float = 0.0
 
-        def materialize(
-            self,
-            q_len,
-            kv_len,
-            *,
-            batch=None,
-            heads=None,
-            batch_index=None,
-            dtype=torch.float32,
-            device=None,
-        ):
-            return torch.full((1, 1, q_len, kv_len), self.value, dtype=dtype, device=device)
+        def _values(self, at, dtype, device):
+            return torch.full(at.shape, self.value, dtype=dtype, device=device)
 
     try:
         assert Constant.kind == "constant"

@@ -22,8 +22,6 @@ from attnkit.backends.unseen import without_unseen
 from attnkit.constants import constant
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
-from attnkit.planner.request import BiasTerm
-from attnkit.pse import Linear, Stepped
 
 __all__ = ["Flex"]
 
@@ -159,7 +157,7 @@ def _refusals(request: Request) -> Iterator[tuple[str, str]]:
     if not (request.batch and request.q_len and request.kv_len):
         yield "flex-empty", "FlexAttention takes no tensors without batch elements, queries or keys"
     if request.seqlens is not None:
-        opaque = [t.text for t in request.bias if not _by_distance(t)]
+        opaque = [t.text for t in request.bias if not t.by_distance]
         if opaque:
             yield (
                 "flex-packed-bias",
@@ -175,10 +173,6 @@ def _refusals(request: Request) -> Iterator[tuple[str, str]]:
             f"FlexAttention's CUDA kernel takes heads of {_SMALLEST_HEAD} dimensions and more, "
             f"not {min(request.head_dim, request.value_dim)}",
         )
-
-
-def _by_distance(term: BiasTerm) -> bool:
-    return term.slopes is not None or isinstance(term.structure, Linear | Stepped)
 
 
 def _cpu_refusals(request: Request) -> Iterator[tuple[str, str]]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnkit.backends.biases import by_diagonal, numbers_of, stored
 from attnkit.backends.numbers import largest_bias, usable_cap
 from attnkit.planner import Request
-from attnkit.pse import ByDistance, Cut, Pse, Sloped
+from attnkit.planner.request import BiasTerm
+from attnkit.pse import Pse, Root
+from attnkit.pse.structure import origin
 
 __all__ = ["ScoreMod", "Scores", "scores_of"]
 
@@ -33,7 +35,8 @@ class Scores:
 
 def scores_of(request: Request, pse: Pse | None, device: torch.device) -> Scores:
     """Return the score function of a request; None where scores stay as they are."""
-    found = [_term(part, request, device) for part in (pse.parts if pse is not None else ())]
+    addends = zip(pse.parts if pse is not None else (), request.bias, strict=True)
+    found = [_term(*addend, request, device) for addend in addends]
     terms, shapes = [term for term, _ in found], [shape for _, shape in found]
     cap = None if request.softcap is None else usable_cap(request.softcap, torch.float32)
     most = largest_bias(torch.float32)
@@ -57,34 +60,19 @@ Cells = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Term = tuple[Cells, object]
 
 
-def _term(part: Pse, request: Request, device: torch.device) -> Term:
+def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) -> Term:
     """Return one addend as a function of cells, and what decides its code."""
     factor = request.scale if part.before_scale else 1.0
-    known = _placed(part, request)
-    if known is None:
-        return _given(_matrix(part, request, device), factor)
-    family, at = known.family, _positions(request, known.offsets).to(device)
-    if isinstance(family, Sloped) and family.power in (1.0, 0.5):
-        return _sloped(family, at)
-    reach = request.q_len + request.kv_len + max(map(abs, known.offsets))
-    every = torch.arange(1 - reach, reach, device=device)
-    return _looked_up(factor * family.at(every, torch.float32), at - reach + 1)
-
-
-class _Placed(NamedTuple):
-    """A bias of distances, and where query 0 stands in each score matrix."""
-
-    family: ByDistance
-    offsets: Sequence[int]
-
-
-def _placed(part: Pse, request: Request) -> _Placed | None:
-    if isinstance(part, ByDistance):
-        return _Placed(part, [part.offset(*lengths) for lengths in request.sequences])
-    if isinstance(part, Cut) and isinstance(part.part, ByDistance):
-        moved = part.q_range[0] - part.kv_range[0] + part.part.offset(part.q_len, part.kv_len)
-        return _Placed(part.part, [moved] * request.batch)
-    return None
+    if known.slopes is not None:
+        offsets = [origin(*lengths, known.align) for lengths in request.sequences]
+        slopes, root = numbers_of(part, torch.float32, device), isinstance(known.structure, Root)
+        return _sloped(slopes, _positions(request, offsets).to(device), root)
+    if known.by_distance:
+        numbers, starts = by_diagonal(request, part, torch.float32, device)
+        # Where the number for key 0 of its own sequence would stand: those of later keys follow.
+        firsts = [1 - q_len - starts.get((q_len, kv), 0) for q_len, kv in request.sequences]
+        return _looked_up(factor * numbers, _positions(request, firsts).to(device))
+    return _given(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
 
 
 def _positions(request: Request, offsets: Sequence[int]) -> Tensor:
@@ -97,10 +85,8 @@ def _positions(request: Request, offsets: Sequence[int]) -> Tensor:
     return (torch.arange(request.q_len) + per_query).to(torch.int32)
 
 
-def _sloped(family: Sloped, at: Tensor) -> Term:
-    """Return ``-slope[h] * curve(abs(at[i] - j))``: arithmetic, where there is a formula."""
-    slopes = torch.tensor(family.slopes, device=at.device)
-    root = family.power == 0.5
+def _sloped(slopes: Tensor, at: Tensor, root: bool) -> Term:
+    """Return ``-slope[h] * abs(at[i] - j)``, or with its root: arithmetic, where there is some."""
 
     def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = (at[i] - j).abs().to(torch.float32)
@@ -110,20 +96,13 @@ def _sloped(family: Sloped, at: Tensor) -> Term:
 
 
 def _looked_up(by_distance: Tensor, first: Tensor) -> Term:
-    """Return ``by_distance[h, j - first[i]]``."""
+    """Return ``by_distance[h, j - first[i]]``; cells of no sequence read any of it."""
+    last = by_distance.shape[1] - 1
 
     def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return by_distance[h, j - first[i]]
+        return by_distance[h, (j - first[i]).clamp(0, last)]
 
     return term, "looked up"
-
-
-def _matrix(part: Pse, request: Request, device: torch.device) -> Tensor:
-    """Return a bias ``[1 | b, 1 | n, 1 | i, j]``."""
-    dtype = part.tensors[0].dtype if part.tensors else torch.float32
-    matrix = part.materialize(request.q_len, request.kv_len, dtype=dtype, device=device)
-    # A bias per key is an expanded view; one row of it is all that there is.
-    return matrix[:, :, :1] if matrix.stride(2) == 0 else matrix
 
 
 def _given(matrix: Tensor, factor: float) -> Term:

@@ -10,25 +10,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.backends.base import stats_dtype
+from attnkit.backends.biases import by_diagonal, stored
 from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import Chunk
-from attnkit.backends.tiled.terms import (
-    Carried,
-    Diagonals,
-    Distances,
-    Given,
-    Lengths,
-    Ragged,
-    Term,
-)
+from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Given, Ragged, Term
 from attnkit.backends.tiled.tiles import Step, Workspace
-from attnkit.errors import CompositionTypeError
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
-from attnkit.pse import ByDistance, PerKey, Pse
-from attnkit.pse.cut import uncut
-from attnkit.pse.dense import Dense
-from attnkit.pse.sloped import Sloped
+from attnkit.pse import PerKey, Pse, Root
 
 __all__ = ["Bias", "bind", "with_tensors"]
 
@@ -41,14 +31,10 @@ KEPT = 4
 
 def bind(request: Request, pse: Pse | None, device: torch.device) -> tuple[Term, ...]:
     """Return the addends of a bias in the forms that tiles can be read from."""
-    terms: list[Term] = []
-    for part, known in _described(request, pse):
-        whole, shift, lengths = uncut(part)
-        if isinstance(whole, Sloped) and not part.before_scale:
-            terms.append(Distances(whole, shift, lengths))
-        else:
-            terms.append(_carried(request, known, _tensor(request, part, known, device)))
-    return tuple(terms)
+    parts = pse.parts if pse is not None else ()
+    return tuple(
+        _term(request, part, known, device) for part, known in zip(parts, request.bias, strict=True)
+    )
 
 
 def with_tensors(terms: Sequence[Term], given: Sequence[Tensor]) -> tuple[Term, ...]:
@@ -59,70 +45,27 @@ def with_tensors(terms: Sequence[Term], given: Sequence[Tensor]) -> tuple[Term, 
     )
 
 
-def _described(request: Request, pse: Pse | None) -> list[tuple[Pse, BiasTerm]]:
-    """Return the addends of a bias, each with what the request knows of it."""
-    return list(zip(pse.parts if pse is not None else (), request.bias, strict=True))
-
-
-def _carried(request: Request, known: BiasTerm, tensor: Tensor) -> Carried:
-    """Return the term whose tensor is what `_tensor` makes."""
+def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) -> Term:
+    """Return an addend by what its cells follow from; a carried tensor has gradients to pass on."""
+    structure, wide = known.structure, stats_dtype(request.dtype)
     factor = request.scale if known.before_scale else 1.0
+    if known.slopes is not None:
+        return Distances(known.slopes, known.align, isinstance(structure, Root))
     if known.by_distance:
-        return Diagonals(tensor, factor, _diagonal_starts(request))
-    if _is_ragged(request, known):
-        cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
-        return Ragged(tensor, factor, tuple(cells))
-    return Given(tensor, factor)
-
-
-def _tensor(request: Request, part: Pse, known: BiasTerm, device: torch.device) -> Tensor:
-    """Return what the cells of an addend follow from; gradients flow on to what it is made of."""
-    wide = torch.float64 if request.dtype == torch.float64 else torch.float32
-    if known.by_distance:
-        return _diagonals(request, part, wide, device)
-    if isinstance(part, Dense):
-        return part.tensor[(None,) * (4 - part.tensor.ndim)]
-    if isinstance(known.structure, PerKey):  # every row is the same: one is enough
-        tensor = part.tensors[0]
-        return tensor[(None,) * (3 - tensor.ndim)][:, :, None]
-    # A family that says no more of itself costs what it is: a matrix.
-    if not _is_ragged(request, known):
-        return part.materialize(*request.sequences[0], dtype=wide, device=device)
+        numbers, starts = by_diagonal(request, part, wide, device)
+        return Diagonals(numbers, factor, starts)
+    lengths = set(request.sequences)
+    if len(lengths) == 1 or isinstance(structure, PerKey):
+        return Given(stored(part, request.sequences[0], wide, device), factor)
+    # Sequences of different lengths have a matrix each.
     matrices = [
-        part.materialize(*lengths, batch_index=number, dtype=wide, device=device)
-        for number, lengths in enumerate(request.sequences)
+        part.materialize(*sizes, batch_index=number, dtype=wide, device=device)
+        for number, sizes in enumerate(request.sequences)
     ]
     heads = max(matrix.shape[1] for matrix in matrices)
-    flat = [rearrange(matrix, "1 n i j -> n (i j)") for matrix in matrices]
-    return torch.cat([cells.expand(heads, -1) for cells in flat], dim=1)
-
-
-def _is_ragged(request: Request, known: BiasTerm) -> bool:
-    """Whether sequences of different lengths need a matrix each."""
-    return len(set(request.sequences)) > 1 and not isinstance(known.structure, PerKey)
-
-
-def _diagonal_starts(request: Request) -> dict[Lengths, int]:
-    """Return where the diagonals of each size of score matrix begin, in the order they have."""
-    starts, start = {}, 0
-    for q_len, kv_len in dict.fromkeys(request.sequences):
-        if q_len and kv_len:
-            starts[q_len, kv_len] = start
-            start += q_len + kv_len - 1
-    return starts
-
-
-def _diagonals(request: Request, part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the numbers ``[1 | n, diagonals]`` of a bias by distance, in that order."""
-    whole, shift, lengths = uncut(part)
-    if not isinstance(whole, ByDistance):
-        raise CompositionTypeError(f"{part!r} is planned as a bias by distance, and is none")
-    where = whole.tensors[0].device if whole.tensors else device
-    distances = [torch.arange(0, device=where)]
-    for q_len, kv_len in _diagonal_starts(request):
-        anchor = shift + whole.offset(*(lengths or (q_len, kv_len)))
-        distances.append(torch.arange(1 - q_len - anchor, kv_len - anchor, device=where))
-    return whole.at(torch.cat(distances), dtype).contiguous()
+    flat = [rearrange(matrix, "1 n i j -> n (i j)").expand(heads, -1) for matrix in matrices]
+    cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
+    return Ragged(torch.cat(flat, dim=1), factor, tuple(cells))
 
 
 # -- tiles -------------------------------------------------------------------------------------
@@ -140,7 +83,7 @@ class Bias:
     dtype: torch.dtype
     work: Workspace
     _slopes: dict[int, Tensor] = field(default_factory=dict)
-    _known: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict)
+    _known: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
     def put(self, scores: Tensor, step: Step, chunk: Chunk, more: bool = False) -> None:
         """Overwrite ``[b h i j]`` scores with the bias of their cells, or add it to them."""
@@ -155,8 +98,8 @@ class Bias:
                     target.clamp_(-most, most)
                     continue
                 base = step.row + term.anchor(step.lane) - first
-                distance = self._distance(k, term.part, base, step.block.rows, count)
-                slopes = self._slope(k, term.part)[step.head : step.head + step.heads]
+                distance = self._distance(term.root, base, step.block.rows, count)
+                slopes = self._slope(k, term.slopes)[step.head : step.head + step.heads]
                 if more or k:
                     target.addcmul_(distance, slopes)
                 else:
@@ -173,22 +116,23 @@ class Bias:
             for column, first, count in step.runs(chunk):
                 term.add(grad, slope[..., column : column + count], step, first, self.work)
 
-    def _slope(self, k: int, part: Sloped) -> Tensor:
+    def _slope(self, k: int, slopes: tuple[float, ...]) -> Tensor:
         if k not in self._slopes:
-            slopes = torch.tensor(part.slopes, dtype=self.dtype, device=self.work.device)
-            self._slopes[k] = (-self.unit * slopes)[:, None, None]
+            own = torch.tensor(slopes, dtype=self.dtype, device=self.work.device)
+            self._slopes[k] = (-self.unit * own)[:, None, None]
         return self._slopes[k]
 
-    def _distance(self, k: int, part: Sloped, base: int, rows: int, keys: int) -> Tensor:
-        """Return ``curve(abs(base + r - c))`` for rows r and columns c."""
-        key = (k, base, rows, keys)
+    def _distance(self, root: bool, base: int, rows: int, keys: int) -> Tensor:
+        """Return ``abs(base + r - c)``, or its root, for rows r and columns c."""
+        key = (root, base, rows, keys)
         if key not in self._known:
             if len(self._known) >= KEPT:
                 self._known.clear()
             device = self.work.device
             i = torch.arange(base, base + rows, dtype=self.dtype, device=device)
             j = torch.arange(keys, dtype=self.dtype, device=device)
-            self._known[key] = part.curve((i[:, None] - j).abs_())
+            distance = (i[:, None] - j).abs_()
+            self._known[key] = distance.sqrt_() if root else distance
         return self._known[key]
 
 

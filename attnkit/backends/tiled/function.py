@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import Operands, recorded
-from attnkit.backends.rebind import rebound
 from attnkit.backends.rows import derivatives
 from attnkit.backends.tiled.backward import (
     Saved,
@@ -27,6 +26,7 @@ from attnkit.backends.tiled.terms import Carried
 from attnkit.backends.tiled.whole import in_a_row, run_whole
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 
 __all__ = ["Kept", "attend", "bound", "first_derivatives", "new_seed", "run"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
-from attnkit.pse.sloped import Sloped
+from attnkit.pse.structure import Align, origin
 
 __all__ = ["Carried", "Diagonals", "Distances", "Given", "Lengths", "Ragged", "Term"]
 
@@ -25,15 +25,15 @@ Lengths = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """A bias ``-slope[h] * curve(abs(i' - j))``, from its own formula: no tensor is carried."""
+    """A bias ``-slope[h] * abs(i' - j)`` or of its root, by formula: no tensor is carried."""
 
-    part: Sloped
-    shift: int = 0
-    lengths: Lengths | None = None
+    slopes: tuple[float, ...]
+    align: Align
+    root: bool
 
     def anchor(self, lane: Lane) -> int:
         """Return ``i' - i`` in a lane's score matrices."""
-        return self.shift + self.part.offset(*(self.lengths or lane.lengths))
+        return origin(*lane.lengths, self.align)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS
-from attnkit.backends.tiled import bias as tiled_bias
 from attnkit.backends.tiled import terms
 
 HEADS = 4
@@ -59,13 +58,6 @@ class Waves(pse.ByDistance):
     def before_scale(self) -> bool:
         return True
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.pace,)
-
-    def key(self) -> Any:
-        return ("Waves", self.align)
-
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         return (distance * self.pace.to(dtype)).sin()[None]
 
@@ -80,29 +72,9 @@ class Cells(pse.Pse):
     def batch(self) -> int | None:
         return len(self.weight) if len(self.weight) > 1 else None
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
-
-    def key(self) -> Any:
-        return ("Cells", len(self.weight))
-
-    def materialize(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int | None = None,
-        heads: int | None = None,
-        batch_index: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)
-        weight = self.weight.to(dtype)
-        if batch_index is not None and self.batch is not None:
-            weight = weight[batch_index : batch_index + 1]
-        return weight * ((i * i + 3 * j) % 7).to(dtype)
+    def _values(self, at: pse.Rectangle, dtype: torch.dtype, device: Any) -> Tensor:
+        i, j = torch.arange(*at.rows)[:, None], torch.arange(*at.keys)
+        return self.weight.to(dtype) * ((i * i + 3 * j) % 7).to(dtype)
 
 
 BIASES: dict[str, Callable[[], pse.Pse]] = {
@@ -372,13 +344,13 @@ def test_a_matrix_would_be_seen() -> None:
 
 
 def turned(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *given: right(*given).flip(-1)
+    return lambda *given, **named: right(*given, **named).flip(-1)
 
 
 @pytest.mark.parametrize(
     ("place", "function", "seen"),
     [
-        (tiled_bias, "_diagonals", "out"),
+        (pse.Pse, "diagonals", "out"),
         (terms, "_sums_of_diagonals", "gradient 0 of the bias"),
     ],
 )
