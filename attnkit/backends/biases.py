@@ -90,13 +90,13 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a bias ``[1 | b, 1 | n, 1 | i, j]``: a view of a tensor that is the bias."""
-    given = isinstance(part.structure, Cells | PerKey)
-    dtype = part.tensors[0].dtype if given else dtype
-    q_len, kv_len = lengths
-    rows = (0, min(1, q_len) if isinstance(part.structure, PerKey) else q_len)
-    whole = {"q_len": q_len, "kv_len": kv_len}
-    return part.rectangle(rows, (0, kv_len), **whole, dtype=dtype, device=device)
+    """Return a bias ``[1 | b, 1 | n, 1 | i, j]``: a view of the tensor that it is, or its cells."""
+    if not isinstance(part.structure, Cells | PerKey):
+        return part.materialize(*lengths, dtype=dtype, device=device)
+    tensor = part.tensors[0]
+    if isinstance(part.structure, PerKey):  # every row is the same: one is enough
+        tensor = tensor[..., None, :]
+    return tensor[(None,) * (4 - tensor.ndim)]
 
 
 def by_diagonal(

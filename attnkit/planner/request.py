@@ -55,7 +55,7 @@ class BiasTerm:
             part.before_scale,
             part.requires_grad and torch.is_grad_enabled(),
             known,
-            dtype=part.tensors[0].dtype if part.tensors else None,
+            dtype=next((tensor.dtype for tensor in part.tensors), None),
             batch=part.batch,
             extent=part.extent,
         )

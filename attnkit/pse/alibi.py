@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnkit.arguments import check_bool
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
-from attnkit.pse.sloped import Sloped
+from attnkit.pse.sloped import Sloped, slopes_text
 from attnkit.pse.structure import Linear
 
 __all__ = ["ALiBi", "LearnableALiBi"]
@@ -137,4 +137,4 @@ class LearnableALiBi(ByDistance):
         return (-weight * distance.abs().to(exact)).to(dtype)
 
     def __repr__(self) -> str:
-        return f"{repr(ALiBi(slopes=self.slopes, align=self.align))[:-1]}, learnable=True)"
+        return f"ALiBi({slopes_text(self.slopes, self.align)}, learnable=True)"

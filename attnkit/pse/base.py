@@ -1,4 +1,4 @@
-"""`Pse`, the abstract positional bias, `Sum`, and the registry of kinds.
+"""`Pse`, the abstract positional bias, and the registry of kinds.
 
 A bias is a value: a frozen dataclass with equality, hash and repr. It knows nothing of how
 it will be computed; `materialize` is its exact definition and the oracle for everyone else.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast, final
@@ -28,7 +28,9 @@ from attnkit.textform import check_names
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "Sum", "rebound"]
+    from attnkit.pse.sum import Sum
+
+__all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
 
 Range = tuple[int, int]
 
@@ -138,8 +140,10 @@ class Pse(ABC):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors it carries, whose values are bound when a plan runs."""
-        own = tuple(value for value in self._fields if isinstance(value, Tensor))
-        return own + tuple(tensor for part in self.members for tensor in part.tensors)
+        own = [value for value in self._fields if isinstance(value, Tensor)]
+        for part in self.members:
+            own += part.tensors
+        return tuple(own)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -149,7 +153,8 @@ class Pse(ABC):
         >>> (pse.ALiBi(2) + pse.T5Relative(2)).tensor_names
         ('1_table',)
         """
-        own = {id(getattr(self, item.name)): item.name for item in fields(cast(Any, self))}
+        names = cast(Any, self).__dataclass_fields__
+        own = {id(value): name for name, value in zip(names, self._fields, strict=True)}
         return tuple(own.get(id(tensor), str(k)) for k, tensor in enumerate(self.tensors))
 
     @property
@@ -376,7 +381,7 @@ give it one per query head
 
     @property
     def _fields(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, item.name) for item in fields(cast(Any, self)))
+        return tuple([getattr(self, name) for name in cast(Any, self).__dataclass_fields__])
 
     def key(self) -> Hashable:
         """Return what a plan may depend on: equal keys mean that one plan serves both biases.
@@ -405,6 +410,8 @@ give it one per query head
                 f"a positional bias adds to another one, not to {type(other).__name__}; "
                 "wrap a tensor as pse.Dense(tensor)"
             )
+        from attnkit.pse.sum import Sum
+
         return Sum((self, other))
 
     def __radd__(self, other: object) -> NoReturn:
@@ -436,87 +443,6 @@ class PseRegistry(Registry[type[Pse]]):
 
 
 PSE = PseRegistry("positional bias", "attnkit.pse")
-
-
-@dataclass(frozen=True, init=False, repr=False, eq=False)
-class Sum(Pse):
-    """The sum of several biases, ``p1 + p2``.
-
-    The parts stay apart, because each may reach a kernel in its own way. Sums flatten
-    and keep their order, since rounding makes the order of additions part of the value.
-    Parts before and after the scale may mix; then there is no single matrix, and `term`
-    takes the place of `materialize`.
-
-    Raises `CompositionError` for no parts, or parts made for different heads or batches.
-
-    >>> from attnkit.pse import ALiBi, SqrtALiBi
-    >>> both = ALiBi(2) + SqrtALiBi(2)
-    >>> both
-    ALiBi(2) + SqrtALiBi(2)
-    >>> (both + ALiBi(2)).parts == (ALiBi(2), SqrtALiBi(2), ALiBi(2))
-    True
-    """
-
-    addends: tuple[Pse, ...]
-
-    def __init__(self, addends: Iterable[Pse]) -> None:
-        if not isinstance(addends, Iterable):
-            raise CompositionTypeError(f"Sum adds a list of biases, not {shown(addends)}")
-        flat: tuple[Pse, ...] = ()
-        for addend in addends:
-            if not isinstance(addend, Pse):
-                raise CompositionTypeError(
-                    f"Sum adds positional biases, not {type(addend).__name__}; "
-                    "wrap a tensor as pse.Dense(tensor)"
-                )
-            flat += addend.parts
-        if not flat:
-            raise CompositionError("Sum of no biases; pass pse=None for none")
-        object.__setattr__(self, "addends", flat)
-        _agree("heads", [(part, part.heads) for part in flat])
-        _agree("batch elements", [(part, part.batch) for part in flat])
-        _agree("queries", [(part, part.extent[0]) for part in flat])
-        _agree("keys", [(part, part.extent[1]) for part in flat])
-
-    @property
-    def members(self) -> tuple[Pse, ...]:
-        """The addends, none of them a `Sum`."""
-        return self.addends
-
-    parts = members
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """The names that each addend gives its own, after its number."""
-        return tuple(
-            f"{k}_{name}" for k, part in enumerate(self.parts) for name in part.tensor_names
-        )
-
-    @property
-    def before_scale(self) -> bool:
-        """Whether all parts are before the scale; a mixed sum has no answer and raises."""
-        sides = {part.before_scale for part in self.parts}
-        if len(sides) > 1:
-            raise CompositionError(
-                f"{self} mixes parts before and after the scale; ask each of .parts, or take "
-                ".term(..., scale=...), which weighs each part"
-            )
-        return sides.pop()
-
-    @property
-    def toeplitz(self) -> bool:
-        """Whether every part depends on the distance only."""
-        return all(part.toeplitz for part in self.parts)
-
-    def _inside(self, at: Rectangle) -> Sum:
-        return Sum(part._inside(at) for part in self.parts)
-
-    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-        _ = self.before_scale  # raises for a mixed sum
-        return reduce(add, (part._values(at, dtype, device).to(dtype) for part in self.parts))
-
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, self.parts))
 
 
 Some = TypeVar("Some", bound=Pse)
@@ -565,8 +491,8 @@ def _twin(tensor: Tensor) -> Tensor:
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.requires_grad)
-    if isinstance(value, tuple):
-        return tuple(map(_key, value))
+    if isinstance(value, tuple) and value and isinstance(value[0], Pse):
+        return tuple(part.key() for part in value)
     return value.key() if isinstance(value, Pse) else value
 
 
@@ -576,14 +502,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _first(claims: Iterable[int | None]) -> int | None:
     return next((claim for claim in claims if claim is not None), None)
-
-
-def _agree(what: str, claims: list[tuple[Pse, int | None]]) -> None:
-    made_for = [(part, count) for part, count in claims if count is not None]
-    for part, count in made_for[1:]:
-        first, expected = made_for[0]
-        if count != expected:
-            raise CompositionError(
-                f"cannot add {first}, made for {expected} {what}, and {part}, made for {count}; "
-                "both describe the same score matrices"
-            )

@@ -53,6 +53,14 @@ class ByDistance(Pse):
         """
         return origin(q_len, kv_len, self.align)
 
+    def diagonals(
+        self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Return ``f(h, d)`` for all distances of a score matrix, in one go."""
+        where = self.tensors[0].device if self.tensors else device
+        first = 1 - q_len - self.offset(q_len, kv_len)
+        return self.at(torch.arange(first, first + q_len + kv_len - 1, device=where), dtype)
+
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         query = torch.arange(*at.rows, device=device) + self.offset(at.q_len, at.kv_len)
         return self.at(torch.arange(*at.keys, device=device) - query[:, None], dtype)

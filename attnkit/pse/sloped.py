@@ -15,7 +15,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.pse.base import Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
 
-__all__ = ["MOST_HEADS", "Sloped", "press_slopes"]
+__all__ = ["MOST_HEADS", "Sloped", "press_slopes", "slopes_text"]
 
 MOST_HEADS = 1 << 16
 """Heads that a bias by formula is made for, at most."""
@@ -121,10 +121,14 @@ class Sloped(ByDistance):
         return (-slopes * self.curve(distance.abs().to(exact))).to(dtype)
 
     def __repr__(self) -> str:
-        computed = self.slopes == press_slopes(self.heads)
-        align = "" if self.align == "bottom_right" else f", align={self.align!r}"
-        inside = f"{self.heads}" if computed else f"slopes={self.slopes!r}"
-        return f"{type(self).__name__}({inside}{align})"
+        return f"{type(self).__name__}({slopes_text(self.slopes, self.align)})"
+
+
+def slopes_text(slopes: tuple[float, ...], align: Align) -> str:
+    """Return the arguments that say some slopes, in the shortest way."""
+    end = "" if align == "bottom_right" else f", align={align!r}"
+    computed = slopes == press_slopes(len(slopes))
+    return f"{len(slopes)}{end}" if computed else f"slopes={slopes!r}{end}"
 
 
 def _geometric(power: int) -> tuple[float, ...]:
