@@ -71,7 +71,8 @@ def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) ->
         numbers, starts = by_diagonal(request, part, torch.float32, device)
         # Where the number for key 0 of its own sequence would stand: those of later keys follow.
         firsts = [1 - q_len - starts.get((q_len, kv), 0) for q_len, kv in request.sequences]
-        return _looked_up(factor * numbers, _positions(request, firsts).to(device))
+        per_head = (factor * numbers).expand(request.num_heads, -1)
+        return _looked_up(per_head, _positions(request, firsts).to(device))
     return _given(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
 
 
