@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 
 from attnkit.backends import make_plan
 from attnkit.planner import lower
-from attnkit.planner.nearby import savings
 
 # Workers share the cores; more threads than cores only make them wait for each other.
 torch.set_num_threads(1)
@@ -35,7 +34,7 @@ def no_full_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     At the sizes of a test one mask of all cells is nearly always cheaper than two calls.
     """
-    caches = (make_plan, lower, savings)
+    caches = (make_plan, lower)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(sys.modules["attnkit.planner.lower"], "MOST_MASK_CELLS", 0)

@@ -20,7 +20,7 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
 from attnkit.planner import Launch, Plan, Request, lower
-from attnkit.planner.lower import lacking
+from attnkit.planner.biases import lacking
 from attnkit.planner.price import price_plainly
 
 __all__ = ["Ascend"]

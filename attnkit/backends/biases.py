@@ -11,7 +11,7 @@ from attnkit.constants import constant
 from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.blocks import Block
+from attnkit.planner.calls import Block
 from attnkit.pse import Cells, PerKey, Pse
 
 __all__ = ["by_diagonal", "call_bias", "numbers_of", "stored"]
@@ -21,7 +21,7 @@ def call_bias(
     request: Request, launch: Launch, pse: Pse | None, device: torch.device
 ) -> Tensor | None:
     """Return the tensor that a call is given as its bias, as the call describes it."""
-    spec, heads = launch.call.pse, launch.form.heads
+    spec, heads = launch.call.pse, launch.heads
     if pse is None or spec is None:
         return None
     if launch.call.pse_type in (2, 3):
@@ -31,14 +31,14 @@ def call_bias(
     before = launch.call.pse_type == 1
     if is_compressed(launch.call):
         # The rows of the longest sequence hold the distances of every other.
-        inside = (block for block in launch.form.blocks if all(block.sizes))
+        inside = (block for block in launch.blocks if all(block.sizes))
         block = max(inside, key=lambda block: block.sizes)
         rows = min(block.sizes[0], COMPRESSED_ROWS)
         last = Block(block.batch, block.i1 - rows, block.i1, block.j0, block.j1)
         # Rows above a short sequence are never read.
         parts = [pad(_piece(request, pse, last, before, spec, device), (0, 0, 1024 - rows, 0))]
-    elif launch.form.partial:
-        blocks = launch.form.blocks[: spec.shape[0]]
+    elif launch.partial:
+        blocks = launch.blocks[: spec.shape[0]]
         parts = [_piece(request, pse, block, before, spec, device) for block in blocks]
     else:
         whole = Block(0, 0, request.q_len, 0, request.kv_len)

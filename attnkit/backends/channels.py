@@ -63,7 +63,7 @@ def run_on_route(
         operands.sink,
         _logits(parts, route.stepped, wide) if route.levels else None,
     )
-    return run(plan.on_channels, widened)
+    return run(plan.inner, widened)
 
 
 def _logits(parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype) -> Tensor:

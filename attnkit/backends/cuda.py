@@ -25,7 +25,6 @@ from attnkit.backends.rows import maxima
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.planner import Plan, Request
-from attnkit.planner.matrices import matrices
 
 __all__ = ["Cuda", "CudaPlan"]
 
@@ -126,7 +125,7 @@ def _unfused(request: Request) -> Iterator[str]:
 
 def _flag(request: Request) -> str | None:
     """Return which of its two masks fused attention is to take, recognised by its cells."""
-    known = matrices(request)
+    known = request.matrices
     if not known.exact:
         return None
     q_len, kv_len = request.sequences[0]

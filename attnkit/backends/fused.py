@@ -24,14 +24,14 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, run_merged, steps_of
+from attnkit.backends.merged import Answer, run_merged
 from attnkit.backends.single import run_single
 from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Composition, Launch, Plan, Request, lower
-from attnkit.planner.lower import lacking
+from attnkit.planner.biases import lacking
 from attnkit.planner.request import bias_terms
 from attnkit.planner.residues import residue_order
 
@@ -88,23 +88,22 @@ class Fused(Backend):
         if plan.route is not None:
             return run_on_route(self.run, plan, plan.route, operands)
         if plan.in_order is not None:
-            return _run_in_order(self, plan, plan.in_order, operands)
+            return _run_in_order(self, plan, operands)
         operands = cleared(plan.request, operands)
-        if plan.steps[0].form.partial:
+        if plan.steps[0].partial:
             return _run_parts(self, plan, operands)
         (step,) = plan.steps
         request = plan.request
         out, *stats = run_single(step.call, self, _call_tensors(request, step, operands))
         lse, peak = (_request_rows(request, step, stat) for stat in stats)
-        if step.form.packs:
+        if step.packs(request):
             out = request.layout_of.from_tnd(out, 1 if request.seqlens else request.batch)
         return AttentionOutput(out, Stats(lse, peak))
 
 
-def _run_in_order(
-    backend: Fused, plan: Plan, request: Request, operands: Operands
-) -> AttentionOutput:
+def _run_in_order(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:
     """Sort the tokens by residue, run the plan there, and put its rows back."""
+    request = plan.inner.request
     axis = request.layout_of.length_axis
     queries, keys = (_positions(order, operands.query.device) for order in residue_order(request))
     q, k, v = (
@@ -115,8 +114,7 @@ def _run_in_order(
             (operands.value, keys),
         )
     )
-    inner = replace(plan, request=request, in_order=None)
-    out, stats = backend.run(inner, replace(operands, query=q, key=k, value=v))
+    out, stats = backend.run(plan.inner, replace(operands, query=q, key=k, value=v))
     back = queries.argsort()
     rows = 0 if request.seqlens is not None else 2
     lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
@@ -134,7 +132,7 @@ def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutpu
     tensors = (operands.query, operands.key, operands.value)
     counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
     query, key, value = (layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True))
-    groups = dict.fromkeys(step.form.heads for step in plan.steps)
+    groups = dict.fromkeys(step.heads for step in plan.steps)
     if None not in groups:
         known = {head for heads in groups for head in heads or ()}
         silent = tuple(head for head in range(request.num_heads) if head not in known)
@@ -161,14 +159,14 @@ def _run_heads(
     operands: Operands,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
-    launches = [launch for launch in plan.steps if launch.form.heads == heads]
+    launches = [launch for launch in plan.steps if launch.heads == heads]
     device, sink = tensors[0].device, operands.sink
     logits = operands.logits if isinstance(operands, Leveled) else None
     biases = tuple(call_bias(plan.request, launch, operands.pse, device) for launch in launches)
     if heads is not None:
         own = torch.tensor(heads, device=device)
         group = plan.request.num_heads // plan.request.num_kv_heads
-        reads = launches[0].form.kv_heads if launches else tuple(h // group for h in heads)
+        reads = launches[0].kv_heads if launches else tuple(h // group for h in heads)
         kv_own = torch.tensor(reads, device=device)
         tensors = tuple(  # type: ignore[assignment]
             t.index_select(1, which)
@@ -176,14 +174,14 @@ def _run_heads(
         )
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
-    return run_merged(steps_of(plan, heads), backend, *tensors, biases, sink, logits)
+    return run_merged(backend, launches, biases, *tensors, sink, logits)
 
 
 def _call_tensors(request: Request, step: Launch, operands: Operands) -> dict[str, Tensor | None]:
     """Return the tensors that a call on all rows is given, in its layout and polarity."""
     query, key, value = operands.query, operands.key, operands.value
     device = query.device
-    if step.form.packs:
+    if step.packs(request):
         counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
         layout = request.layout_of
         query, key, value = (
@@ -213,6 +211,6 @@ def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Te
 
 def _request_rows(request: Request, step: Launch, stat: Tensor) -> Tensor:
     """Return statistics as [B, N, Sq], or [T, N] for a packed request."""
-    if step.form.packs and request.seqlens is None:
+    if request.seqlens is None and step.packs(request):
         return rearrange(stat, "(b s) n -> b n s", b=request.batch)
     return stat

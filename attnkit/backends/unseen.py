@@ -20,7 +20,6 @@ from attnkit.backends.base import Operands
 from attnkit.constants import constant
 from attnkit.geometry import Strip
 from attnkit.planner import Request
-from attnkit.planner.matrices import matrices
 
 __all__ = ["cleared", "seen_spans", "unseen_keys", "without_unseen"]
 
@@ -55,7 +54,7 @@ def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     heads = _groups(request) if (request.mask.heads or 1) > 1 else [range(1)]
     alike = request.seqlens is None and request.mask.batches is None
     places = [[(b, own) for own in heads] for b in range(1 if alike else request.batch)]
-    if matrices(request).exact:  # then it is known without a tensor, which may be a fake one
+    if request.matrices.exact:  # then it is known without a tensor, which may be a fake one
         known = [[_seen(request, *place) for place in row] for row in places]
         if all(seen.all() for row in known for seen in row):
             return None
@@ -104,7 +103,7 @@ def _groups(request: Request) -> list[range]:
 
 def _seen(request: Request, batch: int, heads: range) -> NDArray[np.bool_]:
     """Return which keys of a score matrix some of the heads see, ``[kv_len]``: by its regions."""
-    planes, (_, kv_len) = matrices(request).planes, request.sequences[batch]
+    planes, (_, kv_len) = request.matrices.planes, request.sequences[batch]
     found = np.zeros(kv_len, np.bool_)
     for head in heads:
         region = planes[head if len(planes) > 1 else 0][batch].outer

@@ -16,8 +16,7 @@ from attnkit.doctor.dropout import check_dropout
 from attnkit.errors import BackendRefused
 from attnkit.kernel import KernelCall
 from attnkit.planner import Composition, Launch, Plan, read_request
-from attnkit.planner.blocks import tile_whole
-from attnkit.planner.candidates import Form
+from attnkit.planner.calls import tile_whole
 
 __all__ = ["DTYPES", "Result", "make_case_plan", "run_case", "run_suite"]
 
@@ -135,9 +134,8 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     if not plan.calls:
         return replace(plan, request=request)
     blocks = tile_whole(request.batch, request.sequences)
-    form = Form(request.layout, blocks, parts, packs=False)
-    mode = f"mode {call.sparse_mode}, forced"
-    forced = replace(plan, request=request, steps=(Launch(mode, call, form),), alternatives=())
+    step = Launch(f"mode {call.sparse_mode}, forced", call, blocks, parts, request.token_starts)
+    forced = replace(plan, request=request, steps=(step,), alternatives=())
     forced.verify()
     return forced
 
@@ -145,7 +143,7 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
 def _in_parts(plan: Plan) -> Plan:
     """Return the plan of several calls that merge, where a cheaper one was taken."""
     options = (plan.steps, *(other.launches for other in plan.alternatives))
-    parts = next((some for some in options if some and some[0].form.partial), plan.steps)
+    parts = next((some for some in options if some and some[0].partial), plan.steps)
     merged = replace(plan, steps=parts, alternatives=())
     merged.verify()
     return merged

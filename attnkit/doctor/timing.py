@@ -25,7 +25,7 @@ from attnkit.errors import BackendRefused
 from attnkit.kernel import AttenMask
 from attnkit.masks import Causal, Columns, Documents, Full, Mask, PrefixLM, SlidingWindow
 from attnkit.planner import Plan
-from attnkit.planner.plan import Solution
+from attnkit.planner.calls import Solution
 
 __all__ = ["Timing", "make_timing_cases", "run_timings", "time_case"]
 

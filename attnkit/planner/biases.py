@@ -15,7 +15,7 @@ import torch
 
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall, TensorSpec
-from attnkit.planner.blocks import Block
+from attnkit.planner.calls import Block
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.pse import Linear
 from attnkit.pse.structure import origin

@@ -1,30 +1,28 @@
 """A region that no single call computes without a full mask, as a few calls that are merged.
 
-Each score matrix is split into its diagonal blocks, each block is cut into pieces (see
-`pieces`), pieces with a common window are packed into one TND call (see `grouping`), and the
-partial outputs are merged by their softmax statistics. Several cuts are tried; the price
-chooses. A learnable sink takes part in the merge, not in the calls.
+Each score matrix is split into its diagonal blocks, each block is cut into segments (see `cuts`),
+segments with a common window are packed into one TND call (see `grouping`), and the partial
+outputs are merged by their softmax statistics. Several cuts are tried; the price chooses. A
+learnable sink takes part in the merge, not in the calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, product
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from typing import Any, NamedTuple
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
-from attnkit.kernel import AttenMask, KernelCall, TensorSpec
+from attnkit.kernel import AttenMask
 from attnkit.planner.biases import Arguments, anchor, part_arguments
-from attnkit.planner.blocks import Block, diagonal_blocks
-from attnkit.planner.grouping import MOST_WINDOWS, Window, group
-from attnkit.planner.matrices import matrices
-from attnkit.planner.pieces import Piece, cuts
+from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks
+from attnkit.planner.cuts import cuts
+from attnkit.planner.grouping import MOST_WINDOWS, Segment, Window, group
 from attnkit.planner.request import Request
 
-__all__ = ["Part", "decompositions", "head_groups"]
+__all__ = ["Search", "decompositions", "head_groups"]
 
 _MOST_CUTS = 8
 _MOST_GROUPINGS = 4
@@ -33,41 +31,59 @@ _MOST_CALLS = 8
 # What the contract takes (rules batch-limit and prefix-batch).
 _MOST_SEQUENCES = 2048
 _MOST_PREFIXES = 32
+_NOTHING = Slice(0, 0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One call of a decomposition: its window in words, the call, and where its pieces lie."""
+@dataclass(eq=False)
+class Search:
+    """What one search finds on its way: its zones share it, and those for requests close by.
 
-    label: str
-    call: KernelCall
-    blocks: tuple[Block, ...]
-    targets: tuple[Region, ...]
-    heads: tuple[int, ...] | None
-    kv_heads: tuple[int, ...]
+    `covers` are the sets of calls that are merged, by request and groups of heads.
+    """
+
+    cuts: dict[Region, tuple[tuple[Slice, ...], ...]] = field(default_factory=dict)
+    covers: dict[Any, Any] = field(default_factory=dict)
+    regions: dict[Slice, Region] = field(default_factory=dict)
+
+    def region(self, part: Slice) -> Region:
+        """Return the region of one slice: those of a packed batch are alike."""
+        if part not in self.regions:
+            self.regions[part] = Region.of(part)
+        return self.regions[part]
+
+    def cut(self, region: Region, depth: int) -> tuple[Slice, ...]:
+        """Return the `depth`-th way to cut a region (the last one, where it has fewer)."""
+        known = self.all_cuts(region)
+        return known[min(depth, len(known) - 1)]
+
+    def all_cuts(self, region: Region) -> tuple[tuple[Slice, ...], ...]:
+        """Return the ways to cut a region, the first few."""
+        if region not in self.cuts:
+            self.cuts[region] = tuple(islice(cuts(region), _MOST_CUTS))
+        return self.cuts[region]
 
 
 def decompositions(
-    request: Request, groups: Sequence[tuple[int, ...]] | None = None
-) -> Iterator[tuple[Part, ...] | Refusal]:
+    request: Request, groups: Sequence[tuple[int, ...]] | None = None, search: Search | None = None
+) -> Iterator[tuple[Launch, ...] | Refusal]:
     """Yield sets of calls whose cells are disjoint and make up the request, or why there is none.
 
     Only requests whose score matrices are regions are cut; heads that differ get calls of
     their own. `groups` are heads that do not differ, where a caller knows which are to stay
     together.
     """
-    known = matrices(request)
-    if not known.exact:
-        reason = f"{request.mask!r} is no region that could be cut into pieces"
+    if not request.matrices.exact:
+        reason = f"{request.mask!r} is not a region that could be cut into pieces"
         yield Refusal("cut-region", reason, "several calls")
         return
     groups = head_groups(request) if groups is None else groups
+    search = search or Search()
     inside = [_inside(request, heads[0]) for heads in groups]
-    depths = max((len(_all_cuts(one.region)) for some in inside for one in some), default=0)
+    depths = max((len(search.all_cuts(own)) for some in inside for _, own in some), default=0)
     seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
     for depth, cells in product(range(depths), (True,) if request.needs_grad else (False, True)):
-        pieces = tuple(_pieces(some, depth, cells) for some in inside)
+        pieces = tuple(_segments(search, some, depth, cells) for some in inside)
         if pieces in seen or not any(pieces):
             continue
         seen.add(pieces)
@@ -81,17 +97,17 @@ def decompositions(
                 part
                 for heads, some, options in zip(groups, pieces, choices, strict=True)
                 for window, chosen in (options[min(n, len(options) - 1)] if options else [])
-                for part in _calls(request, heads, window, [some[k] for k in chosen])
+                for part in _Maker(request, heads, window, search).calls([some[k] for k in chosen])
             ]
             refused = [part for part in parts if isinstance(part, Refusal)]
             yield from refused
             if not refused:
-                yield tuple(part for part in parts if isinstance(part, Part))
+                yield tuple(part for part in parts if isinstance(part, Launch))
 
 
 def head_groups(request: Request) -> list[tuple[int, ...]]:
     """Return the heads that have equal masks, together."""
-    planes = matrices(request).planes
+    planes = request.matrices.planes
     if len(planes) == 1:
         return [tuple(range(request.num_heads))]
     alike: dict[object, list[int]] = {}
@@ -110,32 +126,25 @@ def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
     return distinct if wanted == even else wanted
 
 
-class _Inside(NamedTuple):
-    """A diagonal block of a score matrix, its region counted from its corner."""
-
-    batch: int
-    i0: int
-    j0: int
-    region: Region
-
-
-def _inside(request: Request, head: int) -> tuple[_Inside, ...]:
-    out: list[_Inside] = []
-    for b, region in enumerate(matrices(request).regions(head)):
-        for block in diagonal_blocks(region, *request.sequences[b], b):
-            if block.sizes[0] and block.sizes[1]:
-                own = region.cut((block.i0, block.i1), (block.j0, block.j1))
-                out.append(_Inside(b, block.i0, block.j0, own))
-    return tuple(out)
-
-
-def _pieces(inside: tuple[_Inside, ...], depth: int, cells: bool) -> tuple[Piece, ...]:
-    """Cut every block in its `depth`-th way (the last one, where it has fewer)."""
+def _inside(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
+    """Return the diagonal blocks with rows and keys, and the region of each from its corner."""
     return tuple(
-        Piece(batch, cell)
-        for batch, i0, j0, region in inside
-        for part in _cut(region, depth)
-        for cell in _split(part.shift(i0, j0), cells)
+        (block, region.cut((block.i0, block.i1), (block.j0, block.j1)))
+        for b, region in enumerate(request.matrices.regions(head))
+        for block in diagonal_blocks(region, *request.sequences[b], b)
+        if all(block.sizes)
+    )
+
+
+def _segments(
+    search: Search, inside: tuple[tuple[Block, Region], ...], depth: int, cells: bool
+) -> tuple[Segment, ...]:
+    """Cut every block in its `depth`-th way."""
+    return tuple(
+        Segment(block.batch, cell)
+        for block, region in inside
+        for part in search.cut(region, depth)
+        for cell in _split(part.shift(block.i0, block.j0), cells)
     )
 
 
@@ -149,77 +158,94 @@ def _split(part: Slice, cells: bool) -> Iterator[Slice]:
         yield Slice(i, i + 1, i + part.lo, i + part.lo + 1)
 
 
-@lru_cache(maxsize=1024)
-def _all_cuts(region: Region) -> tuple[tuple[Slice, ...], ...]:
-    return tuple(cut for cut, _ in zip(cuts(region), range(_MOST_CUTS), strict=False))
+class _Maker(NamedTuple):
+    """Makes the calls for segments that share a window, for some heads."""
 
+    request: Request
+    heads: tuple[int, ...]
+    window: Window
+    search: Search
 
-def _cut(region: Region, depth: int) -> tuple[Slice, ...]:
-    known = _all_cuts(region)
-    return known[min(depth, len(known) - 1)]
+    def calls(self, segments: list[Segment]) -> Iterator[Launch | Refusal]:
+        """Make packed calls, unless a bias says otherwise.
 
-
-def _calls(
-    request: Request, heads: tuple[int, ...], window: Window, pieces: list[Piece]
-) -> Iterator[Part | Refusal]:
-    """Make the calls for pieces with one window: packed calls, unless a bias says otherwise.
-
-    Slopes go with packed pieces that have as many queries as keys and one start. A matrix goes
-    with pieces of equal sizes, as the batch elements of a dense call.
-    """
-    if not request.bias:
-        if len(pieces) > _MOST_CALLS * _MOST_SEQUENCES:
-            reason = f"{len(pieces):,} pieces are too small for calls of {_MOST_SEQUENCES:,}"
-            yield Refusal("batch-limit", reason, f"several calls, {_label(window)}")
+        Slopes go with packed segments that have as many queries as keys and one start. A matrix
+        goes with segments of equal sizes, as the batch elements of a dense call.
+        """
+        if not self.request.bias:
+            if len(segments) > _MOST_CALLS * _MOST_SEQUENCES:
+                reason = f"{len(segments):,} pieces are too small for calls of {_MOST_SEQUENCES:,}"
+                yield Refusal("batch-limit", reason, f"several calls, {self.label}")
+                return
+            for start in range(0, len(segments), _MOST_SEQUENCES):
+                yield self.packed(segments[start : start + _MOST_SEQUENCES])
             return
-        for start in range(0, len(pieces), _MOST_SEQUENCES):
-            yield _packed_call(request, heads, window, pieces[start : start + _MOST_SEQUENCES])
-        return
-    term = request.bias[0]
-    sloped: dict[int, list[Piece]] = {}
-    tables: dict[tuple[int, int], list[Piece]] = {}
-    for piece in pieces:
-        if len(request.bias) == 1 and term.sloped and piece.rows == piece.keys:
-            sloped.setdefault(anchor(request, piece.block, term), []).append(piece)
-        else:
-            tables.setdefault((piece.rows, piece.keys), []).append(piece)
-    for some in sloped.values():
-        yield _packed_call(request, heads, window, some)
-    for some in tables.values():
-        yield _dense_call(request, heads, window, some)
+        term = self.request.bias[0]
+        sloped: dict[int, list[Segment]] = {}
+        tables: dict[tuple[int, int], list[Segment]] = {}
+        for one in segments:
+            if len(self.request.bias) == 1 and term.sloped and one.rows == one.keys:
+                sloped.setdefault(anchor(self.request, one.block, term), []).append(one)
+            else:
+                tables.setdefault((one.rows, one.keys), []).append(one)
+        yield from map(self.packed, sloped.values())
+        for some in tables.values():
+            yield self.launch("BSND", [one.block for one in some], some)
+
+    def packed(self, segments: list[Segment]) -> Launch | Refusal:
+        """Return the TND call whose sequences are the segments; with a bias, they have one start.
+
+        Where no key occurs twice, they come in the order of their keys, with a sequence without
+        queries for the keys between two of them: then keys and values need no copy.
+        """
+        own = [one.block for one in segments]
+        # A bias does not go with an empty sequence.
+        blocks = None if self.request.bias else _in_place(self.request, own)
+        most = _MOST_PREFIXES if self.window.mode == 6 else _MOST_SEQUENCES
+        if blocks is None or len(blocks) > most:
+            blocks = own
+        return self.launch("TND", blocks, segments)
+
+    def launch(self, layout: str, blocks: list[Block], segments: list[Segment]) -> Launch | Refusal:
+        """Return the call whose sequences are blocks: those of the segments, and empty ones."""
+        request, heads, window, search = self
+        bias = part_arguments(request, blocks, len(heads), packed=layout == "TND")
+        if isinstance(bias, Refusal):
+            return bias
+        known = {one.block: one for one in segments}
+        found = [known.get(block) for block in blocks]
+        targets = tuple(search.region(one.target if one else _NOTHING) for one in found)
+        prefix = (
+            window.prefix(one) if one else block.sizes[1]
+            for one, block in zip(found, blocks, strict=True)
+        )
+        kv_heads = _kv_heads(request, heads)
+        call = bare_call(request, layout, blocks, (len(heads), len(kv_heads)))
+        return Launch(
+            self.label,
+            replace(call, **_mask_arguments(window, prefix), **bias),
+            tuple(blocks),
+            targets,
+            request.token_starts,
+            heads=heads if len(heads) < request.num_heads else None,
+            kv_heads=kv_heads,
+        ).as_part()
+
+    @property
+    def label(self) -> str:
+        """The window in words."""
+        return "no mask" if self.window.mode is None else f"mode {self.window.mode}"
 
 
-def _packed_call(
-    request: Request,
-    heads: tuple[int, ...],
-    window: Window,
-    pieces: list[Piece],
-) -> Part | Refusal:
-    """Return the TND call whose sequences are the pieces; with a bias, they have one start.
-
-    Where no key occurs twice, the pieces come in the order of their keys, with a sequence
-    without queries for the keys between two of them: then keys and values need no copy.
-    """
-    # A bias does not go with an empty sequence.
-    blocks = None if request.bias else _in_place(request, [piece.block for piece in pieces])
-    if blocks is None or len(blocks) > (_MOST_PREFIXES if window.mode == 6 else _MOST_SEQUENCES):
-        blocks = [piece.block for piece in pieces]
-    known = {piece.block: piece for piece in pieces}
-    found = [known.get(block) for block in blocks]
-    rows = tuple(accumulate(block.sizes[0] for block in blocks))
-    keys = tuple(accumulate(block.sizes[1] for block in blocks))
-    lengths = {"actual_seq_qlen": rows, "actual_seq_kvlen": keys}
-    prefix = [
-        window.prefix(piece) if piece else block.sizes[1]
-        for piece, block in zip(found, blocks, strict=True)
-    ]
-    bias = part_arguments(request, blocks, len(heads), packed=True)
-    if isinstance(bias, Refusal):
-        return bias
-    arguments = {**lengths, **_mask_arguments(window, prefix), **bias}
-    targets = tuple(piece.target if piece else Region.empty() for piece in found)
-    sizes = ((rows[-1],), (keys[-1],))
-    return _part(request, heads, window, tuple(blocks), targets, "TND", sizes, arguments)
+def _mask_arguments(window: Window, prefix: Iterable[int]) -> Arguments:
+    if window.mode is None:
+        return {}
+    if window.mode == 6:
+        return {"atten_mask": AttenMask.prefix(), "sparse_mode": 6, "prefix": tuple(prefix)}
+    mask: Arguments = {"atten_mask": AttenMask.causal(), "sparse_mode": window.mode}
+    if window.mode == 4:
+        mask |= {"pre_tokens": window.pre, "next_tokens": window.next}
+    return mask
 
 
 def _in_place(request: Request, blocks: list[Block]) -> list[Block] | None:
@@ -241,61 +267,3 @@ def _in_place(request: Request, blocks: list[Block]) -> list[Block] | None:
                 out.append(Block(b, row, row, start, stop))
         out.append(block)
     return out
-
-
-def _dense_call(
-    request: Request, heads: tuple[int, ...], window: Window, pieces: list[Piece]
-) -> Part | Refusal:
-    """Return the call whose batch elements are the pieces, which have equal sizes."""
-    (rows, keys), batch = pieces[0].block.sizes, len(pieces)
-    blocks = tuple(piece.block for piece in pieces)
-    bias = part_arguments(request, blocks, len(heads), packed=False)
-    if isinstance(bias, Refusal):
-        return bias
-    arguments = {**_mask_arguments(window, [window.prefix(piece) for piece in pieces]), **bias}
-    targets = tuple(piece.target for piece in pieces)
-    sizes = ((batch, rows), (batch, keys))
-    return _part(request, heads, window, blocks, targets, "BSND", sizes, arguments)
-
-
-def _part(
-    request: Request,
-    heads: tuple[int, ...],
-    window: Window,
-    blocks: tuple[Block, ...],
-    targets: tuple[Region, ...],
-    layout: str,
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
-    arguments: Arguments,
-) -> Part:
-    kv_heads, dtype = _kv_heads(request, heads), request.dtype
-    queries, keys = sizes
-    call = KernelCall(
-        TensorSpec((*queries, len(heads), request.head_dim), dtype),
-        TensorSpec((*keys, len(kv_heads), request.head_dim), dtype),
-        TensorSpec((*keys, len(kv_heads), request.value_dim), dtype),
-        head_num=len(heads),
-        input_layout=layout,
-        scale=request.scale,
-        keep_prob=1.0 - request.dropout,
-        **arguments,
-    )
-    some = heads if len(heads) < request.num_heads else None
-    return Part(_label(window), call, blocks, targets, some, kv_heads)
-
-
-def _mask_arguments(window: Window, prefix: list[int]) -> Arguments:
-    if window.mode is None:
-        return {}
-    if window.mode == 6:
-        return {"atten_mask": AttenMask.prefix(), "sparse_mode": 6, "prefix": tuple(prefix)}
-    mask: Arguments = {"atten_mask": AttenMask.causal(), "sparse_mode": window.mode}
-    if window.mode == 4:
-        mask |= {"pre_tokens": window.pre, "next_tokens": window.next}
-    return mask
-
-
-def _label(window: Window) -> str:
-    if window.mode is None:
-        return "no mask"
-    return f"mode {window.mode}"

@@ -12,11 +12,9 @@ from attnkit.kernel import KernelCall
 from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.certificate import disprove_plan
+from attnkit.planner.calls import Launch, Solution
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
-from attnkit.planner.matrices import matrices
-from attnkit.planner.nearby import savings
-from attnkit.planner.plan import Launch, Plan, Solution
+from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
@@ -40,7 +38,7 @@ def explain(plan: Plan) -> str:
     if plan.steps:
         best = Solution(plan.steps)
         lines += _solution_lines(best, plan, plan.alternatives)
-        lines += _cheaper(request)
+        lines += _cheaper(plan)
         lines += _list("refused", plan.refusals)
         return "\n".join(lines)
     lowering = lower(request)
@@ -53,7 +51,7 @@ def explain(plan: Plan) -> str:
             plan.backend, request, best.launches, in_order=lowering.request, route=lowering.route
         )
         lines += _solution_lines(best, calls, others)
-        lines += _cheaper(request)
+        lines += _cheaper(plan)
     return "\n".join(lines)
 
 
@@ -70,8 +68,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
                         name: _plain(value)
                         for name, value in launch.call.non_default_arguments().items()
                     },
-                    "blocks": [[k.batch, k.i0, k.i1, k.j0, k.j1] for k in launch.form.blocks],
-                    "heads": None if launch.form.heads is None else list(launch.form.heads),
+                    "blocks": [[k.batch, k.i0, k.i1, k.j0, k.j1] for k in launch.blocks],
+                    "heads": None if launch.heads is None else list(launch.heads),
                 }
                 for launch in found.launches
             ],
@@ -89,7 +87,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "alternatives": [
             {"label": other.label, "price": other.price.to_dict()} for other in plan.alternatives
         ],
-        "cheaper": [{"change": s.change, "share": s.share} for s in savings(request)],
+        "cheaper": [{"change": s.change, "share": s.share} for s in plan.savings],
         "refusals": [refusal(r) for r in plan.refusals],
         "passed_over": [refusal(r) for r in plan.passed_over],
     }
@@ -136,7 +134,7 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
 
 def _understood(request: Request) -> str:
     """Say the mask's region in words, its density and its empty rows."""
-    known = matrices(request)
+    known = request.matrices
     if not known.exact and resort(request) is not None:
         return "a region once positions are sorted by residue, as they are around the calls"
     if not known.exact:
@@ -161,8 +159,8 @@ def _solution_lines(best: Solution, plan: Plan, others: tuple[Solution, ...]) ->
     for k, launch in enumerate(best.launches, start=1):
         given = launch.call.non_default_arguments()
         tensors = ", ".join(f"{name} {given.pop(name)}" for name in ("query", "key", "value"))
-        count = len(launch.form.blocks)
-        sequences = f", {count} sequence{'s' * (count > 1)}" if launch.form.packed else ""
+        count = len(launch.blocks)
+        sequences = f", {count} sequence{'s' * (count > 1)}" if launch.call.is_packed else ""
         name = f"npu_fusion_attention, {launch.label}{sequences}"
         lines += _entry(f"call {k}" if several else "call", name)
         lines += _entry("", tensors)
@@ -179,9 +177,8 @@ def _solution_lines(best: Solution, plan: Plan, others: tuple[Solution, ...]) ->
     return lines
 
 
-def _cheaper(request: Request) -> list[str]:
-    found = savings(request)
-    return _entry("cheaper", "; ".join(map(str, found))) if found else []
+def _cheaper(plan: Plan) -> list[str]:
+    return _entry("cheaper", "; ".join(map(str, plan.savings))) if plan.savings else []
 
 
 def _price_lines(price: Price, request: Request) -> list[str]:
@@ -241,9 +238,9 @@ def _opaque(launch: Launch) -> bool:
 def _rows(best: Solution) -> str:
     if any(_opaque(launch) for launch in best.launches):
         return "inner_precise=2, since rows may turn out to see no key"
-    if best.launches[0].form.partial:
+    if best.launches[0].partial:
         return "no call sees one; rows that none answers are 0"
-    if not best.launches[0].form.has_empty_rows:
+    if not best.launches[0].has_empty_rows:
         return "none, so inner_precise stays 0 (the faster path)"
     return "inner_precise=2 makes them 0 instead of the mean of V"
 

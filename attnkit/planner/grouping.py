@@ -1,9 +1,9 @@
-"""Packing pieces into as few kernel calls as their windows allow.
+"""Packing segments into as few kernel calls as their windows allow.
 
-Pieces share one TND call when one (sparse mode, pre, next) computes each of them. In its own
-rectangle of h rows and w keys, anchored bottom-right, a piece ``lo <= j - i <= hi`` asks for
+Segments share one TND call when one (sparse mode, pre, next) computes each of them. In its own
+rectangle of h rows and w keys, anchored bottom-right, a segment ``lo <= j - i <= hi`` asks for
 ``pre = w - h - lo`` and ``next = hi - (w - h)``; an end that it does not feel asks only for
-"at least", so such pieces join others.
+"at least", so such segments join others.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
 
+from attnkit.geometry import Slice
 from attnkit.kernel import UNBOUNDED
-from attnkit.planner.pieces import Piece
+from attnkit.planner.calls import Block
 
-__all__ = ["MOST_WINDOWS", "Window", "group"]
+__all__ = ["MOST_WINDOWS", "Segment", "Window", "group"]
 
 MOST_WINDOWS = 32
 """More calls than that are never the cheapest: each gathers, launches and merges by itself."""
@@ -27,6 +29,51 @@ _MOST_PREFIXES = 32
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A slice of the score matrix of one batch element, as a sequence of a packed call.
+
+    In its own coordinates (rows and keys counted from its corner) it is the band
+    ``lo <= j - i <= hi``; None for an end that its rectangle does not feel.
+    """
+
+    batch: int
+    part: Slice
+
+    @cached_property
+    def block(self) -> Block:
+        """Where its queries and keys are."""
+        part = self.part
+        return Block(self.batch, part.i0, part.i1, part.j0, part.j1)
+
+    @property
+    def rows(self) -> int:
+        """The number of queries."""
+        return self.part.i1 - self.part.i0
+
+    @property
+    def keys(self) -> int:
+        """The number of keys."""
+        return self.part.j1 - self.part.j0
+
+    @cached_property
+    def lo(self) -> int | None:
+        """The lower end of the band in its own coordinates."""
+        end = self.part.lo + self.part.i0 - self.part.j0
+        return end if end > 1 - self.rows else None
+
+    @cached_property
+    def hi(self) -> int | None:
+        """The upper end of the band in its own coordinates."""
+        end = self.part.hi + self.part.i0 - self.part.j0
+        return end if end < self.keys - 1 else None
+
+    @property
+    def target(self) -> Slice:
+        """The slice in its own coordinates."""
+        return self.part.shift(-self.part.i0, -self.part.j0)
+
+
+@dataclass(frozen=True)
 class Window:
     """What one call's arguments are to be: a mode, its window, or a prefix per sequence."""
 
@@ -34,45 +81,49 @@ class Window:
     pre: int = UNBOUNDED
     next: int = UNBOUNDED
 
-    def computes(self, piece: Piece) -> bool:
-        """Whether a call with this window computes the piece, cell for cell."""
-        full = piece.lo is None and piece.hi is None
-        shift = piece.keys - piece.rows
+    def computes(self, segment: Segment) -> bool:
+        """Whether a call with this window computes the segment, cell for cell."""
+        full = segment.lo is None and segment.hi is None
+        shift = segment.keys - segment.rows
         if self.mode is None:
             return full
         if self.mode == 2:
-            return piece.lo is None and (piece.hi if piece.hi is not None else piece.keys) == 0
+            return (
+                segment.lo is None and (segment.hi if segment.hi is not None else segment.keys) == 0
+            )
         if self.mode == 6:
-            return full or (piece.lo is None and piece.hi == shift and shift >= 0)
-        pre_fits = self.pre >= piece.keys - 1 if piece.lo is None else self.pre == shift - piece.lo
+            return full or (segment.lo is None and segment.hi == shift and shift >= 0)
+        pre_fits = (
+            self.pre >= segment.keys - 1 if segment.lo is None else self.pre == shift - segment.lo
+        )
         next_fits = (
-            self.next >= piece.rows - 1 if piece.hi is None else self.next == piece.hi - shift
+            self.next >= segment.rows - 1 if segment.hi is None else self.next == segment.hi - shift
         )
         return pre_fits and next_fits and (self.mode == 4 or shift >= 0)
 
-    def prefix(self, piece: Piece) -> int:
-        """Return the prefix that mode 6 needs for a piece."""
-        full = piece.lo is None and piece.hi is None
-        return piece.keys if full else max(0, piece.keys - piece.rows)
+    def prefix(self, segment: Segment) -> int:
+        """Return the prefix that mode 6 needs for a segment."""
+        full = segment.lo is None and segment.hi is None
+        return segment.keys if full else max(0, segment.keys - segment.rows)
 
 
-def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
-    """Return assignments of pieces (by index) to calls, each with the fewest calls possible.
+def group(segments: Sequence[Segment]) -> list[list[tuple[Window, list[int]]]]:
+    """Return assignments of segments (by index) to calls, each with the fewest calls possible.
 
     Several are returned where several windows do; which is cheapest is for the price to say.
-    Pieces that ask for many windows are given to the one that computes most of those left, and
+    Segments that ask for many windows are given to the one that computes most of those left, and
     so on; none is returned where that takes more than `MOST_WINDOWS`.
 
     >>> from attnkit.geometry import Slice
-    >>> squares = [Piece(0, Slice(k, k + 2, k, k + 2)) for k in (0, 2, 4)]
+    >>> squares = [Segment(0, Slice(k, k + 2, k, k + 2)) for k in (0, 2, 4)]
     >>> [window.mode for window, _ in group(squares)[0]]
     [None]
     """
     alike: dict[tuple[int, int, int | None, int | None], list[int]] = {}
-    for k, piece in enumerate(pieces):
-        alike.setdefault((piece.rows, piece.keys, piece.lo, piece.hi), []).append(k)
-    shapes = [pieces[members[0]] for members in alike.values()]
-    windows = _windows(shapes, len(pieces))
+    for k, segment in enumerate(segments):
+        alike.setdefault((segment.rows, segment.keys, segment.lo, segment.hi), []).append(k)
+    shapes = [segments[members[0]] for members in alike.values()]
+    windows = _windows(shapes, len(segments))
     members = list(alike.values())
     fits = [
         frozenset(
@@ -80,7 +131,7 @@ def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
         )
         for w in windows
     ]
-    everything = frozenset(range(len(pieces)))
+    everything = frozenset(range(len(segments)))
     for count in range(1, len(windows) + 1):
         found = []
         for chosen in combinations(range(len(windows)), count):
@@ -92,9 +143,9 @@ def group(pieces: Sequence[Piece]) -> list[list[tuple[Window, list[int]]]]:
 
 
 def _greedily(
-    shapes: Sequence[Piece], members: Sequence[list[int]], windows: Sequence[Window]
+    shapes: Sequence[Segment], members: Sequence[list[int]], windows: Sequence[Window]
 ) -> list[list[tuple[Window, list[int]]]]:
-    """Give pieces to the window that computes most of them, until none is left."""
+    """Give segments to the window that computes most of them, until none is left."""
     left = dict(enumerate(shapes))
     windows = list(dict.fromkeys((*windows, *map(_own_window, shapes))))
     if not left or len(windows) > _MOST_ASKED:
@@ -104,20 +155,20 @@ def _greedily(
         fits = {window: [k for k in left if window.computes(shapes[k])] for window in windows}
         window = max(windows, key=lambda w: sum(len(members[k]) for k in fits[w]))
         chosen.append((window, frozenset(n for k in fits[window] for n in members[k])))
-        left = {k: piece for k, piece in left.items() if k not in fits[window]}
+        left = {k: segment for k, segment in left.items() if k not in fits[window]}
     return [] if left else [_assign(chosen)]
 
 
-def _own_window(piece: Piece) -> Window:
-    """Return the window that a piece itself asks for."""
-    pre, next_ = _wanted(piece)
+def _own_window(segment: Segment) -> Window:
+    """Return the window that a segment itself asks for."""
+    pre, next_ = _wanted(segment)
     return Window(4, UNBOUNDED if pre is None else pre, UNBOUNDED if next_ is None else next_)
 
 
 def _assign(
     chosen: list[tuple[Window, frozenset[int]]],
 ) -> list[tuple[Window, list[int]]]:
-    """Give every piece to the first window that computes it; calls keep the pieces' order."""
+    """Give every segment to the first window that computes it; calls keep the segments' order."""
     taken: set[int] = set()
     out = []
     for window, fits in chosen:
@@ -128,18 +179,18 @@ def _assign(
     return out
 
 
-def _windows(pieces: Sequence[Piece], count: int) -> list[Window]:
-    """Return the windows worth considering: those that some piece asks for, commonest first."""
+def _windows(segments: Sequence[Segment], count: int) -> list[Window]:
+    """Return the windows worth considering: those that some segment asks for, commonest first."""
     asked: dict[Window, int] = {}
 
-    def ask(window: Window, fits: Callable[[Piece], bool]) -> None:
-        fitting = sum(map(fits, pieces))
+    def ask(window: Window, fits: Callable[[Segment], bool]) -> None:
+        fitting = sum(map(fits, segments))
         if fitting:
             asked[window] = fitting
 
     for plain in (Window(None), Window(3, UNBOUNDED, 0), Window(2)):
         ask(plain, plain.computes)
-    pairs = {_wanted(piece) for piece in pieces} - {(None, None)}
+    pairs = {_wanted(segment) for segment in segments} - {(None, None)}
     pres = _commonest(pre for pre, _ in pairs) | {UNBOUNDED}
     nexts = _commonest(next_ for _, next_ in pairs) | {UNBOUNDED}
     for pre, next_ in product(pres, nexts):
@@ -158,9 +209,9 @@ def _commonest(ends: Iterable[int | None]) -> set[int]:
     return {end for end, _ in counts.most_common(_MOST_WINDOWS)}
 
 
-def _wanted(piece: Piece) -> tuple[int | None, int | None]:
-    shift = piece.keys - piece.rows
+def _wanted(segment: Segment) -> tuple[int | None, int | None]:
+    shift = segment.keys - segment.rows
     return (
-        None if piece.lo is None else shift - piece.lo,
-        None if piece.hi is None else piece.hi - shift,
+        None if segment.lo is None else shift - segment.lo,
+        None if segment.hi is None else segment.hi - shift,
     )

@@ -12,19 +12,17 @@ from operator import and_
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks import Band
-from attnkit.planner.biases import disprove_bias, lacking
-from attnkit.planner.blocks import span
-from attnkit.planner.candidates import Candidate, Form, Zone, candidates, forms
-from attnkit.planner.decompose import Part, decompositions, head_groups
-from attnkit.planner.matrices import matrices
-from attnkit.planner.plan import Launch, Solution
-from attnkit.planner.price import Price, least_with_full_mask, price_call
-from attnkit.planner.proof import broken_rules, disprove, disprove_opaque, heads_of, is_opaque
+from attnkit.planner.biases import lacking
+from attnkit.planner.calls import Launch, Solution, Zone
+from attnkit.planner.candidates import candidates, whole_calls
+from attnkit.planner.decompose import Search, decompositions, head_groups
+from attnkit.planner.price import Price, least_with_full_mask
+from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route, in_parts, routes
 
-__all__ = ["MOST_MASK_CELLS", "Lowering", "lacking", "lower", "on_route"]
+__all__ = ["MOST_MASK_CELLS", "Lowering", "lower", "on_route", "search_for"]
 
 MOST_MASK_CELLS = 2**24
 """Entries up to which a mask of one entry per cell is weighed like any other plan.
@@ -33,9 +31,7 @@ Such masks are built once and kept (4,096 x 4,096 is one of 16.8 MB). A larger o
 in every step, and is taken only where nothing else computes the request.
 """
 
-# The elementwise kernels that merge the rows of one part.
-_MERGE_LAUNCHES = 6
-# Those that make the channels of one bias: positions, pieces, two concatenations.
+# The elementwise kernels that make the channels of one bias: positions, pieces, concatenations.
 _CHANNEL_LAUNCHES = 8
 
 
@@ -54,7 +50,12 @@ class Lowering:
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
 def lower(request: Request) -> Lowering:
-    """Return how the fused kernel computes a request; a pure function, cached on the record.
+    """Return how the fused kernel computes a request; a pure function, cached on the record."""
+    return search_for(request, Search())
+
+
+def search_for(request: Request, search: Search) -> Lowering:
+    """Return how the fused kernel computes a request, given what was found for others like it.
 
     One call without a mask of one entry per cell is looked for first, then several such calls
     that are merged. One with such a mask is weighed beside them, up to `MOST_MASK_CELLS`; a
@@ -67,69 +68,72 @@ def lower(request: Request) -> Lowering:
         reason = "the kernel needs at least one batch element"
         return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
     if any(term.low_rank for term in request.bias):
-        return _cheapest_way(request)
-    return _as_given(request)
+        return _cheapest_way(request, search)
+    return _as_given(request, search)
 
 
-def _as_given(request: Request) -> Lowering:
+def _as_given(request: Request, search: Search) -> Lowering:
     """Return how the kernel computes a request whose biases reach it as biases."""
-    if not matrices(request).exact:
+    if not request.matrices.exact:
         in_order = resort(request)
         if in_order is not None:
-            return replace(lower(in_order), request=in_order)
+            return replace(search_for(in_order, search), request=in_order)
     refusals: list[Refusal] = []
-    shapes = tuple(forms(request))
+    bare_calls = tuple(whole_calls(request))
     found: list[Solution] = []
-    for form in shapes:
-        ordered = candidates(request, form, full_masks=False)
+    for bare in bare_calls:
+        ordered = candidates(request, bare, full_masks=False)
         found += islice(_proven(request, ordered, refusals), 1)  # they come by price
     if not found:
-        found = _merged(request, refusals)
-    if any(_nothing_beats(solution) for solution in found):
+        found, reasons = _merged(request, search)
+        refusals += reasons
+    if any(_nothing_beats(request, solution) for solution in found):
         reason = "calls without a mask of one entry per cell compute the same"
         refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
     else:
         prices = [solution.price for solution in found]
         best = min(prices, key=lambda price: price.nanoseconds, default=None)
-        for form in shapes:
-            found += _with_full_mask(request, form, refusals, best)
+        for bare in bare_calls:
+            found += _with_full_mask(request, bare, refusals, best)
     if len(found) > 1:  # a sort asks for the price of a single one, too
-        found.sort(key=lambda solution: solution.price.nanoseconds)
+        found.sort(key=_nanoseconds)
     return Lowering(found[0] if found else None, tuple(found[1:]), tuple(refusals))
 
 
-def _nothing_beats(solution: Solution) -> bool:
+def _nanoseconds(solution: Solution) -> float:
+    return solution.price.nanoseconds
+
+
+def _nothing_beats(request: Request, solution: Solution) -> bool:
     """Whether a solution is one call on whole matrices: it visits no tile that a mask could spare.
 
     Packed blocks may: each starts a tile of its own, and tokens may be copied around the call.
     """
     (first, *rest) = solution.launches
-    return not rest and not first.form.packs and not first.form.partial
+    return not rest and not first.packs(request) and not first.partial
 
 
 def _with_full_mask(
-    request: Request, form: Form, refusals: list[Refusal], rival: Price | None
+    request: Request, bare: Launch, refusals: list[Refusal], rival: Price | None
 ) -> list[Solution]:
     """Return the cheapest call that reads a mask of one entry per cell, if there is one.
 
     Beside a rival it is looked at only where it might be cheaper.
     """
-    ordered: Iterable[Candidate | Refusal] = candidates(request, form, full_masks=True)
+    ordered: Iterable[Launch | Refusal] = candidates(request, bare, full_masks=True)
     if rival is not None:
-        longest = (max(side) for side in zip(*(k.sizes for k in form.blocks), strict=True))
+        longest = (max(side) for side in zip(*(k.sizes for k in bare.blocks), strict=True))
         least = least_with_full_mask(request, prod(longest), rival.cells)
         if least >= rival.nanoseconds:
             refusals.append(_dearer(least, rival, "modes 0 and 1"))
             return []
-        ordered = (_worth_proving(request, candidate, rival) for candidate in ordered)
+        ordered = (_worth_proving(candidate, rival) for candidate in ordered)
     found = _proven(request, ordered, refusals)
-    best = min(found, key=lambda solution: solution.price.nanoseconds, default=None)
+    best = min(found, key=_nanoseconds, default=None)
     return [] if best is None else [best]
 
 
-def _worth_proving(
-    request: Request, candidate: Candidate | Refusal, rival: Price
-) -> Candidate | Refusal:
+def _worth_proving(candidate: Launch | Refusal, rival: Price) -> Launch | Refusal:
     """Return a candidate with a full mask, or that the mask is too large, or the price too high."""
     if isinstance(candidate, Refusal):
         return candidate
@@ -140,7 +144,7 @@ def _worth_proving(
             f"{MOST_MASK_CELLS:,} one is kept, and weighed"
         )
         return Refusal("full-mask-size", reason, candidate.label)
-    price = price_call(candidate.call, _copied_bytes(request, candidate)).nanoseconds
+    price = candidate.price.nanoseconds
     return candidate if price < rival.nanoseconds else _dearer(price, rival, candidate.label)
 
 
@@ -153,14 +157,26 @@ def _dearer(price: float, rival: Price, subject: str) -> Refusal:
 
 
 def _merged(
-    request: Request,
-    refusals: list[Refusal],
-    groups: tuple[tuple[int, ...], ...] | None = None,
-) -> list[Solution]:
-    """Return the sets of calls that compute the request together, each for a group of heads."""
+    request: Request, search: Search, groups: tuple[tuple[int, ...], ...] | None = None
+) -> tuple[list[Solution], list[Refusal]]:
+    """Return the sets of calls that compute the request together, each for a group of heads.
+
+    Tokens are gathered in packed order, so requests in dense layouts share what is found.
+    """
+    key = (request if request.seqlens else replace(request, layout="BSND"), groups)
+    if key not in search.covers:
+        search.covers[key] = _covers(request, search, groups)
+    found, refusals = search.covers[key]
+    return list(found), list(refusals)
+
+
+def _covers(
+    request: Request, search: Search, groups: tuple[tuple[int, ...], ...] | None
+) -> tuple[list[Solution], list[Refusal]]:
     found: list[Solution] = []
+    refusals: list[Refusal] = []
     seen: set[frozenset[object]] = set()
-    for parts in decompositions(request, groups):
+    for parts in decompositions(request, groups, search):
         if isinstance(parts, Refusal):
             refusals.append(parts)
             continue
@@ -171,61 +187,32 @@ def _merged(
         reasons = [
             replace(reason, subject=f"{len(parts)} calls, {part.label}")
             for part in parts
-            for reason in _part_reasons(request, part)
+            for reason in reasons_against(request, part)
         ]
         refusals += reasons
         if parts and not reasons:
-            found.append(Solution(tuple(_launch(request, part) for part in parts)))
-    return found
-
-
-def _part_reasons(request: Request, part: Part) -> list[Refusal]:
-    wrong = disprove(part.call, part.targets)
-    return [wrong] if wrong is not None else broken_rules(request, part.call)
-
-
-def _launch(request: Request, part: Part) -> Launch:
-    form = Form(
-        part.call.layout,
-        part.blocks,
-        part.targets,
-        packs=False,
-        partial=True,
-        heads=part.heads,
-        kv_heads=part.kv_heads,
-    )
-    call = part.call
-    q_starts, kv_starts = request.token_starts
-    queries = [(q_starts[k.batch] + k.i0, q_starts[k.batch] + k.i1) for k in part.blocks]
-    keys = [(kv_starts[k.batch] + k.j0, kv_starts[k.batch] + k.j1) for k in part.blocks]
-    gathered = [] if span(queries) else [call.query]
-    gathered += [] if span(keys) else [call.key, call.value]
-    # Gathered tokens are read and written; every part's rows are merged in float32.
-    copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
-    copied += (request.dtype.itemsize + 2 * 4) * prod(call.output.shape)
-    around = len(gathered) + _MERGE_LAUNCHES
-    return Launch(part.label, call, form, copied, small_launches=around)
+            found.append(Solution(parts))
+    return found, refusals
 
 
 def _proven(
-    request: Request, ordered: Iterable[Candidate | Refusal], refusals: list[Refusal]
+    request: Request, ordered: Iterable[Launch | Refusal], refusals: list[Refusal]
 ) -> Iterator[Solution]:
     """Yield the candidates that are proven; those that fall are refused."""
     for candidate in ordered:
         if isinstance(candidate, Refusal):
             refusals.append(candidate)
             continue
-        reasons = _reasons_against(request, candidate)
+        reasons = reasons_against(request, candidate)
         refusals += [replace(reason, subject=candidate.label) for reason in reasons]
         if not reasons:
-            copied = _copied_bytes(request, candidate)
-            yield Solution((Launch(candidate.label, candidate.call, candidate.form, copied),))
+            yield Solution((candidate,))
 
 
-def _cheapest_way(request: Request) -> Lowering:
+def _cheapest_way(request: Request, search: Search) -> Lowering:
     """Return the cheapest of the kernel's bias input, for what does not train, and the routes."""
     learnable = [term.text for term in request.bias if term.requires_grad]
-    options = [] if learnable else [_as_given(request)]
+    options = [] if learnable else [_as_given(request, search)]
     if options and _is_plain(options[0].best):
         return options[0]
     refusals: list[Refusal] = []
@@ -240,7 +227,7 @@ def _cheapest_way(request: Request) -> Lowering:
     for route in sorted(some, key=lambda route: len(route.zones)):
         rivals = (o.best for o in options if o.best is not None and not _last_resort(o.best))
         bound = min((best.price.nanoseconds for best in rivals), default=inf)
-        options.append(on_route(request, route, bound))
+        options.append(on_route(request, route, search, bound))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
     known = [(option.best, option) for option in options if option.best is not None]
     if not known:
@@ -249,7 +236,7 @@ def _cheapest_way(request: Request) -> Lowering:
     best, option = known[0]
     others = [other for other, _ in known[1:]]
     others += [other for _, some in known for other in some.alternatives]
-    others.sort(key=lambda solution: solution.price.nanoseconds)
+    others.sort(key=_nanoseconds)
     return replace(option, best=best, alternatives=tuple(others), refusals=tuple(refusals))
 
 
@@ -276,23 +263,26 @@ def _mask_cells(call: KernelCall) -> int:
     return mask.cells if mask is not None and mask.kind == "full" else 0
 
 
-def on_route(request: Request, route: Route, bound: float = inf) -> Lowering:
+def on_route(request: Request, route: Route, search: Search, bound: float = inf) -> Lowering:
     """Return the calls that compute a request whose biases became channels and levels.
 
     Or none, where their zones cost more than `bound`, in nanoseconds.
     """
     # What a route leaves of the bias reaches the calls as a bias: another route would hide this.
-    option = _by_zone(request, route, bound) if route.zones else _as_given(route.request)
+    by_zone = bool(route.zones)
+    option = (
+        _by_zone(request, route, search, bound) if by_zone else _as_given(route.request, search)
+    )
     if option.best is None:
         return option
     if not option.best.launches:  # no distance is allowed at all, so zones differ in nothing
-        return on_route(request, replace(route, zones=()), bound)
+        return on_route(request, replace(route, zones=()), search, bound)
     if len(option.best.launches) > 1:
         parted = in_parts(request, route)
         if isinstance(parted, Refusal):
             return replace(option, best=None, refusals=(*option.refusals, parted))
         if parted != route:
-            return on_route(request, parted, bound)
+            return on_route(request, parted, search, bound)
     first, *rest = option.best.launches
     # Query and key are copied beside their channels, by a handful of elementwise kernels.
     cells = sum(prod(shape) for shape in route.request.shapes()[:2])
@@ -305,12 +295,12 @@ def on_route(request: Request, route: Route, bound: float = inf) -> Lowering:
     return replace(option, best=Solution((first, *rest)), route=route)
 
 
-def _by_zone(request: Request, route: Route, bound: float) -> Lowering:
+def _by_zone(request: Request, route: Route, search: Search, bound: float) -> Lowering:
     """Return the cheapest calls of each zone, on sorted positions where those make it a region.
 
     Outputs merge for each group of heads, so heads are together in all zones or in none.
     """
-    in_order = None if matrices(route.request).exact else resort(route.request)
+    in_order = None if route.request.matrices.exact else resort(route.request)
     groups = tuple(head_groups(in_order or route.request))
     launches: list[Launch] = []
     refusals: list[Refusal] = []
@@ -326,11 +316,11 @@ def _by_zone(request: Request, route: Route, bound: float) -> Lowering:
         inside = reduce(and_, bands, request.mask)
         part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
         part = part if in_order is None else resort(part) or part
-        known = matrices(part)
-        if not any(region for head in range(len(known.planes)) for region in known.regions(head)):
+        if not any(known.outer for plane in part.matrices.planes for known in plane):
             continue
-        best, reasons = _cheapest_parts(part, groups)
+        found, reasons = _merged(part, search, groups)  # routes share most of their zones
         refusals += reasons
+        best = min(found, key=_nanoseconds, default=None)
         if best is None:
             return Lowering(None, (), tuple(refusals))
         spent += best.price.nanoseconds
@@ -338,18 +328,8 @@ def _by_zone(request: Request, route: Route, bound: float) -> Lowering:
     return Lowering(Solution(tuple(launches)), (), tuple(refusals), in_order)
 
 
-@lru_cache(maxsize=64)  # routes share most of their zones
-def _cheapest_parts(
-    request: Request, groups: tuple[tuple[int, ...], ...]
-) -> tuple[Solution | None, tuple[Refusal, ...]]:
-    refusals: list[Refusal] = []
-    found = _merged(request, refusals, groups)
-    best = min(found, key=lambda solution: solution.price.nanoseconds, default=None)
-    return best, tuple(refusals)
-
-
 def _in_zone(launch: Launch, zone: Zone) -> Launch:
-    launch = replace(launch, form=replace(launch.form, zone=zone))
+    launch = replace(launch, zone=zone)
     if not zone.turned:
         return launch
     query = launch.call.query
@@ -359,30 +339,3 @@ def _in_zone(launch: Launch, zone: Zone) -> Launch:
         copied_bytes=launch.copied_bytes + 2 * prod(query.shape) * query.dtype.itemsize,
         small_launches=launch.small_launches + 1,
     )
-
-
-def _reasons_against(request: Request, candidate: Candidate) -> list[Refusal]:
-    """Return why a candidate falls: what it would compute first, then what the op rejects."""
-    call, known = candidate.call, matrices(request)
-    if is_opaque(call):
-        wrong = disprove_opaque(call, known.over_heads())
-    else:
-        wrongs = (
-            disprove(call, candidate.form.targets if h is None else known.regions(h), h)
-            for h in heads_of(call)
-        )
-        wrong = next((one for one in wrongs if one is not None), None)
-    if wrong is not None:
-        return [wrong]
-    wrong = disprove_bias(request, call, candidate.form.blocks)
-    return [wrong] if wrong is not None else broken_rules(request, call)
-
-
-def _copied_bytes(request: Request, candidate: Candidate) -> int:
-    """Return the bytes moved to bring a dense layout into packed order and back."""
-    if not candidate.form.packs or request.layout in ("BSH", "BSND"):
-        return 0
-    if request.batch == 1 and request.layout_of.pattern.startswith("s "):
-        return 0
-    cells = sum(prod(shape) for shape in request.shapes())
-    return 2 * request.dtype.itemsize * (cells + prod(candidate.call.output.shape))

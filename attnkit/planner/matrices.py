@@ -1,15 +1,14 @@
-"""The score matrices of a request as regions, equal ones shared."""
+"""The score matrices of a request as regions, equal ones shared: `Request.matrices`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from attnkit.geometry import Region
-from attnkit.masks import Enclosure
-from attnkit.planner.request import Request
+from attnkit.masks import Enclosure, Mask
 
-__all__ = ["Matrices", "matrices"]
+__all__ = ["Matrices"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,18 @@ class Matrices:
         columns = zip(*(self.regions(head) for head in range(len(self.planes))), strict=True)
         return tuple(Region.union(set(column)) for column in columns)
 
+    @classmethod
+    def of(cls, mask: Mask, sequences: Sequence[tuple[int, int]]) -> Matrices:
+        """Return what a mask allows; matrices of equal size and mask are shared."""
+        known: dict[tuple[int, int, int, int], Enclosure] = {}
 
-@lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
-def matrices(request: Request) -> Matrices:
-    """Return the score matrices of a request; matrices of equal size and mask are shared."""
-    mask = request.mask
-    known: dict[tuple[int, int, int, int], Enclosure] = {}
+        def one(b: int, head: int) -> Enclosure:
+            key = (*sequences[b], b if mask.batches is not None else 0, head)
+            if key not in known:
+                known[key] = mask.enclosure(*key)
+            return known[key]
 
-    def one(b: int, head: int) -> Enclosure:
-        q_len, kv_len = request.sequences[b]
-        key = (q_len, kv_len, b if mask.batches is not None else 0, head)
-        if key not in known:
-            known[key] = mask.enclosure(q_len, kv_len, key[2], head)
-        return known[key]
-
-    planes = [tuple(one(b, head) for b in range(request.batch)) for head in range(mask.heads or 1)]
-    if all(plane == planes[0] for plane in planes[1:]):
-        planes = planes[:1]
-    return Matrices(tuple(planes))
+        planes = [
+            tuple(one(b, head) for b in range(len(sequences))) for head in range(mask.heads or 1)
+        ]
+        return cls(tuple(planes[:1] if all(plane == planes[0] for plane in planes) else planes))

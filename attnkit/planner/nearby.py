@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 from attnkit.errors import CompositionError
 from attnkit.masks import Mask
-from attnkit.planner.lower import lower
-from attnkit.planner.plan import Solution
+from attnkit.planner.calls import Solution
+from attnkit.planner.candidates import is_in_order
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import lower, search_for
 from attnkit.planner.price import chip
 from attnkit.planner.request import Request
 
@@ -31,7 +32,6 @@ class Saving:
         return f"{self.change}: -{100 * self.share:.0f} %"
 
 
-@lru_cache(maxsize=64)
 def savings(request: Request) -> tuple[Saving, ...]:
     """Return the changes near a request that make it cheaper per allowed cell, best first.
 
@@ -41,12 +41,11 @@ def savings(request: Request) -> tuple[Saving, ...]:
     best = lower(request).best
     if best is None:
         return ()
-    base = _per_cell(best)
-    found = []
+    base, search, found = _per_cell(best), Search(), []
     for change, near in _nearby(request):
         try:
             near.mask.check(near.q_len, near.kv_len, near.batch, near.num_heads)
-            solution = lower(near).best
+            solution = search_for(near, search).best
         except CompositionError:
             continue
         share = 1 - _per_cell(solution) / base if solution is not None and base else 0.0
@@ -63,7 +62,8 @@ def _per_cell(solution: Solution) -> float:
 def _nearby(request: Request) -> Iterator[tuple[str, Request]]:
     if request.seqlens is not None:
         return
-    for name in _LAYOUTS:
+    # No rule tells dense layouts apart: they differ in what it costs to pack them.
+    for name in () if is_in_order(request) else _LAYOUTS:
         if name != request.layout:
             yield f"layout {name}", replace(request, layout=name)
     if request.q_len != request.kv_len and min(request.q_len, request.kv_len) > 1:

@@ -9,9 +9,9 @@ import numpy as np
 from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region
 from attnkit.masks import picture
+from attnkit.planner.calls import Launch
 from attnkit.planner.lower import lower
-from attnkit.planner.matrices import matrices
-from attnkit.planner.plan import Launch, Plan
+from attnkit.planner.plan import Plan
 from attnkit.planner.price import chip
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     if not launches:
         best = lower(request).best
         launches = () if best is None else best.launches
-    known = matrices(request).regions(head)[batch]
+    known = request.matrices.regions(head)[batch]
     layers = [(_launch_region(launch, batch, head), launch.label) for launch in launches]
     layers = [(r, label) for r, label in layers if r] or [(known, "the mask")]
     cells = np.ones((1, 1, 3))
@@ -76,15 +76,14 @@ def _measured(known: Region, q_len: int, kv_len: int) -> str:
 
 def _launch_region(launch: Launch, batch: int, head: int) -> Region:
     """Return the cells that a call computes in one score matrix."""
-    if launch.form.heads is not None and head not in launch.form.heads:
+    if launch.heads is not None and head not in launch.heads:
         return Region.empty()
     mask = launch.call.atten_mask
     if mask is not None and mask.is_opaque:
         return Region.empty()
-    per_head = mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1
-    regions = launch.call.regions(head if per_head else None)
+    regions = launch.computed[head if len(launch.computed) > 1 else 0]
     return Region.union(
         region.shift(block.i0, block.j0)
-        for block, region in zip(launch.form.blocks, regions, strict=True)
+        for block, region in zip(launch.blocks, regions, strict=True)
         if block.batch == batch
     )

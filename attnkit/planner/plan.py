@@ -2,70 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
-from attnkit.planner.candidates import Form
-from attnkit.planner.certificate import disprove_plan, readable
-from attnkit.planner.price import Price, price_call
-from attnkit.planner.request import Request
-from attnkit.planner.routes import Route
+from attnkit.planner.biases import lacking
+from attnkit.planner.calls import Launch, Solution
+from attnkit.planner.price import Price
+from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
+from attnkit.planner.request import Request, state_of
+from attnkit.planner.residues import resort
+from attnkit.planner.route_proof import disprove_route
+from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.registry import Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RUNNERS", "Launch", "Plan", "Runner", "Solution"]
+    from attnkit.planner.nearby import Saving
 
+__all__ = ["RUNNERS", "Plan", "Runner", "disprove_plan"]
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel call of a plan: what it is, where its sequences lie, what it costs.
+# What reading a record that was changed by hand may raise. All of attnkit's errors are among them.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-    `copied_bytes` are moved around the call to bring its tensors into order and back, by
-    `small_launches` elementwise kernels.
-    """
-
-    label: str
-    call: KernelCall
-    form: Form
-    copied_bytes: int = 0
-    small_launches: int = 0
-
-    @cached_property
-    def price(self) -> Price:
-        """What the call costs; counted when somebody asks, for a packed batch is many regions."""
-        return price_call(self.call, self.copied_bytes, self.small_launches)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Kernel calls that compute a request together: one, or several whose outputs merge."""
-
-    launches: tuple[Launch, ...]
-
-    @property
-    def label(self) -> str:
-        """The calls' names, equal ones counted."""
-        counts = Counter(launch.label for launch in self.launches)
-        return " + ".join(f"{n} x {label}" if n > 1 else label for label, n in counts.items())
-
-    @property
-    def price(self) -> Price:
-        """The sum of the calls' prices; calls share one compressed mask."""
-        masks, prices = set(), []
-        for launch in self.launches:
-            price, mask = launch.price, launch.call.atten_mask
-            if mask in masks:
-                rest = price.peak_bytes - price.mask_bytes
-                price = replace(price, mask_bytes=0, peak_bytes=rest)
-            masks.add(mask)
-            prices.append(price)
-        return Price.total(prices)
+_MOST = 2_000_001  # the kernel's largest number of anything is two million batch elements
 
 
 @dataclass(frozen=True)
@@ -106,7 +70,7 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        return state_of(self)
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:
@@ -119,9 +83,20 @@ class Plan:
         return Solution(self.steps).price if self.steps else None
 
     @cached_property
-    def on_channels(self) -> Plan:
-        """The plan of the calls alone, for query and key that have the channels of the route."""
-        return self if self.route is None else replace(self, request=self.route.request, route=None)
+    def inner(self) -> Plan:
+        """The plan of the calls themselves: without its route, or else on sorted positions."""
+        if self.route is not None:
+            return replace(self, request=self.route.request, route=None)
+        if self.in_order is not None:
+            return replace(self, request=self.in_order, in_order=None)
+        return self
+
+    @cached_property
+    def savings(self) -> tuple[Saving, ...]:
+        """What would make the plan cheaper: requests close by, planned when somebody asks."""
+        from attnkit.planner.nearby import savings
+
+        return savings(self.request)
 
     def disprove(self) -> Refusal | None:
         """Return why the plan does not compute its request, with the cells; None if it does.
@@ -146,7 +121,7 @@ class Plan:
         if not isinstance(self, runner.plan_type):
             return Refusal("other-backend", f"backend {self.backend!r} runs plans of its own kind")
         if not runner.by_calls:
-            refused = readable(lambda: next(iter(runner.refusals(self.request)), None))
+            refused = _readable(lambda: next(iter(runner.refusals(self.request)), None))
             if refused is not None or not self.steps:
                 return refused
         return disprove_plan(self.request, self.steps, self.in_order, self.route)
@@ -206,3 +181,125 @@ class Runner(Protocol):
 
 RUNNERS: Registry[Runner] = Registry("backend", "attnkit.backends")
 """The backends by name: the registry that `attnkit.backends` fills."""
+
+
+# -- the proof of a whole plan ---------------------------------------------------------------
+
+
+def disprove_plan(
+    request: Request,
+    steps: Sequence[Launch],
+    in_order: Request | None = None,
+    route: Route | None = None,
+) -> Refusal | None:
+    """Return why calls do not compute a request; None if they do.
+
+    A plan that cannot even be read, such as one with a sequence fewer in one of two lists, is not
+    proven either, so that is an answer as well and no exception.
+    """
+
+    def check() -> Refusal | None:
+        inner = route.request if route else request
+        computed = in_order or inner
+        return (
+            next(filter(None, map(_inconsistent, dict.fromkeys((request, inner, computed)))), None)
+            or _other_request(request, in_order, route)
+            or _unmergeable(steps)
+            or disprove_places(computed, steps, route)
+            or disprove_cover(computed, steps)
+            or _other_route(request, route, steps, in_order)
+            or disprove_calls(computed, steps)
+        )
+
+    return _readable(check)
+
+
+def _readable(check: Callable[[], Refusal | None]) -> Refusal | None:
+    """Return what a check of a record finds, or that the record cannot be read."""
+    try:
+        return check()
+    except _UNREADABLE as error:
+        return Refusal("unreadable", f"it is not a plan ({type(error).__name__}: {error})"[:400])
+
+
+def _inconsistent(request: Request) -> Refusal | None:
+    """Check that tensors of such sizes exist: nobody could ask for others."""
+    heads, kv_heads = request.num_heads, request.num_kv_heads
+    lengths = (request.batch, request.q_len, request.kv_len)
+    counts = (*lengths, heads, kv_heads, request.head_dim, request.value_dim)
+    plain = all(isinstance(n, int) and not isinstance(n, bool) for n in counts)
+    if not plain or not all(n in range(_MOST) for n in counts) or not kv_heads or heads % kv_heads:
+        return Refusal("other-request", f"no tensors have the sizes {counts}"[:200])
+    lens = request.seqlens
+    fits = request.layout_of.packed == (lens is not None)
+    fits &= lens is None or lengths == (len(lens), lens.total_q, lens.total_kv)
+    return None if fits else Refusal("other-request", "the lengths are not those of its layout")
+
+
+def _other_request(
+    request: Request, in_order: Request | None, route: Route | None
+) -> Refusal | None:
+    """Check that no term is lost, and that sorted positions are those of this request."""
+    for sizes in set(request.sequences):
+        request.mask.check(*sizes, request.batch, request.num_heads)  # raises what is caught above
+        for term in request.bias:
+            if any(n not in (None, size) for n, size in zip(term.extent, sizes, strict=True)):
+                return Refusal("other-request", f"{term.text} is not for score matrices of {sizes}")
+    lacks = lacking(request.softcap, request.bias)
+    if lacks:
+        return lacks[0]
+    if in_order is not None and in_order != resort(route.request if route else request):
+        return Refusal("other-request", "the calls are for other positions than asked for")
+    return None
+
+
+def _unmergeable(steps: Sequence[Launch]) -> Refusal | None:
+    """Check that there is one call, or that all are parts, in groups of heads that are disjoint."""
+    if not steps:
+        return Refusal("no-calls", "it has no calls")
+    if len(steps) == 1 and not steps[0].partial:
+        return None
+    if not all(step.partial for step in steps):
+        return Refusal("misplaced", "a call that answers whole rows is among several")
+    groups = {step.heads: step.kv_heads for step in steps}
+    heads = [head for group in groups for head in group or ()]
+    if (None in groups and len(groups) > 1) or len(set(heads)) < len(heads):
+        reason = "a head is in calls of several groups of heads, each of which merges by itself"
+        return Refusal("levels-per-head", reason)
+    if any(step.kv_heads != groups[step.heads] for step in steps):
+        return Refusal("misplaced", "calls of the same heads read other key heads")
+    return None
+
+
+def _other_route(
+    request: Request, route: Route | None, steps: Sequence[Launch], in_order: Request | None
+) -> Refusal | None:
+    """Check what goes around the calls: that it adds the bias, in a way that the planner knows."""
+    if route is None:
+        zoned = any(step.zone is not None for step in steps)
+        return Refusal("other-sign", "a call is for a zone of no route") if zoned else None
+    wrong = disprove_route(request, route, steps, in_order)
+    if wrong is not None:
+        return wrong
+    known = list(_routes(request, len(steps) > 1))
+    if route not in known:
+        return Refusal("other-route", f"{route} is not a way around the calls of this request")
+    if any((step.zone in route.zones) != bool(route.zones) for step in steps):
+        return Refusal("other-zone", "the zones of the calls are not those of the route")
+    return None
+
+
+def _routes(request: Request, in_several: bool) -> Iterator[Route]:
+    """Yield the routes of a request, as they are where one call or several have the keys."""
+    for way in (*routes(request), *routes(request, sloped=True)):
+        found = in_parts(request, way) if isinstance(way, Route) and in_several else way
+        if isinstance(found, Route):
+            yield found
+            if not in_several:
+                yield from _without_zones(found)
+
+
+def _without_zones(route: Route) -> Iterator[Route]:
+    """Yield the form of a route for a mask that allows nothing: zones differ in nothing then."""
+    if route.zones:
+        yield Route(route.request, route.channels)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.resources import files
 from math import prod
 
@@ -19,6 +18,7 @@ __all__ = [
     "Chip",
     "Price",
     "chip",
+    "heads_of",
     "least_with_full_mask",
     "price_call",
     "price_plainly",
@@ -40,11 +40,13 @@ class Chip:
     small_launch_ns: float
 
 
-@cache
+_TABLE = json.loads(files("attnkit.planner").joinpath("chips.json").read_text("utf-8"))
+_CHIPS = {name: Chip(name=name, **weights) for name, weights in _TABLE.items()}
+
+
 def chip(name: str = "ascend910b") -> Chip:
     """Return the weights of a chip from `chips.json`."""
-    table = json.loads(files("attnkit.planner").joinpath("chips.json").read_text("utf-8"))
-    return Chip(name=name, **table[name])
+    return _CHIPS[name]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class Price:
         return asdict(self)
 
 
+def heads_of(call: KernelCall) -> Sequence[int | None]:
+    """Return the heads to look at one by one, or a single None where they are all alike."""
+    mask = call.atten_mask
+    apart = mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1
+    return range(call.num_heads) if apart else (None,)
+
+
 def price_call(
     call: KernelCall,
     copy_bytes: int = 0,
@@ -90,7 +99,7 @@ def price_call(
     """Price one call, with what surrounds it: bytes moved, by so many elementwise kernels."""
     weights = weights or chip()
     cells = tile_cells = edge_cells = 0
-    for h in range(call.num_heads) if _per_head(call) else (None,):
+    for h in heads_of(call):
         share = 1 if h is not None else call.num_heads
         for (region, visited, sizes), count in Counter(_matrices(call, h)).items():
             cells += region.area * count * share
@@ -170,11 +179,6 @@ def price_plainly(request: Request, weights: Chip | None = None) -> Price:
         + launches * weights.launch_ns
         + small * weights.small_launch_ns,
     )
-
-
-def _per_head(call: KernelCall) -> bool:
-    mask = call.atten_mask
-    return mask is not None and len(mask.shape) == 4 and mask.shape[1] > 1
 
 
 def _matrices(

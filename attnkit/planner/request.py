@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,12 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
+from attnkit.planner.matrices import Matrices
 from attnkit.pse import Align, Cells, Linear, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 
-__all__ = ["BiasTerm", "Composition", "Request", "read_request"]
+__all__ = ["BiasTerm", "Composition", "Request", "read_request", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ class Request:
     transformed: bool = False
     """Whether a transform of `torch.func` (grad, vmap, jvp) is at work on the tensors."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
     @property
     def layout_of(self) -> Layout:
         """The layout as an object."""
@@ -163,6 +168,11 @@ class Request:
         queries, keys = (tuple(accumulate(one, initial=0)) for one in lengths)
         return queries, keys
 
+    @cached_property
+    def matrices(self) -> Matrices:
+        """The score matrices as regions: what the mask allows of each."""
+        return Matrices.of(self.mask, self.sequences)
+
     def shapes(self, layout: str | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of query, key and value in a layout: by default the request's."""
         packed = self.seqlens is not None
@@ -173,6 +183,11 @@ class Request:
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.head_dim)),
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.value_dim)),
         )
+
+
+def state_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a record: what it keeps beside them stays in this process."""
+    return {item.name: getattr(record, item.name) for item in fields(record)}
 
 
 def is_transformed() -> bool:

@@ -7,10 +7,8 @@ from dataclasses import replace
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
-from attnkit.kernel import KernelCall
 from attnkit.masks import Band, Or
-from attnkit.planner.blocks import Block
-from attnkit.planner.candidates import Form, Zone
+from attnkit.planner.calls import Block, Launch, Zone
 from attnkit.planner.request import Request
 from attnkit.planner.residues import Resorted
 from attnkit.planner.routes import (
@@ -30,7 +28,7 @@ __all__ = ["disprove_route"]
 def disprove_route(
     request: Request,
     route: Route,
-    pieces: Sequence[tuple[KernelCall, Form]],
+    launches: Sequence[Launch],
     in_order: Request | None = None,
 ) -> Refusal | None:
     """Return why channels and levels do not add the bias to every cell of the calls; or None.
@@ -50,46 +48,47 @@ def disprove_route(
             text = " + ".join(request.bias[part].text for part in one.parts)
             return Refusal("other-bias", f"{text} is not the bias of the channels")
     known = {align: distances_of(request, align) for align in ("bottom_right", "top_left")}
-    for call, form in pieces:
-        wrong = _other_channels(request, route, call, form)
+    for launch in launches:
+        wrong = _other_channels(request, route, launch)
         for one, dims_of in channel_dims(request, route.channels):
             if wrong is None and not isinstance(one.structure, PerKey):
                 hull = known[one.structure.align]
-                bands = _served(one, dims_of, form.zone, hull)
+                bands = _served(one, dims_of, launch.zone, hull)
                 # Most requests lie in one of these as a whole, and cells need not be looked at.
                 if not any(_within(hull, band) for band in bands):
-                    wrong = _other_distances(in_order or request, one, bands, call, form)
+                    wrong = _other_distances(in_order or request, one, bands, launch)
         if wrong is not None:
             return wrong
     return None
 
 
-def _other_channels(request: Request, route: Route, call: KernelCall, form: Form) -> Refusal | None:
+def _other_channels(request: Request, route: Route, launch: Launch) -> Refusal | None:
     """Check that a call has the channels of its zone, and turns whole addends of slopes only."""
-    if call.head_dim != route.dim_of(form.zone):
+    call, zone = launch.call, launch.zone
+    if call.head_dim != route.dim_of(zone):
         return Refusal("other-dims", f"{call} has not the channels of its bias")
-    if form.zone is None:
+    if zone is None:
         return None
     slopes = [
         d for c, d in channel_dims(request, route.channels) if isinstance(c.structure, Linear)
     ]
     stepped = isinstance(route.channels[-1].structure, Stepped)
-    if not form.partial or not set(form.zone.turned) <= set(slopes):
+    if not launch.partial or not set(zone.turned) <= set(slopes):
         return Refusal("other-sign", f"{call} turns what has no sign")
-    if form.zone.row is not None and not stepped:
+    if zone.row is not None and not stepped:
         return Refusal("other-level", f"{call} adds a row of no table")
     return None
 
 
 def _other_distances(
-    request: Request, one: Channels, bands: list[Span], call: KernelCall, form: Form
+    request: Request, one: Channels, bands: list[Span], launch: Launch
 ) -> Refusal | None:
     """Check that the distances of a call's cells are among those that an addend serves in it."""
-    mask = call.atten_mask
+    call, mask = launch.call, launch.call.atten_mask
     if mask is not None and mask.is_opaque:
         return Refusal("cover", "the distances in a mask of unknown cells are unknown")
     align = one.structure.align if not isinstance(one.structure, PerKey) else "bottom_right"
-    for block, region in zip(form.blocks, call.regions(None), strict=True):
+    for block, region in zip(launch.blocks, call.regions(None), strict=True):
         if not _at_distances(request, align, bands, block, region):
             if isinstance(one.structure, Linear):
                 reason = f"{call} has cells on the side that its channels have the wrong sign for"

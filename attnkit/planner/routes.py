@@ -40,8 +40,7 @@ from itertools import accumulate, pairwise, product
 import torch
 
 from attnkit.errors import Refusal
-from attnkit.planner.candidates import Zone
-from attnkit.planner.matrices import matrices
+from attnkit.planner.calls import Zone
 from attnkit.planner.request import Request
 from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
 from attnkit.pse.structure import origin, sum_of_steps
@@ -328,7 +327,7 @@ def _anchored(request: Request, one: Channels) -> Channels:
 
 def distances_of(request: Request, align: Align) -> tuple[int, int]:
     """Return the smallest and largest distance ``j - i'`` of an allowed cell; (0, 0) for none."""
-    known, ends = matrices(request), []
+    known, ends = request.matrices, []
     for plane in known.planes:
         pairs = {(e.outer, sizes) for e, sizes in zip(plane, request.sequences, strict=True)}
         for region, sizes in pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from attnkit.geometry import Region, Slice
-from attnkit.planner.blocks import diagonal_blocks
+from attnkit.planner.calls import diagonal_blocks
 
 __all__ = ["in_words"]
 

@@ -23,7 +23,6 @@ from attnkit.backends.tiled import TiledPlan
 from attnkit.backends.tiled.build import schedule
 from attnkit.errors import CompositionError
 from attnkit.planner import lower
-from attnkit.planner.matrices import matrices
 
 WINDOW = masks.Causal() & masks.SlidingWindow(9)
 
@@ -167,7 +166,7 @@ def test_a_graph_and_its_plan_die_with_what_it_is_guarded_on() -> None:
     seen = weakref.ref(window)
     del window, inside, layer, call
     torch.compiler.reset()
-    for cache in (make_plan, matrices, lower, schedule):  # each keeps a few, whoever made them
+    for cache in (make_plan, lower, schedule):  # each keeps a few, whoever made them
         cache.cache_clear()
     gc.collect()
     assert seen() is None

@@ -9,7 +9,7 @@ from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.suite import make_case_plan
 from attnkit.doctor.timing import make_timing_cases
-from attnkit.planner.plan import Solution
+from attnkit.planner.calls import Solution
 from attnkit.planner.price import chip
 
 WEIGHTS = {

@@ -48,8 +48,8 @@ def test_every_mode_bias_layout_and_way_to_merge_is_covered():
     assert any(call.num_kv_heads < call.num_heads for call in calls)
     assert any(call.value_dim < call.head_dim for call in calls)
     merged = [plan for plan in plans if len(plan.steps) > 1]
-    assert any(plan.steps[0].form.heads is None for plan in merged)
-    assert any(plan.steps[0].form.heads is not None for plan in merged)
+    assert any(plan.steps[0].heads is None for plan in merged)
+    assert any(plan.steps[0].heads is not None for plan in merged)
     assert any(plan.request.dropout for plan in merged)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate, product
 from math import inf, prod
@@ -33,16 +33,12 @@ from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec, expressing_versions
 from attnkit.planner import Composition, Request, read_request
-from attnkit.planner.blocks import Block
-from attnkit.planner.candidates import Form
-from attnkit.planner.decompose import Part
-from attnkit.planner.lower import _launch
-from attnkit.planner.plan import Launch, Solution
+from attnkit.planner.calls import Block, Launch, Solution
 from attnkit.planner.price import Chip, price_call
 
 DIM = 8
 DTYPE = torch.float32
-# What `planner.lower` says surrounds a call of several; `built` checks that it still does.
+# What `planner.calls` says surrounds a call of several; `built` checks that it still does.
 MERGE_LAUNCHES = 6
 MERGE_BYTES = DTYPE.itemsize + 2 * 4
 
@@ -449,12 +445,8 @@ class Search:
                 )
                 for s in trail
             )
-            if walk.merged:
-                part = Part(f"mode {window.mode}", call, blocks, targets, None, (0,))
-                launches.append(_launch(request, part))
-            else:
-                form = Form(window.layout, blocks, targets, packs=window.layout == "TND")
-                launches.append(Launch(f"mode {window.mode}", call, form))
+            launch = Launch(f"mode {window.mode}", call, blocks, targets, request.token_starts)
+            launches.append(replace(launch, kv_heads=(0,)).as_part() if walk.merged else launch)
         return Solution(tuple(launches))
 
 

@@ -17,6 +17,7 @@ from attnkit.backends import Operands, run_plan
 from attnkit.backends.ascend import Ascend
 from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
+from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, on_route
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, routes
@@ -170,12 +171,12 @@ def flipped(plan: Plan, k: int) -> Plan:
     """The plan with the signs of one call's channels turned, or turned back."""
     step = plan.steps[k]
     zone, turned = (
-        step.form.zone,
-        {t for s in plan.steps if s.form.zone for t in s.form.zone.turned},
+        step.zone,
+        {t for s in plan.steps if s.zone for t in s.zone.turned},
     )
     assert zone is not None
     zone = replace(zone, turned=tuple(turned - set(zone.turned)))
-    wrong = replace(step, form=replace(step.form, zone=zone))
+    wrong = replace(step, zone=zone)
     return replace(plan, steps=(*plan.steps[:k], wrong, *plan.steps[k + 1 :]))
 
 
@@ -205,7 +206,7 @@ def test_two_sides_at_every_small_size(q_len: int, kv_len: int, align: Any) -> N
             found = run_plan(plan, Operands(*leaves[:3], bias, leaves[3] if leaves[3:] else None))
             agree(gradients(found, [*leaves, *bias.tensors]), meant)
             for k in range(len(plan.steps)) if plan.route and plan.route.zones else ():
-                if all(block.sizes == (1, 1) for block in plan.steps[k].form.blocks):
+                if all(block.sizes == (1, 1) for block in plan.steps[k].blocks):
                     continue  # it may be the diagonal, where a bias of 0 has any sign
                 with pytest.raises(KernelContractError, match="wrong sign"):
                     flipped(plan, k).verify()
@@ -280,7 +281,7 @@ def test_more_pieces_than_a_call_has_sequences_are_several_calls(
     bias = pse.ALiBi(4, learnable=True)
     plan = planned(masks.BlockCausal(32), 4096, batch=32, pse=bias)
     plan.verify()
-    assert [len(step.form.blocks) for step in plan.steps] == [32, 2048, 2048]
+    assert [len(step.blocks) for step in plan.steps] == [32, 2048, 2048]
 
 
 def test_constant_slopes_on_both_sides_take_what_is_cheaper(planned: Callable[..., Plan]) -> None:
@@ -295,7 +296,7 @@ def test_constant_slopes_on_both_sides_take_what_is_cheaper(planned: Callable[..
     assert (call.pse_type, call.atten_mask.kind) == (2, "full")
     plan = planned(ends, 4224, pse=bias)  # beyond what a full mask is weighed up to
     assert plan.route is not None
-    assert any(step.form.zone and step.form.zone.turned for step in plan.steps)
+    assert any(step.zone and step.zone.turned for step in plan.steps)
     assert all("mode 1" in other.label for other in plan.alternatives)  # with a full mask
 
 
@@ -312,7 +313,7 @@ def plans_of(request: Request) -> list[Plan]:
     found = []
     for route in routes(request):
         if isinstance(route, Route):
-            option = on_route(request, route)
+            option = on_route(request, route, Search())
             if option.best is not None:
                 steps, in_order = option.best.launches, option.request
                 found.append(Plan("emulated", request, steps, in_order=in_order, route=route))
@@ -477,7 +478,7 @@ def test_raw_positions_in_bfloat16_would_lose_logits(own_errors: list[float]) ->
     assert good.route is not None
     raw = replace(good.route.channels[0], pieces=1, digits=1)
     route = Route(replace(good.route.request, head_dim=16 + 2), (raw,))
-    best = on_route(good.request, route).best
+    best = on_route(good.request, route, Search()).best
     assert best is not None
     bad = Plan("emulated", good.request, best.launches, route=route)
     assert low_errors(bias, bad)[0] > 50 * own_errors[0]
@@ -601,7 +602,7 @@ def refused(bias: pse.Pse, mask: masks.Mask, **rest: Any) -> dict[str, str]:
 
 def test_both_sides_of_a_mask_of_unknown_cells_are_refused() -> None:
     reasons = refused(alibi(), masks.Predicate(lambda b, h, i, j: (i * j) % 7 != 1))
-    assert "no region" in reasons["cut-region"]
+    assert "not a region" in reasons["cut-region"]
     assert "never writes" in reasons["pse-gradient"]
 
 
@@ -670,7 +671,7 @@ def test_routes_that_are_given_up_early_are_dearer(mask: masks.Mask, length: int
     ways = [way for way in routes(request) if isinstance(way, Route)]
     prices = [
         option.best.price.nanoseconds
-        for option in (on_route(request, way) for way in ways)
+        for option in (on_route(request, way, Search()) for way in ways)
         if option.best is not None
     ]
     assert lowering.best.price.nanoseconds == min(prices)
@@ -684,9 +685,9 @@ def test_a_wrong_route_is_found_out() -> None:
     request = request_of(bias, leaves, CAUSAL)
     (plan,) = [p for p in plans_of(request) if p.route and len(p.route.levels) == 1]
     first, *rest = plan.steps
-    zone = rest[0].form.zone
+    zone = rest[0].zone
     assert zone is not None
-    moved = (replace(rest[0], form=replace(rest[0].form, zone=replace(zone, row=1))), *rest[1:])
+    moved = (replace(rest[0], zone=replace(zone, row=1)), *rest[1:])
     with pytest.raises(KernelContractError, match="another step"):
         replace(plan, steps=(first, *moved)).verify()
     (linear,) = plans_of(request_of(alibi(), tensors(), CAUSAL))
@@ -694,9 +695,9 @@ def test_a_wrong_route_is_found_out() -> None:
     two_sided = replace(linear.request, mask=masks.Full())
     route = replace(linear.route, request=replace(linear.route.request, mask=masks.Full()))
     assert disprove_route(two_sided, route, []) is None  # no call has a wrong cell: there is none
-    (call,), (form,) = linear.calls, [step.form for step in linear.steps]
-    everything = replace(call, atten_mask=None, sparse_mode=0)
-    found = disprove_route(two_sided, route, [(everything, form)])
+    (step,) = linear.steps
+    everything = replace(step.call, atten_mask=None, sparse_mode=0)
+    found = disprove_route(two_sided, route, [replace(step, call=everything)])
     assert found is not None
     assert found.code == "other-sign"
     twice = replace(linear.route, channels=2 * linear.route.channels)

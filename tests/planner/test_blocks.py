@@ -6,7 +6,7 @@ import pytest
 
 from attnkit import masks
 from attnkit.geometry import Region, Slice
-from attnkit.planner.blocks import diagonal_blocks
+from attnkit.planner.calls import diagonal_blocks
 
 
 @pytest.mark.parametrize(

@@ -163,11 +163,14 @@ def test_a_region_mode_never_loses_to_a_full_mask(
 ) -> None:
     plan = planned(mask, q_len, layout=layout)
     options = [plan.steps, *(other.launches for other in plan.alternatives)]
-    if any(len(some) == 1 and not some[0].form.packs for some in map(without_full_mask, options)):
+    if any(
+        len(some) == 1 and not some[0].packs(plan.request)
+        for some in map(without_full_mask, options)
+    ):
         assert without_full_mask(plan.steps)
         assert "full-mask-not-needed" in {refusal.code for refusal in plan.refusals}
     else:  # the call packs blocks of the matrix, which start tiles of their own
-        assert all(step.form.packs for step in without_full_mask(plan.steps))
+        assert all(step.packs(plan.request) for step in without_full_mask(plan.steps))
     assert all(Solution(some).price.nanoseconds >= plan.price.nanoseconds for some in options)
 
 
@@ -280,7 +283,7 @@ def test_pieces_that_share_no_key_read_keys_where_they_are(planned: Planned) -> 
         assert {len(call.sequences) for call in plan.calls} == sequences
         for step in plan.steps:
             # Six launches merge a part; one more gathers its queries where they are several.
-            assert step.small_launches - 6 == (len(step.form.blocks) > 1)
+            assert step.small_launches - 6 == (len(step.blocks) > 1)
 
 
 @pytest.mark.usefixtures("no_full_masks")

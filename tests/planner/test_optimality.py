@@ -24,7 +24,8 @@ from attnkit import masks
 from attnkit.backends import make_plan
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec
-from attnkit.planner import decompose, lower, pieces, price, proof
+from attnkit.planner import Launch, cuts, decompose, lower, price, proof
+from attnkit.planner.calls import tile_whole
 from attnkit.planner.price import Chip, chip
 from tests.planner.bruteforce import DIM, Search, Sizes, bits, region_of, request_of
 
@@ -133,7 +134,7 @@ def weigh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Chip], None]]:
 
 
 def forget() -> None:
-    for cached in (make_plan, lower, decompose._all_cuts):
+    for cached in (make_plan, lower):
         cached.cache_clear()
 
 
@@ -169,7 +170,7 @@ def test_the_gap_to_parts_with_rows_of_no_key(weigh: Weigh) -> None:
 @pytest.mark.slow
 def test_the_gap_without_rectangles(weigh: Weigh, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cut into rectangles is for a few rows only; this is what larger regions do without."""
-    monkeypatch.setattr(pieces, "_FEW_RUNS", 0)
+    monkeypatch.setattr(cuts, "_FEW_RUNS", 0)
     weigh(SHIPPED)
     found = compare(compositions(), SHIPPED)
     assert (len(found.gaps), round(found.worst, 3)) == (93, 1.807)
@@ -196,11 +197,12 @@ def test_the_covers_are_legal_and_cost_what_the_search_says(weights: Chip, weigh
     search = Search((3, 3), weights)
     for cells in every_tiny_set()[3, 3]:
         solution = search.built(cells)
-        parts = [(launch.call, launch.form) for launch in solution.launches]
         request = request_of(cells, search.sizes)
-        assert proof.disprove_places(request, parts) is None
-        assert proof.disprove_cover(request, parts) is None
-        assert not any(call.violations(version="v3") for call, _ in parts)
+        assert proof.disprove_places(request, solution.launches) is None
+        assert proof.disprove_cover(request, solution.launches) is None
+        assert not any(
+            call.violations(version="v3") for call in (one.call for one in solution.launches)
+        )
         assert solution.price.nanoseconds == pytest.approx(search.least(cells), rel=1e-12)
 
 
@@ -250,7 +252,9 @@ def full_masks(cells: int, sizes: Sizes, weights: Chip) -> float:
         call = KernelCall(
             query, key, value, 1, "BSND", scale=plain.scale, atten_mask=mask, **zero, **way
         )
-        if proof.disprove(call, [target]) is None and not call.violations(version="v2"):
+        blocks, starts = tile_whole(1, [sizes]), plain.token_starts
+        launch = Launch("", call, blocks, (target,), starts)
+        if proof.disprove(plain, launch) is None and not call.violations(version="v2"):
             prices.append(price.price_call(call, weights=weights).nanoseconds)
     return min(prices)
 

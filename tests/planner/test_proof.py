@@ -19,10 +19,10 @@ from attnkit.planner import lower
 Planned = Callable[..., ak.Plan]
 
 
-def tampered(plan: ak.Plan, form: dict[str, Any] | None = None, **call: Any) -> ak.Plan:
+def tampered(plan: ak.Plan, other: dict[str, Any] | None = None, **call: Any) -> ak.Plan:
     """The plan with other call arguments, or another form."""
     (step,) = plan.steps
-    step = replace(step, call=replace(step.call, **call), form=replace(step.form, **(form or {})))
+    step = replace(step, call=replace(step.call, **call), **(other or {}))
     return replace(plan, steps=(step,))
 
 
@@ -102,7 +102,7 @@ def test_tiles_around_a_mask_of_unknown_cells_are_skipped(planned: Planned) -> N
 def test_blocks_that_are_missing_swapped_or_overlap_are_caught(planned: Planned) -> None:
     plan = planned(masks.Documents([16, 16, 32]), 64)
     (step,) = plan.steps
-    first, second, third = step.form.blocks
+    first, second, third = step.blocks
     for blocks in (
         (first, second),
         (second, first, third),
@@ -135,7 +135,7 @@ def test_without_the_proof_the_planner_would_be_wrong(monkeypatch: pytest.Monkey
     caches = (make_plan, lower)
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.setattr(lowering, "disprove", lambda *given: None)
+    monkeypatch.setattr(lowering, "reasons_against", lambda *given: [])
     try:
         with pytest.raises(ak.KernelContractError, match="does not compute"):
             ak.attention(x, x, x, mask=masks.SlidingWindow(3), backend="emulated")

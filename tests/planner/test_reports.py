@@ -11,7 +11,6 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.planner import Plan
-from attnkit.planner.nearby import savings
 from tests.planner.test_tampering import a_bias, a_mask
 
 
@@ -35,7 +34,7 @@ def test_cut_masks_are_explained(mask: masks.Mask, backend: str) -> None:
     plan = plan_of(mask, 40, 30, backend)
     assert "proof" in plan.explain()
     assert plan.to_dict()["request"]
-    turned = [saving.change for saving in savings(plan.request) if "mask" in saving.change]
+    turned = [saving.change for saving in plan.savings if "mask" in saving.change]
     assert not any("Cut" in change for change in turned)
 
 

@@ -301,9 +301,9 @@ def test_every_field_of_many_plans(merging: bool, request: pytest.FixtureRequest
 SINK = masks.Causal() & (masks.SlidingWindow(4) | masks.Columns(0, 2))
 
 
-def one_step(plan: Plan, form: dict[str, Any] | None = None, **call: Any) -> Plan:
+def one_step(plan: Plan, other: dict[str, Any] | None = None, **call: Any) -> Plan:
     (step,) = plan.steps
-    step = replace(step, call=replace(step.call, **call), form=replace(step.form, **(form or {})))
+    step = replace(step, call=replace(step.call, **call), **(other or {}))
     return replace(plan, steps=(step,))
 
 
@@ -348,7 +348,7 @@ def test_a_part_leaves_no_row_without_a_key() -> None:
     """Its maximum there is a number like any other to the merge."""
     plan = plan_of(SINK)
     first, *rest = plan.steps
-    assert first.form.partial
+    assert first.partial
     assert not first.call.inner_precise
     step = replace(first, call=replace(first.call, inner_precise=2))
     assert caught(replace(plan, steps=(step, *rest))) == "mean-of-values"

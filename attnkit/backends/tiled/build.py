@@ -22,7 +22,6 @@ from attnkit.backends.unseen import seen_spans
 from attnkit.geometry import Region, Strip
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
-from attnkit.planner.matrices import matrices
 
 __all__ = ["schedule"]
 
@@ -90,7 +89,7 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         causal=masks_before_scale(request.scale, torch.float32),
     )
     lanes: list[Lane] = []
-    for heads, plane in _equal_heads(matrices(request).planes, request.num_heads):
+    for heads, plane in _equal_heads(request.matrices.planes, request.num_heads):
         if request.seqlens is not None:
             lanes += _packed_lanes(request, plane, heads, policy, apart)
             continue

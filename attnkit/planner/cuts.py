@@ -1,4 +1,4 @@
-"""Cutting a region into pieces that the kernel's modes compute, in several ways.
+"""Cutting a region into slices that the kernel's modes compute, in several ways.
 
 Every closed slice is a band of its own bounding rectangle, so every slice is one sequence of
 a packed call in mode 4, and the finest cut always exists. Better cuts peel a whole band off
@@ -8,67 +8,14 @@ first (a window, a causal triangle), so that what remains is a few rectangles an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 from attnkit.geometry import Region, Slice, Strip
-from attnkit.planner.blocks import Block
 
-__all__ = ["Piece", "cuts"]
+__all__ = ["cuts"]
 
 _MOST_BANDS = 12
 _FEW_RUNS = 64
 _SHARE = 8  # a band below an eighth of the region is not worth a call of its own
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A slice of the score matrix of one batch element, as a sequence of a packed call.
-
-    In its own coordinates (rows and keys counted from its corner) it is the band
-    ``lo <= j - i <= hi``; None for an end that its rectangle does not feel.
-    """
-
-    batch: int
-    part: Slice
-
-    @property
-    def block(self) -> Block:
-        """Where its queries and keys are."""
-        part = self.part
-        return Block(self.batch, part.i0, part.i1, part.j0, part.j1)
-
-    @property
-    def rows(self) -> int:
-        """The number of queries."""
-        return self.part.i1 - self.part.i0
-
-    @property
-    def keys(self) -> int:
-        """The number of keys."""
-        return self.part.j1 - self.part.j0
-
-    @cached_property
-    def lo(self) -> int | None:
-        """The lower end of the band in its own coordinates."""
-        end = self.part.lo + self.part.i0 - self.part.j0
-        return end if end > 1 - self.rows else None
-
-    @cached_property
-    def hi(self) -> int | None:
-        """The upper end of the band in its own coordinates."""
-        end = self.part.hi + self.part.i0 - self.part.j0
-        return end if end < self.keys - 1 else None
-
-    @property
-    def target(self) -> Region:
-        """The region in its own coordinates."""
-        return _alone(self.part.shift(-self.part.i0, -self.part.j0))
-
-
-@lru_cache(maxsize=1024)  # the pieces of a packed batch are alike
-def _alone(part: Slice) -> Region:
-    return Region.of(part)
 
 
 def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:

@@ -1,0 +1,320 @@
+"""`Launch`: one kernel call and where its rows and keys lie, from the search to execution.
+
+The search makes launches, the proof proves them, the price prices them, a plan holds them and
+a backend runs them. What follows from a launch (its cells, its price, the tokens it gathers) is
+kept on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any
+
+import torch
+
+from attnkit.geometry import Region
+from attnkit.kernel import KernelCall, TensorSpec
+from attnkit.planner.price import Price, heads_of, price_call
+from attnkit.planner.request import Request, state_of
+from attnkit.pse import Align
+
+__all__ = [
+    "Block",
+    "Launch",
+    "Solution",
+    "Tokens",
+    "Zone",
+    "bare_call",
+    "diagonal_blocks",
+    "tile_whole",
+]
+
+Ranges = tuple[tuple[int, int], ...]
+
+# The elementwise kernels that merge the rows of one part.
+_MERGE_LAUNCHES = 6
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of the score matrix of batch element (or packed sequence) `batch`."""
+
+    batch: int
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(q_len, kv_len)`` of the rectangle."""
+        return self.i1 - self.i0, self.j1 - self.j0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that the sequences of a call are, as ranges of the request's token axis.
+
+    >>> Tokens(((2, 5), (5, 5), (5, 7))).span, Tokens(((2, 5), (6, 7))).span
+    (slice(2, 7, None), None)
+    """
+
+    ranges: Ranges
+
+    @cached_property
+    def span(self) -> slice | None:
+        """Where the tokens lie if they follow each other, so that a view will do."""
+        filled = [one for one in self.ranges if one[0] < one[1]]
+        if any(a[1] != b[0] for a, b in pairwise(filled)):
+            return None
+        return slice(filled[0][0], filled[-1][1]) if filled else slice(0, 0)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[Tokens, Tokens], ...]:
+        """The sequences in layers in which no token occurs twice, and where the call has them."""
+        ends = list(accumulate((b - a for a, b in self.ranges), initial=0))
+        out: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
+        for (a, b), own in sorted(zip(self.ranges, pairwise(ends), strict=True)):
+            home = next((layer for layer in out if layer[0][-1][1] <= a), None)
+            if home is None:
+                out.append(home := ([], []))
+            home[0].append((a, b))
+            home[1].append(own)
+        return tuple((Tokens(tuple(there)), Tokens(tuple(own))) for there, own in out)
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Cells at some distances ``j - i'``, whose calls are given the same of a bias (`routes`).
+
+    `spans` are ``(align, first, last)``, and a cell's distance lies in each of them. In the
+    calls of a zone the query's dimensions in `turned`, ranges ``[start, stop)``, change sign,
+    and every score adds the row `row` of the bias's table, at the merge.
+    """
+
+    spans: tuple[tuple[Align, int, int], ...]
+    turned: tuple[tuple[int, int], ...] = ()
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call: what it is, where its sequences lie, which cells they are, what it costs.
+
+    Its sequences are `blocks` of the request's score matrices, whose queries and keys begin at
+    `starts` on the token axes, and it is to compute `targets`, a region of each block. A call that
+    is `partial` answers parts of rows, of some heads perhaps: tokens are gathered and outputs
+    merged around it. Any other answers whole rows, in the order of the request's tokens. `zone` is
+    what a bias that goes around the call asks of it. `copied_bytes` are moved around the call to
+    bring its tensors into order and back, by `small_launches` elementwise kernels.
+    """
+
+    label: str
+    call: KernelCall
+    blocks: tuple[Block, ...]
+    targets: tuple[Region, ...]
+    starts: tuple[tuple[int, ...], tuple[int, ...]]
+    partial: bool = False
+    heads: tuple[int, ...] | None = None
+    """The query heads of the call, where it does not have all of them, and its key heads."""
+    kv_heads: tuple[int, ...] | None = None
+    zone: Zone | None = None
+    copied_bytes: int = 0
+    small_launches: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
+    def packs(self, request: Request) -> bool:
+        """Whether tensors are packed around the call, whose layout is not the request's."""
+        return not self.partial and self.call.input_layout != request.layout
+
+    @cached_property
+    def queries(self) -> Tokens:
+        """The query tokens of the call."""
+        starts = self.starts[0]
+        return Tokens(tuple((starts[k.batch] + k.i0, starts[k.batch] + k.i1) for k in self.blocks))
+
+    @cached_property
+    def keys(self) -> Tokens:
+        """The key tokens of the call."""
+        starts = self.starts[1]
+        return Tokens(tuple((starts[k.batch] + k.j0, starts[k.batch] + k.j1) for k in self.blocks))
+
+    @cached_property
+    def distinct(self) -> frozenset[tuple[tuple[int, int], Region]]:
+        """The different ``((q_len, kv_len), target)`` pairs of the blocks."""
+        return frozenset(zip((block.sizes for block in self.blocks), self.targets, strict=True))
+
+    @cached_property
+    def has_empty_rows(self) -> bool:
+        """Whether some row of a block with keys allows none of them."""
+        return any(kv_len > 0 and t.empty_rows(q_len) for (q_len, kv_len), t in self.distinct)
+
+    @cached_property
+    def computed(self) -> tuple[tuple[Region, ...], ...]:
+        """What the call computes in each block: for each head, or once where heads are alike."""
+        visited, planes = self.call.visited(), map(self.call.regions, heads_of(self.call))
+        if visited is None:
+            return tuple(planes)
+        return tuple(
+            tuple(region & box for region, box in zip(plane, visited, strict=True))
+            for plane in planes
+        )
+
+    @cached_property
+    def price(self) -> Price:
+        """What the call costs; counted when somebody asks, for a packed batch is many regions."""
+        return price_call(self.call, self.copied_bytes, self.small_launches)
+
+    def as_part(self) -> Launch:
+        """Return the launch as one of several, with what is gathered and merged around it."""
+        gathered = [] if self.queries.span else [self.call.query]
+        gathered += [] if self.keys.span else [self.call.key, self.call.value]
+        # Gathered tokens are read and written; every part's rows are merged in float32.
+        copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
+        copied += (self.call.dtype.itemsize + 2 * 4) * prod(self.call.output.shape)
+        around = len(gathered) + _MERGE_LAUNCHES
+        return replace(self, partial=True, copied_bytes=copied, small_launches=around)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Kernel calls that compute a request together: one, or several whose outputs merge."""
+
+    launches: tuple[Launch, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
+    @property
+    def label(self) -> str:
+        """The calls' names, equal ones counted."""
+        counts = Counter(launch.label for launch in self.launches)
+        return " + ".join(f"{n} x {label}" if n > 1 else label for label, n in counts.items())
+
+    @cached_property
+    def price(self) -> Price:
+        """The sum of the calls' prices; calls share one compressed mask."""
+        masks, prices = set(), []
+        for launch in self.launches:
+            price, mask = launch.price, launch.call.atten_mask
+            if mask in masks:
+                rest = price.peak_bytes - price.mask_bytes
+                price = replace(price, mask_bytes=0, peak_bytes=rest)
+            masks.add(mask)
+            prices.append(price)
+        return Price.total(prices)
+
+
+def bare_call(
+    request: Request,
+    layout: str,
+    blocks: Sequence[Block],
+    part: tuple[int, int] | None = None,
+    head_dim: int | None = None,
+) -> KernelCall:
+    """Return the call on some blocks that a request describes, but for its mask and its bias.
+
+    A call that is a `part` gathers the tokens of so many query and key heads; any other has all.
+    """
+    shapes, heads = request.shapes(layout), request.num_heads
+    rows, keys = zip(*(block.sizes for block in blocks), strict=True)
+    packed = layout == "TND"
+    if part is not None:
+        heads, kv_heads = part
+        tokens = [(sum(n),) if packed else (len(blocks), n[0]) for n in (rows, keys)]
+        dim = request.head_dim if head_dim is None else head_dim
+        shapes = (
+            (*tokens[0], heads, dim),
+            (*tokens[1], kv_heads, dim),
+            (*tokens[1], kv_heads, request.value_dim),
+        )
+    wide = torch.float64 if request.dtype == torch.float64 else torch.float32
+    sink = TensorSpec((heads,), wide) if request.sink and part is None else None
+    query, key, value = (TensorSpec(shape, request.dtype) for shape in shapes)
+    return KernelCall(
+        query,
+        key,
+        value,
+        head_num=heads,
+        input_layout=layout,
+        scale=request.scale,
+        keep_prob=1.0 - request.dropout,
+        actual_seq_qlen=tuple(accumulate(rows)) if packed else None,
+        actual_seq_kvlen=tuple(accumulate(keys)) if packed else None,
+        sink=sink,
+    )
+
+
+def tile_whole(batch: int, sequences: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
+    """Return one block per score matrix, each covering all of it."""
+    return tuple(Block(b, 0, q, 0, kv) for b, (q, kv) in zip(range(batch), sequences, strict=True))
+
+
+def diagonal_blocks(region: Region, q_len: int, kv_len: int, batch: int) -> tuple[Block, ...]:
+    """Split a region into the finest chain of blocks down the diagonal that holds all of it.
+
+    Rows and keys are covered without gaps and in order, as one packed call needs: rows that
+    allow nothing get a block without keys, keys that nobody sees one without rows.
+
+    >>> from attnkit import masks
+    >>> packed = masks.Documents([2, 3]).region(5, 5)
+    >>> [block.sizes for block in diagonal_blocks(packed, 5, 5, 0)]
+    [(2, 2), (3, 3)]
+    """
+    out = []
+    row = key = 0
+    for i0, i1, j0, j1 in _components(region):
+        if i0 > row:
+            out.append(Block(batch, row, i0, key, key))
+        if j0 > key:
+            out.append(Block(batch, i0, i0, key, j0))
+        out.append(Block(batch, i0, i1, j0, j1))
+        row, key = i1, j1
+    if row < q_len:
+        out.append(Block(batch, row, q_len, key, key))
+    if key < kv_len:
+        out.append(Block(batch, q_len, q_len, key, kv_len))
+    return tuple(out)
+
+
+def _components(region: Region) -> list[tuple[int, int, int, int]]:
+    """Return bounding rectangles of strips, joined until no two share a key or fall back.
+
+    A strip one key wide down the diagonal may have taken in the first row of the block below
+    it (a document of one token above a causal one), so its last row is tried apart.
+    """
+    chain: list[tuple[int, int, int, int]] = []
+    apart: set[tuple[int, int, int, int]] = set()
+    for i0, i1, runs in region.rows():
+        diagonal = len(runs) == 1 and runs[0] == (runs[0][0], 1, runs[0][0] + 1, 1)
+        cut = i1 - 1 if diagonal and i1 - i0 > 1 else i0
+        if cut > i0:
+            _append(chain, (i0, cut, runs[0][0], runs[0][0] + cut - i0))
+            key = runs[0][0] + cut - i0
+            tail = (cut, i1, key, key + 1)
+            _append(chain, tail)
+            if chain[-1] == tail:
+                apart.add(tail)
+            continue
+        ends = (runs[0][0], runs[-1][2] + runs[-1][3] * (i1 - i0 - 1))
+        _append(chain, (i0, i1, *ends))
+    for k in range(len(chain) - 1, 0, -1):
+        if chain[k] in apart:
+            tail, before = chain.pop(k), chain[k - 1]
+            chain[k - 1] = (before[0], tail[1], before[2], tail[3])
+    return chain
+
+
+def _append(chain: list[tuple[int, int, int, int]], one: tuple[int, int, int, int]) -> None:
+    i0, i1, j0, j1 = one
+    while chain and chain[-1][3] > j0:
+        before = chain.pop()
+        i0, j0, j1 = before[0], min(before[2], j0), max(before[3], j1)
+    chain.append((i0, i1, j0, j1))
