@@ -7,7 +7,6 @@ keys are all seen by someone pay nothing for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -18,39 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit.backends.base import Operands
 from attnkit.constants import constant
-from attnkit.geometry import Strip
 from attnkit.planner import Request
+from attnkit.planner.matrices import seen_spans
 
 __all__ = ["cleared", "seen_spans", "unseen_keys", "without_unseen"]
 
 
-def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
-    """Return the keys that some row sees, as maximal ranges in order.
-
-    >>> from attnkit.masks import Causal
-    >>> seen_spans(Causal(align="top_left").region(2, 4).strips)
-    [(0, 2)]
-    """
-    # The runs of a strip overlap from row to row: each leaves one range behind.
-    runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
-    spans: list[tuple[int, int]] = []
-    for a, b in runs:
-        if spans and a <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
-        else:
-            spans.append((a, b))
-    return spans
-
-
-@constant
 def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     """Return True where no query may see a key, ``[1 | b, 1 | n, kv_len, 1]`` (packed: b is 1).
 
     `n` counts key heads: one is unseen where none of the query heads that share it sees it.
     None where every key is seen.
     """
-    if not request.batch:
-        return None
+    return None if request.sees_all_keys else _unseen_keys(request, device)
+
+
+@constant
+def _unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     heads = _groups(request) if (request.mask.heads or 1) > 1 else [range(1)]
     alike = request.seqlens is None and request.mask.batches is None
     places = [[(b, own) for own in heads] for b in range(1 if alike else request.batch)]

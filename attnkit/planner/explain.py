@@ -8,24 +8,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attnkit.errors import Refusal
+from attnkit.geometry import Region
 from attnkit.kernel import KernelCall
 from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
+from attnkit.masks import naming
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.calls import Launch, Solution
+from attnkit.planner.calls import Launch, Solution, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route
-from attnkit.planner.words import in_words
 
 __all__ = ["as_data", "explain"]
 
 WIDTH = 80
 _LABEL = 12
 _MOST_REASONS = 8
+_NAMED_SLICES = 2  # regions of more are searched for a name too long
 
 
 def explain(plan: Plan) -> str:
@@ -142,14 +144,34 @@ def _understood(request: Request) -> str:
     if known.per_head:
         return f"{len(known.planes)} heads with regions of their own"
     regions = list(zip(known.regions(), request.sequences, strict=True))
-    kinds = Counter(in_words(r, *sizes) for r, sizes in regions if sizes[0] and sizes[1])
+    kinds: Counter[str] = Counter()
+    for (region, sizes), count in Counter(pair for pair in regions if all(pair[1])).items():
+        kinds[_named(region, *sizes)] += count
     names = " or ".join(kind for kind, _ in kinds.most_common(3)) + " or more" * (len(kinds) > 3)
+    names = "" if names == str(request.mask) else f"{names}; "
     cells = sum(region.area for region, _ in regions)
     whole = sum(q * kv for q, kv in request.sequences)
     empty = sum(b - a for r, (q_len, _) in regions for a, b in r.empty_rows(q_len))
     share = f"{100 * cells / whole:.1f} %" if whole else "none"
     rows = f"{empty:,} rows see no key and give 0" if empty else "every row sees a key"
-    return f"{names}; {cells:,} of {whole:,} cells ({share}); {rows}"
+    return f"{names}{cells:,} of {whole:,} cells ({share}); {rows}"
+
+
+def _named(region: Region, q_len: int, kv_len: int) -> str:
+    """Say what a region is: by its name if that is soon found, or by its diagonal blocks."""
+    if len(region.slices) <= _NAMED_SLICES:
+        found = naming.name((region,), q_len, kv_len)
+        if found is not None:
+            return str(found)
+    cells = [k for k in diagonal_blocks(region, q_len, kv_len, 0) if all(k.sizes)]
+    if len(cells) < 2:
+        return f"{len(region.slices)} slices"
+    kinds: dict[str, None] = {}
+    for part in {(region.cut((k.i0, k.i1), (k.j0, k.j1)), k.sizes): None for k in cells}:
+        kinds[_named(part[0], *part[1])] = None
+        if len(kinds) > 2:
+            return f"{len(cells)} diagonal blocks"
+    return f"{len(cells)} diagonal blocks, each {' or '.join(kinds)}"
 
 
 def _solution_lines(best: Solution, plan: Plan, others: tuple[Solution, ...]) -> list[str]:

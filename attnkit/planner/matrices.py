@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from attnkit.geometry import Region
+from attnkit.geometry import Region, Strip
 from attnkit.masks import Enclosure, Mask
 
-__all__ = ["Matrices"]
+__all__ = ["Matrices", "seen_spans"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,21 @@ class Matrices:
             tuple(one(b, head) for b in range(len(sequences))) for head in range(mask.heads or 1)
         ]
         return cls(tuple(planes[:1] if all(plane == planes[0] for plane in planes) else planes))
+
+
+def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
+    """Return the keys that some row sees, as maximal ranges in order.
+
+    >>> from attnkit.masks import Causal
+    >>> seen_spans(Causal(align="top_left").region(2, 4).strips)
+    [(0, 2)]
+    """
+    # The runs of a strip overlap from row to row: each leaves one range behind.
+    runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
+    spans: list[tuple[int, int]] = []
+    for a, b in runs:
+        if spans and a <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
+        else:
+            spans.append((a, b))
+    return spans

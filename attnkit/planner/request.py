@@ -21,7 +21,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
-from attnkit.planner.matrices import Matrices
+from attnkit.planner.matrices import Matrices, seen_spans
 from attnkit.pse import Align, Cells, Linear, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
@@ -172,6 +172,17 @@ class Request:
     def matrices(self) -> Matrices:
         """The score matrices as regions: what the mask allows of each."""
         return Matrices.of(self.mask, self.sequences)
+
+    @cached_property
+    def sees_all_keys(self) -> bool:
+        """Whether regions alone tell that some query sees each key, in every score matrix."""
+        lengths = [kv_len for _, kv_len in self.sequences]
+        pairs = {p for plane in self.matrices.planes for p in zip(plane, lengths, strict=True)}
+        return all(
+            known.exact and seen_spans(known.outer.strips) == [(0, kv_len)]
+            for known, kv_len in pairs
+            if kv_len or not known.exact
+        )
 
     def shapes(self, layout: str | None = None) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of query, key and value in a layout: by default the request's."""

@@ -35,6 +35,8 @@ def plan_of(mask: masks.Mask, bias: pse.Pse | None = None, length: int = 64) -> 
     plan = ak.plan(x, x, x, mask=mask, pse=bias, backend="emulated")
     hash(plan)  # what is cached must not travel
     assert plan.price
+    assert plan.savings is plan.savings  # neighbours are planned once
+    assert all(step.queries.layers for step in plan.steps)
     return plan
 
 
@@ -55,6 +57,8 @@ def test_a_plan_is_equal_to_its_copies(name: str) -> None:
         assert twin == plan
         assert hash(twin) == hash(plan)
         assert "_hash" in vars(twin)
+        for step in pickle.loads(pickle.dumps(plan)).steps:  # nor what a run has laid out
+            assert vars(step) == step.__getstate__()
     assert "_hash" not in plan.__getstate__()
 
 

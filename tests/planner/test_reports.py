@@ -10,7 +10,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.planner import Plan
+from attnkit.planner import Plan, lower
 from tests.planner.test_tampering import a_bias, a_mask
 
 
@@ -86,6 +86,46 @@ def test_a_report_prints_no_proof_that_fails() -> None:
     wrong = replace(plan, steps=(replace(step, call=replace(step.call, pre_tokens=3)),))
     assert "proof       the call's set equals the mask's" in plan.explain()
     assert "proof       NONE: batch element 0, head 0: the calls cover" in wrong.explain()
+
+
+def test_a_report_names_what_a_mask_is() -> None:
+    for mask, told in (
+        (masks.Causal() & masks.SlidingWindow(3), "SlidingWindow(3): SlidingWindow(3); 33"),
+        (masks.SlidingWindow(3), "mask SlidingWindow(3): 33 of 144 cells"),
+        (masks.Chunked(4) & masks.Causal(), "3 diagonal blocks, each Causal(); 30 of 144"),
+        (masks.Chunked(4), "Chunked(4): 3 diagonal blocks, each Full(); 48 of 144"),
+        (masks.Dense.keep(torch.eye(12) > 0), "SlidingWindow(1); 12 of 144"),
+    ):
+        report = " ".join(plan_of(mask, 12, 12, "emulated").explain().split())
+        assert told in report
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_layouts_in_packed_order_are_the_cheapest(
+    merging: bool, request: pytest.FixtureRequest
+) -> None:
+    """A report does not plan for other layouts there, and looks at the others elsewhere."""
+    if merging:
+        request.getfixturevalue("no_full_masks")
+    chance = random.Random(1)
+    torch.manual_seed(1)
+    for _ in range(12):
+        mask = a_mask(chance, 6, 6, 2, packed=False)
+        q = torch.empty(2, 6, 2, 8)
+        asked = ak.plan(q, q, q, mask=mask, backend="reference").request
+        prices = {
+            name: best.price.nanoseconds
+            for name in ("BSND", "BSH", "BNSD", "SBH")
+            if (best := lower(replace(asked, layout=name)).best) is not None
+        }
+        assert prices["BSND"] == prices["BSH"] == min(prices.values())
+        assert prices["BNSD"] == prices["SBH"]
+    q = torch.empty(1, 8, 4096, 64, device="meta")
+    packed = masks.Documents([64] * 64) & masks.Causal()
+    plan = ak.plan(q, q, q, mask=packed, layout="BNSD", backend="emulated")
+    assert [saving.change for saving in plan.savings[:3]] == [
+        f"layout {name}" for name in ("BSND", "BSH", "SBH")
+    ]
 
 
 # -- requests without a cell ---------------------------------------------------------------------
