@@ -21,7 +21,7 @@ from attnkit.kernel import Gradients, KernelCall
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
 from attnkit.planner import Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
-from attnkit.planner.price import price_plainly
+from attnkit.planner.price import time_of_definition
 
 __all__ = ["Ascend"]
 
@@ -67,9 +67,8 @@ class Ascend(Fused):
             lacks = lacking(request.softcap, request.bias)
             return reasons + [replace(reason, subject=self.name) for reason in lacks]
         reasons += super().refusals(request)
-        best = lower(request).best
-        if not reasons and best is not None:
-            told = (self._against(step, request.needs_grad) for step in best.launches)
+        if not reasons:
+            told = (self._against(step, request.needs_grad) for step in lower(request).steps)
             reasons += dict.fromkeys(reason for some in told for reason in some)
         return reasons
 
@@ -80,7 +79,7 @@ class Ascend(Fused):
         """
         if plan.route is None or plan.price is None:
             return None
-        ours, plainly = plan.price.nanoseconds, price_plainly(plan.request).nanoseconds
+        ours, plainly = plan.price.nanoseconds, time_of_definition(plan.request)
         if ours <= plainly:
             return None
         reason = (

@@ -45,12 +45,12 @@ class Fused(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
-        lowering, reasons = lower(request), untransformed(request, self.name)
-        if lowering.best is not None:
+        found, reasons = lower(request), untransformed(request, self.name)
+        if found.steps:
             return reasons
         return reasons + [
             Refusal(r.code, f"{r.subject}: {r.reason}" if r.subject else r.reason, self.name)
-            for r in lowering.refusals
+            for r in found.refusals
         ]
 
     def composition_refusals(self, composition: Composition) -> list[Refusal]:
@@ -61,17 +61,7 @@ class Fused(Backend):
 
     def plan(self, request: Request) -> Plan:
         """Return the cheapest proven call, its dearer rivals and what was refused."""
-        lowering = lower(request)
-        steps = lowering.best.launches if lowering.best is not None else ()
-        return Plan(
-            self.name,
-            request,
-            steps,
-            lowering.alternatives,
-            lowering.refusals,
-            in_order=lowering.request,
-            route=lowering.route,
-        )
+        return replace(lower(request), backend=self.name)
 
     @abstractmethod
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:

@@ -16,7 +16,7 @@ The way of one request:
 """
 
 from attnkit.planner.calls import Launch, Solution
-from attnkit.planner.lower import Lowering, lower
+from attnkit.planner.lower import lower
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Composition, Request, read_request
@@ -24,7 +24,6 @@ from attnkit.planner.request import Composition, Request, read_request
 __all__ = [
     "Composition",
     "Launch",
-    "Lowering",
     "Plan",
     "Price",
     "Request",

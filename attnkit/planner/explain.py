@@ -37,23 +37,14 @@ def explain(plan: Plan) -> str:
     for label, text in _request_lines(request):
         lines += _entry(label, text)
     lines += _list("passed over", plan.passed_over)
-    if plan.steps:
-        best = Solution(plan.steps)
-        lines += _solution_lines(best, plan, plan.alternatives)
+    calls = plan if plan.steps else lower(request)
+    if not plan.steps:
+        lines.append("on Ascend, the same composition is:")
+    if calls.steps:
+        lines += _solution_lines(calls)
         lines += _cheaper(plan)
-        lines += _list("refused", plan.refusals)
-        return "\n".join(lines)
-    lowering = lower(request)
-    lines.append("on Ascend, the same composition is:")
-    if lowering.best is None:
-        lines += _list("refused", lowering.refusals)
-    else:
-        best, others = lowering.best, lowering.alternatives
-        calls = Plan(
-            plan.backend, request, best.launches, in_order=lowering.request, route=lowering.route
-        )
-        lines += _solution_lines(best, calls, others)
-        lines += _cheaper(plan)
+    if plan.steps or not calls.steps:
+        lines += _list("refused", calls.refusals)
     return "\n".join(lines)
 
 
@@ -84,7 +75,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
     return {
         "backend": plan.backend,
         "request": dict(_request_lines(request)),
-        "plan": solution(Solution(plan.steps)) if plan.steps else None,
+        "plan": solution(plan.solution) if plan.steps else None,
         "route": None if plan.route is None else str(plan.route),
         "alternatives": [
             {"label": other.label, "price": other.price.to_dict()} for other in plan.alternatives
@@ -174,9 +165,9 @@ def _named(region: Region, q_len: int, kv_len: int) -> str:
     return f"{len(cells)} diagonal blocks, each {' or '.join(kinds)}"
 
 
-def _solution_lines(best: Solution, plan: Plan, others: tuple[Solution, ...]) -> list[str]:
+def _solution_lines(plan: Plan) -> list[str]:
     lines: list[str] = []
-    request = plan.request
+    request, best, others = plan.request, plan.solution, plan.alternatives
     several = len(best.launches) > 1
     for k, launch in enumerate(best.launches, start=1):
         given = launch.call.non_default_arguments()

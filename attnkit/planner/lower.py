@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, reduce
 from itertools import islice
 from math import inf, prod
@@ -16,13 +16,14 @@ from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Solution, Zone
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
+from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route, in_parts, routes
 
-__all__ = ["MOST_MASK_CELLS", "Lowering", "lower", "on_route", "search_for"]
+__all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
 
 MOST_MASK_CELLS = 2**24
 """Entries up to which a mask of one entry per cell is weighed like any other plan.
@@ -35,26 +36,16 @@ in every step, and is taken only where nothing else computes the request.
 _CHANNEL_LAUNCHES = 8
 
 
-@dataclass(frozen=True)
-class Lowering:
-    """The cheapest proven calls, the dearer ones, and why the others were dropped."""
-
-    best: Solution | None
-    alternatives: tuple[Solution, ...]
-    refusals: tuple[Refusal, ...]
-    request: Request | None = None
-    """What the calls compute, where positions are sorted before them and put back after."""
-    route: Route | None = None
-    """How biases reach the calls that cannot reach them as biases."""
-
-
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
-def lower(request: Request) -> Lowering:
-    """Return how the fused kernel computes a request; a pure function, cached on the record."""
+def lower(request: Request) -> Plan:
+    """Return how the fused kernel computes a request, as a plan that no backend has taken yet.
+
+    A pure function, cached on the record. Without steps, the refusals say why there are none.
+    """
     return search_for(request, Search())
 
 
-def search_for(request: Request, search: Search) -> Lowering:
+def search_for(request: Request, search: Search) -> Plan:
     """Return how the fused kernel computes a request, given what was found for others like it.
 
     One call without a mask of one entry per cell is looked for first, then several such calls
@@ -63,21 +54,21 @@ def search_for(request: Request, search: Search) -> Lowering:
     """
     lacks = lacking(request.softcap, request.bias)
     if lacks:
-        return Lowering(None, (), tuple(lacks))
+        return Plan("", request, refusals=tuple(lacks))
     if not request.batch:
         reason = "the kernel needs at least one batch element"
-        return Lowering(None, (), (Refusal("empty-batch", reason, "any mode"),))
+        return Plan("", request, refusals=(Refusal("empty-batch", reason, "any mode"),))
     if any(term.low_rank for term in request.bias):
         return _cheapest_way(request, search)
     return _as_given(request, search)
 
 
-def _as_given(request: Request, search: Search) -> Lowering:
+def _as_given(request: Request, search: Search) -> Plan:
     """Return how the kernel computes a request whose biases reach it as biases."""
     if not request.matrices.exact:
         in_order = resort(request)
         if in_order is not None:
-            return replace(search_for(in_order, search), request=in_order)
+            return replace(search_for(in_order, search), request=request, in_order=in_order)
     refusals: list[Refusal] = []
     bare_calls = tuple(whole_calls(request))
     found: list[Solution] = []
@@ -91,13 +82,17 @@ def _as_given(request: Request, search: Search) -> Lowering:
         reason = "calls without a mask of one entry per cell compute the same"
         refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
     else:
-        prices = [solution.price for solution in found]
-        best = min(prices, key=lambda price: price.nanoseconds, default=None)
+        rival = min(
+            (solution.price for solution in found),
+            key=lambda price: price.nanoseconds,
+            default=None,
+        )
         for bare in bare_calls:
-            found += _with_full_mask(request, bare, refusals, best)
+            found += _with_full_mask(request, bare, refusals, rival)
     if len(found) > 1:  # a sort asks for the price of a single one, too
         found.sort(key=_nanoseconds)
-    return Lowering(found[0] if found else None, tuple(found[1:]), tuple(refusals))
+    best = found[0].launches if found else ()
+    return Plan("", request, best, tuple(found[1:]), tuple(refusals))
 
 
 def _nanoseconds(solution: Solution) -> float:
@@ -209,11 +204,11 @@ def _proven(
             yield Solution((candidate,))
 
 
-def _cheapest_way(request: Request, search: Search) -> Lowering:
+def _cheapest_way(request: Request, search: Search) -> Plan:
     """Return the cheapest of the kernel's bias input, for what does not train, and the routes."""
     learnable = [term.text for term in request.bias if term.requires_grad]
     options = [] if learnable else [_as_given(request, search)]
-    if options and _is_plain(options[0].best):
+    if options and _is_plain(options[0].steps):
         return options[0]
     refusals: list[Refusal] = []
     if learnable:
@@ -225,36 +220,31 @@ def _cheapest_way(request: Request, search: Search) -> Lowering:
     # Few zones are few calls: what they cost bounds the others.
     some = (way for way in ways if isinstance(way, Route))
     for route in sorted(some, key=lambda route: len(route.zones)):
-        rivals = (o.best for o in options if o.best is not None and not _last_resort(o.best))
-        bound = min((best.price.nanoseconds for best in rivals), default=inf)
+        rivals = (o.solution for o in options if o.steps and not _last_resort(o.steps))
+        bound = min(map(_nanoseconds, rivals), default=inf)
         options.append(on_route(request, route, search, bound))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
-    known = [(option.best, option) for option in options if option.best is not None]
-    if not known:
-        return Lowering(None, (), tuple(refusals))
-    known.sort(key=lambda pair: (_last_resort(pair[0]), pair[0].price.nanoseconds))
-    best, option = known[0]
-    others = [other for other, _ in known[1:]]
-    others += [other for _, some in known for other in some.alternatives]
+    options = [option for option in options if option.steps]
+    if not options:
+        return Plan("", request, refusals=tuple(refusals))
+    options.sort(key=lambda option: (_last_resort(option.steps), _nanoseconds(option.solution)))
+    others = [option.solution for option in options[1:]]
+    others += [other for option in options for other in option.alternatives]
     others.sort(key=_nanoseconds)
-    return replace(option, best=best, alternatives=tuple(others), refusals=tuple(refusals))
+    return replace(options[0], alternatives=tuple(others), refusals=tuple(refusals))
 
 
-def _is_plain(best: Solution | None) -> bool:
-    """Whether a solution is one call without a full mask or a matrix: nothing beats that."""
-    if best is None or len(best.launches) > 1 or _has_full_mask(best):
+def _is_plain(steps: Sequence[Launch]) -> bool:
+    """Whether there is one call without a full mask or a matrix: nothing beats that."""
+    if len(steps) != 1 or _mask_cells(steps[0].call):
         return False
-    pse = best.launches[0].call.pse
+    pse = steps[0].call.pse
     return pse is None or len(pse.shape) < 4
 
 
-def _has_full_mask(solution: Solution) -> bool:
-    return any(_mask_cells(launch.call) for launch in solution.launches)
-
-
-def _last_resort(solution: Solution) -> bool:
-    """Whether a solution reads a full mask that is too large to be weighed."""
-    return any(_mask_cells(launch.call) > MOST_MASK_CELLS for launch in solution.launches)
+def _last_resort(steps: Sequence[Launch]) -> bool:
+    """Whether calls read a full mask that is too large to be weighed."""
+    return any(_mask_cells(launch.call) > MOST_MASK_CELLS for launch in steps)
 
 
 def _mask_cells(call: KernelCall) -> int:
@@ -263,27 +253,28 @@ def _mask_cells(call: KernelCall) -> int:
     return mask.cells if mask is not None and mask.kind == "full" else 0
 
 
-def on_route(request: Request, route: Route, search: Search, bound: float = inf) -> Lowering:
+def on_route(request: Request, route: Route, search: Search, bound: float = inf) -> Plan:
     """Return the calls that compute a request whose biases became channels and levels.
 
     Or none, where their zones cost more than `bound`, in nanoseconds.
     """
     # What a route leaves of the bias reaches the calls as a bias: another route would hide this.
-    by_zone = bool(route.zones)
-    option = (
-        _by_zone(request, route, search, bound) if by_zone else _as_given(route.request, search)
-    )
-    if option.best is None:
-        return option
-    if not option.best.launches:  # no distance is allowed at all, so zones differ in nothing
-        return on_route(request, replace(route, zones=()), search, bound)
-    if len(option.best.launches) > 1:
+    if not route.zones:
+        found = _as_given(route.request, search)
+    else:
+        in_order = None if route.request.matrices.exact else resort(route.request)
+        if not (in_order or route.request).matrices.allow_any:  # so zones differ in nothing
+            return on_route(request, replace(route, zones=()), search, bound)
+        found = _by_zone(request, route, in_order, search, bound)
+    if len(found.steps) > 1:
         parted = in_parts(request, route)
         if isinstance(parted, Refusal):
-            return replace(option, best=None, refusals=(*option.refusals, parted))
+            return replace(found, steps=(), refusals=(*found.refusals, parted))
         if parted != route:
             return on_route(request, parted, search, bound)
-    first, *rest = option.best.launches
+    if not found.steps:
+        return found
+    first, *rest = found.steps
     # Query and key are copied beside their channels, by a handful of elementwise kernels.
     cells = sum(prod(shape) for shape in route.request.shapes()[:2])
     first = replace(
@@ -292,15 +283,16 @@ def on_route(request: Request, route: Route, search: Search, bound: float = inf)
         copied_bytes=first.copied_bytes + 2 * request.dtype.itemsize * cells,
         small_launches=first.small_launches + _CHANNEL_LAUNCHES * len(route.channels),
     )
-    return replace(option, best=Solution((first, *rest)), route=route)
+    return replace(found, request=request, steps=(first, *rest), route=route)
 
 
-def _by_zone(request: Request, route: Route, search: Search, bound: float) -> Lowering:
+def _by_zone(
+    request: Request, route: Route, in_order: Request | None, search: Search, bound: float
+) -> Plan:
     """Return the cheapest calls of each zone, on sorted positions where those make it a region.
 
     Outputs merge for each group of heads, so heads are together in all zones or in none.
     """
-    in_order = None if route.request.matrices.exact else resort(route.request)
     groups = tuple(head_groups(in_order or route.request))
     launches: list[Launch] = []
     refusals: list[Refusal] = []
@@ -311,21 +303,22 @@ def _by_zone(request: Request, route: Route, search: Search, bound: float) -> Lo
                 f"the first {k} of {len(route.zones)} zones of distances cost {spent / 1e3:,.0f} "
                 f"us, all of another way {bound / 1e3:,.0f} us"
             )
-            return Lowering(None, (), (*refusals, Refusal("dearer", reason, str(route))))
+            refusals.append(Refusal("dearer", reason, str(route)))
+            return Plan("", request, refusals=tuple(refusals))
         bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
         inside = reduce(and_, bands, request.mask)
         part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
         part = part if in_order is None else resort(part) or part
-        if not any(known.outer for plane in part.matrices.planes for known in plane):
+        if not part.matrices.allow_any:
             continue
         found, reasons = _merged(part, search, groups)  # routes share most of their zones
         refusals += reasons
         best = min(found, key=_nanoseconds, default=None)
         if best is None:
-            return Lowering(None, (), tuple(refusals))
+            return Plan("", request, refusals=tuple(refusals))
         spent += best.price.nanoseconds
         launches += (_in_zone(launch, zone) for launch in best.launches)
-    return Lowering(Solution(tuple(launches)), (), tuple(refusals), in_order)
+    return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
 
 
 def _in_zone(launch: Launch, zone: Zone) -> Launch:

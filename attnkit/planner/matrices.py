@@ -30,6 +30,11 @@ class Matrices:
         """Whether heads differ."""
         return len(self.planes) > 1
 
+    @property
+    def allow_any(self) -> bool:
+        """Whether some cell may be allowed."""
+        return any(known.outer for plane in self.planes for known in set(plane))
+
     def regions(self, head: int = 0) -> tuple[Region, ...]:
         """Return the outer bounds: the regions themselves where the matrices are exact."""
         plane = self.planes[head if self.per_head else 0]

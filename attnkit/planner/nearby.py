@@ -8,11 +8,10 @@ from typing import Any
 
 from attnkit.errors import CompositionError
 from attnkit.masks import Mask
-from attnkit.planner.calls import Solution
 from attnkit.planner.candidates import is_in_order
 from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, search_for
-from attnkit.planner.price import chip
+from attnkit.planner.price import Price, chip
 from attnkit.planner.request import Request
 
 __all__ = ["Saving", "savings"]
@@ -38,25 +37,24 @@ def savings(request: Request) -> tuple[Saving, ...]:
     Tried are other layouts, equal lengths, lengths in whole tiles, and the other alignment of
     the masks: what an author can often choose. A change that alters the result says so.
     """
-    best = lower(request).best
-    if best is None:
+    base = _per_cell(lower(request).price)
+    if base is None:
         return ()
-    base, search, found = _per_cell(best), Search(), []
+    search, found = Search(), []
     for change, near in _nearby(request):
         try:
             near.mask.check(near.q_len, near.kv_len, near.batch, near.num_heads)
-            solution = search_for(near, search).best
+            cost = _per_cell(search_for(near, search).price)
         except CompositionError:
             continue
-        share = 1 - _per_cell(solution) / base if solution is not None and base else 0.0
+        share = 1 - cost / base if cost is not None and base else 0.0
         if share > _WORTH:
             found.append(Saving(change, share))
     return tuple(sorted(found, key=lambda saving: -saving.share))
 
 
-def _per_cell(solution: Solution) -> float:
-    price = solution.price
-    return price.nanoseconds / max(price.cells, 1)
+def _per_cell(price: Price | None) -> float | None:
+    return None if price is None else price.nanoseconds / max(price.cells, 1)
 
 
 def _nearby(request: Request) -> Iterator[tuple[str, Request]]:

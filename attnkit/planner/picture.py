@@ -29,10 +29,7 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     _check_index("batch", batch, request.batch)
     _check_index("head", head, request.num_heads)
     q_len, kv_len = request.sequences[batch]
-    launches = plan.steps
-    if not launches:
-        best = lower(request).best
-        launches = () if best is None else best.launches
+    launches = plan.steps or lower(request).steps
     known = request.matrices.regions(head)[batch]
     layers = [(_launch_region(launch, batch, head), launch.label) for launch in launches]
     layers = [(r, label) for r, label in layers if r] or [(known, "the mask")]

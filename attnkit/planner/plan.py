@@ -77,10 +77,15 @@ class Plan:
         """The kernel calls in order."""
         return tuple(step.call for step in self.steps)
 
+    @cached_property
+    def solution(self) -> Solution:
+        """The steps together."""
+        return Solution(self.steps)
+
     @property
     def price(self) -> Price | None:
         """What the plan costs; None where no kernel call is made."""
-        return Solution(self.steps).price if self.steps else None
+        return self.solution.price if self.steps else None
 
     @cached_property
     def inner(self) -> Plan:

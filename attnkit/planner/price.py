@@ -21,7 +21,7 @@ __all__ = [
     "heads_of",
     "least_with_full_mask",
     "price_call",
-    "price_plainly",
+    "time_of_definition",
 ]
 
 
@@ -38,6 +38,11 @@ class Chip:
     bytes_per_ns: float
     launch_ns: float
     small_launch_ns: float
+
+    def nanoseconds(self, flops: int, moved: int, launches: int = 1, small: int = 0) -> float:
+        """Return how long so much work takes, by estimate."""
+        around = launches * self.launch_ns + small * self.small_launch_ns
+        return flops / self.flops_per_ns + moved / self.bytes_per_ns + around
 
 
 _TABLE = json.loads(files("attnkit.planner").joinpath("chips.json").read_text("utf-8"))
@@ -126,25 +131,18 @@ def price_call(
         launches=1,
         small_launches=small_launches,
         peak_bytes=mask_bytes + bias_bytes + copy_bytes + out_bytes + stats_bytes,
-        nanoseconds=flops / weights.flops_per_ns
-        + moved / weights.bytes_per_ns
-        + weights.launch_ns
-        + small_launches * weights.small_launch_ns,
+        nanoseconds=weights.nanoseconds(flops, moved, 1, small_launches),
     )
 
 
-def least_with_full_mask(
-    request: Request, mask_cells: int, cells: int, weights: Chip | None = None
-) -> float:
+def least_with_full_mask(request: Request, mask_cells: int, cells: int) -> float:
     """Return what a call that reads a mask of so many entries costs at least, in nanoseconds.
 
     It computes and reads the allowed cells, and whoever plans need not look closer where that
     is dearer than what is known.
     """
-    weights = weights or chip()
     flops = 2 * cells * (request.head_dim + request.value_dim)
-    moved = mask_cells + cells
-    return flops / weights.flops_per_ns + moved / weights.bytes_per_ns + weights.launch_ns
+    return chip().nanoseconds(flops, mask_cells + cells)
 
 
 # What the definition does to a score matrix beside its two products: scale, bias, mask, maximum,
@@ -152,33 +150,15 @@ def least_with_full_mask(
 _PASSES = 8
 
 
-def price_plainly(request: Request, weights: Chip | None = None) -> Price:
-    """Price the definition itself on the chip: whole score matrices, one operator at a time.
+def time_of_definition(request: Request) -> float:
+    """Return what the definition itself costs on the chip, in nanoseconds.
 
-    A packed batch runs sequence by sequence.
+    It computes whole score matrices, one operator at a time, a packed batch by sequence.
     """
-    weights = weights or chip()
-    runs = request.sequences if request.seqlens is not None else request.sequences[:1]
+    runs = len(request.sequences) if request.seqlens is not None else 1
     cells = request.num_heads * sum(q_len * kv_len for q_len, kv_len in request.sequences)
     flops = 2 * cells * (request.head_dim + request.value_dim)
-    moved = 2 * _PASSES * 4 * cells
-    launches, small = 2 * len(runs), _PASSES * len(runs)
-    return Price(
-        cells=cells,
-        tile_cells=cells,
-        flops=flops,
-        mask_bytes=0,
-        mask_traffic=0,
-        bias_bytes=0,
-        copy_bytes=moved,
-        launches=launches,
-        small_launches=small,
-        peak_bytes=3 * 4 * cells,
-        nanoseconds=flops / weights.flops_per_ns
-        + moved / weights.bytes_per_ns
-        + launches * weights.launch_ns
-        + small * weights.small_launch_ns,
-    )
+    return chip().nanoseconds(flops, 2 * _PASSES * 4 * cells, 2 * runs, _PASSES * runs)
 
 
 def _matrices(

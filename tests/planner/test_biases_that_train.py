@@ -314,9 +314,8 @@ def plans_of(request: Request) -> list[Plan]:
     for route in routes(request):
         if isinstance(route, Route):
             option = on_route(request, route, Search())
-            if option.best is not None:
-                steps, in_order = option.best.launches, option.request
-                found.append(Plan("emulated", request, steps, in_order=in_order, route=route))
+            if option.steps:
+                found.append(replace(option, backend="emulated", route=route))
     return found
 
 
@@ -478,9 +477,7 @@ def test_raw_positions_in_bfloat16_would_lose_logits(own_errors: list[float]) ->
     assert good.route is not None
     raw = replace(good.route.channels[0], pieces=1, digits=1)
     route = Route(replace(good.route.request, head_dim=16 + 2), (raw,))
-    best = on_route(good.request, route, Search()).best
-    assert best is not None
-    bad = Plan("emulated", good.request, best.launches, route=route)
+    bad = replace(on_route(good.request, route, Search()), backend="emulated")
     assert low_errors(bias, bad)[0] > 50 * own_errors[0]
 
 
@@ -667,14 +664,14 @@ def test_routes_that_are_given_up_early_are_dearer(mask: masks.Mask, length: int
     bias = pse.T5Relative(HEADS, 32, 128, bidirectional=True)
     request = request_of(bias, tensors(length, length), mask)
     lowering = lower(request)
-    assert lowering.best is not None
+    assert lowering.price is not None
     ways = [way for way in routes(request) if isinstance(way, Route)]
     prices = [
-        option.best.price.nanoseconds
+        option.price.nanoseconds
         for option in (on_route(request, way, Search()) for way in ways)
-        if option.best is not None
+        if option.price is not None
     ]
-    assert lowering.best.price.nanoseconds == min(prices)
+    assert lowering.price.nanoseconds == min(prices)
     given_up = [reason for reason in lowering.refusals if reason.code == "dearer"]
     assert len(given_up) <= len(prices) - 1 - len(lowering.alternatives)
     assert given_up or mask != masks.Full()
