@@ -146,7 +146,7 @@ def pool_of(plans: list[Plan]) -> Pool:
         if isinstance(value, tuple):
             for item in value:
                 walk(item)
-        elif is_dataclass(value) and not isinstance(value, masks.Mask):
+        elif is_dataclass(value) and not isinstance(value, masks.Mask | type):
             for item in fields(value):
                 inside = getattr(value, item.name)
                 if inside not in found[type(value), item.name]:
