@@ -11,7 +11,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends.flex.scores import scores_of
+from attnkit.backends.flex.scores import score_function
 from attnkit.planner import Composition, read_request
 
 
@@ -100,7 +100,7 @@ def test_flex_takes_slopes_for_what_they_compute():
     ):
         bias = kind([0.5, 0.25])
         request = read_request(Composition(masks.Full(), bias, "BSND", None, 0.0, None), x, x, x)
-        scores = scores_of(request, bias, torch.device("cpu"))
+        scores = score_function(request, bias, torch.device("cpu"))
         assert scores.shape[0] == shape
         i, j = torch.tensor(1), torch.tensor(4)
         got = scores.fn(torch.tensor(0.0), torch.tensor(0), torch.tensor(1), i, j)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from einops import rearrange
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
-from attnkit.backends.flex import Flex
-from attnkit.backends.flex.backend import FlexPlan
+from attnkit.backends.flex import Flex, FlexPlan
 from attnkit.backends.form import form
 from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.rows import maxima
@@ -43,6 +42,11 @@ class CudaPlan(Plan):
 
     def __hash__(self) -> int:
         return super().__hash__()
+
+    @cached_property
+    def of_lse(self) -> FlexPlan:
+        """The plan of the pass that computes the log-sum-exp, which has no dropout."""
+        return FlexPlan(Flex.name, replace(self.request, dropout=0.0))
 
 
 class Cuda(Backend):
@@ -87,14 +91,12 @@ class Cuda(Backend):
             raise TypeError(f"the cuda backend runs its own plans, not a {type(plan).__name__}")
         if plan.flex is not None:
             return self._flex.run(plan.flex, operands)
-        output, request = _fused(plan, operands), plan.request
-        lse = partial(self._lse, request, operands)
-        return AttentionOutput(output, Stats(lse, partial(maxima, request, operands)))
+        stats = Stats(partial(self._lse, plan, operands), partial(maxima, plan.request, operands))
+        return AttentionOutput(_fused(plan, operands), stats)
 
-    def _lse(self, request: Request, operands: Operands) -> Tensor:
+    def _lse(self, plan: CudaPlan, operands: Operands) -> Tensor:
         """Compute the log-sum-exp after all."""
-        plain = replace(request, dropout=0.0)
-        reasons = self._flex.refusals(plain)
+        reasons = self._flex.refusals(plan.of_lse.request)
         if reasons:
             told = "; ".join(reason.reason for reason in reasons)
             raise BackendRefused(
@@ -102,7 +104,7 @@ class Cuda(Backend):
                 f"cannot run this: {told}; backend='reference' has one",
                 reasons,
             )
-        return self._flex.run(self._flex.plan(plain), operands).stats.lse
+        return self._flex.run(plan.of_lse, operands).stats.lse
 
 
 def _unfused(request: Request) -> Iterator[str]:

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.backends.flex.planes import planes_of_mask
+from attnkit.backends.flex.blocks import tables_of
 from attnkit.errors import CompositionError, CompositionTypeError
 
 FEATURES = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
@@ -36,7 +36,7 @@ def test_each_cell_is_what_flex_attention_gives(name):
     for i in range(6):
         alone = [bool(fn(0, 0, torch.tensor(i), torch.tensor(j))) for j in range(6)]
         assert right[i].tolist() == alone
-    (bits,) = planes_of_mask(masks.Predicate(fn), 6, 6).each
+    (bits,) = tables_of(masks.Predicate(fn), 6, 6).bits
     assert [[bool(row >> j & 1) for j in range(6)] for (row,) in bits.tolist()] == right.tolist()
     x = torch.randn(1, 6, 2, 8)
     outputs = [

@@ -1,32 +1,129 @@
-"""The flex backend: FlexAttention for whatever it can express."""
+"""The flex backend: FlexAttention for whatever it can express.
+
+Uncompiled, `flex_attention` builds the whole score matrix. Compiled, it is one fused kernel, and
+the first call of each kind takes seconds. torch keeps at most a few compiled forms of one
+function and then quietly runs it uncompiled, so every kind is a function of its own here, and
+`fullgraph` turns a form too many into an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
-from attnkit.backends.flex.blocks import block_mask_of
-from attnkit.backends.flex.kernel import Call, Kernel, compiled
-from attnkit.backends.flex.planes import planes_of_request
-from attnkit.backends.flex.scores import scores_of
-from attnkit.backends.flex.tables import mask_mod_of, tables_of
+from attnkit.backends.flex.blocks import Tables, request_tables
+from attnkit.backends.flex.scores import ScoreMod, score_function
 from attnkit.backends.form import form
 from attnkit.backends.rows import maxima
 from attnkit.backends.unseen import without_unseen
-from attnkit.constants import constant
-from attnkit.errors import BackendRefused, Refusal
+from attnkit.errors import BackendRefused, CompositionTypeError, Refusal
 from attnkit.planner import Plan, Request
 
-__all__ = ["Flex"]
+__all__ = ["Flex", "FlexCall", "FlexPlan"]
 
+# Older torch spells the request as a flag.
+_AUX: Any = getattr(flex, "AuxRequest", None)
 _SMALLEST_HEAD = 16
 _NO_LSE = "FlexAttention's CPU kernel does not return the log-sum-exp of its softmax"
+
+
+@dataclass(frozen=True)
+class FlexPlan(Plan):
+    """A plan with its block mask; a copy in another process makes it again."""
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    @cached_property
+    def tables(self) -> Tables:
+        """What the mask function reads, on the host."""
+        return request_tables(self.request)
+
+    @cached_property
+    def _masks(self) -> dict[torch.device, BlockMask]:
+        return {}
+
+    def mask(self, device: torch.device) -> BlockMask:
+        """Return the block mask, its tensors on a device; the plan keeps it."""
+        if device not in self._masks:
+            with torch.inference_mode(False):  # so that it serves training later on
+                self._masks[device] = self.tables.block_mask(device)
+        return self._masks[device]
+
+
+class FlexCall(NamedTuple):
+    """One call on ``[b n s d]`` tensors; calls of one `kind` share their code."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score_mod: ScoreMod | None
+    block_mask: BlockMask
+    scale: float
+    kind: tuple[Hashable, ...]
+
+
+Kernel = Callable[[FlexCall], tuple[Tensor, Tensor | None]]
+"""Output ``[b n s d]`` and log-sum-exp ``[b n s]``, natural log; None where there is none."""
+
+
+def _run_compiled(call: FlexCall) -> tuple[Tensor, Tensor | None]:
+    """Run a call compiled. The CPU's kernel returns no log-sum-exp.
+
+    On the CPU it is compiled for known lengths, since open ones give wrong code or none.
+    """
+    tensors = call[:3]
+    if call.query.device.type == "cpu":
+        forms: tuple[Hashable, ...] = tuple((t.shape, t.stride()) for t in tensors)
+        kind = (call.query.dtype, forms, *call.kind)
+        return _compile(_without_lse, kind, False)(*call[:6]), None
+    forms = tuple((t.shape[1], t.shape[3]) for t in tensors)
+    kind = (call.query.device, call.query.dtype, forms, *call.kind)
+    output, lse = _compile(_with_lse, kind, None)(*call[:6])
+    return output, lse
+
+
+def _without_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: ScoreMod | None,
+    block_mask: BlockMask,
+    scale: float,
+    **request: Any,
+) -> Any:
+    grouped = query.shape[1] != key.shape[1]
+    return flex_attention(query, key, value, score_mod, block_mask, scale, grouped, **request)
+
+
+def _with_lse(*call: Any) -> tuple[Tensor, Tensor]:
+    if _AUX is None:
+        output, lse = _without_lse(*call, return_lse=True)
+        return output, lse
+    output, aux = _without_lse(*call, return_aux=_AUX(lse=True))
+    return output, aux.lse
+
+
+@lru_cache(maxsize=128)
+def _compile(
+    function: Callable[..., Any], kind: tuple[Hashable, ...], dynamic: bool | None
+) -> Callable[..., Any]:
+    """Return a compiled function that no other kind shares: torch's limits are per code object."""
+
+    def attend(*call: Any) -> Any:
+        return function(*call)
+
+    attend.__code__ = attend.__code__.replace()
+    return torch.compile(attend, fullgraph=True, dynamic=dynamic)
 
 
 class Flex(Backend):
@@ -39,8 +136,9 @@ class Flex(Backend):
     """
 
     name = "flex"
+    plan_type = FlexPlan
 
-    def __init__(self, kernel: Kernel = compiled) -> None:
+    def __init__(self, kernel: Kernel = _run_compiled) -> None:
         self._kernel = kernel
 
     def refusals(self, request: Request) -> list[Refusal]:
@@ -48,85 +146,47 @@ class Flex(Backend):
         return [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
 
     def plan(self, request: Request) -> FlexPlan:
-        """Return the plan, its block mask made unless the tensors are only shapes."""
-        return FlexPlan(
-            self.name, request, mask=None if request.device == "meta" else made(request)
-        )
+        """Return the plan, its tables made unless the tensors are only shapes."""
+        plan = FlexPlan(self.name, request)
+        if request.device != "meta":
+            _ = plan.tables
+        return plan
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
-        """Attend by one call of FlexAttention."""
-        output, lse = self.attend(plan, operands)
-        return AttentionOutput(output, stats_of(plan.request, operands, lse))
+        """Attend by one call of FlexAttention; where it has no log-sum-exp, to look is refused."""
+        if not isinstance(plan, FlexPlan):
+            raise TypeError(f"the flex backend runs its own plans, not a {type(plan).__name__}")
+        request = plan.request
+        output, lse = self._attend(plan, operands)
+        if lse is not None and request.seqlens is not None:
+            lse = lse[0].transpose(0, 1)
+        peak = partial(maxima, request, operands)
+        return AttentionOutput(output, Stats(_refuse_lse if lse is None else lse, peak))
 
-    def attend(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, plan: FlexPlan, operands: Operands) -> tuple[Tensor, Tensor | None]:
         """Return the output in the request's layout, and the log-sum-exp ``[b n s]`` if known."""
+        if isinstance(operands.query, FakeTensor):
+            raise CompositionTypeError(
+                "FlexAttention runs compiled code, and a fake tensor has no memory to run it on; "
+                "for shapes alone ask for backend='reference'"
+            )
         request, layout, device = plan.request, form(plan.request.layout), operands.query.device
         counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-        given = (operands.query, operands.key, operands.value)
-        query, key, value = (layout.view(t, n) for t, n in zip(given, counts, strict=True))
+        tensors = (operands.query, operands.key, operands.value)
+        query, key, value = (layout.view(t, n) for t, n in zip(tensors, counts, strict=True))
         if not request.needs_grad:
             # FlexAttention asks whether a tensor could train, not whether it does now.
             query, key, value = query.detach(), key.detach(), value.detach()
         key, value = without_unseen(request, key, value)
-        mask = (plan.mask if isinstance(plan, FlexPlan) else None) or made(request)
         with torch.set_grad_enabled(request.needs_grad):
-            scores = scores_of(request, operands.pse, device)
-            kind = (request.layout, mask.shape, scores.shape, request.scale)
-            call = Call(query, key, value, scores.fn, mask.on(device), request.scale, kind)
+            scores = score_function(request, operands.pse, device)
+            kind = (request.layout, plan.tables.shape, scores.shape, request.scale)
+            mask = plan.mask(device)
+            call = FlexCall(query, key, value, scores.fn, mask, request.scale, kind)
             output, lse = self._kernel(call)
             if operands.sink is not None:
                 output, lse = _with_sink(output, lse, operands.sink)
         return layout.restore(output), lse
-
-
-class Made:
-    """A request's block mask, on the devices that asked for it."""
-
-    def __init__(self, request: Request) -> None:
-        planes = planes_of_request(request)
-        self._tables = tables_of(planes)
-        self._host = block_mask_of(planes, self._tables)
-        self._there: dict[torch.device, BlockMask] = {}
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """What decides the code of the mask function."""
-        return self._tables.shape
-
-    def on(self, device: torch.device) -> BlockMask:
-        """Return the block mask, its tensors on a device."""
-        if device.type == "cpu":
-            return self._host
-        if device not in self._there:
-            self._there[device] = self._host.to(device)
-            self._there[device].mask_mod = mask_mod_of(self._tables.to(device))
-        return self._there[device]
-
-
-@constant
-def made(request: Request) -> Made:
-    """Return a request's block mask, made once."""
-    return Made(request)
-
-
-@dataclass(frozen=True)
-class FlexPlan(Plan):
-    """A plan with its block mask, which a copy in another process makes again."""
-
-    mask: Made | None = field(default=None, compare=False, repr=False)
-
-    def __hash__(self) -> int:
-        return super().__hash__()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "mask": None}
-
-
-def stats_of(request: Request, operands: Operands, lse: Tensor | None) -> Stats:
-    """Return statistics with the log-sum-exp; where there is none, looking at it is refused."""
-    if lse is not None and request.seqlens is not None:
-        lse = lse[0].transpose(0, 1)
-    return Stats(_refuse_lse if lse is None else lse, partial(maxima, request, operands))
 
 
 def _with_sink(output: Tensor, lse: Tensor | None, sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +205,7 @@ def _refuse_lse() -> Tensor:
 
 def _refusals(request: Request) -> Iterator[tuple[str, str]]:
     """Yield (code, sentence) for all that FlexAttention cannot do."""
+    head = min(request.head_dim, request.value_dim)
     if request.device not in ("cpu", "cuda", "meta"):
         yield "flex-device", f"FlexAttention has no kernel for device {request.device!r}"
     if request.dtype == torch.float64:
@@ -156,34 +217,28 @@ def _refusals(request: Request) -> Iterator[tuple[str, str]]:
         )
     if not (request.batch and request.q_len and request.kv_len):
         yield "flex-empty", "FlexAttention takes no tensors without batch elements, queries or keys"
-    if request.seqlens is not None:
-        opaque = [t.text for t in request.bias if not t.by_distance]
-        if opaque:
-            yield (
-                "flex-packed-bias",
-                f"{' + '.join(opaque)} is a tensor for one sequence's score matrix, and a packed "
-                "batch runs as one long sequence; biases that follow from distances alone "
-                "(ALiBi, T5Relative) are known there",
-            )
-    if request.device == "cpu":
-        yield from _cpu_refusals(request)
-    if request.device == "cuda" and min(request.head_dim, request.value_dim) < _SMALLEST_HEAD:
+    opaque = [term.text for term in request.bias if not term.by_distance]
+    if request.seqlens is not None and opaque:
         yield (
-            "flex-head-dim",
-            f"FlexAttention's CUDA kernel takes heads of {_SMALLEST_HEAD} dimensions and more, "
-            f"not {min(request.head_dim, request.value_dim)}",
+            "flex-packed-bias",
+            f"{' + '.join(opaque)} is a tensor for one sequence's score matrix, and a packed "
+            "batch runs as one long sequence; biases that follow from distances alone "
+            "(ALiBi, T5Relative) are known there",
         )
-
-
-def _cpu_refusals(request: Request) -> Iterator[tuple[str, str]]:
-    if request.needs_grad:
+    if request.device == "cpu" and request.needs_grad:
         yield (
             "flex-backward-cpu",
             "FlexAttention has no backward on the CPU, and some tensor wants a gradient; "
             "backend='tiled' trains there, and torch.no_grad() asks for none",
         )
-    if request.sink:
+    if request.device == "cpu" and request.sink:
         yield "flex-sink-cpu", f"{_NO_LSE}, and a sink needs it; backend='tiled' has sinks"
+    if request.device == "cuda" and head < _SMALLEST_HEAD:
+        yield (
+            "flex-head-dim",
+            f"FlexAttention's CUDA kernel takes heads of {_SMALLEST_HEAD} dimensions and more, "
+            f"not {head}",
+        )
 
 
 register(Flex())

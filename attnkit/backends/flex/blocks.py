@@ -1,13 +1,19 @@
-"""FlexAttention's `BlockMask` from a mask's rows and runs, without looking at cells.
+"""A mask as FlexAttention takes it: a function per cell that reads small tables, and a `BlockMask`.
 
-`create_block_mask` evaluates a function on every cell and reduces. A region knows where each
-run of allowed keys starts and stops, so which tiles it touches and which it fills follows from
-the runs; what a mask costs here is what its block lists cost.
+The tables say where the runs of allowed keys of each row start and stop. The function is the
+same for all masks with equally many runs, so that they share one compiled kernel. Anything else
+(a dense mask, a function, a row of many runs) is read from bits: one per cell is what a kernel
+needs of a set that no formula gives.
+
+`create_block_mask` evaluates a function on every cell and reduces. Here the tables say which
+tiles a mask touches and which it fills; a run of keys costs its row two additions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +21,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attnkit.backends.flex.planes import Bits, Plane, Planes, planes_of_mask
-from attnkit.backends.flex.tables import Tables, mask_mod_of, tables_of
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region
-from attnkit.masks import Mask
+from attnkit.masks import Mask, Rectangle
+from attnkit.masks.trace import RowReader, mask_rows, region_rows
+from attnkit.planner import Request
 
-__all__ = ["BLOCK", "block_mask", "block_mask_of", "tile_states"]
+__all__ = ["BLOCK", "MaskMod", "Tables", "block_mask", "mask_mod", "request_tables", "tables_of"]
 
 BLOCK = (128, 128)
 """Rows and keys of a tile: FlexAttention's own default."""
 
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Ints = NDArray[np.integer[Any]]
 Tiles = NDArray[np.bool_]
+Matrix = Region | RowReader
+"""One score matrix: its region, or else what reads its rows."""
+
+# Every number of runs is a kernel of its own, so there are only these; rows of more are bits.
+_RUNS = (1, 2, 4, 8)
+_CELLS_AT_ONCE = 1 << 22
 
 
 def block_mask(
@@ -58,45 +72,132 @@ def block_mask(
             f"block_mask got {q_len} queries, {kv_len} keys and blocks of {block[0]} x {block[1]}; "
             "each is at least 1"
         )
-    planes = planes_of_mask(mask, q_len, kv_len)
-    tables = tables_of(planes).to(device)
-    return block_mask_of(planes, tables, block, batch or mask.batches, heads)
+    tables = tables_of(mask, q_len, kv_len)
+    return tables.block_mask(device, block, batch or mask.batches, heads)
 
 
-def block_mask_of(
-    planes: Planes,
-    tables: Tables,
-    block: tuple[int, int] = BLOCK,
-    batch: int | None = None,
-    heads: int | None = None,
-) -> BlockMask:
-    """Return the block mask of planes where their tables are, for `batch` and `heads` if given."""
-    lists = [_lists(plane, planes.q_len, planes.kv_len, block) for plane in planes.each]
-    group = torch.tensor(planes.group)
-    group = group.expand(batch or group.shape[0], heads or group.shape[1])
-    joined = (torch.stack(each)[group].to(tables.group.device) for each in zip(*lists, strict=True))
-    lengths = (planes.q_len, planes.kv_len)
-    return BlockMask(lengths, *_Lists._make(joined), BLOCK_SIZE=block, mask_mod=mask_mod_of(tables))
+def mask_mod(mask: Mask, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
+    """Return a mask as FlexAttention's ``mask_mod(b, h, i, j)``, exact for every cell.
+
+    >>> from attnkit import masks
+    >>> fn = mask_mod(masks.SlidingWindow(2), 4, 4)
+    >>> i, j = torch.arange(4)[:, None], torch.arange(4)[None, :]
+    >>> fn(torch.tensor(0), torch.tensor(0), i, j).int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    mask.check(q_len, kv_len)
+    return tables_of(mask, q_len, kv_len).mask_mod(device)
 
 
-class _Lists(NamedTuple):
-    """Tiles in each row and in each column, in the order in which `BlockMask` takes them."""
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The distinct score matrices of a mask: runs ``[m, runs, q_len]``, or else bits.
 
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    full_kv_num_blocks: Tensor
-    full_kv_indices: Tensor
-    q_num_blocks: Tensor
-    q_indices: Tensor
-    full_q_num_blocks: Tensor
-    full_q_indices: Tensor
+    Bit ``j % 32`` of word ``j // 32`` of row i is cell (i, j): ``[m, q_len, words]``. `group`
+    ``[1 | b, 1 | h]`` says which matrix a batch element and head have.
+    """
+
+    q_len: int
+    kv_len: int
+    group: Ints
+    start: Ints | None
+    stop: Ints | None
+    bits: Ints
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What decides the code of the function: not the lengths, not the values."""
+        runs = None if self.start is None else self.start.shape[1]
+        return (runs, self.group.shape[0] > 1, self.group.shape[1] > 1)
+
+    def mask_mod(self, device: torch.device | str) -> MaskMod:
+        """Return the function that reads the tables, on a device."""
+        _, per_batch, per_head = self.shape
+        group, bits = (torch.from_numpy(table).to(device) for table in (self.group, self.bits))
+
+        def matrix(b: Tensor, h: Tensor) -> Tensor | int:
+            if not (per_batch or per_head):
+                return 0
+            return group[b if per_batch else 0, h if per_head else 0]
+
+        if self.start is None or self.stop is None:
+
+            def in_bits(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return ((bits[matrix(b, h), i, j >> 5] >> (j & 31)) & 1) != 0
+
+            return in_bits
+        start, stop = (torch.from_numpy(table).to(device) for table in (self.start, self.stop))
+        count = start.shape[1]
+
+        def in_runs(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            m = matrix(b, h)
+            allowed = (start[m, 0, i] <= j) & (j < stop[m, 0, i])
+            for k in range(1, count):
+                allowed = allowed | ((start[m, k, i] <= j) & (j < stop[m, k, i]))
+            return allowed
+
+        return in_runs
+
+    def block_mask(
+        self,
+        device: torch.device | str,
+        block: tuple[int, int] = BLOCK,
+        batch: int | None = None,
+        heads: int | None = None,
+    ) -> BlockMask:
+        """Return the block mask on a device, for `batch` and `heads` if given."""
+        numbers = range(int(self.group.max()) + 1)
+        lists = [_lists(*self._tiles(number, block)) for number in numbers]
+        group = torch.from_numpy(self.group).long()
+        group = group.expand(batch or group.shape[0], heads or group.shape[1])
+        joined: Any = (torch.stack(each)[group].to(device) for each in zip(*lists, strict=True))
+        rest: Any = {"BLOCK_SIZE": block, "mask_mod": self.mask_mod(device)}
+        return BlockMask((self.q_len, self.kv_len), *joined, **rest)
+
+    def _tiles(self, number: int, block: tuple[int, int]) -> tuple[Tiles, Tiles]:
+        """Return which tiles hold an allowed cell, and which nothing else: ``[rows, columns]``.
+
+        A tile that reaches beyond the score matrix is never full, as in `create_block_mask`.
+        """
+        if self.start is None or self.stop is None:
+            return self._tiles_of_bits(number, block)
+        (bq, bkv), start, stop = block, self.start[number], self.stop[number]
+        rows = np.broadcast_to(np.arange(self.q_len) // bq, start.shape)
+        grid = (-(-self.q_len // bq), -(-self.kv_len // bkv))
+        touched = _painted(grid, rows, start // bkv, -(-stop // bkv))
+        # Runs of one row share no tile that both would cover.
+        return touched > 0, _painted(grid, rows, -(-start // bkv), stop // bkv) == bq
+
+    def _tiles_of_bits(self, number: int, block: tuple[int, int]) -> tuple[Tiles, Tiles]:
+        """Read the cells of one row of tiles after the other."""
+        (bq, bkv), columns = block, -(-self.kv_len // block[1])
+        touched, full = [], []
+        for i0 in range(0, self.q_len, bq):
+            rows = self.bits[number, i0 : i0 + bq].view(np.uint8)
+            cells = np.zeros((bq, columns * bkv), np.bool_)
+            cells[: len(rows), : self.kv_len] = np.unpackbits(
+                rows, axis=1, count=self.kv_len, bitorder="little"
+            )
+            tiles = cells.reshape(bq, columns, bkv)
+            touched.append(tiles.any((0, 2)))
+            full.append(tiles.all((0, 2)))
+        return np.stack(touched), np.stack(full)
 
 
-def _lists(plane: Plane, q_len: int, kv_len: int, block: tuple[int, int]) -> _Lists:
-    """Return the block lists of one score matrix."""
-    touched, full = tile_states(plane, q_len, kv_len, block)
+def _painted(grid: tuple[int, int], row: Ints, first: Ints, stop: Ints) -> NDArray[np.int64]:
+    """Return how often each tile is in columns ``first <= c < stop`` of its row."""
+    width, some = grid[1] + 1, first < stop
+    begin, end = (
+        np.bincount((row * width + column)[some], minlength=grid[0] * width)
+        for column in (first, stop)
+    )
+    return np.cumsum((begin - end).reshape(grid[0], width), axis=1)[:, :-1]
+
+
+def _lists(touched: Tiles, full: Tiles) -> tuple[Tensor, ...]:
+    """Return the tiles in each row and in each column, in the order that `BlockMask` takes."""
     part, whole = torch.from_numpy(touched & ~full), torch.from_numpy(full)
-    return _Lists(*_ordered(part), *_ordered(whole), *_ordered(part.T), *_ordered(whole.T))
+    return (*_ordered(part), *_ordered(whole), *_ordered(part.T), *_ordered(whole.T))
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,87 +214,90 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return counts[:, 0].to(torch.int32), indices
 
 
-def tile_states(
-    plane: Plane, q_len: int, kv_len: int, block: tuple[int, int]
-) -> tuple[Tiles, Tiles]:
-    """Return which tiles hold an allowed cell, and which hold nothing else: ``[rows, columns]``.
-
-    A tile that reaches beyond the score matrix is never full, as in `create_block_mask`.
-
-    >>> from attnkit.geometry import Slice
-    >>> touched, full = tile_states(Region.of(Slice(0, 6, 0, 6, hi=0)), 6, 6, (2, 2))
-    >>> touched.astype(int).tolist(), full.astype(int).tolist()
-    ([[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0, 0, 0], [1, 0, 0], [1, 1, 0]])
-    """
-    if isinstance(plane, Region):
-        return _region_tiles(plane, q_len, kv_len, block)
-    return _bit_tiles(plane, q_len, kv_len, block)
+# -- from masks to tables ----------------------------------------------------------------------
 
 
-def _region_tiles(
-    region: Region, q_len: int, kv_len: int, block: tuple[int, int]
-) -> tuple[Tiles, Tiles]:
-    """Intersect every run with every row of tiles, all at once.
+def tables_of(mask: Mask, q_len: int, kv_len: int) -> Tables:
+    """Return the tables of a mask at these lengths."""
 
-    In a row of tiles a run touches the tiles between its first start and its last stop (its
-    ends move by at most 1 per row, so it leaves no gap), and covers in each of its rows those
-    between its last start and its first stop. A tile is full when the rows that cover it add
-    up to its height: runs of one row share no tile that both would cover.
-    """
-    bq, bkv = block
-    grid = (-(-q_len // bq), -(-kv_len // bkv))
-    pieces = _pieces(region, bq)
-    if pieces is None:
-        return np.zeros(grid, np.bool_), np.zeros(grid, np.bool_)
-    tile_row, rows, start, start_slope, stop, stop_slope = pieces
-    last = rows - 1
-    touched = _painted(grid, tile_row, start // bkv, -(-(stop + stop_slope * last) // bkv), None)
-    covered = _painted(grid, tile_row, -(-(start + start_slope * last) // bkv), stop // bkv, rows)
-    return touched > 0, covered == bq
+    def matrix(b: int, h: int) -> Matrix:
+        known = mask.enclosure(q_len, kv_len, b, h)
+        return known.inner if known.exact else mask_rows(mask, q_len, kv_len, b, h)
+
+    heads = range(mask.heads or 1)
+    every = [[matrix(b, h) for h in heads] for b in range(mask.batches or 1)]
+    return _tables(every, q_len, kv_len)
 
 
-def _pieces(region: Region, bq: int) -> NDArray[np.int64] | None:
-    """Cut every run at the rows of tiles: ``[tile row, rows, start, slope, stop, slope]`` each."""
-    flat = [(i0, i1, *run) for i0, i1, runs in region.strips for run in runs]
-    if not flat:
-        return None
-    i0, i1, start, start_slope, stop, stop_slope = np.array(flat, np.int64).T
-    first, count = i0 // bq, (i1 - 1) // bq - i0 // bq + 1
-    which = np.repeat(np.arange(len(flat)), count)
-    tile_row = first[which] + np.arange(len(which)) - (np.cumsum(count) - count)[which]
-    top = np.maximum(i0[which], tile_row * bq)
-    rows = np.minimum(i1[which], (tile_row + 1) * bq) - top
-    down = top - i0[which]
-    a, da, b, db = (end[which] for end in (start, start_slope, stop, stop_slope))
-    return np.stack([tile_row, rows, a + da * down, da, b + db * down, db])
+def request_tables(request: Request) -> Tables:
+    """Return the tables of a request; a packed batch is one block-diagonal sequence."""
+    if request.seqlens is None:
+        return tables_of(request.mask, request.q_len, request.kv_len)
+    every = [_packed(request, h) for h in range(request.mask.heads or 1)]
+    return _tables([every], request.q_len, request.kv_len)
 
 
-def _painted(
-    grid: tuple[int, int],
-    tile_row: NDArray[np.int64],
-    first: NDArray[np.int64],
-    stop: NDArray[np.int64],
-    weight: NDArray[np.int64] | None,
-) -> NDArray[np.int64]:
-    """Add a weight (1 where none is given) to columns ``first <= c < stop`` of tile rows."""
-    steps = np.zeros((grid[0], grid[1] + 1), np.int64)
-    some = first < stop
-    amount = np.ones_like(first) if weight is None else weight
-    np.add.at(steps, (tile_row[some], first[some]), amount[some])
-    np.subtract.at(steps, (tile_row[some], stop[some]), amount[some])
-    return np.cumsum(steps, axis=1)[:, :-1]
+def _packed(request: Request, head: int) -> Matrix:
+    """Return the block-diagonal score matrix of a packed batch."""
+    mask, count = request.mask, request.batch
+    starts = tuple(zip(*request.token_starts, strict=True))[:count]
+    batches = range(count) if mask.batches else (0,) * count
+    each = [(*lengths, b) for lengths, b in zip(request.sequences, batches, strict=True)]
+    known = {lengths: mask.enclosure(*lengths, head) for lengths in set(each)}
+    if all(one.exact for one in known.values()):
+        placed = zip(each, starts, strict=True)
+        return Region.union([known[own].inner.shift(*start) for own, start in placed])
+
+    def read(i0: int, i1: int) -> Tensor:
+        out = torch.zeros(i1 - i0, request.kv_len, dtype=torch.bool)
+        for (q_len, kv_len, b), (q0, k0) in zip(each, starts, strict=True):
+            top, end = max(i0, q0), min(i1, q0 + q_len)
+            if top < end:
+                at = Rectangle((top - q0, end - q0), (0, kv_len), q_len, kv_len, b, head)
+                out[top - i0 : end - i0, k0 : k0 + kv_len] = mask._read(at, "cpu")
+        return out
+
+    return read
 
 
-def _bit_tiles(bits: Bits, q_len: int, kv_len: int, block: tuple[int, int]) -> tuple[Tiles, Tiles]:
-    """Read the cells of one row of tiles after the other."""
-    bq, bkv = block
-    columns = -(-kv_len // bkv)
-    touched, full = [], []
-    for i0 in range(0, q_len, bq):
-        rows = bits[i0 : i0 + bq].view(np.uint8)
-        cells = np.zeros((bq, columns * bkv), np.bool_)
-        cells[: len(rows), :kv_len] = np.unpackbits(rows, axis=1, count=kv_len, bitorder="little")
-        tiles = cells.reshape(bq, columns, bkv)
-        touched.append(tiles.any((0, 2)))
-        full.append(tiles.all((0, 2)))
-    return np.stack(touched), np.stack(full)
+def _tables(every: list[list[Matrix]], q_len: int, kv_len: int) -> Tables:
+    """Return the tables of the matrices of each batch element and head, equal regions once."""
+    places = {found: 0 for row in every for found in row}
+    places = {found: number for number, found in enumerate(places)}
+    group = np.array([[places[found] for found in row] for row in every], np.int32)
+    if (group == group[:1]).all():
+        group = group[:1]
+    if (group == group[:, :1]).all():
+        group = group[:, :1].copy()
+    regions = [found for found in places if isinstance(found, Region)]
+    most = max((len(strip.runs) for region in regions for strip in region.strips), default=0)
+    if len(regions) < len(places) or most > _RUNS[-1]:
+        readers = (region_rows(m, kv_len) if isinstance(m, Region) else m for m in places)
+        bits = np.stack([_bits(read, q_len, kv_len) for read in readers])
+        return Tables(q_len, kv_len, group, None, None, bits)
+    count = next(n for n in _RUNS if n >= most)
+    start, stop = np.stack([_ends(region, q_len, count) for region in regions], axis=1)
+    return Tables(q_len, kv_len, group, start, stop, np.zeros((0, 0, 0), np.int32))
+
+
+def _ends(region: Region, q_len: int, count: int) -> Ints:
+    """Return where runs start and stop, ``[2, count, q_len]``; one that is not there is empty."""
+    ends = np.zeros((2, count, q_len), np.int32)
+    for i0, i1, runs in region.strips:
+        down = np.arange(i1 - i0, dtype=np.int32)
+        for k, (a, da, b, db) in enumerate(runs):
+            ends[:, k, i0:i1] = a + da * down, b + db * down
+    return ends
+
+
+def _bits(read: RowReader, q_len: int, kv_len: int) -> Ints:
+    """Read every row once, a few at a time."""
+    words = -(-kv_len // 32)
+    out = np.zeros((q_len, words), np.int32)
+    height = max(1, _CELLS_AT_ONCE // max(1, kv_len))
+    for i0 in range(0, q_len, height):
+        i1 = min(i0 + height, q_len)
+        cells = np.zeros((i1 - i0, words * 32), np.bool_)
+        cells[:, :kv_len] = read(i0, i1).cpu().numpy()
+        out[i0:i1] = np.packbits(cells, axis=1, bitorder="little").view("<i4")
+    return out

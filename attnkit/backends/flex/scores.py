@@ -20,20 +20,20 @@ from attnkit.planner.request import BiasTerm
 from attnkit.pse import Pse, Root
 from attnkit.pse.structure import origin
 
-__all__ = ["ScoreMod", "Scores", "scores_of"]
+__all__ = ["ScoreFunction", "ScoreMod", "score_function"]
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreFunction:
     """A score function, and what decides its code (not the lengths, not the values)."""
 
     fn: ScoreMod | None = None
     shape: tuple[object, ...] = ()
 
 
-def scores_of(request: Request, pse: Pse | None, device: torch.device) -> Scores:
+def score_function(request: Request, pse: Pse | None, device: torch.device) -> ScoreFunction:
     """Return the score function of a request; None where scores stay as they are."""
     addends = zip(pse.parts if pse is not None else (), request.bias, strict=True)
     found = [_term(*addend, request, device) for addend in addends]
@@ -41,7 +41,7 @@ def scores_of(request: Request, pse: Pse | None, device: torch.device) -> Scores
     cap = None if request.softcap is None else usable_cap(request.softcap, torch.float32)
     most = largest_bias(torch.float32)
     if not terms and cap is None:
-        return Scores()
+        return ScoreFunction()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
@@ -51,7 +51,7 @@ def scores_of(request: Request, pse: Pse | None, device: torch.device) -> Scores
         first, *more = (term(b, h, i, j) for term in terms)
         return score + sum(more, first).clamp(-most, most)
 
-    return Scores(score_mod, (*shapes, cap))
+    return ScoreFunction(score_mod, (*shapes, cap))
 
 
 Cells = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -66,17 +66,17 @@ def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) ->
     if known.slopes is not None:
         offsets = [origin(*lengths, known.align) for lengths in request.sequences]
         slopes, root = numbers_of(part, torch.float32, device), isinstance(known.structure, Root)
-        return _sloped(slopes, _positions(request, offsets).to(device), root)
+        return _sloped(slopes, _key_positions(request, offsets).to(device), root)
     if known.by_distance:
         numbers, starts = by_diagonal(request, part, torch.float32, device)
         # Where the number for key 0 of its own sequence would stand: those of later keys follow.
         firsts = [1 - q_len - starts.get((q_len, kv), 0) for q_len, kv in request.sequences]
         per_head = (factor * numbers).expand(request.num_heads, -1)
-        return _looked_up(per_head, _positions(request, firsts).to(device))
-    return _given(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
+        return _looked_up(per_head, _key_positions(request, firsts).to(device))
+    return _read_off(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
 
 
-def _positions(request: Request, offsets: Sequence[int]) -> Tensor:
+def _key_positions(request: Request, offsets: Sequence[int]) -> Tensor:
     """Return the key position, in the whole batch, that each query stands at: [q_len] int32."""
     if request.seqlens is None:
         return torch.arange(request.q_len, dtype=torch.int32) + offsets[0]
@@ -106,7 +106,7 @@ def _looked_up(by_distance: Tensor, first: Tensor) -> Term:
     return term, "looked up"
 
 
-def _given(matrix: Tensor, factor: float) -> Term:
+def _read_off(matrix: Tensor, factor: float) -> Term:
     """Return ``factor * matrix[b, h, i, j]``; axes of one entry are not indexed."""
     kept = (*(extent > 1 for extent in matrix.shape[:3]), True)
     shape = zip(matrix.shape, kept, strict=True)

@@ -14,11 +14,11 @@ from torch._higher_order_ops.flex_attention import _math_attention_inner
 
 from attnkit import Refusal
 from attnkit.backends import Flex
-from attnkit.backends.flex.kernel import Call
+from attnkit.backends.flex.backend import FlexCall
 from attnkit.planner import Request
 
 
-def eager(call: Call) -> tuple[Tensor, Tensor]:
+def eager(call: FlexCall) -> tuple[Tensor, Tensor]:
     """Softmax over the scores of FlexAttention's eager code."""
     query, key, value, score_mod, mask, scale, _ = call
     group = query.shape[1] // key.shape[1]

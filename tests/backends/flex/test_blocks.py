@@ -20,9 +20,7 @@ from torch.nn.attention.flex_attention import (
 import attnkit as ak
 from attnkit import masks
 from attnkit.backends.flex import block_mask, mask_mod
-from attnkit.backends.flex.planes import planes_of_mask
-from attnkit.backends.flex.tables import MaskMod
-from attnkit.geometry import Region
+from attnkit.backends.flex.blocks import MaskMod, tables_of
 from attnkit.masks import Mask
 from tests.masks.oracle import anchored_cases, free_cases, sized_cases
 from tests.properties.strategies import atoms, composed
@@ -150,16 +148,18 @@ def test_batch_and_heads() -> None:
 
 def test_equal_matrices_are_kept_once() -> None:
     mask = masks.PerHead([masks.Causal(), masks.SlidingWindow(2), masks.Causal()])
-    planes = planes_of_mask(mask, 6, 6)
-    assert len(planes.each) == 2
-    assert planes.group == ((0, 1, 0),)
+    tables = tables_of(mask, 6, 6)
+    assert tables.start is not None
+    assert len(tables.start) == 2
+    assert tables.group.tolist() == [[0, 1, 0]]
 
 
 def test_rows_of_many_runs_are_bits() -> None:
     mask = masks.Slices([(0, 80, k, k + 1, None, None) for k in range(0, 80, 3)], 80, 80)
-    assert isinstance(planes_of_mask(mask, 80, 80).each[0], Region)
+    assert mask.is_region(80, 80)
     check(mask, 80, 80, [(16, 16)])
-    assert planes_of_mask(masks.Dilated(3), 80, 80).most_runs is None
+    for bits in (mask, masks.Dilated(3)):
+        assert tables_of(bits, 80, 80).shape == (None, False, False)
 
 
 def test_mistakes_are_explained() -> None:
