@@ -18,7 +18,7 @@ from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 from attnkit.registry import Registry
 
-__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Operands", "Stats", "register"]
+__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Kept", "Operands", "Stats", "register"]
 
 Maker = Callable[[], Tensor]
 
@@ -104,6 +104,24 @@ class Operands:
         return cls(query, key, value, None if pse is None else rebound(pse, carried), sink)
 
 
+class Kept(NamedTuple):
+    """What a forward pass keeps beside its operands, and the gradients that arrive for its results.
+
+    `seed` is that of the dropout; a gradient that is None is one of zeros.
+    """
+
+    seed: Tensor | None
+    output: Tensor
+    lse: Tensor
+    grad: Tensor | None
+    grad_lse: Tensor | None
+
+    @property
+    def arrived(self) -> Tensor:
+        """The gradient of the output, as a tensor."""
+        return torch.zeros_like(self.output) if self.grad is None else self.grad
+
+
 class Backend(ABC):
     """One way to run a request.
 
@@ -151,28 +169,22 @@ class Backend(ABC):
             return self.run(plan, operands)
 
     def gradients(
-        self,
-        plan: Plan,
-        operands: Operands,
-        seed: Tensor | None,
-        results: tuple[Tensor, Tensor],
-        grads: tuple[Tensor | None, Tensor | None],
-        wanted: tuple[bool, ...],
+        self, plan: Plan, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value, sink and the tensors of the bias.
 
-        `results` are output and log-sum-exp, `grads` what arrived for them, `wanted` says which
-        are asked for. By default the forward is computed again, as activation checkpointing does.
+        `wanted` says which are asked for. By default the forward is computed again, as activation
+        checkpointing does.
         """
         apart = [
             None if t is None else t.detach().requires_grad_(want)
             for t, want in zip(operands.leaves, wanted, strict=True)
         ]
         again = Operands.of(operands.pse, apart)
-        with recorded(), _seeded(seed, operands.query.device):
+        with recorded(), _seeded(kept.seed, operands.query.device):
             output, stats = self.run(plan, again)
-            made = [] if grads[0] is None else [(output, grads[0])]
-            made += [] if grads[1] is None else [(stats.lse, grads[1])]
+            made = [] if kept.grad is None else [(output, kept.grad)]
+            made += [] if kept.grad_lse is None else [(stats.lse, kept.grad_lse)]
             # Without keys there is nothing that a result could depend on.
             some = [(t, g) for t, g in made if t.requires_grad]
             asked = [t for t in apart if t is not None and t.requires_grad]

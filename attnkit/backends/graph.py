@@ -17,7 +17,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from attnkit.backends.base import BACKENDS, AttentionOutput, Operands, Stats, reached, stats_dtype
+from attnkit.backends.base import (
+    BACKENDS,
+    AttentionOutput,
+    Kept,
+    Operands,
+    Stats,
+    reached,
+    stats_dtype,
+)
 from attnkit.errors import BackendRefused, CompositionError, Refusal
 from attnkit.planner import Plan
 from attnkit.pse import Pse
@@ -34,10 +42,38 @@ class Held:
     pse: Pse | None
     number: int
 
+    def operands(self, tensors: list[Tensor]) -> Operands:
+        """Return operands from the tensors among their leaves: there may be no sink."""
+        sink = () if self.plan.request.sink else (None,)
+        return Operands.of(self.pse, [*tensors[:3], *sink, *tensors[3:]])
 
-# Weak: a number dies with its plan. No number leaves the process (`Plan.__getstate__`).
-_HELD: WeakValueDictionary[int, Held] = WeakValueDictionary()
-_NUMBERS = count()
+
+class _ByNumber:
+    """Plans by number. Weak: a number dies with its plan, and is never given again.
+
+    No number leaves the process (`Plan.__getstate__`).
+    """
+
+    def __init__(self) -> None:
+        self._next = count()
+        self.held: WeakValueDictionary[int, Held] = WeakValueDictionary()
+
+    def add(self, plan: Plan, pse: Pse | None) -> Held:
+        held = Held(plan, pse, next(self._next))
+        self.held[held.number] = held
+        return held
+
+    def get(self, number: int) -> Held:
+        held = self.held.get(number)
+        if held is None:
+            raise CompositionError(
+                f"plan {number} of a compiled attention is gone: its module or mask was dropped, "
+                "or the graph comes from another process; call torch.compile again"
+            )
+        return held
+
+
+_PLANS = _ByNumber()
 
 
 def hold(plan: Plan, pse: Pse | None) -> Held:
@@ -48,19 +84,8 @@ def hold(plan: Plan, pse: Pse | None) -> Held:
         if pse is not None:  # not the tensors of the first who asked
             facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in pse.tensors)
             pse = rebound(pse, [stand_in(*known) for known in facts])
-        kinds[kind] = Held(plan, pse, next(_NUMBERS))
-        _HELD[kinds[kind].number] = kinds[kind]
+        kinds[kind] = _PLANS.add(plan, pse)
     return kinds[kind]
-
-
-def _held(number: int) -> Held:
-    held = _HELD.get(number)
-    if held is None:
-        raise CompositionError(
-            f"plan {number} of a compiled attention is gone: its module or mask was dropped, or "
-            "the graph comes from another process; call torch.compile again"
-        )
-    return held
 
 
 def stand_in(
@@ -77,15 +102,16 @@ def run_in_graph(held: Held, operands: Operands, return_stats: bool) -> Attentio
     Without `return_stats` there are none, since some backends compute them only where they are
     looked at.
     """
-    leaves, drops = list(operands.leaves), held.plan.request.dropout > 0
-    return run_number(held.number, leaves, drops, return_stats)
+    drops = held.plan.request.dropout > 0
+    return run_number(held.number, list(operands.leaves), drops, return_stats)
 
 
 def run_number(number: int, leaves: list[Any], drops: bool, return_stats: bool) -> AttentionOutput:
     """Run the plan of a number on `Operands.leaves`, with dropout if it `drops`."""
     # Drawn in the graph and on the host, which no device has to wait for.
     seed = torch.randint(2**63 - 1, (1,)) if drops else None
-    output, lse, peak = _attend(*leaves[:4], leaves[4:], seed, number, return_stats)
+    tensors = [leaf for leaf in leaves if leaf is not None]
+    output, lse, peak = _attend(tensors, seed, number, return_stats)
     return AttentionOutput(output, Stats(lse, peak))
 
 
@@ -108,20 +134,15 @@ def _alone(device: torch.device) -> Iterator[None]:
         yield
 
 
+# -- the operators, what they make of shapes alone, and their derivatives ----------------------
+
+
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    carried: list[Tensor],
-    seed: Tensor | None,
-    number: int,
-    return_stats: bool,
+    tensors: list[Tensor], seed: Tensor | None, number: int, return_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    held = _held(number)
-    backend = BACKENDS[held.plan.backend]
-    operands = Operands.of(held.pse, (query, key, value, sink, *carried))
-    with _alone(query.device):
+    held = _PLANS.get(number)
+    backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
+    with _alone(operands.query.device):
         output, stats = backend.compute(held.plan, operands, seed)
         output, nothing = output.contiguous(), output.new_empty(0)
         lse = stats.lse.contiguous() if return_stats or backend.saves_lse else nothing
@@ -130,123 +151,78 @@ def _forward(
     return output, lse, peak
 
 
-def _backward(
-    grad: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    carried: list[Tensor],
-    seed: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    wanted: list[bool],
-    number: int,
-) -> list[Tensor]:
-    held = _held(number)
-    backend = BACKENDS[held.plan.backend]
-    operands = Operands.of(held.pse, (query, key, value, sink, *carried))
-    with _alone(query.device):
-        found = backend.gradients(
-            held.plan, operands, seed, (output, lse), (grad, grad_lse), tuple(wanted)
-        )
-    leaves = _leaves(query, key, value, sink, carried)
-    return [
-        leaf.new_empty(0) if not want else torch.zeros_like(leaf) if g is None else g.contiguous()
-        for leaf, g, want in zip(leaves, found, wanted, strict=True)
-    ]
-
-
-def _leaves(
-    query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, carried: list[Tensor]
-) -> list[Tensor]:
-    """Return the tensors that may want a gradient, in order; the sink's place is always taken."""
-    return [query, key, value, query.new_empty(0) if sink is None else sink, *carried]
-
-
-_attend = torch.library.custom_op(
-    "attnkit::attend",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? sink, Tensor[] carried, "
-    "Tensor? seed, int number, bool return_stats) -> (Tensor, Tensor, Tensor)",
-)
-_attend_backward = torch.library.custom_op(
-    "attnkit::attend_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor? grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-    "Tensor? sink, Tensor[] carried, Tensor? seed, Tensor output, Tensor lse, bool[] wanted, "
-    "int number) -> Tensor[]",
-)
-
-
-@_attend.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    carried: list[Tensor],
-    seed: Tensor | None,
-    number: int,
-    return_stats: bool,
+def _forward_shapes(
+    tensors: list[Tensor], seed: Tensor | None, number: int, return_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _held(number).plan
-    request = plan.request
+    held = _PLANS.get(number)
+    request, query = held.plan.request, tensors[0]
     sizes = list(query.shape)
     sizes[-1] = sizes[-1] // request.head_dim * request.value_dim
     packed = (request.q_len, request.num_heads)
     rows = packed if request.seqlens else (request.batch, request.num_heads, request.q_len)
-    wide = stats_dtype(query.dtype)
-    nothing = query.new_empty(0)
-    kept = return_stats or BACKENDS[plan.backend].saves_lse
-    lse = query.new_empty(rows, dtype=wide) if kept else nothing
-    peak = query.new_empty(rows, dtype=wide) if return_stats else query.new_empty(0)
+    kept = return_stats or BACKENDS[held.plan.backend].saves_lse
+    lse, peak = (
+        query.new_empty(rows, dtype=stats_dtype(query.dtype)) if asked else query.new_empty(0)
+        for asked in (kept, return_stats)
+    )
     return query.new_empty(sizes), lse, peak
 
 
-@_attend_backward.register_fake
-def _fake_backward(
+def _backward(
     grad: Tensor | None,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    carried: list[Tensor],
+    tensors: list[Tensor],
     seed: Tensor | None,
     output: Tensor,
     lse: Tensor,
     wanted: list[bool],
     number: int,
 ) -> list[Tensor]:
-    leaves = _leaves(query, key, value, sink, carried)
+    """Return the gradients of the tensors that are wanted, and empty tensors for the others."""
+    held = _PLANS.get(number)
+    backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
+    kept = Kept(seed, output, lse, grad, grad_lse)
+    asked = iter(wanted)
+    every = tuple(leaf is not None and next(asked) for leaf in operands.leaves)
+    with _alone(output.device):
+        found = backend.gradients(held.plan, operands, kept, every)
+    slopes = (g for g, leaf in zip(found, operands.leaves, strict=True) if leaf is not None)
     return [
-        torch.empty_like(leaf, memory_format=torch.contiguous_format) if want else leaf.new_empty(0)
-        for leaf, want in zip(leaves, wanted, strict=True)
+        (torch.zeros_like(t) if g is None else g.contiguous()) if want else t.new_empty(0)
+        for t, g, want in zip(tensors, slopes, wanted, strict=True)
+    ]
+
+
+def _backward_shapes(
+    grad: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    wanted: list[bool],
+    number: int,
+) -> list[Tensor]:
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
+        for t, want in zip(tensors, wanted, strict=True)
     ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, sink, carried, seed, number, _ = inputs
-    ctx.number = number
-    ctx.wanted = [t.requires_grad for t in _leaves(query, key, value, sink, carried)]
+    tensors, seed, ctx.number, _ = inputs
+    ctx.wanted = [tensor.requires_grad for tensor in tensors]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, sink, seed, *output[:2], *carried)
+    ctx.save_for_backward(seed, *output[:2], *tensors)
 
 
 def _differentiate(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    query, key, value, sink, seed, output, lse, *carried = ctx.saved_tensors
-    made = _attend_backward(
-        grad, grad_lse, query, key, value, sink, carried, seed, output, lse, ctx.wanted, ctx.number
-    )
-    grads = [g if want else None for g, want in zip(made, ctx.wanted, strict=True)]
-    return (*grads[:4], grads[4:], None, None, None)
+    seed, output, lse, *tensors = ctx.saved_tensors
+    made = _attend_backward(grad, grad_lse, tensors, seed, output, lse, ctx.wanted, ctx.number)
+    return [g if want else None for g, want in zip(made, ctx.wanted, strict=True)], None, None, None
 
 
 def _refuse(ctx: Any, *unused: Any) -> None:
@@ -257,5 +233,21 @@ def _refuse(ctx: Any, *unused: Any) -> None:
     raise BackendRefused(reason, [Refusal("second-derivative", reason)])
 
 
+_attend = torch.library.custom_op(
+    "attnkit::attend",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor? seed, int number, bool return_stats) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_attend_backward = torch.library.custom_op(
+    "attnkit::attend_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor? grad, Tensor? grad_lse, Tensor[] tensors, Tensor? seed, Tensor output, "
+    "Tensor lse, bool[] wanted, int number) -> Tensor[]",
+)
+_attend.register_fake(_forward_shapes)
+_attend_backward.register_fake(_backward_shapes)
 _attend.register_autograd(_differentiate, setup_context=_setup_context)
 _attend_backward.register_autograd(_refuse)

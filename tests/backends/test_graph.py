@@ -18,9 +18,8 @@ from torch import Tensor, nn
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS, Operands, make_plan
-from attnkit.backends.graph import _HELD, _attend, hold
+from attnkit.backends.graph import _PLANS, _attend, hold
 from attnkit.backends.tiled import TiledPlan
-from attnkit.backends.tiled.build import schedule
 from attnkit.errors import CompositionError
 from attnkit.planner import lower
 
@@ -39,7 +38,7 @@ def test_the_operator_keeps_its_contract() -> None:
         held = hold(plan, None)
         torch.library.opcheck(
             _attend,
-            (x.clone().requires_grad_(), x, x, None, [], None, held.number, True),
+            ([x.clone().requires_grad_(), x, x], None, held.number, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
 
@@ -156,27 +155,27 @@ def test_a_plan_means_the_same_in_another_process(tmp_path: Path) -> None:
 
 def test_a_graph_and_its_plan_die_with_what_it_is_guarded_on() -> None:
     x = torch.randn(1, 16, 2, 8)
-    before = set(_HELD)
+    before = set(_PLANS.held)
     window, inside = masks.SlidingWindow(7) & masks.Columns(0, 11), masks.SlidingWindow(6)
     layer = ak.Attention(2, 8, mask=inside)
     call = compiled(lambda layer, mask, x: ak.attention(x, x, x, mask=mask) + layer(x, x, x))
     call(layer, window, x)
-    made = set(_HELD) - before
+    made = set(_PLANS.held) - before
     assert len(made) == 2
     seen = weakref.ref(window)
     del window, inside, layer, call
     torch.compiler.reset()
-    for cache in (make_plan, lower, schedule):  # each keeps a few, whoever made them
+    for cache in (make_plan, lower):  # each keeps a few, whoever made them
         cache.cache_clear()
     gc.collect()
     assert seen() is None
-    assert not made & set(_HELD)
+    assert not made & set(_PLANS.held)
 
 
 def test_a_number_without_a_plan() -> None:
     x = torch.randn(1, 4, 2, 8)
     with pytest.raises(CompositionError, match="is gone"):
-        _attend(x, x, x, None, [], None, 10**9, False)
+        _attend([x, x, x], None, 10**9, False)
 
 
 def test_wrong_types_in_a_graph_are_told() -> None:

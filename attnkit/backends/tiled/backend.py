@@ -1,24 +1,46 @@
-"""The tiled backend: every mask at the cost of the cells it needs, forward and backward."""
+"""The tiled backend: every mask at the cost of the cells it needs, forward and backward.
+
+Eager calls are one `torch.autograd.Function`; graphs call `compute` and `gradients` themselves.
+Both run a plan's `Job` here, and keep nothing but the operands, the output and the statistics.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, untransformed
+from attnkit.backends.base import (
+    AttentionOutput,
+    Backend,
+    Kept,
+    Operands,
+    Stats,
+    recorded,
+    register,
+    untransformed,
+)
 from attnkit.backends.graph import hold, run_in_graph
-from attnkit.backends.rows import maxima
-from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.function import Kept, attend, bound, first_derivatives, run
+from attnkit.backends.rows import derivatives, maxima
+from attnkit.backends.tiled.bias import bind, with_tensors
+from attnkit.backends.tiled.job import Job
+from attnkit.backends.tiled.passes import Backward, Forward, backward_at_once, sink_gradient
 from attnkit.backends.tiled.schedule import Schedule
-from attnkit.backends.tiled.scores import Job
-from attnkit.errors import Refusal
+from attnkit.backends.tiled.terms import Carried, Term
+from attnkit.backends.tiled.whole import in_a_row, run_whole
+from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
+from attnkit.pse import Pse
+from attnkit.pse.base import rebound
 
 __all__ = ["Tiled", "TiledPlan"]
+
+Grads = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ class TiledPlan(Plan):
     @cached_property
     def job(self) -> Job:
         """What its calls have in common; made anew from the request where a copy needs it."""
-        return Job(self.request, schedule(self.request))
+        return Job(self.request)
 
 
 class Tiled(Backend):
@@ -69,49 +91,53 @@ class Tiled(Backend):
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
         plan = TiledPlan(self.name, request)
-        _ = plan.job
+        _ = plan.schedule
         return plan
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
-        """Walk the plan's schedule."""
+        """Walk the plan's schedule; autograd records it as one function."""
+        query = operands.query
         # A fake tensor has no memory to walk, and what is kept for later calls must be real.
-        if isinstance(operands.query, FakeTensor):
+        if isinstance(query, FakeTensor):
             return run_in_graph(hold(plan, operands.pse), operands, return_stats=True)
-        query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
-        output, lse = attend(_job(plan), query, key, value, sink, operands.pse)
+        job, pse, leaves = _job(plan), operands.pse, operands.leaves
+        seed = torch.randint(2**63 - 1, (1,), device=query.device) if job.request.dropout else None
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+            output, lse = _Attend.apply(job, pse, seed, *leaves)  # type: ignore[no-untyped-call]
+        else:
+            output, lse = _compute(job, _bound(job, pse, query.device), seed, *leaves[:4])
         return _answer(plan, operands, output, lse)
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Walk the schedule without recording a graph."""
-        query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
-        job = bound(_job(plan), operands.pse, query.device)
-        return _answer(plan, operands, *run(job, seed, query, key, value, sink))
+        job, leaves = _job(plan), operands.leaves[:4]
+        terms = _bound(job, operands.pse, operands.query.device)
+        return _answer(plan, operands, *_compute(job, terms, seed, *leaves))
 
     def gradients(
-        self,
-        plan: Plan,
-        operands: Operands,
-        seed: Tensor | None,
-        results: tuple[Tensor, Tensor],
-        grads: tuple[Tensor | None, Tensor | None],
-        wanted: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
+        self, plan: Plan, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
+    ) -> Grads:
         """Walk the schedule again, on the statistics of the forward pass."""
-        pse = operands.pse
-        lse, grad_lse = results[1], grads[1]
+        lse, grad_lse = kept.lse, kept.grad_lse
+        # A graph sends zeros where nothing arrived, and the fastest ways know no such gradient.
+        if grad_lse is not None and not grad_lse.any():
+            grad_lse = None
+        if kept.grad is None and grad_lse is None:
+            return (None,) * len(wanted)
         if plan.request.seqlens is not None:
             lse = lse.transpose(0, 1)[None]
             grad_lse = None if grad_lse is None else grad_lse.transpose(0, 1)[None]
-        if grads[0] is None and grad_lse is None:
-            return (None,) * len(wanted)
-        tensors = (operands.query, operands.key, operands.value, operands.sink)
-        kept = Kept(seed, results[0], lse, grads[0], grad_lse, *tensors)
-        carried = pse.tensors if pse is not None else ()
-        return first_derivatives(_job(plan), pse, wanted, kept, carried)
+        query, _, _, _, *carried = operands.leaves
+        bias = _Bound(_job(plan), operands.pse, carried, wanted[4:], query.device)
+        return bias.derivatives(operands.leaves[:4], kept._replace(lse=lse, grad_lse=grad_lse))
 
 
 def _job(plan: Plan) -> Job:
-    return plan.job if isinstance(plan, TiledPlan) else Job(plan.request, schedule(plan.request))
+    return plan.job if isinstance(plan, TiledPlan) else Job(plan.request)
+
+
+def _bound(job: Job, pse: Pse | None, device: torch.device) -> tuple[Term, ...]:
+    return () if pse is None else bind(job.request, pse, device)
 
 
 def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> AttentionOutput:
@@ -119,6 +145,190 @@ def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> Atte
     if plan.request.seqlens is not None:
         lse = lse[0].transpose(0, 1)
     return AttentionOutput(output, Stats(lse, partial(maxima, plan.request, operands)))
+
+
+# -- one call, and its gradients -------------------------------------------------------------
+
+
+def _compute(
+    job: Job,
+    terms: tuple[Term, ...],
+    seed: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output in the request's layout, and the log denominators ``[b n s]``."""
+    if job.raised is not None:
+        wide = (query.float(), key.float(), value.float())
+        made, lse = _compute(job.raised, terms, seed, *wide, sink)
+        return made.to(query.dtype), lse
+    request, shape = job.request, job.form
+    views = _views(job, query, key, value)
+    if job.sole is not None:
+        made, lse = run_whole(job.sole, *views, request.scale)
+        if job.sole.times > 1:
+            made, lse = in_a_row(made), in_a_row(lse)
+        return shape.restore(made), lse
+    if request.head_dim == request.value_dim:
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    else:
+        sizes = list(query.shape)
+        sizes[-1] = sizes[-1] // request.head_dim * request.value_dim
+        output = query.new_empty(sizes)
+    forward = Forward(job, terms, views, sink, seed, shape.view(output, request.num_heads))
+    forward.go()
+    return output, forward.lse
+
+
+def _gradients(
+    job: Job,
+    terms: tuple[Term, ...],
+    operands: Sequence[Tensor],
+    kept: Kept,
+    made: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key and value, and of the bias tensors that ask for some."""
+    if job.raised is not None:
+        wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
+        found = _gradients(job.raised, terms, [t.float() for t in operands], wide, made)
+        return (*(g.to(operands[0].dtype) for g in found[:3] if g is not None), *found[3:])
+    shape, heads, views = job.form, job.request.num_heads, _views(job, *operands)
+    seen = kept._replace(
+        output=shape.view(kept.output, heads), grad=shape.view(kept.arrived, heads)
+    )
+    at_once = None if made else backward_at_once(job, views, seen)
+    if at_once is not None:
+        return tuple(shape.restore(grad) for grad in at_once)
+    if kept.grad_lse is not None:
+        job = job.by_blocks  # torch's kernel knows no gradient through the statistics
+    query, key, value = operands
+    to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    to_key, to_value = (
+        torch.zeros_like(t, dtype=job.wide, memory_format=torch.contiguous_format)
+        for t in (key, value)
+    )
+    to_bias = [None if t is None else torch.zeros_like(t, dtype=job.wide) for t in made]
+    slopes = _views(job, to_query, to_key, to_value)
+    Backward(job, terms, views, seen, slopes, to_bias).go()
+    typed = (
+        g if g is None or t is None else g.to(t.dtype) for g, t in zip(to_bias, made, strict=True)
+    )
+    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), *typed)
+
+
+def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See query, key and value (or their gradients) as ``[b n s d]``."""
+    view, heads, key_heads = job.form.view, job.request.num_heads, job.request.num_kv_heads
+    return view(query, heads), view(key, key_heads), view(value, key_heads)
+
+
+class _Bound:
+    """What the tiles of a job read of a bias, and how its gradient goes on to the bias's tensors.
+
+    The tiles' tensors, `made`, follow from those, `leaves`, by operators that torch knows and
+    records here.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        pse: Pse | None,
+        carried: Sequence[Tensor],
+        wanted: Sequence[bool],
+        device: torch.device,
+    ) -> None:
+        self.job = job
+        self.leaves = [t.detach().requires_grad_(w) for t, w in zip(carried, wanted, strict=True)]
+        self.made: list[Tensor | None] = []
+        if pse is None or not any(wanted):
+            self.terms = _bound(job, pse, device)
+            return
+        with recorded():
+            terms = _bound(job, rebound(pse, self.leaves), device)
+        made = [term.tensor for term in terms if isinstance(term, Carried)]
+        self.terms = with_tensors(terms, [tensor.detach() for tensor in made])
+        self.made = [tensor if tensor.requires_grad else None for tensor in made]
+
+    def derivatives(self, operands: Sequence[Any], kept: Kept) -> Grads:
+        """Return the gradients of query, key, value, sink and of the tensors of the bias."""
+        *tensors, sink = operands
+        kept = kept._replace(grad=kept.arrived)
+        found = _gradients(self.job, self.terms, tensors, kept, self.made)
+        to_sink = None
+        if sink is not None:
+            heads = self.job.request.num_heads
+            view = partial(self.job.form.view, heads=heads)
+            seen = kept._replace(output=view(kept.output), grad=view(kept.arrived))
+            to_sink = sink_gradient(seen, sink)
+        pairs = [(t, g) for t, g in zip(self.made, found[3:], strict=True) if t is not None]
+        to_leaves: Grads = (None,) * len(self.leaves)
+        if pairs:
+            ends, slopes = zip(*pairs, strict=True)
+            asked = [leaf for leaf in self.leaves if leaf.requires_grad]
+            back = torch.autograd.grad(ends, asked, slopes, retain_graph=True, allow_unused=True)
+            each = iter(back)
+            to_leaves = tuple(next(each) if t.requires_grad else None for t in self.leaves)
+        return (*found[:3], to_sink, *to_leaves)
+
+
+class _Attend(torch.autograd.Function):
+    """Saves the operands, the output and the statistics; the backward makes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, job: Job, pse: Pse | None, seed: Tensor | None, *leaves: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.pse = pse
+        ctx.bias = _Bound(job, pse, leaves[4:], ctx.needs_input_grad[7:], leaves[0].device)
+        output, lse = _compute(job, ctx.bias.terms, seed, *leaves[:4])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(seed, output, lse, *leaves)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        seed, output, lse, *leaves = ctx.saved_tensors
+        if grad is None and grad_lse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kept = Kept(seed, output, lse, grad, grad_lse)
+        if torch.is_grad_enabled():  # somebody will ask for the gradients of these gradients
+            grads = _Derivatives.apply(ctx.pse, ctx.bias, *kept, *leaves)  # type: ignore[no-untyped-call]
+        else:
+            grads = ctx.bias.derivatives(leaves[:4], kept)
+        return (None, None, None, *grads)
+
+
+class _Derivatives(torch.autograd.Function):
+    """The backward as a function; its derivatives follow from the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, pse: Pse | None, bias: _Bound, *inputs: Any) -> Grads:
+        ctx.request, ctx.pse = bias.job.request, pse
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[3:])
+        return bias.derivatives(inputs[5:9], Kept(*inputs[:5]))
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
+        request, further = ctx.request, torch.is_grad_enabled()
+        if request.dropout:
+            reason = (
+                "second derivatives with dropout need the same cells to be dropped once more, "
+                "which the tiled backend does not do; backend='reference' computes them"
+            )
+            raise BackendRefused(reason, [Refusal("second-derivative", reason, "tiled")])
+        with torch.enable_grad():  # one tensor may be in several places, and each is one by itself
+            grad, grad_lse, *leaves = (
+                None if t is None else t.view_as(t) for t in ctx.saved_tensors
+            )
+        operands = Operands.of(ctx.pse, leaves)
+        inputs = [t for t in leaves if t is not None]
+        kept = [slope for t, slope in zip(leaves, slopes, strict=True) if t is not None]
+        found = iter(derivatives(request, operands, inputs, (grad, grad_lse), kept, further))
+        to_leaves = [None if t is None else next(found) for t in leaves]
+        return (None, None, None, None, None, next(found), next(found), *to_leaves)
 
 
 register(Tiled())

@@ -9,12 +9,12 @@ from operator import itemgetter
 from attnkit.backends.tiled.schedule import Chunk, Patch, Pattern, Piece
 from attnkit.strips import Run
 
-__all__ = ["Pieces", "Span", "chunks_of", "pattern_of", "span_around"]
+__all__ = ["RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
 
 Span = tuple[int, int]
 Spans = list[Span]
 # Strip pieces of a block: (first row from the block's top, rows, runs at that row).
-Pieces = Sequence[tuple[int, int, tuple[Run, ...]]]
+RunsOfRows = Sequence[tuple[int, int, tuple[Run, ...]]]
 
 # Score tiles are at most this wide, so that memory does not grow with the number of keys.
 WIDEST = 2048
@@ -27,7 +27,7 @@ GAP = 64
 NARROW = 32
 
 
-def chunks_of(pieces: Pieces, rows: int, seen: Sequence[Span]) -> tuple[Chunk, ...]:
+def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[Chunk, ...]:
     """Return the chunks of key runs that hold every allowed cell of the pieces.
 
     `seen` are the ranges of keys that some row of the lane sees: runs grow inside of them only.
@@ -35,7 +35,7 @@ def chunks_of(pieces: Pieces, rows: int, seen: Sequence[Span]) -> tuple[Chunk, .
     full = _full(pieces, rows)
     runs = _widened(_touched(pieces), full, seen)
     chunks = []
-    for spans in _cut(runs):
+    for spans in _chunked(runs):
         patches, column = [], 0
         for start, stop in spans:
             for a, b in _edges(start, stop, full):
@@ -46,12 +46,12 @@ def chunks_of(pieces: Pieces, rows: int, seen: Sequence[Span]) -> tuple[Chunk, .
     return tuple(chunks)
 
 
-def pattern_of(pieces: Pieces, rows: int, start: int, stop: int) -> Pattern:
+def pattern_of(pieces: RunsOfRows, rows: int, start: int, stop: int) -> Pattern:
     """Return the pattern of the pieces in key columns ``[start, stop)``."""
     return Pattern(rows, stop - start, _clipped(pieces, start, stop))
 
 
-def _touched(pieces: Pieces) -> Spans:
+def _touched(pieces: RunsOfRows) -> Spans:
     """Return the union of the rows' runs; small gaps are closed."""
     spans = sorted((a, b + db * (rows - 1)) for _, rows, runs in pieces for a, _, b, db in runs)
     out: Spans = []
@@ -63,7 +63,7 @@ def _touched(pieces: Pieces) -> Spans:
     return out
 
 
-def _full(pieces: Pieces, rows: int) -> Spans:
+def _full(pieces: RunsOfRows, rows: int) -> Spans:
     """Return the keys that every row of the block sees."""
     if sum(piece[1] for piece in pieces) != rows:
         return []
@@ -101,7 +101,7 @@ def _widened(spans: Spans, full: Spans, seen: Sequence[Span]) -> Spans:
     return out
 
 
-def _cut(spans: Spans) -> list[Spans]:
+def _chunked(spans: Spans) -> list[Spans]:
     """Cut runs into chunks of at most `WIDEST` columns; narrow runs that fit stay together."""
     wide: list[Spans] = []
     chunks: list[Spans] = [[]]
@@ -134,7 +134,7 @@ def _edges(start: int, stop: int, full: Spans) -> Spans:
     return out
 
 
-def _clipped(pieces: Pieces, start: int, stop: int) -> tuple[Piece, ...]:
+def _clipped(pieces: RunsOfRows, start: int, stop: int) -> tuple[Piece, ...]:
     """Return the pieces inside key columns ``[start, stop)``, counted from `start`.
 
     Ends outside are brought to the border and made to stand still, so that equal cells have
@@ -157,7 +157,7 @@ def _clipped(pieces: Pieces, start: int, stop: int) -> tuple[Piece, ...]:
     return tuple(out)
 
 
-def _is_bare(pieces: Pieces, spans: Iterable[tuple[int, int]], rows: int) -> bool:
+def _is_bare(pieces: RunsOfRows, spans: Iterable[tuple[int, int]], rows: int) -> bool:
     """Whether some row may see none of the keys; never False when one does not."""
     if sum(piece[1] for piece in pieces) != rows:
         return True

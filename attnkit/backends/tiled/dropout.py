@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.tiled.schedule import Chunk
-from attnkit.backends.tiled.tiles import Source, Step, Workspace
+from attnkit.backends.tiled.tiles import Step, Strided, Workspace
 
 __all__ = ["Dropout"]
 
@@ -36,8 +36,8 @@ class Dropout:
         keys_of_rows = _mixed(count * _ROW + seed)
         above = _mixed(keys_of_rows ^ _MIX) < round((part - 0.5) * 2.0**64)
         levels = (above + (int(level) + first - _LEVELS // 2)).to(torch.int16)
-        self.rows = Source(keys_of_rows.view(batch, heads, rows, 1))
-        self.levels = Source(levels.view(batch, heads, rows, 1))
+        self.rows = Strided(keys_of_rows.view(batch, heads, rows, 1))
+        self.levels = Strided(levels.view(batch, heads, rows, 1))
         quads = torch.arange(-(-keys // 4) + 1, device=device)
         self.columns = _mixed((quads + 1) * _COLUMN)
 

@@ -1,6 +1,6 @@
 """What the tiled backend will do, as data: blocks of query rows and the key runs they need.
 
-A `Schedule` is a pure function of the `Request` (see `attnkit.backends.tiled.build`). It names
+A `Schedule` is a pure function of the `Request` (see `attnkit.backends.tiled.job`). It names
 row and key positions, never tensors; execution walks it and decides nothing.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from attnkit.strips import Run
 
-__all__ = ["Block", "Chunk", "Lane", "Patch", "Pattern", "Piece", "Schedule", "Tile", "Whole"]
+__all__ = ["Chunk", "Lane", "Patch", "Pattern", "Piece", "RowBlock", "Schedule", "Tile", "Whole"]
 
 
 class Piece(NamedTuple):
@@ -38,14 +38,17 @@ class Patch(NamedTuple):
     pattern: Pattern
 
 
-class Chunk(NamedTuple):
-    """Key runs ``(start, stop, step)`` that lie side by side in one score tile.
+Moving = tuple[int, int, int]
+"""A run of keys ``(start, stop, step)``, `step` keys further in each next repetition."""
 
-    A run moves by `step` keys from one repetition of its block to the next. `bare` says that
-    some row finds no allowed key here.
+
+class Chunk(NamedTuple):
+    """Key runs that lie side by side in one score tile.
+
+    `bare` says that some row finds no allowed key here.
     """
 
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[Moving, ...]
     width: int
     patches: tuple[Patch, ...]
     bare: bool
@@ -59,7 +62,7 @@ class Tile(NamedTuple):
     heads: int
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Query rows ``[row, row + rows)``, repeated `times` times, `step` rows apart.
 
     The softmax runs over all chunks; rows meet their keys chunk by chunk.
@@ -76,6 +79,16 @@ class Block(NamedTuple):
     def cells(self) -> int:
         """The cells of one repetition."""
         return self.rows * sum(chunk.width for chunk in self.chunks)
+
+    @property
+    def bare(self) -> bool:
+        """Whether some row may find no allowed key in some chunk."""
+        return any(chunk.bare for chunk in self.chunks)
+
+    @property
+    def keys_read(self) -> tuple[Moving, ...]:
+        """The runs of keys that the first repetition reads."""
+        return tuple(run for chunk in self.chunks for run in chunk.runs)
 
 
 class Whole(NamedTuple):
@@ -102,6 +115,11 @@ class Whole(NamedTuple):
         keys = self.keys / 2 if self.causal else self.keys
         return int(self.rows * (keys + self.before))
 
+    @property
+    def keys_read(self) -> tuple[Moving, ...]:
+        """The run of keys that the first repetition reads."""
+        return ((self.key - self.before, self.key + self.keys, self.step),)
+
 
 class Lane(NamedTuple):
     """What a range of batch elements and query heads runs, in the order of its rows.
@@ -118,9 +136,9 @@ class Lane(NamedTuple):
     matrix: int
     origin: tuple[int, int]
     lengths: tuple[int, int]
-    items: tuple[Block | Whole, ...]
-    blank: tuple[tuple[int, int], ...]
-    opaque: bool
+    items: tuple[RowBlock | Whole, ...] = ()
+    blank: tuple[tuple[int, int], ...] = ()
+    opaque: bool = False
     strays: bool = False
     mixes: bool = False
 
@@ -130,22 +148,6 @@ class Schedule:
     """The lanes of a request."""
 
     lanes: tuple[Lane, ...]
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.lanes)
-
-    def __hash__(self) -> int:
-        return self._hash  # computed once: every call looks its schedule up
-
-    @cached_property
-    def bare(self) -> bool:
-        """Whether some row may see nothing at all."""
-        return any(
-            lane.blank
-            or any(chunk.bare for item in lane.items for chunk in getattr(item, "chunks", ()))
-            for lane in self.lanes
-        )
 
     @cached_property
     def strays(self) -> bool:
@@ -158,21 +160,16 @@ class Schedule:
         return any(lane.mixes for lane in self.lanes)
 
     @cached_property
-    def wholes(self) -> bool:
-        """Whether torch's fused kernel runs any part."""
-        return any(isinstance(item, Whole) for lane in self.lanes for item in lane.items)
-
-    @property
-    def computed(self) -> int:
-        """The number of cells computed, masked ones inside the tiles included."""
-        return self._cells(Block) + self.fused
-
-    @property
     def fused(self) -> int:
-        """How many of these cells torch's fused kernel computes."""
+        """How many cells torch's fused kernel computes."""
         return self._cells(Whole)
 
-    def _cells(self, kind: type[Block] | type[Whole]) -> int:
+    @cached_property
+    def computed(self) -> int:
+        """The number of cells computed, masked ones inside the tiles included."""
+        return self._cells(RowBlock) + self.fused
+
+    def _cells(self, kind: type[RowBlock] | type[Whole]) -> int:
         total = 0
         for lane in self.lanes:
             matrices = (lane.batches[1] - lane.batches[0]) * (lane.heads[1] - lane.heads[0])

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.schedule import Block, Chunk, Lane
+from attnkit.backends.tiled.schedule import Chunk, Lane, RowBlock
 
 __all__ = [
-    "Source",
     "Step",
+    "Strided",
     "Workspace",
     "add_to_keys",
     "head_tiles",
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     """
 
     lane: Lane
-    block: Block
+    block: RowBlock
     batch: int
     batches: int
     repeat: int
@@ -77,7 +77,7 @@ class Step(NamedTuple):
             column += stop - start
 
 
-def steps(lane: Lane, block: Block, group: int) -> Iterator[Step]:
+def steps(lane: Lane, block: RowBlock, group: int) -> Iterator[Step]:
     """Walk a block: batch elements, repetitions and heads in tiles."""
     tile = block.tile
     heads = list(head_tiles(*lane.heads, group, tile.heads))
@@ -159,7 +159,7 @@ _IDLE: deque[Workspace] = deque(maxlen=4)
 KEPT = 64 * 1024 * 1024
 
 
-class Source:
+class Strided:
     """A ``[b n s d]`` tensor (any strides) that hands out its tiles."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -205,7 +205,7 @@ class Source:
 
 
 def query_tile(
-    work: Workspace, name: str, source: Source, step: Step, dtype: torch.dtype
+    work: Workspace, name: str, source: Strided, step: Step, dtype: torch.dtype
 ) -> Tensor:
     """Return the rows of a step as ``[(b m n) (g r) d]`` in `dtype`."""
     view = source.rows(step)
@@ -220,7 +220,7 @@ def query_tile(
 
 
 def key_tile(
-    work: Workspace, name: str, source: Source, step: Step, chunk: Chunk, dtype: torch.dtype
+    work: Workspace, name: str, source: Strided, step: Step, chunk: Chunk, dtype: torch.dtype
 ) -> Tensor:
     """Return the keys of a chunk as ``[(b m n) w d]`` in `dtype`, its runs side by side."""
     if len(chunk.runs) == 1:
@@ -238,7 +238,7 @@ def key_tile(
     return work.take(name, dtype, step.products, chunk.width, source.width)
 
 
-def add_to_keys(target: Source, step: Step, chunk: Chunk, part: Tensor) -> None:
+def add_to_keys(target: Strided, step: Step, chunk: Chunk, part: Tensor) -> None:
     """Add ``[(b m n) w d]`` to the keys of a chunk."""
     wide = part.view(step.batches, step.repeats, step.key_heads, chunk.width, target.width)
     column = 0

@@ -9,23 +9,48 @@ or NaN unless the scale is above 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.patches import patch
 from attnkit.backends.tiled.schedule import Lane, Pattern, Schedule, Whole
 from attnkit.backends.tiled.tiles import head_tiles
+from attnkit.constants import constant
 
-__all__ = ["Part", "in_a_row", "parts", "run_whole", "run_whole_backward", "sole_part"]
+__all__ = [
+    "WholeCall",
+    "calls_of",
+    "in_a_row",
+    "pattern_mask",
+    "run_whole",
+    "run_whole_backward",
+    "sole_call",
+]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Part(NamedTuple):
+@constant
+def pattern_mask(
+    pattern: Pattern, dtype: torch.dtype, device: torch.device, allowed: float
+) -> Tensor:
+    """Return a pattern as ``[rows, width]``: `allowed`, or -inf.
+
+    Where a cell is allowed it holds 0, for a sum, or inf, for a minimum.
+    """
+    out = torch.full((pattern.rows, pattern.width), -torch.inf, dtype=dtype, device=device)
+    column = torch.arange(pattern.width, device=device)
+    for row, rows, runs in pattern.pieces:
+        below = torch.arange(rows, device=device)[:, None]
+        for a, da, b, db in runs:
+            inside = (column >= a + da * below) & (column < b + db * below)
+            out[row : row + rows].masked_fill_(inside, allowed)
+    return out
+
+
+class WholeCall(NamedTuple):
     """One call of the kernel: batch elements (or repetitions), heads, rows and keys."""
 
     batches: slice
@@ -42,7 +67,7 @@ class Part(NamedTuple):
     all_keys: bool = False
 
     @property
-    def calls(self) -> tuple[Part, ...]:
+    def calls(self) -> tuple[WholeCall, ...]:
         """One call, or two: over the keys before the piece, and over those of the piece."""
         if not self.before:
             return (self,)
@@ -51,13 +76,13 @@ class Part(NamedTuple):
         return left, self._replace(before=0)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return the part's rows of a ``[b n s d]`` tensor, a view."""
+        """Return the call's rows of a ``[b n s d]`` tensor, a view."""
         if self.all_rows and self.times == 1:
             return tensor
         return self._at(tensor[self.batches, self.heads, self.row_range])
 
     def keys(self, tensor: Tensor) -> Tensor:
-        """Return the part's keys of a ``[b n s d]`` tensor, a view."""
+        """Return the call's keys of a ``[b n s d]`` tensor, a view."""
         if self.all_keys and self.times == 1:
             return tensor
         return self._at(tensor[self.batches, self.key_heads, self.key_range])
@@ -71,7 +96,7 @@ class Part(NamedTuple):
         return first.as_strided(sizes, (self.step * row, head, row, dim), first.storage_offset())
 
 
-def parts(lane: Lane, item: Whole, group: int) -> Iterator[Part]:
+def calls_of(lane: Lane, item: Whole, group: int) -> Iterator[WholeCall]:
     """Yield the calls that a piece takes: repetitions share one where there is one batch row."""
     together = lane.batches[1] - lane.batches[0] == 1
     row, key = lane.origin[0] + item.row, lane.origin[1] + item.key
@@ -79,7 +104,7 @@ def parts(lane: Lane, item: Whole, group: int) -> Iterator[Part]:
         head = key_head * group + member
         for repeat in range(1 if together else item.times):
             move = repeat * item.step
-            yield Part(
+            yield WholeCall(
                 slice(*lane.batches),
                 slice(head, head + key_heads * members),
                 slice(key_head, key_head + key_heads),
@@ -93,41 +118,55 @@ def parts(lane: Lane, item: Whole, group: int) -> Iterator[Part]:
             )
 
 
-@lru_cache(maxsize=256)
-def sole_part(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) -> Part | None:
+def sole_call(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) -> WholeCall | None:
     """Return the one call that computes everything, if there is one.
 
     `sizes` are those of the request: batch elements, query heads, rows and keys.
     """
     batch, heads, rows, keys = sizes
-    if len(schedule.lanes) != 1:
+    if len(schedule.lanes) != 1 or schedule.strays or schedule.mixes:
         return None
     lane = schedule.lanes[0]
-    if lane.strays or lane.mixes:
-        return None
-    if lane.batches != (0, batch) or lane.heads != (0, heads) or len(lane.items) != 1:
+    if (lane.batches, lane.heads, len(lane.items)) != ((0, batch), (0, heads), 1):
         return None
     item = lane.items[0]
     if not isinstance(item, Whole) or item.rows * item.times != rows:
         return None
     if item.times > 1 and (batch > 1 or item.step != item.rows):
         return None
-    (part,) = parts(lane, item, group)
+    (call,) = calls_of(lane, item, group)
     closed = item.times == 1 or item.step == item.keys
-    return part._replace(all_rows=True, all_keys=closed and item.keys * item.times == keys)
+    return call._replace(all_rows=True, all_keys=closed and item.keys * item.times == keys)
 
 
 def run_whole(
-    part: Part, query: Tensor, key: Tensor, value: Tensor, scale: float
+    call: WholeCall, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log denominators of a part's rows, as new tensors."""
-    if not part.before:
-        tensors = _operands(part, query, key, value)
-        mask = None if part.pattern is None else _mask(part, query)
-        out, lse = _forward(*tensors, 0.0, part.causal, attn_mask=mask, scale=scale)
-        return out, lse
-    made = [run_whole(call, query, key, value, scale) for call in part.calls]
-    return _merged(*made)
+    """Return the output and the log denominators of a call's rows, as new tensors."""
+    if call.before:
+        left, right = (run_whole(one, query, key, value, scale) for one in call.calls)
+        return _merged(left, right)
+    tensors, mask = _given_to_torch(call, query, key, value)
+    out, lse = _forward(*tensors, 0.0, call.causal, attn_mask=mask, scale=scale)
+    return out, lse
+
+
+def run_whole_backward(
+    call: WholeCall,
+    operands: tuple[Tensor, Tensor, Tensor],
+    output: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value for one call, as new tensors."""
+    out, slope = _dense_last(call.rows(output)), _dense_last(call.rows(grad))
+    stats = call.rows(lse[..., None])[..., 0]
+    tensors, mask = _given_to_torch(call, *operands)
+    dq, dk, dv = _backward(
+        slope, *tensors, out, stats, 0.0, call.causal, attn_mask=mask, scale=scale
+    )
+    return dq, dk, dv
 
 
 def in_a_row(tensor: Tensor) -> Tensor:
@@ -139,37 +178,18 @@ def in_a_row(tensor: Tensor) -> Tensor:
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge two softmaxes of the same rows over different keys; overwrites the outputs."""
     lse = torch.logaddexp(one[1], other[1])
-    shares = (torch.exp(part[1] - lse)[..., None] for part in (one, other))
-    left, right = (part[0].mul_(share) for part, share in zip((one, other), shares, strict=True))
+    left, right = (out.mul_(torch.exp(stats - lse)[..., None]) for out, stats in (one, other))
     return left.add_(right), lse
 
 
-def run_whole_backward(
-    part: Part,
-    grad: Tensor,
-    operands: tuple[Tensor, Tensor, Tensor],
-    output: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value for a part of one call, as new tensors."""
-    out, slope = _dense_last(part.rows(output)), _dense_last(part.rows(grad))
-    stats = part.rows(lse[..., None])[..., 0]
-    tensors = _operands(part, *operands)
-    mask = _mask(part, output)
-    dq, dk, dv = _backward(
-        slope, *tensors, out, stats, 0.0, part.causal, attn_mask=mask, scale=scale
-    )
-    return dq, dk, dv
-
-
-def _mask(part: Part, like: Tensor) -> Tensor | None:
-    return None if part.pattern is None else patch(part.pattern, like.dtype, like.device)
-
-
-def _operands(part: Part, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    rows, keys, values = part.rows(query), part.keys(key), part.keys(value)
-    return _dense_last(rows), _dense_last(keys), _dense_last(values)
+def _given_to_torch(
+    call: WholeCall, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return a call's rows, keys and values, and its mask."""
+    views = (call.rows(query), call.keys(key), call.keys(value))
+    pattern = call.pattern
+    mask = None if pattern is None else pattern_mask(pattern, query.dtype, query.device, 0.0)
+    return tuple(_dense_last(view) for view in views), mask
 
 
 def _dense_last(tensor: Tensor) -> Tensor:

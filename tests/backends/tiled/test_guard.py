@@ -9,10 +9,9 @@ import torch
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.guard import guarded
+from attnkit.backends.tiled.job import Job, schedule
 from attnkit.backends.tiled.schedule import Schedule
-from attnkit.backends.tiled.scores import Job
+from attnkit.backends.tiled.walk import guarded
 from attnkit.backends.unseen import seen_spans, unseen_keys
 from attnkit.planner import Composition, Request, read_request
 
@@ -61,7 +60,7 @@ def test_common_masks_pay_nothing(mask: masks.Mask, lengths: tuple[int, int]) ->
     made = schedule(request(mask, *lengths))
     assert not made.strays
     assert not made.mixes
-    job = Job(request(mask, *lengths), made)
+    job = Job(request(mask, *lengths))
     x = torch.zeros(1, 2, lengths[1], 8)
     same, key, value = guarded(job, x, x)
     assert same is job
@@ -118,7 +117,7 @@ def test_tiny_packed_sequences_share_tiles_until_one_is_wild() -> None:
     lens = ak.SeqLens([5, 9, 3, 20])
     x = torch.empty(37, 2, 8, device="meta")
     asked = read_request(Composition(masks.Causal(), layout="TND"), x, x, x, seqlens=lens)
-    job = Job(asked, schedule(asked))
+    job = Job(asked)
     assert job.schedule.mixes
     tame = torch.zeros(1, 2, 37, 8)
     assert guarded(job, tame, tame)[0] is job

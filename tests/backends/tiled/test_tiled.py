@@ -15,9 +15,9 @@ import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
 from attnkit.backends.tiled import tiles
-from attnkit.backends.tiled.build import schedule
-from attnkit.backends.tiled.patches import patch
-from attnkit.backends.tiled.schedule import Block, Schedule, Whole
+from attnkit.backends.tiled.job import schedule
+from attnkit.backends.tiled.schedule import RowBlock, Schedule, Whole
+from attnkit.backends.tiled.whole import pattern_mask
 from attnkit.planner import Composition, Request, read_request
 
 
@@ -153,7 +153,9 @@ def painted(found: Schedule, rows: int) -> Tensor:
                 left = item.key + k * item.step
                 inside = torch.ones(item.rows, item.keys)
                 if item.pattern is not None:
-                    inside = (patch(item.pattern, torch.float32, torch.device("cpu")) == 0).float()
+                    inside = (
+                        pattern_mask(item.pattern, torch.float32, torch.device("cpu"), 0.0) == 0
+                    ).float()
                 inside = inside.tril() if item.causal else inside
                 cells[top : top + item.rows, left : left + item.keys] += inside.int()
                 cells[top : top + item.rows, left - item.before : left] += 1
@@ -161,7 +163,7 @@ def painted(found: Schedule, rows: int) -> Tensor:
             for chunk in item.chunks:
                 inside = torch.ones(item.rows, chunk.width)
                 for column, pattern in chunk.patches:
-                    part = patch(pattern, torch.float32, torch.device("cpu")) == 0
+                    part = pattern_mask(pattern, torch.float32, torch.device("cpu"), 0.0) == 0
                     inside[:, column : column + pattern.width] = part.float()
                 column = 0
                 for start, stop, step in chunk.runs:
@@ -206,7 +208,7 @@ def test_what_is_planned() -> None:
     assert isinstance(whole, Whole)
     assert whole.times == 4
     blocks = schedule(request(masks.Causal(), 4096), wholes=False).lanes[0].items
-    assert all(isinstance(item, Block) for item in blocks)
+    assert all(isinstance(item, RowBlock) for item in blocks)
 
 
 def test_refuses_other_devices() -> None:
@@ -275,7 +277,7 @@ def test_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wide_runs_have_high_blocks(mask: masks.Mask, height: int) -> None:
     (lane,) = schedule(request(mask, 8192)).lanes
-    blocks = [item for item in lane.items if isinstance(item, Block)]
+    blocks = [item for item in lane.items if isinstance(item, RowBlock)]
     assert max(blocks, key=lambda block: block.cells * block.times).rows == height
 
 

@@ -1,0 +1,265 @@
+"""From a request to its `Job`: the schedule, and whatever else every call of a plan shares.
+
+Batch elements, packed sequences and heads with equal regions share a lane; `items` says what the
+rows of a lane do.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+
+from attnkit.backends.base import stats_dtype
+from attnkit.backends.form import Form, form
+from attnkit.backends.numbers import masks_before_scale
+from attnkit.backends.tiled.columns import Span, span_around
+from attnkit.backends.tiled.items import Traits, items_of
+from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whole
+from attnkit.backends.tiled.whole import WholeCall, sole_call
+from attnkit.backends.unseen import seen_spans
+from attnkit.geometry import Region
+from attnkit.masks import Enclosure
+from attnkit.planner import Request
+
+__all__ = ["Job", "schedule"]
+
+T = TypeVar("T")
+
+# Measured on two AVX-512 cores, see benchmarks/attention.py: a score tile is at most this large,
+# with repetitions of a block, whose operands are copied, at most that.
+TILE_CELLS, REPEATED_CELLS = 1280 * 1024, 512 * 1024
+# From this scale on torch's fused kernel is left alone.
+HUGE_SCALE = 1024.0
+# Keys per row up to which blocks cast 16 bits in their tiles: a window of 1,024 and its edges.
+FEW_KEYS = 1280
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What the calls of a plan have in common; each of its answers is made once, and kept here.
+
+    Without `wholes` torch's fused kernel runs nothing; with `apart` every packed sequence has a
+    lane, so that no tile holds keys of two.
+    """
+
+    request: Request
+    wholes: bool = True
+    apart: bool = False
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Which blocks of rows meet which runs of keys, and how."""
+        return schedule(self.request, self.wholes, self.apart)
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        """The dtype of scores and statistics."""
+        return stats_dtype(self.request.dtype)
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Batch elements (1 if packed), query heads, rows, keys."""
+        request = self.request
+        batch = 1 if request.seqlens is not None else request.batch
+        return batch, request.num_heads, request.q_len, request.kv_len
+
+    @cached_property
+    def form(self) -> Form:
+        """How the layout of the tensors is seen as ``[b n s d]``."""
+        return form(self.request.layout)
+
+    @cached_property
+    def group(self) -> int:
+        """How many query heads share a key head."""
+        return self.request.num_heads // self.request.num_kv_heads
+
+    @cached_property
+    def sole(self) -> WholeCall | None:
+        """The one call of torch's kernel that computes everything, if there is one."""
+        return None if self.request.sink else sole_call(self.schedule, self.sizes, self.group)
+
+    @cached_property
+    def by_blocks(self) -> Job:
+        """The same without torch's fused kernel."""
+        return replace(self, wholes=False) if self.schedule.fused else self
+
+    @cached_property
+    def by_sequence(self) -> Job:
+        """The same with a lane for each packed sequence."""
+        return replace(self, apart=True)
+
+    @cached_property
+    def raised(self) -> Job | None:
+        """The same in float32, where that is the better way to compute 16 bits.
+
+        One call of torch's kernel is none better, and blocks that read few keys cast them tile
+        by tile. Merges of torch's calls need float32, and many keys are worth casting once.
+        """
+        request = self.request
+        if request.dtype.itemsize > 2 or self.sole is not None:
+            return None
+        other = replace(self, request=replace(request, dtype=torch.float32))
+        batch, heads, rows, _ = self.sizes
+        gained = other.schedule.fused - self.schedule.fused
+        few = other.schedule.computed <= FEW_KEYS * batch * heads * rows
+        return None if few and gained <= other.schedule.computed / 8 else other
+
+
+def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Schedule:
+    """Return the schedule of a request; see `Job` for what may be asked of it."""
+    traits = Traits(
+        alike=not (request.bias or request.dropout),
+        wholes=wholes and _fused_fits(request),
+        merges=request.dtype in (torch.float32, torch.float64),
+        causal=masks_before_scale(request.scale, torch.float32),
+    )
+    known: dict[tuple[object, ...], tuple[RowBlock | Whole, ...]] = {}
+    lanes: list[Lane] = []
+    for lane, mask, seen in _lanes(request, apart):
+        heads, batch = (b - a for a, b in (lane.heads, lane.batches))
+        own = traits if mask.exact else Traits(alike=False)
+        own = own._replace(q_len=lane.lengths[0], seen=seen, matrices=heads * batch)
+        key = (mask.outer.strips, own)
+        if key not in known:
+            known[key] = items_of(*key)
+        tiled = (_shared(item, own, heads, batch, mask.exact) for item in known[key])
+        lanes.append(_judged(lane._replace(items=tuple(tiled)), request, mask, seen))
+    return Schedule(tuple(lanes))
+
+
+def _fused_fits(request: Request) -> bool:
+    """Whether torch's fused CPU kernel computes plain pieces of this request, and well."""
+    plain = not (request.bias or request.dropout or request.softcap)
+    even = request.head_dim == request.value_dim
+    # Its products, which it scales before it adds them up, overflow at huge scales.
+    tame = abs(request.scale) <= HUGE_SCALE
+    return plain and even and tame and request.dtype != torch.float16  # a hundredfold slower there
+
+
+# -- lanes -------------------------------------------------------------------------------------
+
+
+def _lanes(request: Request, apart: bool) -> Iterator[tuple[Lane, Enclosure, tuple[Span, ...]]]:
+    """Yield lanes that have no items yet, their masks, and the keys that some row of them sees.
+
+    A packed batch is one lane over all tokens; or one per sequence, where it is to be, or where
+    something is counted from a sequence's corner.
+    """
+    planes, every = request.matrices.planes, (0, request.num_heads)
+    for first, last in _equal_stretches(planes):
+        heads, plane = every if len(planes) == 1 else (first, last), planes[first]
+        if request.seqlens is None:
+            for start, stop in _equal_stretches(plane):
+                lane = Lane((start, stop), heads, start, (0, 0), request.sequences[0])
+                yield lane, plane[start], tuple(seen_spans(plane[start].outer.strips))
+            continue
+        origins = list(zip(*request.token_starts, strict=True))[: request.batch]
+        each = list(zip(origins, plane, strict=True))
+        if apart or request.bias or not all(mask.exact for mask in set(plane)):
+            for b, (origin, mask) in enumerate(each):
+                lane = Lane((0, 1), heads, b, origin, request.sequences[b])
+                yield lane, mask, tuple(seen_spans(mask.outer.strips))
+            continue
+        regions = [mask.outer.shift(*origin) for origin, mask in each]
+        joined = Region(tuple(strip for region in regions for strip in region.strips))
+        # Not joined where sequences meet: runs do not grow into the next one.
+        seen = tuple(span for region in regions for span in seen_spans(region.strips))
+        lane = Lane((0, 1), heads, 0, (0, 0), (request.q_len, request.kv_len))
+        yield lane, Enclosure(joined, joined), seen
+
+
+def _equal_stretches(values: Sequence[T]) -> Iterator[tuple[int, int]]:
+    """Yield the maximal ranges of neighbours that are equal."""
+    starts = [k for k in range(len(values)) if k == 0 or values[k] != values[k - 1]]
+    yield from pairwise([*starts, len(values)])
+
+
+def _shared(
+    item: RowBlock | Whole, traits: Traits, heads: int, batch: int, exact: bool
+) -> RowBlock | Whole:
+    """Say what shares the products of a block; without an exact mask, its cells are asked for."""
+    if isinstance(item, Whole):
+        return item
+    if not exact:
+        chunks = tuple(c._replace(patches=(), bare=True) for c in item.chunks)
+        item = item._replace(chunks=chunks)
+    tile = _tile(item, heads, batch if exact else 1)
+    return item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
+
+
+def _tile(block: RowBlock, heads: int, batch: int) -> Tile:
+    """Share products between heads first, then batch elements, then repetitions of the block."""
+    cells = block.rows * max(chunk.width for chunk in block.chunks)
+    room = max(2, TILE_CELLS // cells)
+    if room < heads:
+        share = _even_share(heads, room)
+        return Tile(1, 1, share + share % 2)  # matrices are dealt out to an even number of cores
+    room //= heads
+    if room < batch:
+        return Tile(_even_share(batch, room), 1, heads)
+    repeats = REPEATED_CELLS // (cells * heads * batch)
+    return Tile(batch, min(block.times, max(1, repeats)), heads)
+
+
+def _even_share(total: int, most: int) -> int:
+    """Return the smallest size of equal shares that needs no more shares than `most` does."""
+    return -(-total // -(-total // most))
+
+
+# -- what its items reach ----------------------------------------------------------------------
+
+
+def _judged(lane: Lane, request: Request, mask: Enclosure, seen: Sequence[Span]) -> Lane:
+    """Say which rows of a lane see nothing, and which keys its items reach beside those seen."""
+    packed = request.seqlens is not None and lane.lengths == (request.q_len, request.kv_len)
+    return lane._replace(
+        blank=mask.outer.empty_rows(lane.lengths[0]),
+        opaque=not mask.exact,
+        strays=not mask.exact or _strays(lane.items, seen),
+        mixes=packed and _mixes(lane.items, request),
+    )
+
+
+def _strays(items: Iterable[RowBlock | Whole], seen: Sequence[Span]) -> bool:
+    """Whether some item reads keys that no row sees."""
+    spans: list[Span] = []
+    for a, b in seen:  # those of neighbouring sequences are one range here
+        if spans and spans[-1][1] == a:
+            a = spans.pop()[0]
+        spans.append((a, b))
+    return any(
+        not _lies_in(spans, a, b, step, item.times)
+        for item in items
+        for a, b, step in item.keys_read
+    )
+
+
+def _lies_in(spans: Sequence[Span], a: int, b: int, step: int, times: int) -> bool:
+    """Whether a run of keys lies in one of the ranges, in each of its repetitions."""
+    last = (times - 1) * step
+    if b + last <= span_around(spans, a)[1] and a >= span_around(spans, a)[0]:
+        return True
+    return times > 1 and all(
+        _lies_in(spans, a + move, b + move, 0, 1) for move in range(0, last + 1, step or 1)
+    )
+
+
+def _mixes(items: Iterable[RowBlock | Whole], request: Request) -> bool:
+    """Whether some item of a packed batch reads keys of a sequence that is not its rows'."""
+    rows, keys = request.token_starts
+    for item in items:
+        for repeat in range(item.times):
+            row = item.row + repeat * item.step
+            own = bisect_right(rows, row) - 1
+            if row + item.rows > rows[own + 1]:
+                return True
+            for a, b, step in item.keys_read:
+                if a + repeat * step < keys[own] or b + repeat * step > keys[own + 1]:
+                    return True
+    return False

@@ -1,0 +1,325 @@
+"""The two passes: what forward and backward do with the tiles of their walk.
+
+Forward, each block's softmax over its chunks of keys, one after the other:
+
+    p = exp(score - max);  output = p @ v / sum(p);  lse = max + log(sum(p))
+
+Backward, probabilities are made again, tile by tile, from the statistics:
+
+    p = exp(score - lse);  dp = do @ v^T;  ds = p * (dp - delta)
+    dq = scale * ds @ k;  dk = scale * ds^T @ q;  dv = p^T @ do
+    with a soft-cap, ds * (1 - tanh**2) in dq and dk
+
+where ``delta = sum(do * o) - dlse`` per row. With dropout, `keep` scales both p in dv and dp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnkit.backends.base import Kept
+from attnkit.backends.tiled.job import Job
+from attnkit.backends.tiled.schedule import Chunk, RowBlock
+from attnkit.backends.tiled.terms import Term
+from attnkit.backends.tiled.tiles import Step, Strided, add_to_keys, key_tile, query_tile
+from attnkit.backends.tiled.walk import LN2, LOG2E, Walk
+from attnkit.backends.tiled.whole import WholeCall, in_a_row, run_whole, run_whole_backward
+
+__all__ = ["Backward", "Forward", "backward_at_once", "sink_gradient"]
+
+# A row without a key has no maximum. This part of the lowest number stands for one: finite, and
+# below every score, those of biases that are cut off included. Statistics below the other part
+# are such a row's.
+FLOOR, EMPTY = 0.25, 0.15
+# A sum of exponentials is at least 1, except in such a row, whose output must be 0.
+LEAST = 1e-30
+# Rows of so few keys are cheap to put right, and may be many for each of their keys.
+FEW = 64
+# Beside a maximum of this size the log of a sum loses digits that weights need.
+LARGE = 512.0
+
+
+class Softmax:
+    """The state of a tile's rows between chunks: maximum, sum and weighted values."""
+
+    def __init__(self, walk: Walk, query: Tensor) -> None:
+        (group, rows, _), wide, take = query.shape, walk.wide, walk.work.take
+        self.peak = take("peak", wide, group, rows, 1)
+        self.total = take("total", wide, group, rows, 1)
+        self.spare = take("spare peak", wide, group, rows, 1)
+        self.output = take("output", wide, group, rows, walk.value.width)
+
+    def soften(self, tile: Tensor, first: bool, bare: bool) -> None:
+        """Turn scores into ``2 ** (score - peak)``, and bring the state to the new peak."""
+        peak = self.peak if first else self.spare
+        torch.amax(tile, -1, keepdim=True, out=peak)
+        if bare:
+            peak.clamp_(min=FLOOR * torch.finfo(peak.dtype).min)
+        if not first:
+            torch.maximum(self.peak, self.spare, out=self.spare)
+            self._rise()
+        tile.sub_(self.peak).exp2_()
+        torch.sum(tile, -1, keepdim=True, out=self.total if first else self.spare)
+        if not first:
+            self.total.add_(self.spare)
+
+    def add_sink(self, sink: Tensor, shape: torch.Size) -> None:
+        """Let a logit per head join the denominator, as one more column without a value."""
+        _, _, key_heads, members, _, _ = shape
+        logit = (sink * LOG2E).view(key_heads, members, 1, 1).expand(shape)
+        torch.maximum(self.peak.view(shape), logit, out=self.spare.view(shape))
+        self._rise()
+        self.total.view(shape).add_(torch.exp2(logit - self.peak.view(shape)))
+
+    def _rise(self) -> None:
+        """Take the maximum that is in `spare`."""
+        self.peak.sub_(self.spare).exp2_()
+        self.total.mul_(self.peak)
+        self.output.mul_(self.peak)
+        self.peak.copy_(self.spare)
+
+
+class Forward(Walk):
+    """Writes `output` ``[b n s d]`` and `lse` ``[b n s]``, the log of the softmax denominator."""
+
+    def __init__(
+        self,
+        job: Job,
+        terms: tuple[Term, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
+        sink: Tensor | None,
+        seed: Tensor | None,
+        output: Tensor,
+    ) -> None:
+        super().__init__(job, terms, tensors, seed)
+        self.sink = None if sink is None else sink.to(job.wide)
+        self.output = output
+        self.lse = torch.empty(job.sizes[:3], dtype=job.wide, device=output.device)
+        self.to_output, self.to_lse = Strided(output), Strided(self.lse[..., None])
+
+    def step(self, step: Step, block: RowBlock) -> None:
+        """Compute one tile of rows against all of their keys."""
+        work, wide, bare = self.work, self.wide, block.bare
+        query = query_tile(work, "query", self.query, step, wide)
+        rows = Softmax(self, query)
+        for k, chunk in enumerate(block.chunks):
+            key = key_tile(work, "key", self.key, step, chunk, wide)
+            tile = self.scores(step, chunk, query, key)
+            rows.soften(tile, k == 0, bare)
+            if self.dropout is not None:
+                tile.mul_(self.dropout.tile(work, step, chunk, wide))
+            value = key_tile(work, "value", self.value, step, chunk, wide)
+            rows.output.baddbmm_(tile, value, beta=0.0 if k == 0 else 1.0)
+        self._finish(step, rows, bare)
+        target = self.to_output.rows(step)
+        sums = rows.total.view(*target.shape[:-1], 1)
+        torch.div(rows.output.view(target.shape), sums, out=target)
+
+    def _finish(self, step: Step, rows: Softmax, bare: bool) -> None:
+        """Write the statistics where they belong, and leave the divisors of the output."""
+        lse = self.to_lse.rows(step)
+        if self.sink is not None:
+            rows.add_sink(self.sink[step.head : step.head + step.heads], lse.shape)
+        elif bare:
+            rows.total.clamp_(min=LEAST)
+        torch.log2(rows.total, out=rows.spare)
+        torch.mul(rows.spare.add_(rows.peak).view(lse.shape), LN2, out=lse)
+        if bare and self.sink is None:
+            lse.masked_fill_(lse < EMPTY * torch.finfo(lse.dtype).min, -torch.inf)
+        if self.dropout is not None:
+            rows.total.mul_(self.dropout.kept)
+
+    def whole(self, call: WholeCall) -> None:
+        """Run a piece on torch's kernel and put its results in place."""
+        out, stats = run_whole(call, *self.tensors, self.scale)
+        if self.sink is not None:
+            total = torch.logaddexp(stats, self.sink[call.heads, None])
+            out, stats = out.mul_(torch.exp(stats - total)[..., None]), total
+        call.rows(self.output).copy_(out)
+        call.rows(self.lse[..., None]).copy_(stats[..., None])
+
+    def blank(self, rows: tuple[slice, slice, slice]) -> None:
+        """Answer rows that see nothing, or the sink alone."""
+        self.output[rows] = 0.0
+        self.lse[rows] = -torch.inf if self.sink is None else self.sink[rows[1], None]
+
+
+class Backward(Walk):
+    """Writes the gradients of queries, and adds to those of keys, values and bias tensors.
+
+    What is `kept`, and the gradients of query, key and value, `slopes`, are ``[b n s d]``; keys
+    and values get theirs in the dtype of the scores.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        terms: tuple[Term, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
+        kept: Kept,
+        slopes: tuple[Tensor, Tensor, Tensor],
+        to_bias: Sequence[Tensor | None],
+    ) -> None:
+        super().__init__(job, terms, tensors, kept.seed)
+        self.kept, self.slopes, self.to_bias = kept, slopes, to_bias
+        self.output, self.grad = Strided(kept.output), Strided(kept.arrived)
+        self.lse = Strided(kept.lse[..., None])
+        self.grad_lse = None if kept.grad_lse is None else Strided(kept.grad_lse[..., None])
+        self.to_query, self.to_key, self.to_value = (Strided(slope) for slope in slopes)
+        # Whether the weights of a row are all there is: nothing else takes a share of its slope.
+        self.whole_rows = not job.request.sink and kept.grad_lse is None
+
+    def step(self, step: Step, block: RowBlock) -> None:
+        """Add what one tile of rows gives to every gradient."""
+        work, wide, scale = self.work, self.wide, self.scale
+        query = query_tile(work, "query", self.query, step, wide)
+        grad = query_tile(work, "grad", self.grad, step, wide)
+        delta, lse = self._delta(step, grad), self._lse(step, grad, block)
+        total = self._total(step, block, query, lse) if _swallows(lse) else None
+        to_query = work.take("to query", wide, *query.shape)
+        for k, chunk in enumerate(block.chunks):
+            key = key_tile(work, "key", self.key, step, chunk, wide)
+            weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
+            to_value = work.take("to value", wide, *key.shape[:2], self.value.width)
+            torch.bmm(weights.transpose(1, 2), grad, out=to_value)
+            add_to_keys(self.to_value, step, chunk, to_value)
+            to_query.baddbmm_(ds, key, beta=0.0 if k == 0 else 1.0, alpha=scale)
+            to_key = work.take("to key", wide, *key.shape)
+            to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
+            add_to_keys(self.to_key, step, chunk, to_key)
+        target = self.to_query.rows(step)
+        target.copy_(to_query.view(target.shape))
+
+    def _weights(
+        self,
+        step: Step,
+        chunk: Chunk,
+        operands: tuple[Tensor, Tensor, Tensor],
+        rows: tuple[Tensor, Tensor | None],
+        delta: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weights that the values had, and the gradient of the scores `ds`."""
+        work, wide = self.work, self.wide
+        query, key, grad = operands
+        lse, total = rows
+        p, bend = self._probabilities(step, chunk, query, key, lse)
+        if total is not None:
+            p.div_(total)
+        value = key_tile(work, "value", self.value, step, chunk, wide)
+        ds = work.take("slopes", wide, *p.shape)
+        torch.bmm(grad, value.transpose(1, 2), out=ds)
+        weights = p
+        if self.dropout is not None:
+            keep = self.dropout.tile(work, step, chunk, wide).div_(self.dropout.kept)
+            ds.mul_(keep)
+            weights = keep.mul_(p)
+        ds.sub_(delta).mul_(p)
+        matters = chunk.width <= FEW or total is not None
+        if self.whole_rows and matters and len(step.block.chunks) == 1:
+            # The slopes of a softmax add up to 0. What rounding leaves instead would add up
+            # over all rows that see one key and nothing else, and a huge scale magnifies it.
+            left = torch.sum(ds, -1, keepdim=True, out=work.take("left", wide, *p.shape[:2], 1))
+            ds.addcmul_(p, left, value=-1.0)
+        if self.bias is not None and any(slope is not None for slope in self.to_bias):
+            self.bias.add_gradient(self.to_bias, self.by_head(ds, step, chunk), step, chunk)
+        if bend is not None:
+            ds.mul_(bend)
+        return weights, ds
+
+    def _probabilities(
+        self, step: Step, chunk: Chunk, query: Tensor, key: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the softmax weights of a tile, and the slope of a soft-cap."""
+        p, bend = self.bent(step, chunk, query, key), None
+        if self.cap is not None:
+            bend = self.work.take("bend", self.wide, *p.shape)
+            torch.mul(p, p, out=bend).neg_().add_(1.0)
+        self.finish(p, step, chunk)
+        return p.sub_(lse).exp2_(), bend
+
+    def _total(self, step: Step, block: RowBlock, query: Tensor, lse: Tensor) -> Tensor | None:
+        """Put the rows' maxima in place of their statistics, and return the sums beside them."""
+        peak, total = torch.full_like(lse, -torch.inf), torch.zeros_like(lse)
+        for chunk in block.chunks:
+            key = key_tile(self.work, "key", self.key, step, chunk, self.wide)
+            tile = self.scores(step, chunk, query, key)
+            torch.maximum(peak, tile.amax(-1, keepdim=True), out=peak)
+        peak.masked_fill_(peak == -torch.inf, 0.0)
+        if self.job.request.sink:
+            # The sink has its share; where rounding puts the statistics below a score, it has none.
+            torch.maximum(lse, peak, out=lse)
+            return None
+        lse.copy_(peak)
+        for chunk in block.chunks:
+            key = key_tile(self.work, "key", self.key, step, chunk, self.wide)
+            total += self._probabilities(step, chunk, query, key, lse)[0].sum(-1, keepdim=True)
+        return total.masked_fill_(total == 0.0, 1.0)
+
+    def _delta(self, step: Step, grad: Tensor) -> Tensor:
+        """Return ``sum(do * o) - dlse`` per row, ``[g r 1]``."""
+        work, wide = self.work, self.wide
+        output = query_tile(work, "row values", self.output, step, wide)
+        product = torch.mul(grad, output, out=work.take("row products", wide, *grad.shape))
+        delta = work.take("delta", wide, *grad.shape[:2], 1)
+        torch.sum(product, -1, keepdim=True, out=delta)
+        if self.grad_lse is not None:
+            delta.sub_(query_tile(work, "grad lse", self.grad_lse, step, wide))
+        return delta
+
+    def _lse(self, step: Step, grad: Tensor, block: RowBlock) -> Tensor:
+        """Return the rows' statistics times log2(e); 0 for rows that see nothing."""
+        lse = self.work.take("lse", self.wide, *grad.shape[:2], 1)
+        view = self.lse.rows(step)
+        torch.mul(view, LOG2E, out=lse.view(view.shape))
+        return lse.masked_fill_(lse == -torch.inf, 0.0) if block.bare else lse
+
+    def whole(self, call: WholeCall) -> None:
+        """Let torch's kernel make the gradients of a piece, and put them in place."""
+        to_query, to_key, to_value = self.slopes
+        for k, one in enumerate(call.calls):
+            dq, dk, dv = _backward_of(one, self.tensors, self.kept, self.scale)
+            rows = one.rows(to_query)
+            rows.add_(dq) if k else rows.copy_(dq)
+            one.keys(to_key).add_(dk)
+            one.keys(to_value).add_(dv)
+
+    def blank(self, rows: tuple[slice, slice, slice]) -> None:
+        """Queries that see nothing have no gradient."""
+        self.slopes[0][rows] = 0.0
+
+
+def _backward_of(
+    call: WholeCall, tensors: tuple[Tensor, Tensor, Tensor], kept: Kept, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_whole_backward(call, tensors, kept.output, kept.lse, kept.arrived, scale)
+
+
+def backward_at_once(
+    job: Job, tensors: tuple[Tensor, Tensor, Tensor], kept: Kept
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gradients as torch's kernel made them, where it makes all of them in one call."""
+    call = job.sole
+    if call is None or call.before or not call.all_keys or kept.grad_lse is not None:
+        return None
+    dq, dk, dv = _backward_of(call, tensors, kept, job.request.scale)
+    return (dq, dk, dv) if call.times == 1 else (in_a_row(dq), in_a_row(dk), in_a_row(dv))
+
+
+def sink_gradient(kept: Kept, sink: Tensor) -> Tensor:
+    """Return ``-sum(p_sink * delta)`` per head, with ``p_sink = exp(sink - lse)``."""
+    grads = []
+    for head in range(kept.lse.shape[1]):
+        lse = kept.lse[:, head]
+        delta = (kept.arrived[:, head].to(lse.dtype) * kept.output[:, head]).sum(-1)
+        if kept.grad_lse is not None:
+            delta -= kept.grad_lse[:, head]
+        grads.append(-(torch.exp(sink[head].to(lse.dtype) - lse) * delta).sum())
+    return torch.stack(grads).to(sink.dtype)
+
+
+def _swallows(lse: Tensor) -> bool:
+    """Whether some row's statistics are so large that they swallow the log of its sum."""
+    return not bool(torch.linalg.vector_norm(lse, torch.inf) < LARGE)

@@ -1,0 +1,180 @@
+"""The walk over a schedule, and the score tiles that forward and backward make on it.
+
+    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias;  masked: -inf
+
+Tiles hold ``score * log2(e)``: powers of two are several times cheaper than powers of e.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import log2
+
+import torch
+from torch import Tensor
+
+from attnkit.backends.numbers import bounded, usable_cap
+from attnkit.backends.tiled.bias import Bias
+from attnkit.backends.tiled.dropout import Dropout
+from attnkit.backends.tiled.job import Job
+from attnkit.backends.tiled.schedule import Chunk, RowBlock, Whole
+from attnkit.backends.tiled.terms import Term
+from attnkit.backends.tiled.tiles import Step, Strided, Workspace, steps
+from attnkit.backends.tiled.whole import WholeCall, calls_of, pattern_mask
+from attnkit.backends.unseen import without_unseen
+from attnkit.masks import Rectangle
+
+__all__ = ["LN2", "LOG2E", "Walk", "guarded"]
+
+# From this on a factor is kept out of matrix products.
+HUGE = 1024.0
+
+LOG2E = log2(2.718281828459045)
+LN2 = 1.0 / LOG2E
+
+
+class Walk(ABC):
+    """One pass over the schedule of a job, on ``[b n s d]`` tensors of any strides.
+
+    Forward and backward say what they do with a step of a block, with a call of torch's kernel,
+    and with rows that see nothing; what they share, the score tiles, is here.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        terms: tuple[Term, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
+        seed: Tensor | None,
+    ) -> None:
+        request = job.request
+        self.job, key, value = guarded(job, *tensors[1:])
+        self.tensors = (tensors[0], key, value)
+        self.query, self.key, self.value = (Strided(tensor) for tensor in self.tensors)
+        self.wide, self.scale = job.wide, request.scale
+        self.work = Workspace.lent(tensors[0])
+        self.cap = None if request.softcap is None else usable_cap(request.softcap, self.wide)
+        unit = LOG2E if self.cap is None else 1.0 / self.cap
+        # Products that are multiplied by a huge number before they are added up may overflow.
+        self.unit = unit if unit > HUGE else None
+        self.alpha = bounded(request.scale * (1.0 if self.unit else unit), self.wide)
+        self.bias = Bias(terms, LOG2E, self.wide, self.work) if terms else None
+        self.dropout: Dropout | None = None
+        if request.dropout and seed is not None:
+            self.dropout = Dropout(request.dropout, seed, job.sizes)
+        self._edges: dict[int, Tensor] = {}
+        self._cells: tuple[tuple[object, ...], Tensor] | None = None
+
+    def go(self) -> None:
+        """Walk the schedule: every block in its tiles, every whole piece, every blank row."""
+        for lane in self.job.schedule.lanes:
+            for item in lane.items:
+                if isinstance(item, Whole):
+                    for call in calls_of(lane, item, self.job.group):
+                        self.whole(call)
+                    continue
+                for step in steps(lane, item, self.job.group):
+                    self.step(step, item)
+            for start, stop in lane.blank:
+                rows = slice(lane.origin[0] + start, lane.origin[0] + stop)
+                self.blank((slice(*lane.batches), slice(*lane.heads), rows))
+        self.work.give_back()
+
+    @abstractmethod
+    def step(self, step: Step, block: RowBlock) -> None:
+        """Compute one tile of rows against all of their keys."""
+
+    @abstractmethod
+    def whole(self, call: WholeCall) -> None:
+        """Make one call of torch's kernel, and put its results in place."""
+
+    @abstractmethod
+    def blank(self, rows: tuple[slice, slice, slice]) -> None:
+        """Answer rows ``[b n s]`` that see nothing."""
+
+    # -- score tiles ---------------------------------------------------------------------------
+
+    def scores(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Return the masked scores of a tile, ``[g r w]``, times log2(e)."""
+        tile = self.bent(step, chunk, query, key)
+        self.finish(tile, step, chunk)
+        return tile
+
+    def bent(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+        """Return unmasked scores times log2(e); with a soft-cap, ``tanh(scale * q.k / c)``."""
+        group, rows, _ = query.shape
+        tile = self.work.take("scores", self.wide, group, rows, chunk.width)
+        joined = self.bias is not None and self.cap is None
+        if self.bias is not None and joined:
+            self.bias.put(self.by_head(tile, step, chunk), step, chunk)
+        beta = 1.0 if joined else 0.0
+        tile.baddbmm_(query, key.transpose(1, 2), beta=beta, alpha=self.alpha)
+        if self.unit is not None:
+            tile.mul_(self.unit)
+        return tile if self.cap is None else tile.tanh_()
+
+    def finish(self, tile: Tensor, step: Step, chunk: Chunk) -> None:
+        """Make the masked scores of a tile from what `bent` returned."""
+        if self.cap is not None:
+            tile.mul_(self.cap * LOG2E)
+            if self.bias is not None:
+                self.bias.put(self.by_head(tile, step, chunk), step, chunk, more=True)
+        if step.lane.opaque:
+            self._mask_cells(self.by_head(tile, step, chunk), step, chunk)
+            return
+        cells = tile.view(-1, step.block.rows, chunk.width)
+        for column, pattern in chunk.patches:
+            whole = pattern.width == chunk.width
+            edge = cells if whole else cells[:, :, column : column + pattern.width]
+            # A minimum, where a sum would leave the NaN of inf - inf. It is as fast, and several
+            # times faster than filling by a boolean mask.
+            if id(pattern) not in self._edges:
+                self._edges[id(pattern)] = pattern_mask(pattern, tile.dtype, tile.device, torch.inf)
+            edge.clamp_(max=self._edges[id(pattern)])
+
+    def by_head(self, tile: Tensor, step: Step, chunk: Chunk) -> Tensor:
+        """View a ``[g r w]`` tile as ``[b h i j]``; its block is not repeated."""
+        return tile.view(step.batches, step.heads, step.block.rows, chunk.width)
+
+    def _mask_cells(self, tile: Tensor, step: Step, chunk: Chunk) -> None:
+        """Mask ``[1, h, i, j]`` scores by the cells of a mask that is not a region."""
+        block, mask = step.block, self.job.request.mask
+        batch = step.lane.matrix + step.batch - step.lane.batches[0]
+        runs = [run for part in block.chunks for run in step.runs(part)]
+        left = min(first for _, first, _ in runs)
+        place = (
+            (step.row, step.row + block.rows),
+            (left, max(first + count for _, first, count in runs)),
+            *step.lane.lengths,
+            batch if mask.batches is not None else 0,
+        )
+        heads = range(step.head, step.head + step.heads) if mask.heads is not None else range(1)
+        if self._cells is None or self._cells[0] != (heads, place):
+            # Read once for all chunks of the block, and for all heads that are alike.
+            read = [mask._cells(Rectangle(*place, head), self.work.device) for head in heads]
+            self._cells = ((heads, place), torch.stack(read))
+        cells = self._cells[1]
+        for column, first, count in step.runs(chunk):
+            allowed = cells[:, :, first - left : first - left + count]
+            tile[..., column : column + count].masked_fill_(~allowed, -torch.inf)
+
+
+def guarded(job: Job, key: Tensor, value: Tensor) -> tuple[Job, Tensor, Tensor]:
+    """Return the job and its ``[b n s d]`` keys and values such that no tile holds wild ones.
+
+    A masked weight is 0, and 0 times NaN is NaN. Keys that nobody sees are put to 0, where tiles
+    reach them at all. Tiles with keys of another packed sequence give way to others, if any
+    number there is not finite, or nearly so large that products with it are not.
+    """
+    if job.schedule.mixes and not (_is_tame(key, job.wide) and _is_tame(value, job.wide)):
+        job = job.by_sequence
+    if job.schedule.strays:
+        key, value = without_unseen(job.request, key, value)
+    return job, key, value
+
+
+def _is_tame(tensor: Tensor, wide: torch.dtype) -> bool:
+    if not tensor.numel():
+        return True
+    largest = torch.linalg.vector_norm(tensor.detach(), torch.inf)
+    return bool(largest < torch.finfo(wide).max ** 0.25)
