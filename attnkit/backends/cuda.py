@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
 from attnkit.backends.flex import Flex, FlexPlan
-from attnkit.backends.form import form
 from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.rows import maxima
 from attnkit.errors import BackendRefused, Refusal
@@ -141,7 +140,7 @@ def _flag(request: Request) -> str | None:
 
 
 def _fused(plan: CudaPlan, operands: Operands) -> Tensor:
-    request, layout = plan.request, form(plan.request.layout)
+    request, layout = plan.request, plan.request.layout_of
     counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
     given = (operands.query, operands.key, operands.value)
     query, key, value = (layout.view(t, n) for t, n in zip(given, counts, strict=True))

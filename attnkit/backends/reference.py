@@ -81,21 +81,15 @@ class Matrix:
 
 def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Matrix:
     """Return the score matrices of a request: all of a dense batch, or one packed sequence's."""
-    layout = request.layout_of
-    counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-    tensors = (operands.query, operands.key, operands.value)
-    if sequence is None:
-        q, k, v = (layout.to_bnsd(t, n) for t, n in zip(tensors, counts, strict=True))
-    else:
-        starts = (request.token_starts[0], request.token_starts[1], request.token_starts[1])
-        q, k, v = (
-            rearrange(t[cu[sequence] : cu[sequence + 1]], "s n d -> 1 n s d")
-            for t, cu in zip(
-                (layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True)),
-                starts,
-                strict=True,
-            )
-        )
+    view, key_heads = request.layout_of.view, request.num_kv_heads
+    q, k, v = (
+        view(operands.query, request.num_heads),
+        view(operands.key, key_heads),
+        view(operands.value, key_heads),
+    )
+    if sequence is not None:
+        rows, keys = (slice(cu[sequence], cu[sequence + 1]) for cu in request.token_starts)
+        q, k, v = q[:, :, rows], k[:, :, keys], v[:, :, keys]
     return Matrix(request, sequence, q, k, v, request.mask, operands.pse, operands.sink)
 
 

@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import Operands, stats_dtype
-from attnkit.backends.form import form
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
 from attnkit.geometry import Region, Slice
 from attnkit.planner import Request
@@ -125,7 +124,7 @@ def derivatives(
     with torch.enable_grad():
         to_output, to_lse = grads
         if to_output is not None:
-            to_output = form(request.layout).view(to_output, request.num_heads)
+            to_output = request.layout_of.view(to_output, request.num_heads)
         for block in row_blocks(request, operands):
             output, lse, _ = attend(block.matrix)
             arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]

@@ -17,10 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit.backends.base import Operands
 from attnkit.constants import constant
+from attnkit.masks import Rectangle
 from attnkit.planner import Request
 from attnkit.planner.matrices import seen_spans
 
 __all__ = ["cleared", "seen_spans", "unseen_keys", "without_unseen"]
+
+# So many cells of a mask that is not a region are read at a time.
+_CELLS = 1 << 20
 
 
 def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
@@ -68,13 +72,8 @@ def cleared(request: Request, operands: Operands) -> Operands:
     unseen = unseen_keys(request, operands.key.device)
     if unseen is None:
         return operands
-    given = (operands.key, operands.value)
-    if layout.packed:
-        tokens = unseen[0].transpose(0, 1)
-        key, value = (tensor.masked_fill(tokens, 0.0) for tensor in given)
-    else:
-        views = (layout.to_bnsd(tensor, count) for tensor in given)
-        key, value = (layout.from_bnsd(view.masked_fill(unseen, 0.0)) for view in views)
+    views = (layout.view(tensor, count) for tensor in (operands.key, operands.value))
+    key, value = (layout.restore(view.masked_fill(unseen, 0.0)) for view in views)
     return replace(operands, key=key, value=value)
 
 
@@ -96,10 +95,16 @@ def _seen(request: Request, batch: int, heads: range) -> NDArray[np.bool_]:
 
 
 def _seen_cells(request: Request, batch: int, heads: range, device: torch.device) -> Tensor:
-    """Return the same by the mask's cells."""
+    """Return the same by the mask's cells, a block of rows at a time."""
     q_len, kv_len = request.sequences[batch]
     number = batch if request.mask.batches is not None else 0
     found = torch.zeros(kv_len, dtype=torch.bool, device=device)
+    height = max(1, _CELLS // max(1, kv_len))
     for head in heads:
-        found |= request.mask._plane(q_len, kv_len, number, head, device).any(0)
+        for stop in range(q_len, 0, -height):  # from below, where most masks see most of the keys
+            rows = (max(0, stop - height), stop)
+            at = Rectangle(rows, (0, kv_len), q_len, kv_len, number, head)
+            found |= request.mask._read(at, device).any(0)
+            if not isinstance(found, FakeTensor) and bool(found.all()):
+                return found
     return found

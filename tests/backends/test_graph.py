@@ -95,6 +95,21 @@ def test_gradients_through_statistics_in_a_graph() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(total, x)[0] for total in both))
 
 
+def test_statistics_that_nobody_differentiates_cost_nothing_in_a_graph() -> None:
+    """Their gradient arrives as zeros, and torch's kernel still makes the others in one call."""
+    x = torch.randn(1, 2, 20, 8, requires_grad=True)
+    plan = ak.plan(x, x, x, layout="BNSD", mask=masks.Causal(), backend="tiled")
+    assert isinstance(plan, TiledPlan)
+    number = hold(plan, None).number
+    output, lse, _ = _attend([x, x, x], None, number, True)
+    found = torch.autograd.grad((output, lse), x, (torch.ones_like(output), torch.zeros_like(lse)))
+    assert "by_blocks" not in vars(plan.job)
+    output, lse, _ = _attend([x, x, x], None, number, True)
+    meant = torch.autograd.grad((output, lse), x, (torch.ones_like(output), lse * 1e-30))
+    assert "by_blocks" in vars(plan.job)
+    torch.testing.assert_close(found, meant)
+
+
 @pytest.mark.parametrize("backend", ["tiled", "reference", "emulated"])
 def test_no_keys_and_no_rows_in_a_graph(backend: str) -> None:
     for q_len, kv_len in ((4, 0), (0, 4), (0, 0)):

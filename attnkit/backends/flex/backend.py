@@ -22,7 +22,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
 from attnkit.backends.flex.blocks import Tables, request_tables
 from attnkit.backends.flex.scores import ScoreMod, score_function
-from attnkit.backends.form import form
 from attnkit.backends.rows import maxima
 from attnkit.backends.unseen import without_unseen
 from attnkit.errors import BackendRefused, CompositionTypeError, Refusal
@@ -170,7 +169,7 @@ class Flex(Backend):
                 "FlexAttention runs compiled code, and a fake tensor has no memory to run it on; "
                 "for shapes alone ask for backend='reference'"
             )
-        request, layout, device = plan.request, form(plan.request.layout), operands.query.device
+        request, layout, device = plan.request, plan.request.layout_of, operands.query.device
         counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
         tensors = (operands.query, operands.key, operands.value)
         query, key, value = (layout.view(t, n) for t, n in zip(tensors, counts, strict=True))

@@ -164,7 +164,7 @@ def _compute(
         wide = (query.float(), key.float(), value.float())
         made, lse = _compute(job.raised, terms, seed, *wide, sink)
         return made.to(query.dtype), lse
-    request, shape = job.request, job.form
+    request, shape = job.request, job.layout
     views = _views(job, query, key, value)
     if job.sole is not None:
         made, lse = run_whole(job.sole, *views, request.scale)
@@ -194,7 +194,7 @@ def _gradients(
         wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
         found = _gradients(job.raised, terms, [t.float() for t in operands], wide, made)
         return (*(g.to(operands[0].dtype) for g in found[:3] if g is not None), *found[3:])
-    shape, heads, views = job.form, job.request.num_heads, _views(job, *operands)
+    shape, heads, views = job.layout, job.request.num_heads, _views(job, *operands)
     seen = kept._replace(
         output=shape.view(kept.output, heads), grad=shape.view(kept.arrived, heads)
     )
@@ -220,7 +220,7 @@ def _gradients(
 
 def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See query, key and value (or their gradients) as ``[b n s d]``."""
-    view, heads, key_heads = job.form.view, job.request.num_heads, job.request.num_kv_heads
+    view, heads, key_heads = job.layout.view, job.request.num_heads, job.request.num_kv_heads
     return view(query, heads), view(key, key_heads), view(value, key_heads)
 
 
@@ -259,7 +259,7 @@ class _Bound:
         to_sink = None
         if sink is not None:
             heads = self.job.request.num_heads
-            view = partial(self.job.form.view, heads=heads)
+            view = partial(self.job.layout.view, heads=heads)
             seen = kept._replace(output=view(kept.output), grad=view(kept.arrived))
             to_sink = sink_gradient(seen, sink)
         pairs = [(t, g) for t, g in zip(self.made, found[3:], strict=True) if t is not None]

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 
 from attnkit.backends.base import stats_dtype
-from attnkit.backends.form import Form, form
 from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.tiled.columns import Span, span_around
 from attnkit.backends.tiled.items import Traits, items_of
@@ -24,6 +23,7 @@ from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whol
 from attnkit.backends.tiled.whole import WholeCall, sole_call
 from attnkit.backends.unseen import seen_spans
 from attnkit.geometry import Region
+from attnkit.layouts import Layout
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
 
@@ -70,9 +70,9 @@ class Job:
         return batch, request.num_heads, request.q_len, request.kv_len
 
     @cached_property
-    def form(self) -> Form:
-        """How the layout of the tensors is seen as ``[b n s d]``."""
-        return form(self.request.layout)
+    def layout(self) -> Layout:
+        """The layout of the tensors, which sees them as ``[b n s d]``."""
+        return self.request.layout_of
 
     @cached_property
     def group(self) -> int:

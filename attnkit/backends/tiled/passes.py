@@ -302,7 +302,7 @@ def backward_at_once(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the gradients as torch's kernel made them, where it makes all of them in one call."""
     call = job.sole
-    if call is None or call.before or not call.all_keys or kept.grad_lse is not None:
+    if call is None or call.piece.before or not call.all_keys or kept.grad_lse is not None:
         return None
     dq, dk, dv = _backward_of(call, tensors, kept, job.request.scale)
     return (dq, dk, dv) if call.times == 1 else (in_a_row(dq), in_a_row(dk), in_a_row(dv))

@@ -119,7 +119,7 @@ class Workspace:
     @staticmethod
     def lent(like: Tensor) -> Workspace:
         """Return a workspace on a tensor's device, for one call."""
-        if type(like) is Tensor and like.device.type == "cpu":
+        if like.device.type == "cpu" and not torch._C._len_torch_dispatch_stack():
             try:
                 return _IDLE.pop()
             except IndexError:
@@ -127,11 +127,11 @@ class Workspace:
         return Workspace(like.device)
 
     def give_back(self) -> None:
-        """End the call: keep the buffers for another, unless they are large or not real."""
+        """End the call: keep the buffers for another, unless they are large, or those of a mode."""
         self._views.clear()
-        flats = self._flat.values()
-        size = sum(flat.nbytes for flat in flats)
-        if self.device.type == "cpu" and size <= KEPT and all(type(f) is Tensor for f in flats):
+        size = sum(flat.nbytes for flat in self._flat.values())
+        real = self.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
+        if real and size <= KEPT:
             _IDLE.append(self)
 
     def take(self, name: str, dtype: torch.dtype, *sizes: int) -> Tensor:

@@ -51,71 +51,63 @@ def pattern_mask(
 
 
 class WholeCall(NamedTuple):
-    """One call of the kernel: batch elements (or repetitions), heads, rows and keys."""
+    """One call of the kernel on a piece: for which batch elements (or repetitions) and heads."""
 
+    piece: Whole
     batches: slice
     heads: slice
     key_heads: slice
-    row_range: slice
-    key_range: slice
-    causal: bool
-    pattern: Pattern | None = None
-    before: int = 0
+    row: int
+    key: int
     times: int = 1
-    step: int = 0
     all_rows: bool = False
     all_keys: bool = False
 
     @property
     def calls(self) -> tuple[WholeCall, ...]:
         """One call, or two: over the keys before the piece, and over those of the piece."""
-        if not self.before:
-            return (self,)
-        start = self.key_range.start
-        left = self._replace(key_range=slice(start - self.before, start), causal=False, before=0)
-        return left, self._replace(before=0)
+        piece, before = self.piece._replace(before=0), self.piece.before
+        own = self._replace(piece=piece)
+        if not before:
+            return (own,)
+        left = piece._replace(keys=before, causal=False)
+        return self._replace(piece=left, key=self.key - before), own
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the call's rows of a ``[b n s d]`` tensor, a view."""
         if self.all_rows and self.times == 1:
             return tensor
-        return self._at(tensor[self.batches, self.heads, self.row_range])
+        rows = slice(self.row, self.row + self.piece.rows)
+        return self._at(tensor[self.batches, self.heads, rows])
 
     def keys(self, tensor: Tensor) -> Tensor:
         """Return the call's keys of a ``[b n s d]`` tensor, a view."""
         if self.all_keys and self.times == 1:
             return tensor
-        return self._at(tensor[self.batches, self.key_heads, self.key_range])
+        keys = slice(self.key, self.key + self.piece.keys)
+        return self._at(tensor[self.batches, self.key_heads, keys])
 
     def _at(self, first: Tensor) -> Tensor:
         """Put the repetitions, `step` positions apart, in the place of the batch."""
         if self.times == 1:
             return first
         _, head, row, dim = first.stride()
-        sizes = (self.times, *first.shape[1:])
-        return first.as_strided(sizes, (self.step * row, head, row, dim), first.storage_offset())
+        sizes, strides = (self.times, *first.shape[1:]), (self.piece.step * row, head, row, dim)
+        return first.as_strided(sizes, strides, first.storage_offset())
 
 
-def calls_of(lane: Lane, item: Whole, group: int) -> Iterator[WholeCall]:
+def calls_of(lane: Lane, piece: Whole, group: int) -> Iterator[WholeCall]:
     """Yield the calls that a piece takes: repetitions share one where there is one batch row."""
     together = lane.batches[1] - lane.batches[0] == 1
-    row, key = lane.origin[0] + item.row, lane.origin[1] + item.key
+    row, key = lane.origin[0] + piece.row, lane.origin[1] + piece.key
+    times, apart = (piece.times, 1) if together else (1, piece.times)
     for key_head, key_heads, member, members in head_tiles(*lane.heads, group, lane.heads[1]):
         head = key_head * group + member
-        for repeat in range(1 if together else item.times):
-            move = repeat * item.step
-            yield WholeCall(
-                slice(*lane.batches),
-                slice(head, head + key_heads * members),
-                slice(key_head, key_head + key_heads),
-                slice(row + move, row + move + item.rows),
-                slice(key + move, key + move + item.keys),
-                item.causal,
-                item.pattern,
-                item.before,
-                item.times if together else 1,
-                item.step,
-            )
+        heads = slice(head, head + key_heads * members)
+        shared = slice(key_head, key_head + key_heads)
+        for repeat in range(apart):
+            move, batches = repeat * piece.step, slice(*lane.batches)
+            yield WholeCall(piece, batches, heads, shared, row + move, key + move, times)
 
 
 def sole_call(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) -> WholeCall | None:
@@ -143,11 +135,11 @@ def run_whole(
     call: WholeCall, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log denominators of a call's rows, as new tensors."""
-    if call.before:
+    if call.piece.before:
         left, right = (run_whole(one, query, key, value, scale) for one in call.calls)
         return _merged(left, right)
     tensors, mask = _given_to_torch(call, query, key, value)
-    out, lse = _forward(*tensors, 0.0, call.causal, attn_mask=mask, scale=scale)
+    out, lse = _forward(*tensors, 0.0, call.piece.causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -164,7 +156,7 @@ def run_whole_backward(
     stats = call.rows(lse[..., None])[..., 0]
     tensors, mask = _given_to_torch(call, *operands)
     dq, dk, dv = _backward(
-        slope, *tensors, out, stats, 0.0, call.causal, attn_mask=mask, scale=scale
+        slope, *tensors, out, stats, 0.0, call.piece.causal, attn_mask=mask, scale=scale
     )
     return dq, dk, dv
 
@@ -187,7 +179,7 @@ def _given_to_torch(
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Return a call's rows, keys and values, and its mask."""
     views = (call.rows(query), call.keys(key), call.keys(value))
-    pattern = call.pattern
+    pattern = call.piece.pattern
     mask = None if pattern is None else pattern_mask(pattern, query.dtype, query.device, 0.0)
     return tuple(_dense_last(view) for view in views), mask
 

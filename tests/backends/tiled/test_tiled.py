@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
+from attnkit.backends import unseen
 from attnkit.backends.tiled import tiles
 from attnkit.backends.tiled.job import schedule
 from attnkit.backends.tiled.schedule import RowBlock, Schedule, Whole
@@ -389,3 +391,27 @@ def test_where_16_bits_are_computed_in_float32(
     x = torch.empty(1, 4096, 8, 64, dtype=torch.bfloat16)
     plan = ak.plan(x, x, x, mask=mask, pse=bias, backend="tiled")
     assert (plan.job.raised is not None) == raised  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Watched(masks.Dilated):
+    """A mask that is not a region, and tells which rectangles of it are asked for."""
+
+    def _cells(self, at: masks.Rectangle, device: torch.device | str | None) -> Tensor:
+        ASKED.append(at)
+        return super()._cells(at, device)
+
+
+ASKED: list[masks.Rectangle] = []
+
+
+def test_cells_of_opaque_masks_are_read_by_rows_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No score matrix is ever held: a block's rows, inside its keys, once for all of its heads."""
+    monkeypatch.setattr(unseen, "_CELLS", 1 << 14)
+    ASKED.clear()
+    mask = Watched(3) & masks.SlidingWindow(200)
+    leaves = [t.requires_grad_() for t in operands(1500, heads=4)]
+    ak.attention(*leaves, mask=mask, layout="BNSD", backend="tiled").sum().backward()
+    assert max(rows * keys for rows, keys in (at.shape for at in ASKED)) < 1500 * 1500 / 8
+    places = Counter(at for at in ASKED if at.shape[1] < 1500)
+    assert set(places.values()) == {2}  # once forward, once backward
