@@ -97,6 +97,12 @@ class Operands:
         carried = self.pse.tensors if self.pse is not None else ()
         return (self.query, self.key, self.value, self.sink, *carried)
 
+    def by_head(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value as ``[b n s d]`` views (packed: b is 1)."""
+        view, key_heads = request.layout_of.view, request.num_kv_heads
+        query = view(self.query, request.num_heads)
+        return query, view(self.key, key_heads), view(self.value, key_heads)
+
     @classmethod
     def of(cls, pse: Pse | None, leaves: Sequence[Any]) -> Operands:
         """Return the operands that have these `leaves`, and a bias like `pse`."""

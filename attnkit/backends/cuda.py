@@ -69,17 +69,16 @@ class Cuda(Backend):
         if request.device != "cuda":
             reason = f"the tensors are on device {request.device!r}, not on a CUDA device"
             found.append(Refusal("cuda-device", reason, self.name))
-        unfused = list(_unfused(request))
+        unfused = _unfused(request)
         if not unfused:
             return found
         rest = [replace(reason, subject=self.name) for reason in self._flex.refusals(request)]
-        if rest:  # then it matters why the other way is closed too
-            rest += [Refusal("cuda-unfused", reason, self.name) for reason in unfused]
-        return found + rest
+        # Where there are some, it matters why the other way is closed too.
+        return [*found, *rest, *(unfused if rest else ())]
 
     def plan(self, request: Request) -> CudaPlan:
         """Return the plan: fused where that is the whole composition, else FlexAttention's."""
-        unfused = tuple(Refusal("cuda-unfused", reason, self.name) for reason in _unfused(request))
+        unfused = _unfused(request)
         if unfused:
             return CudaPlan(self.name, request, refusals=unfused, flex=self._flex.plan(request))
         return CudaPlan(self.name, request, causal=_flag(request) == "causal")
@@ -106,8 +105,12 @@ class Cuda(Backend):
         return self._flex.run(plan.of_lse, operands).stats.lse
 
 
-def _unfused(request: Request) -> Iterator[str]:
-    """Yield why torch's fused attention is not the whole of the composition."""
+def _unfused(request: Request) -> tuple[Refusal, ...]:
+    """Return why torch's fused attention is not the whole of the composition."""
+    return tuple(Refusal("cuda-unfused", why, Cuda.name) for why in _lacks(request))
+
+
+def _lacks(request: Request) -> Iterator[str]:
     if request.bias:
         yield "fused attention takes a bias only as a matrix of all scores"
     if request.softcap is not None:
@@ -141,9 +144,7 @@ def _flag(request: Request) -> str | None:
 
 def _fused(plan: CudaPlan, operands: Operands) -> Tensor:
     request, layout = plan.request, plan.request.layout_of
-    counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-    given = (operands.query, operands.key, operands.value)
-    query, key, value = (layout.view(t, n) for t, n in zip(given, counts, strict=True))
+    query, key, value = operands.by_head(request)
     if layout.packed:  # sequences of one length: the token axis is batch and length
         pattern = "1 n (b s) d -> b n s d"
         query, key, value = (rearrange(t, pattern, b=request.batch) for t in (query, key, value))

@@ -194,15 +194,9 @@ def _backward(
 
 
 def _backward_shapes(
-    grad: Tensor | None,
-    grad_lse: Tensor | None,
-    tensors: list[Tensor],
-    seed: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    wanted: list[bool],
-    number: int,
+    grad: Tensor | None, grad_lse: Tensor | None, tensors: list[Tensor], *rest: Any
 ) -> list[Tensor]:
+    *_, wanted, _ = rest
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)

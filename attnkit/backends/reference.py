@@ -81,12 +81,7 @@ class Matrix:
 
 def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Matrix:
     """Return the score matrices of a request: all of a dense batch, or one packed sequence's."""
-    view, key_heads = request.layout_of.view, request.num_kv_heads
-    q, k, v = (
-        view(operands.query, request.num_heads),
-        view(operands.key, key_heads),
-        view(operands.value, key_heads),
-    )
+    q, k, v = operands.by_head(request)
     if sequence is not None:
         rows, keys = (slice(cu[sequence], cu[sequence + 1]) for cu in request.token_starts)
         q, k, v = q[:, :, rows], k[:, :, keys], v[:, :, keys]
@@ -155,11 +150,11 @@ def _bias(pse: Pse, request: Request, sequence: int | None, scores: Tensor) -> T
         for part in pse.parts
     ]
     # The values are cut, the gradient is not: it is that of the bias as it was given.
-    halves = [_cut(term, 4 * most / len(terms)) for term in terms]
-    return _cut(sum(halves[1:], halves[0]), most)
+    halves = [_cut_off(term, 4 * most / len(terms)) for term in terms]
+    return _cut_off(sum(halves[1:], halves[0]), most)
 
 
-def _cut(bias: Tensor, most: float) -> Tensor:
+def _cut_off(bias: Tensor, most: float) -> Tensor:
     top = torch.finfo(bias.dtype).max
     finite = bias.clamp(-top, top)
     return finite.detach().clamp(-most, most) + (finite - finite.detach())

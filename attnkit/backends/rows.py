@@ -7,7 +7,7 @@ over the keys that a block's rows may see, so that no whole score matrix is held
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from attnkit.backends.base import Operands, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
-from attnkit.geometry import Region, Slice
+from attnkit.geometry import Region
 from attnkit.planner import Request
+from attnkit.planner.matrices import matrices
 
 __all__ = ["derivatives", "maxima"]
 
 _CELLS = 2**22
 
 
-class Rows(NamedTuple):
+class SomeRows(NamedTuple):
     """Rows ``[start, stop)`` of the score matrices of a batch (or one sequence), and their place.
 
     `row` is where the matrices begin on the axis of rows of a packed batch.
@@ -40,42 +41,33 @@ class Rows(NamedTuple):
         return tensor[:, :, self.row + self.start : self.row + self.stop]
 
 
-def row_blocks(request: Request, operands: Operands) -> Iterator[Rows]:
+def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
     """Yield blocks of rows, each with the keys that it may see, of about `_CELLS` scores."""
     packed = request.seqlens is not None
     for b in range(request.batch) if packed else (None,):
         whole = matrix_of(request, operands, b)
+        own = slice(None) if b is None else slice(b, b + 1)
+        outers = {known.outer for plane in matrices(request).planes for known in plane[own]}
         row = request.token_starts[0][b] if b is not None else 0
-        count, rows = whole.query.shape[0] * request.num_heads, whole.query.shape[2]
-        outers, start = _outers(whole), 0
+        count = whole.query.shape[0] * request.num_heads
+        rows, kv_len = whole.query.shape[2], whole.key.shape[2]
+        start = 0
         while start < rows:
-            height = max(1, _CELLS // max(1, whole.key.shape[2] * count))
-            keys = _seen(outers, start, min(start + height, rows))
+            height = max(1, _CELLS // max(1, kv_len * count))
+            keys = _keys_seen(outers, (start, min(start + height, rows)), kv_len)
             while start + height < rows:  # few keys are seen: more rows go together
-                more = _seen(outers, start, min(start + 2 * height, rows))
+                more = _keys_seen(outers, (start, min(start + 2 * height, rows)), kv_len)
                 if 2 * height * (more[1] - more[0]) * count > _CELLS:
                     break
                 height, keys = 2 * height, more
             stop = min(start + height, rows)
-            yield Rows(whole.rectangle((start, stop), keys), row, start, stop)
+            yield SomeRows(whole.rectangle((start, stop), keys), row, start, stop)
             start = stop
 
 
-def _outers(one: Matrix) -> list[Region]:
-    """Return regions that hold all that is allowed, of every batch element and head."""
-    mask, sizes = one.mask, (one.query.shape[2], one.key.shape[2])
-    batches = range(mask.batches or 1) if one.sequence is None else (one.sequence,)
-    return [
-        mask.enclosure(*sizes, b if mask.batches else 0, h).outer
-        for b in batches
-        for h in range(mask.heads or 1)
-    ]
-
-
-def _seen(outers: Sequence[Region], start: int, stop: int) -> tuple[int, int]:
-    """Return the range of keys that some row of a block sees."""
-    band = Slice(start, stop, 0, max((box.j1 for o in outers if (box := o.bounds)), default=0))
-    boxes = [box for o in outers if (box := (o & Region.of(band)).bounds) is not None]
+def _keys_seen(outers: Set[Region], rows: tuple[int, int], kv_len: int) -> tuple[int, int]:
+    """Return the range of keys that some of the rows see."""
+    boxes = [box for o in outers if (box := o.cut(rows, (0, kv_len)).bounds) is not None]
     return min((k.j0 for k in boxes), default=0), max((k.j1 for k in boxes), default=0)
 
 

@@ -169,10 +169,8 @@ class Flex(Backend):
                 "FlexAttention runs compiled code, and a fake tensor has no memory to run it on; "
                 "for shapes alone ask for backend='reference'"
             )
-        request, layout, device = plan.request, plan.request.layout_of, operands.query.device
-        counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-        tensors = (operands.query, operands.key, operands.value)
-        query, key, value = (layout.view(t, n) for t, n in zip(tensors, counts, strict=True))
+        request, device = plan.request, operands.query.device
+        query, key, value = operands.by_head(request)
         if not request.needs_grad:
             # FlexAttention asks whether a tensor could train, not whether it does now.
             query, key, value = query.detach(), key.detach(), value.detach()
@@ -185,7 +183,7 @@ class Flex(Backend):
             output, lse = self._kernel(call)
             if operands.sink is not None:
                 output, lse = _with_sink(output, lse, operands.sink)
-        return layout.restore(output), lse
+        return request.layout_of.restore(output), lse
 
 
 def _with_sink(output: Tensor, lse: Tensor | None, sink: Tensor) -> tuple[Tensor, Tensor]:
