@@ -26,6 +26,7 @@ from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
 from attnkit.masks.trace import RowReader, mask_rows, region_rows
 from attnkit.planner import Request
+from attnkit.planner.matrices import matrices
 
 __all__ = ["BLOCK", "MaskMod", "Tables", "block_mask", "mask_mod", "request_tables", "tables_of"]
 
@@ -239,22 +240,21 @@ def request_tables(request: Request) -> Tables:
 
 def _packed(request: Request, head: int) -> Matrix:
     """Return the block-diagonal score matrix of a packed batch."""
-    mask, count = request.mask, request.batch
-    starts = tuple(zip(*request.token_starts, strict=True))[:count]
-    batches = range(count) if mask.batches else (0,) * count
-    each = [(*lengths, b) for lengths, b in zip(request.sequences, batches, strict=True)]
-    known = {lengths: mask.enclosure(*lengths, head) for lengths in set(each)}
-    if all(one.exact for one in known.values()):
-        placed = zip(each, starts, strict=True)
-        return Region.union([known[own].inner.shift(*start) for own, start in placed])
+    mask, planes = request.mask, matrices(request).planes
+    plane = planes[head if len(planes) > 1 else 0]
+    starts = list(zip(*request.token_starts, strict=True))[: request.batch]
+    if all(known.exact for known in set(plane)):
+        each = zip(plane, starts, strict=True)
+        return Region.union([known.inner.shift(*start) for known, start in each])
 
     def read(i0: int, i1: int) -> Tensor:
         out = torch.zeros(i1 - i0, request.kv_len, dtype=torch.bool)
-        for (q_len, kv_len, b), (q0, k0) in zip(each, starts, strict=True):
-            top, end = max(i0, q0), min(i1, q0 + q_len)
-            if top < end:
-                at = Rectangle((top - q0, end - q0), (0, kv_len), q_len, kv_len, b, head)
-                out[top - i0 : end - i0, k0 : k0 + kv_len] = mask._read(at, "cpu")
+        for b, ((q0, k0), lengths) in enumerate(zip(starts, request.sequences, strict=True)):
+            rows, keys = (max(i0, q0) - q0, min(i1 - q0, lengths[0])), (0, lengths[1])
+            if rows[0] < rows[1]:
+                at = Rectangle(rows, keys, *lengths, b if mask.batches else 0, head)
+                place = slice(q0 + rows[0] - i0, q0 + rows[1] - i0)
+                out[place, k0 : k0 + lengths[1]] = mask._read(at, "cpu")
         return out
 
     return read
