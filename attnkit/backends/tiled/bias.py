@@ -13,8 +13,8 @@ from torch import Tensor
 from attnkit.backends.base import stats_dtype
 from attnkit.backends.biases import by_diagonal, stored
 from attnkit.backends.numbers import bounded, largest_bias
-from attnkit.backends.tiled.schedule import Chunk
-from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Given, Ragged, Term
+from attnkit.backends.tiled.schedule import KeyChunk
+from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Stored, Term
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
@@ -56,7 +56,7 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
         return Diagonals(numbers, factor, starts)
     lengths = set(request.sequences)
     if len(lengths) == 1 or isinstance(structure, PerKey):
-        return Given(stored(part, request.sequences[0], wide, device), factor)
+        return Stored(stored(part, request.sequences[0], wide, device), factor)
     # Sequences of different lengths have a matrix each.
     matrices = [
         part.materialize(*sizes, batch_index=number, dtype=wide, device=device)
@@ -65,7 +65,7 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
     heads = max(matrix.shape[1] for matrix in matrices)
     flat = [rearrange(matrix, "1 n i j -> n (i j)").expand(heads, -1) for matrix in matrices]
     cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
-    return Ragged(torch.cat(flat, dim=1), factor, tuple(cells))
+    return Stored(torch.cat(flat, dim=1), factor, tuple(cells))
 
 
 # -- tiles -------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Bias:
     _slopes: dict[int, Tensor] = field(default_factory=dict)
     _known: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
-    def put(self, scores: Tensor, step: Step, chunk: Chunk, more: bool = False) -> None:
+    def put(self, scores: Tensor, step: Step, chunk: KeyChunk, more: bool = False) -> None:
         """Overwrite ``[b h i j]`` scores with the bias of their cells, or add it to them."""
         most = largest_bias(self.dtype) * self.unit
         for column, first, count in step.runs(chunk):
@@ -106,7 +106,7 @@ class Bias:
                     torch.mul(distance.expand(target.shape), slopes, out=target)
 
     def add_gradient(
-        self, grads: Sequence[Tensor | None], slope: Tensor, step: Step, chunk: Chunk
+        self, grads: Sequence[Tensor | None], slope: Tensor, step: Step, chunk: KeyChunk
     ) -> None:
         """Add ``[b h i j]`` gradients of the scores to those of the carried tensors, in order."""
         carried = [term for term in self.terms if isinstance(term, Carried)]

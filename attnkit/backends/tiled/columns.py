@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
-from attnkit.backends.tiled.schedule import Chunk, Patch, Pattern, Piece
+from attnkit.backends.tiled.schedule import KeyChunk, Patch, Pattern, Piece
 from attnkit.strips import Run
 
 __all__ = ["RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
@@ -27,7 +27,7 @@ GAP = 64
 NARROW = 32
 
 
-def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[Chunk, ...]:
+def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyChunk, ...]:
     """Return the chunks of key runs that hold every allowed cell of the pieces.
 
     `seen` are the ranges of keys that some row of the lane sees: runs grow inside of them only.
@@ -42,7 +42,7 @@ def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[Chun
                 patches.append(Patch(column + a - start, pattern_of(pieces, rows, a, b)))
             column += stop - start
         moving = tuple((a, b, 0) for a, b in spans)
-        chunks.append(Chunk(moving, column, tuple(patches), _is_bare(pieces, spans, rows)))
+        chunks.append(KeyChunk(moving, column, tuple(patches), _is_bare(pieces, spans, rows)))
     return tuple(chunks)
 
 

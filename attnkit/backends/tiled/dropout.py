@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.schedule import Chunk
+from attnkit.backends.tiled.schedule import KeyChunk
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace
 
 __all__ = ["Dropout"]
@@ -41,7 +41,7 @@ class Dropout:
         quads = torch.arange(-(-keys // 4) + 1, device=device)
         self.columns = _mixed((quads + 1) * _COLUMN)
 
-    def tile(self, work: Workspace, step: Step, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    def tile(self, work: Workspace, step: Step, chunk: KeyChunk, dtype: torch.dtype) -> Tensor:
         """Return ``[g r w]`` in `dtype`: 1 where a weight survives, else 0."""
         group, rows = step.products, step.members * step.block.rows
         keep = work.take("keep", dtype, group, rows, chunk.width)

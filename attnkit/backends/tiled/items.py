@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from attnkit.backends.tiled.columns import RunsOfRows, Span, chunks_of, pattern_of, span_around
-from attnkit.backends.tiled.schedule import Chunk, RowBlock, Whole
+from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
 from attnkit.geometry import Strip
 from attnkit.strips import advance
 
@@ -272,7 +272,7 @@ def _as_one(above: RowBlock | Whole, below: RowBlock | Whole) -> RowBlock | Whol
     return above._replace(times=above.times + 1, step=step, chunks=chunks)
 
 
-def _moved(above: Chunk, below: Chunk, count: int) -> Chunk | None:
+def _moved(above: KeyChunk, below: KeyChunk, count: int) -> KeyChunk | None:
     """Return the chunk with the steps that lead to `below`, if it is alike and moves evenly."""
     if above._replace(runs=()) != below._replace(runs=()) or len(above.runs) != len(below.runs):
         return None

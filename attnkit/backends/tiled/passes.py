@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnkit.backends.base import Kept
 from attnkit.backends.tiled.job import Job
-from attnkit.backends.tiled.schedule import Chunk, RowBlock
+from attnkit.backends.tiled.schedule import KeyChunk, RowBlock
 from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import Step, Strided, add_to_keys, key_tile, query_tile
 from attnkit.backends.tiled.walk import LN2, LOG2E, Walk
@@ -196,7 +196,7 @@ class Backward(Walk):
     def _weights(
         self,
         step: Step,
-        chunk: Chunk,
+        chunk: KeyChunk,
         operands: tuple[Tensor, Tensor, Tensor],
         rows: tuple[Tensor, Tensor | None],
         delta: Tensor,
@@ -230,7 +230,7 @@ class Backward(Walk):
         return weights, ds
 
     def _probabilities(
-        self, step: Step, chunk: Chunk, query: Tensor, key: Tensor, lse: Tensor
+        self, step: Step, chunk: KeyChunk, query: Tensor, key: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return the softmax weights of a tile, and the slope of a soft-cap."""
         p, bend = self.bent(step, chunk, query, key), None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from attnkit.strips import Run
 
-__all__ = ["Chunk", "Lane", "Patch", "Pattern", "Piece", "RowBlock", "Schedule", "Tile", "Whole"]
+__all__ = ["KeyChunk", "Lane", "Patch", "Pattern", "Piece", "RowBlock", "Schedule", "Tile", "Whole"]
 
 
 class Piece(NamedTuple):
@@ -42,7 +42,7 @@ Moving = tuple[int, int, int]
 """A run of keys ``(start, stop, step)``, `step` keys further in each next repetition."""
 
 
-class Chunk(NamedTuple):
+class KeyChunk(NamedTuple):
     """Key runs that lie side by side in one score tile.
 
     `bare` says that some row finds no allowed key here.
@@ -72,7 +72,7 @@ class RowBlock(NamedTuple):
     rows: int
     times: int
     step: int
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[KeyChunk, ...]
     tile: Tile = Tile(1, 1, 1)
 
     @property

@@ -1,7 +1,7 @@
 """The addends of a bias, in the forms that the cells of a tile can be read from.
 
 A term is a formula (`Distances`), or it carries a tensor that its cells follow from: the cells
-themselves (`Given`, `Ragged`), or one number per distance (`Diagonals`). A carried tensor is
+themselves (`Stored`), or one number per distance (`Diagonals`). A carried tensor is
 what the operator takes, and what gets a gradient, which is added up tile by tile.
 """
 
@@ -18,7 +18,7 @@ from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.pse.structure import Align, origin
 
-__all__ = ["Carried", "Diagonals", "Distances", "Given", "Lengths", "Ragged", "Term"]
+__all__ = ["Carried", "Diagonals", "Distances", "Lengths", "Stored", "Term"]
 
 Lengths = tuple[int, int]
 
@@ -56,39 +56,38 @@ class Carried(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Given(Carried):
-    """A bias whose cells are a tensor ``[1 | b, 1 | n, 1 | i, j]``."""
+class Stored(Carried):
+    """A bias whose cells are a tensor ``[1 | b, 1 | n, 1 | i, j]``.
 
-    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
-        return _window(self.tensor, step, first, count)
-
-    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
-        target = _window(grad, step, first, part.shape[3])
-        target.add_(_reduced(part, target), alpha=self.factor)
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged(Carried):
-    """A bias whose cells are the matrices of packed sequences, end to end: ``[1 | n, cells]``.
-
-    The matrix number m begins at ``starts[m]``.
+    With `starts` they are the matrices of packed sequences, end to end: ``[1 | n, cells]``, where
+    the matrix number m begins at ``starts[m]``.
     """
 
-    starts: tuple[int, ...]
+    starts: tuple[int, ...] = ()
 
     def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
-        return self._own(self.tensor, step, first, count)
+        return self._window(self.tensor, step, first, count)
 
     def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
-        target = self._own(grad, step, first, part.shape[3])
-        target.add_(_reduced(part, target), alpha=self.factor)
+        target = self._window(grad, step, first, part.shape[3])
+        shared = [axis for axis in (0, 1, 2) if target.shape[axis] == 1 < part.shape[axis]]
+        part = part.sum(shared, keepdim=True) if shared else part
+        target.add_(part, alpha=self.factor)
 
-    def _own(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
-        """Return the tile's part of the matrix of its sequence, as a view."""
-        q_len, kv_len = step.lane.lengths
-        own = tensor.narrow(1, self.starts[step.lane.matrix], q_len * kv_len)
-        matrix = rearrange(own, "n (i j) -> 1 n i j", i=q_len, j=kv_len)
-        return _window(matrix, step, first, count)
+    def _window(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
+        """Return the part of such a tensor that a tile reads, as a view."""
+        number = step.lane.matrix + step.batch - step.lane.batches[0]
+        if self.starts:
+            q_len, kv_len = step.lane.lengths
+            own = tensor.narrow(1, self.starts[number], q_len * kv_len)
+            tensor = rearrange(own, "n (i j) -> 1 n i j", i=q_len, j=kv_len)
+        starts = (number, step.head, step.row, first)
+        sizes = (step.batches, step.heads, step.block.rows, count)
+        index = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        for axis in (0, 1, 2):
+            if tensor.shape[axis] == 1:
+                index[axis] = slice(None)
+        return tensor[tuple(index)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,24 +145,6 @@ def _sums_of_diagonals(part: Tensor, work: Workspace) -> Tensor:
     return flat.as_strided((heads, rows, width), (rows * width, width + 1, 1), 0).sum(1)
 
 
-def _window(tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
-    """Return the part of a ``[1 | b, 1 | n, 1 | i, j]`` tensor that a tile reads, as a view."""
-    matrix = step.lane.matrix + step.batch - step.lane.batches[0]
-    starts = (matrix, step.head, step.row, first)
-    sizes = (step.batches, step.heads, step.block.rows, count)
-    index = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    for axis in (0, 1, 2):
-        if tensor.shape[axis] == 1:
-            index[axis] = slice(None)
-    return tensor[tuple(index)]
-
-
 def _own_heads(tensor: Tensor, step: Step) -> Tensor:
     """Return the rows of a ``[1 | n, d]`` tensor that belong to a tile's heads."""
     return tensor if tensor.shape[0] == 1 else tensor.narrow(0, step.head, step.heads)
-
-
-def _reduced(part: Tensor, target: Tensor) -> Tensor:
-    """Return the gradients summed over the axes that the target does not have."""
-    shared = [axis for axis in (0, 1, 2) if target.shape[axis] == 1 < part.shape[axis]]
-    return part.sum(shared, keepdim=True) if shared else part

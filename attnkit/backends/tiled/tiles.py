@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnkit.backends.tiled.schedule import Chunk, Lane, RowBlock
+from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
 
 __all__ = [
     "Step",
@@ -69,7 +69,7 @@ class Step(NamedTuple):
         """How many matrices one product multiplies: `g`."""
         return self.batches * self.repeats * self.key_heads
 
-    def runs(self, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
+    def runs(self, chunk: KeyChunk) -> Iterator[tuple[int, int, int]]:
         """Yield (column, first key, keys) of each run, counted from the lane's origin."""
         column = 0
         for start, stop, step in chunk.runs:
@@ -220,7 +220,7 @@ def query_tile(
 
 
 def key_tile(
-    work: Workspace, name: str, source: Strided, step: Step, chunk: Chunk, dtype: torch.dtype
+    work: Workspace, name: str, source: Strided, step: Step, chunk: KeyChunk, dtype: torch.dtype
 ) -> Tensor:
     """Return the keys of a chunk as ``[(b m n) w d]`` in `dtype`, its runs side by side."""
     if len(chunk.runs) == 1:
@@ -238,7 +238,7 @@ def key_tile(
     return work.take(name, dtype, step.products, chunk.width, source.width)
 
 
-def add_to_keys(target: Strided, step: Step, chunk: Chunk, part: Tensor) -> None:
+def add_to_keys(target: Strided, step: Step, chunk: KeyChunk, part: Tensor) -> None:
     """Add ``[(b m n) w d]`` to the keys of a chunk."""
     wide = part.view(step.batches, step.repeats, step.key_heads, chunk.width, target.width)
     column = 0

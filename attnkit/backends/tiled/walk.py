@@ -17,7 +17,7 @@ from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.dropout import Dropout
 from attnkit.backends.tiled.job import Job
-from attnkit.backends.tiled.schedule import Chunk, RowBlock, Whole
+from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
 from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace, steps
 from attnkit.backends.tiled.whole import WholeCall, calls_of, pattern_mask
@@ -94,13 +94,13 @@ class Walk(ABC):
 
     # -- score tiles ---------------------------------------------------------------------------
 
-    def scores(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+    def scores(self, step: Step, chunk: KeyChunk, query: Tensor, key: Tensor) -> Tensor:
         """Return the masked scores of a tile, ``[g r w]``, times log2(e)."""
         tile = self.bent(step, chunk, query, key)
         self.finish(tile, step, chunk)
         return tile
 
-    def bent(self, step: Step, chunk: Chunk, query: Tensor, key: Tensor) -> Tensor:
+    def bent(self, step: Step, chunk: KeyChunk, query: Tensor, key: Tensor) -> Tensor:
         """Return unmasked scores times log2(e); with a soft-cap, ``tanh(scale * q.k / c)``."""
         group, rows, _ = query.shape
         tile = self.work.take("scores", self.wide, group, rows, chunk.width)
@@ -113,7 +113,7 @@ class Walk(ABC):
             tile.mul_(self.unit)
         return tile if self.cap is None else tile.tanh_()
 
-    def finish(self, tile: Tensor, step: Step, chunk: Chunk) -> None:
+    def finish(self, tile: Tensor, step: Step, chunk: KeyChunk) -> None:
         """Make the masked scores of a tile from what `bent` returned."""
         if self.cap is not None:
             tile.mul_(self.cap * LOG2E)
@@ -132,11 +132,11 @@ class Walk(ABC):
                 self._edges[id(pattern)] = pattern_mask(pattern, tile.dtype, tile.device, torch.inf)
             edge.clamp_(max=self._edges[id(pattern)])
 
-    def by_head(self, tile: Tensor, step: Step, chunk: Chunk) -> Tensor:
+    def by_head(self, tile: Tensor, step: Step, chunk: KeyChunk) -> Tensor:
         """View a ``[g r w]`` tile as ``[b h i j]``; its block is not repeated."""
         return tile.view(step.batches, step.heads, step.block.rows, chunk.width)
 
-    def _mask_cells(self, tile: Tensor, step: Step, chunk: Chunk) -> None:
+    def _mask_cells(self, tile: Tensor, step: Step, chunk: KeyChunk) -> None:
         """Mask ``[1, h, i, j]`` scores by the cells of a mask that is not a region."""
         block, mask = step.block, self.job.request.mask
         batch = step.lane.matrix + step.batch - step.lane.batches[0]

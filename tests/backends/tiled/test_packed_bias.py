@@ -350,7 +350,7 @@ def turned(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("place", "function", "seen"),
     [
-        (pse.Pse, "diagonals", "out"),
+        (pse.ByDistance, "diagonals", "out"),
         (terms, "_sums_of_diagonals", "gradient 0 of the bias"),
     ],
 )
@@ -363,11 +363,11 @@ def test_a_wrong_order_is_seen(
 
 
 def test_matrices_of_other_sequences_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(self: terms.Ragged, step: Any, first: int, count: int, work: Any) -> Tensor:
+    def first(self: terms.Stored, step: Any, first: int, count: int, work: Any) -> Tensor:
         cells: Tensor = self.tensor[:, : step.block.rows * count]
         return cells.view(1, -1, step.block.rows, count)
 
-    monkeypatch.setattr(terms.Ragged, "cells", first)
+    monkeypatch.setattr(terms.Stored, "cells", first)
     with pytest.raises(AssertionError, match="out"):
         check_packed(RAGGED["square"], Cells())
 
