@@ -18,7 +18,6 @@ from attnkit.backends.base import Operands, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
 from attnkit.geometry import Region
 from attnkit.planner import Request
-from attnkit.planner.matrices import matrices
 
 __all__ = ["derivatives", "maxima"]
 
@@ -47,7 +46,7 @@ def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
     for b in range(request.batch) if packed else (None,):
         whole = matrix_of(request, operands, b)
         own = slice(None) if b is None else slice(b, b + 1)
-        outers = {known.outer for plane in matrices(request).planes for known in plane[own]}
+        outers = {known.outer for plane in request.matrices.planes for known in plane[own]}
         row = request.token_starts[0][b] if b is not None else 0
         count = whole.query.shape[0] * request.num_heads
         rows, kv_len = whole.query.shape[2], whole.key.shape[2]

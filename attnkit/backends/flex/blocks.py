@@ -26,7 +26,6 @@ from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
 from attnkit.masks.trace import RowReader, mask_rows, region_rows
 from attnkit.planner import Request
-from attnkit.planner.matrices import matrices
 
 __all__ = ["BLOCK", "MaskMod", "Tables", "block_mask", "mask_mod", "request_tables", "tables_of"]
 
@@ -240,7 +239,7 @@ def request_tables(request: Request) -> Tables:
 
 def _packed(request: Request, head: int) -> Matrix:
     """Return the block-diagonal score matrix of a packed batch."""
-    mask, planes = request.mask, matrices(request).planes
+    mask, planes = request.mask, request.matrices.planes
     plane = planes[head if len(planes) > 1 else 0]
     starts = list(zip(*request.token_starts, strict=True))[: request.batch]
     if all(known.exact for known in set(plane)):
