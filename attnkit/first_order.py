@@ -1,4 +1,4 @@
-"""Derivatives that have none of their own, and say so."""
+"""Derivatives that cannot be differentiated again, and say so."""
 
 from __future__ import annotations
 

@@ -103,9 +103,9 @@ def derivatives(
     """Return what `slopes`, gradients of the first derivatives, give to `inputs` and `grads`.
 
     `inputs` are the tensors that the first derivatives are of, which `operands` are made of, each
-    with a node of its own in the graph; `grads` those that they were computed from: of the output
-    in the request's layout, and of the log-sum-exp ``[b n s]``, rows of packed sequences end to
-    end. With `further`, the answer has derivatives again.
+    with a node in the graph that no other shares; `grads` those that they were computed from: of
+    the output in the request's layout, and of the log-sum-exp ``[b n s]``, rows of packed sequences
+    end to end. With `further`, the answer has derivatives again.
     """
     every = (*inputs, *grads)
     wanted = [t for t in every if t is not None and t.requires_grad]

@@ -2,7 +2,7 @@
 
 Uncompiled, `flex_attention` builds the whole score matrix. Compiled, it is one fused kernel, and
 the first call of each kind takes seconds. torch keeps at most a few compiled forms of one
-function and then quietly runs it uncompiled, so every kind is a function of its own here, and
+function and then quietly runs it uncompiled, so every kind is a separate function here, and
 `fullgraph` turns a form too many into an error.
 """
 

@@ -38,7 +38,7 @@ Tiles = NDArray[np.bool_]
 Matrix = Region | RowReader
 """One score matrix: its region, or else what reads its rows."""
 
-# Every number of runs is a kernel of its own, so there are only these; rows of more are bits.
+# Every number of runs is another kernel, so there are only these; rows of more are bits.
 _RUNS = (1, 2, 4, 8)
 _CELLS_AT_ONCE = 1 << 22
 

@@ -18,7 +18,7 @@ RunsOfRows = Sequence[tuple[int, int, tuple[Run, ...]]]
 
 # Score tiles are at most this wide, so that memory does not grow with the number of keys.
 WIDEST = 2048
-# A run this wide is a chunk of its own, read where it is: to gather it beside others takes longer
+# A run this wide is a chunk by itself, read where it is: to gather it beside others takes longer
 # than one more step of the softmax.
 ALONE = 1024
 # Runs closer than this are one run: masked columns cost less than gathering keys.

@@ -2,7 +2,7 @@
 
 Rows are cut where the key runs jump (documents, chunks) and then into blocks of equal height;
 a block's keys are the union of its rows' runs. Inside a strip whose runs all move alike, one
-block stands for all its repetitions, so that a long window costs as little to plan as a short one.
+block serves for all its repetitions, so that a long window costs as little to plan as a short one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def items_of(strips: tuple[Strip, ...], traits: Traits) -> tuple[RowBlock | Whol
     """Return the items of a lane whose region has these strips, in the order of their rows."""
     items: list[RowBlock | Whole] = []
     for segment in _segments(strips):
-        items += _wholes(segment, traits) or _row_blocks(segment, traits)
+        items += _wholes(segment, traits) or _even_blocks(segment, traits)
     return tuple(_merge_small(_repeat(items), strips, traits))
 
 
@@ -155,7 +155,7 @@ def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) 
     return Whole(row, rows, start, stop - start, pattern=pattern_of(pieces, rows, start, stop))
 
 
-def _row_blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[RowBlock]:
+def _even_blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[RowBlock]:
     """Cut a segment into blocks of equal height."""
     first, last = segment[0].i0, segment[-1].i1
     height = _height(segment)

@@ -98,7 +98,7 @@ class Job:
     def raised(self) -> Job | None:
         """The same in float32, where that is the better way to compute 16 bits.
 
-        One call of torch's kernel is none better, and blocks that read few keys cast them tile
+        One call of torch's kernel is as good, and blocks that read few keys cast them tile
         by tile. Merges of torch's calls need float32, and many keys are worth casting once.
         """
         request = self.request

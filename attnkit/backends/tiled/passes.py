@@ -30,7 +30,7 @@ from attnkit.backends.tiled.whole import WholeCall, in_a_row, run_whole, run_who
 
 __all__ = ["Backward", "Forward", "backward_at_once", "sink_gradient"]
 
-# A row without a key has no maximum. This part of the lowest number stands for one: finite, and
+# A row without a key has no maximum. This part of the lowest number is taken for one: finite, and
 # below every score, those of biases that are cut off included. Statistics below the other part
 # are such a row's.
 FLOOR, EMPTY = 0.25, 0.15

@@ -125,7 +125,7 @@ class Lane(NamedTuple):
     """What a range of batch elements and query heads runs, in the order of its rows.
 
     Positions count from `origin`, where the score matrix of `lengths` begins: (0, 0), unless a
-    packed sequence has a lane of its own. `matrix` is the number of its first score matrix.
+    packed sequence has a lane to itself. `matrix` is the number of its first score matrix.
     `blank` are the row ranges without any allowed key. With `opaque`, the mask itself is asked
     for its cells: the runs only enclose them. With `strays`, tiles may hold keys that no row of
     the lane sees; with `mixes`, rows of one packed sequence and masked keys of another.

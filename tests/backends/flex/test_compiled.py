@@ -133,7 +133,7 @@ def test_a_compiled_model_keeps_it_as_an_island() -> None:
 def test_a_form_too_many_is_an_error_and_not_an_uncompiled_call() -> None:
     one, other = (_compile(torch.neg, (name,), False) for name in "ab")
     with torch._dynamo.config.patch(recompile_limit=1):
-        one(torch.ones(2)), other(torch.ones(3))  # each has a limit of its own
+        one(torch.ones(2)), other(torch.ones(3))  # each has its limit
         with pytest.raises(Exception, match="fullgraph"):
             one(torch.ones(3))
 

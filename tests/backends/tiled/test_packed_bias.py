@@ -94,7 +94,7 @@ MASKS = {
     "causal top left": masks.Causal(align="top_left"),
     "window": masks.SlidingWindow(4),
     "no region": masks.Predicate(lambda b, h, i, j: (i * j) % 3 == 0),
-    "heads of their own": masks.PerHead([masks.Causal(), masks.Full()] * 2),
+    "heads that differ": masks.PerHead([masks.Causal(), masks.Full()] * 2),
 }
 
 
