@@ -14,14 +14,7 @@ from attnkit.masks import Full, Mask
 from attnkit.masks.base import Rectangle
 from attnkit.pse import Pse
 
-__all__ = [
-    "queries_of_context",
-    "rows_of_bias",
-    "rows_of_context_bias",
-    "rows_of_context_mask",
-    "rows_of_mask",
-    "text_length",
-]
+__all__ = ["rows_of_bias", "rows_of_context", "rows_of_mask", "text_length"]
 
 Range = tuple[int, int]
 
@@ -87,8 +80,8 @@ masks.Causal(), or give all tokens that see each other in one call
                 raise CompositionError(
                     f"{mask!r} shows the first {start} tokens other keys in a text of {stop} than "
                     f"in one of {start}: it moves as the text grows, so decoding step by step "
-                    "cannot equal the full forward; anchor it at the first key (align='top_left', "
-                    "side='right')"
+                    "cannot equal the full forward; anchor it at the first key (align='top_left'; "
+                    "for padding on the left ~masks.Prefix(its lengths), as masks.Padding.of says)"
                 )
     if (start, stop) == (0, whole):
         return mask
@@ -119,53 +112,27 @@ def rows_of_bias(pse: Pse | None, start: int, stop: int, length: int | None = No
     return pse.cut((start, stop), (0, stop), q_len=whole, kv_len=whole)
 
 
-def queries_of_context(mask: Mask, pse: Pse | None) -> int | None:
-    """Return how many queries a cross-attention will have, where a part is built for a number.
+def rows_of_context(
+    mask: Mask, pse: Pse | None, start: int, stop: int, kv_len: int
+) -> tuple[Mask, Pse | None]:
+    """Return the query rows ``[start, stop)`` of a cross-attention, over all keys of the context.
+
+    How many queries there will be is known from what is built for some number; where nothing is,
+    a mask anchored at the last one is refused.
 
     >>> from attnkit import masks
-    >>> queries_of_context(masks.Full()[:7, :], None)
-    7
-    """
-    own, beside = mask.extent[0], None if pse is None else pse.extent[0]
-    if own is not None and beside not in (None, own):
-        raise CompositionError(
-            f"{mask!r} is built for {own} queries, {pse!r} for {beside}; both speak of one score "
-            "matrix"
-        )
-    return beside if own is None else own
-
-
-def rows_of_context_mask(
-    mask: Mask, start: int, stop: int, kv_len: int, q_len: int | None = None
-) -> Mask:
-    """Return the query rows ``[start, stop)`` of a cross-attention mask, all keys of the context.
-
-    How many queries there will be is known from what is built for some number, its own `extent`
-    or `q_len`; where it is not, a mask anchored at the last one is refused.
-
-    >>> from attnkit import masks
-    >>> rows_of_context_mask(masks.Rows(2, 5), 4, 6, 3).region(2, 3).area
+    >>> rows_of_context(masks.Rows(2, 5), None, 4, 6, 3)[0].region(2, 3).area
     3
     """
-    if isinstance(mask, Full):
-        return mask
-    known = mask.extent[0] if q_len is None else q_len
-    return mask.cut((start, stop), (0, kv_len), q_len=known, kv_len=kv_len)
-
-
-def rows_of_context_bias(
-    pse: Pse | None, start: int, stop: int, kv_len: int, q_len: int | None = None
-) -> Pse | None:
-    """Return the query rows ``[start, stop)`` of a cross-attention bias, all keys.
-
-    >>> from attnkit.pse import ALiBi
-    >>> rows_of_context_bias(ALiBi(8, align="top_left"), 0, 2, 3)
-    ALiBi(8, align='top_left')
-    """
-    if pse is None:
-        return None
-    known = pse.extent[0] if q_len is None else q_len
-    return pse.cut((start, stop), (0, kv_len), q_len=known, kv_len=kv_len)
+    known, beside = mask.extent[0], None if pse is None else pse.extent[0]
+    if known is not None and beside not in (None, known):
+        raise CompositionError(
+            f"{mask!r} is built for {known} queries, {pse!r} for {beside}; both speak of one score "
+            "matrix"
+        )
+    q_len, rows, keys = beside if known is None else known, (start, stop), (0, kv_len)
+    seen = mask if isinstance(mask, Full) else mask.cut(rows, keys, q_len=q_len, kv_len=kv_len)
+    return seen, None if pse is None else pse.cut(rows, keys, q_len=q_len, kv_len=kv_len)
 
 
 def _any(length: int | None) -> str:

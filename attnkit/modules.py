@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnkit import layouts
-from attnkit.arguments import check_bool, check_device, check_float_dtype, check_int, check_tensor
 from attnkit.attend import Asked, attend, is_tracing
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
-from attnkit.decoding import (
-    queries_of_context,
-    rows_of_bias,
-    rows_of_context_bias,
-    rows_of_context_mask,
-    rows_of_mask,
-    text_length,
-)
-from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.decoding import rows_of_bias, rows_of_context, rows_of_mask, text_length
+from attnkit.errors import CompositionError
+from attnkit.inputs import Inputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Plan
+from attnkit.projections import (
+    Maker,
+    Norm,
+    axis,
+    computed_like,
+    gate_size,
+    head_size,
+    heads_of,
+    rotary_of,
+)
 from attnkit.pse import Pse
-from attnkit.rotary import Rotary, positions
+from attnkit.rotary import Rotary
+from attnkit.rotary import positions as counted
 
 __all__ = ["MultiHeadAttention"]
-
-_WIDEST = 2**31 - 1
 
 
 class MultiHeadAttention(nn.Module):
@@ -41,10 +45,20 @@ class MultiHeadAttention(nn.Module):
     `softcap`, `sink` and `backend`.
 
     - `num_kv_heads`: fewer key heads than query heads (GQA; 1 is MQA).
-    - `head_dim`: default ``dim / num_heads``. `bias`: of the four projections.
+    - `head_dim`: default ``dim / num_heads``. `v_head_dim`: of values, where it differs (MLA).
+    - `bias`: True for all projections, or the set of those that have one, such as
+      ``{"q", "k", "v"}``; the others are "out" and "gate".
+    - `qk_norm`: norms `q_norm` and `k_norm` of the heads before they turn: "rms" or "layer" over
+      each head (Qwen3, Gemma-3), "rms_whole" over all of them (OLMo-2), or a function that makes
+      a module for a head size.
+    - `gate`: heads times ``sigmoid(gate_proj(x))`` before `out_proj`: one number for each head,
+      "head", or for each of its dimensions, "elementwise" (Qwen3-Next).
     - `layout`: how heads are handed to `Attention` where ``x`` has its kind, dense or packed.
       The other kind runs all the same, as BSND or TND.
-    - `rotary`: True for ``Rotary()``, or a `Rotary`. Positions count from 0 in every sequence.
+    - `rotary`: True for ``Rotary()``, or a `Rotary`.
+
+    `q_proj`, `k_proj`, `v_proj`, `out_proj` and `gate_proj` are black boxes: any module that
+    returns as many numbers can take their place, adapted, quantised or fused.
 
     `forward` takes a `cache` for decoding step by step: `KVCache`, one per layer.
 
@@ -61,6 +75,11 @@ class MultiHeadAttention(nn.Module):
     ...     steps = [layer(token, cache=cache) for token in x.split(1, dim=1)]
     >>> torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-5)
     True
+    >>> qwen3 = MultiHeadAttention(
+    ...     32, 4, head_dim=16, qk_norm="rms", rotary=Rotary(1e6), mask=masks.Causal()
+    ... )
+    >>> qwen3(x).shape
+    torch.Size([2, 6, 32])
     """
 
     def __init__(
@@ -70,8 +89,11 @@ class MultiHeadAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        v_head_dim: int | None = None,
         kv_dim: int | None = None,
-        bias: bool = False,
+        bias: bool | Collection[str] = False,
+        qk_norm: Norm = None,
+        gate: Literal["head", "elementwise"] | None = None,
         rotary: bool | Rotary = False,
         mask: Mask | None = None,
         pse: Pse | None = None,
@@ -85,14 +107,15 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = _axis("dim", dim)
-        self.kv_dim = _axis("kv_dim", dim if kv_dim is None else kv_dim)
-        size = _head_dim(dim, _axis("num_heads", num_heads), head_dim)
-        width = _axis("num_heads * head_dim", num_heads * size)
-        check_bool("bias", bias, "of the four projections; a bias on the scores is pse=")
-        check_device(device)
-        if dtype is not None:
-            check_float_dtype("dtype", dtype)
+        self.dim = axis("dim", dim)
+        self.kv_dim = axis("kv_dim", dim if kv_dim is None else kv_dim)
+        size = head_size(dim, axis("num_heads", num_heads), head_dim)
+        self.v_head_dim = axis("v_head_dim", size if v_head_dim is None else v_head_dim)
+        axis("num_heads * head_dim", num_heads * size)
+        axis("num_heads * v_head_dim", num_heads * self.v_head_dim)
+        gated = gate_size(gate, self.v_head_dim)
+        names = ("q", "k", "v", "out", "gate")[: 5 if gated else 4]
+        make = Maker.of(bias, names, device, dtype)
         self.attention = Attention(
             num_heads,
             size,
@@ -106,12 +129,43 @@ class MultiHeadAttention(nn.Module):
             softcap=softcap,
             backend=backend,
         ).to(device=device)
-        self.rotary = _rotary(rotary, self.attention.head_dim)
-        kv_width = self.attention.num_kv_heads * self.attention.head_dim
-        self.q_proj = _linear("q_proj", dim, width, bias, device, dtype)
-        self.k_proj = _linear("k_proj", self.kv_dim, kv_width, bias, device, dtype)
-        self.v_proj = _linear("v_proj", self.kv_dim, kv_width, bias, device, dtype)
-        self.out_proj = _linear("out_proj", width, dim, bias, device, dtype)
+        self.rotary = rotary_of(rotary, self.attention.head_dim)
+        kv_heads = self.attention.num_kv_heads
+        self.q_proj: nn.Module = make.linear("q", dim, num_heads * size)
+        self.k_proj: nn.Module = make.linear("k", self.kv_dim, kv_heads * size)
+        self.v_proj: nn.Module = make.linear("v", self.kv_dim, kv_heads * self.v_head_dim)
+        self.out_proj: nn.Module = make.linear("out", num_heads * self.v_head_dim, dim)
+        self.q_norm = make.norm(qk_norm, num_heads, size)
+        self.k_norm = make.norm(qk_norm, kv_heads, size)
+        self.gate_proj = make.linear("gate", dim, num_heads * gated) if gated else None
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        pse: Pse | None = None,
+        seqlens: SeqLens | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        pse: Pse | None = None,
+        seqlens: SeqLens | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        return_stats: Literal[True],
+    ) -> AttentionOutput: ...
 
     def forward(
         self,
@@ -122,6 +176,7 @@ class MultiHeadAttention(nn.Module):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         cache: KVCache | None = None,
+        positions: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | AttentionOutput:
         """Attend from `x` to itself, or to `context`; the output has the form of `x`.
@@ -132,6 +187,17 @@ class MultiHeadAttention(nn.Module):
         of one call with the whole text, or `CompositionError` says why they cannot. In
         cross-attention the first call with an empty cache stores `context`, and later calls
         need not give it.
+
+        `positions` are what `rotary` turns by: ``[s]``, or ``[b, s]`` where texts differ (with
+        `Rotary.sections` one for each axis, ``[a, s]`` or ``[a, b, s]``); packed ``[t]``; with a
+        cache those of the new tokens. By default every sequence counts from 0. They are data: in
+        a compiled graph other numbers are the same graph. Texts that are padded on the left:
+
+            exists = tokens.attention_mask
+            layer(x, mask=masks.Padding.of(exists), positions=exists.cumsum(1) - 1)
+
+        and the same mask with every token that is appended (`Padding.of` says which keys of the
+        prompt do not exist, however long the text grows).
 
         With `return_stats`, returns `AttentionOutput(output, stats)`.
 
@@ -148,15 +214,24 @@ class MultiHeadAttention(nn.Module):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        self._check(x, context, mask, pse, seqlens, cache)
+        given = Inputs(x, context, mask, pse, seqlens, cache, positions)
+        self._check(given)
         if cache is None:
-            found = self._attend(x, context, mask, pse, seqlens)
+            found = self._attend(given)
         elif context is None and not cache.sealed:
-            found = self._decode(x, mask, pse, cache)
+            found = self._decode(given, cache)
         else:
-            found = self._decode_context(x, context, mask, pse, cache)
-        output = self.out_proj(rearrange(found.output, "... n d -> ... (n d)"))
+            found = self._decode_context(given, cache)
+        heads = found.output
+        if self.gate_proj is not None:
+            gate = self.gate_proj(x).sigmoid().to(heads.dtype)
+            count = heads.shape[-2]
+            heads = heads * gate.reshape(*heads.shape[:-1], gate.shape[-1] // count)
+        output = self.out_proj(heads.flatten(-2))
         return AttentionOutput(output, found.stats) if return_stats else output
+
+    if TYPE_CHECKING:  # what a call returns is what `forward` does
+        __call__ = forward
 
     def plan(
         self,
@@ -173,13 +248,15 @@ class MultiHeadAttention(nn.Module):
         >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
         4
         """
-        self._check(x, context, mask, pse, seqlens, None)
-        source = x if context is None else context
-        query = self._shaped(x, self.attention.num_heads)
-        key = self._shaped(source, self.attention.num_kv_heads)
+        given = Inputs(x, context, mask, pse, seqlens)
+        self._check(given)
+        query, key, value = (
+            self._heads(which, tokens, computed_like)
+            for which, tokens in (("q", x), ("k", given.source), ("v", given.source))
+        )
         asked, form = self._asked(mask, pse, seqlens)
-        query, key = _into(form, query), _into(form, key)
-        return self.attention._plan(asked, query, key, key, self.attention.sink, seqlens)
+        query, key, value = (_into(form, heads) for heads in (query, key, value))
+        return self.attention._plan(asked, query, key, value, self.attention.sink, seqlens)
 
     def explain(
         self,
@@ -208,36 +285,21 @@ class MultiHeadAttention(nn.Module):
 
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 
-    def _attend(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Mask | None,
-        pse: Pse | None,
-        seqlens: SeqLens | None,
-    ) -> AttentionOutput:
-        source = x if context is None else context
-        query, key, value = self._project(x, source)
-        if self.rotary is not None:
-            lengths = (x.shape[1],) if seqlens is None else seqlens.q
-            query, key = self._turn(self.rotary, query, key, positions(lengths, 0, x.device))
-        asked, form = self._asked(mask, pse, seqlens)
-        q, k, v = (_into(form, t) for t in (query, key, value))
+    def _attend(self, given: Inputs) -> AttentionOutput:
+        seqlens = given.seqlens
+        query, key, value = self._project(given, 0)
+        asked, form = self._asked(given.mask, given.pse, seqlens)
+        q, k, v = (_into(form, heads) for heads in (query, key, value))
         found = self.attention._attend(asked, q, k, v, seqlens, return_stats=True)
         return AttentionOutput(_out_of(form, found.output, query.shape[-2]), found.stats)
 
-    def _decode(
-        self, x: Tensor, mask: Mask | None, pse: Pse | None, cache: KVCache
-    ) -> AttentionOutput:
-        start, stop = cache.length, cache.length + x.shape[1]
-        whole_mask, whole_pse = self._composed(mask, pse)
+    def _decode(self, given: Inputs, cache: KVCache) -> AttentionOutput:
+        start, stop = cache.length, cache.length + given.x.shape[1]
+        whole_mask, whole_pse = self._composed(given.mask, given.pse)
         length = text_length(whole_mask, whole_pse, stop)
         rows = rows_of_mask(whole_mask, start, stop, length)
         bias = rows_of_bias(whole_pse, start, stop, length)
-        query, key, value = self._project(x, x)
-        if self.rotary is not None:
-            where = positions((x.shape[1],), start, x.device)
-            query, key = self._turn(self.rotary, query, key, where)
+        query, key, value = self._project(given, start)
         keys, values = cache.append(key, value)
         try:
             return self._call(query, keys, values, rows, bias)
@@ -245,22 +307,19 @@ class MultiHeadAttention(nn.Module):
             cache.truncate(start)  # a step that failed has not happened
             raise
 
-    def _decode_context(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, pse: Pse | None, cache: KVCache
-    ) -> AttentionOutput:
-        query = _heads(self.q_proj(x), self.attention.num_heads)
+    def _decode_context(self, given: Inputs, cache: KVCache) -> AttentionOutput:
+        x, context = given.x, given.context
+        query = self._heads("q", x)
         fresh = not cache.sealed
         if context is not None and fresh:
-            keys, values = cache.seal(*self._project_kv(context))
+            keys, values = cache.seal(self._heads("k", context), self._heads("v", context))
         else:
             keys, values = cache.read()
         start, stop = cache.queries, cache.queries + x.shape[1]
         try:
-            whole_mask, whole_pse = self._composed(mask, pse)
-            known = queries_of_context(whole_mask, whole_pse)
-            rows = rows_of_context_mask(whole_mask, start, stop, cache.length, known)
-            bias = rows_of_context_bias(whole_pse, start, stop, cache.length, known)
-            found = self._call(query, keys, values, rows, bias)
+            whole = self._composed(given.mask, given.pse)
+            rows = rows_of_context(*whole, start, stop, cache.length)
+            found = self._call(query, keys, values, *rows)
         except BaseException:
             if fresh:
                 cache.reset()
@@ -299,140 +358,38 @@ class MultiHeadAttention(nn.Module):
         both = own.pse + pse if own.pse is not None and pse is not None else own.pse or pse
         return own.mask if mask is None else own.mask & mask, both
 
-    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _heads(self.q_proj(x), self.attention.num_heads), *self._project_kv(source)
+    def _heads(self, which: str, tokens: Tensor, form: Callable[..., Tensor] = heads_of) -> Tensor:
+        """Return the heads ``[..., n, d]`` of queries, keys or values: "q", "k" or "v"."""
+        core = self.attention
+        count = core.num_heads if which == "q" else core.num_kv_heads
+        size = self.v_head_dim if which == "v" else core.head_dim
+        norm = None if which == "v" else getattr(self, f"{which}_norm")
+        return form(getattr(self, f"{which}_proj"), norm, tokens, count, size)
 
-    def _project_kv(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        count = self.attention.num_kv_heads
-        return _heads(self.k_proj(source), count), _heads(self.v_proj(source), count)
+    def _project(self, given: Inputs, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, turned by the positions; by default they count on."""
+        query, key = self._heads("q", given.x), self._heads("k", given.source)
+        if self.rotary is not None:
+            where, seqlens = given.positions, given.seqlens
+            if where is None:
+                lengths = (given.x.shape[1],) if seqlens is None else seqlens.q
+                where = counted(lengths, start, given.x.device)
+            query, key = self.rotary.rotate(query, where), self.rotary.rotate(key, where)
+        return query, key, self._heads("v", given.source)
 
-    @staticmethod
-    def _turn(rotary: Rotary, query: Tensor, key: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary.rotate(query, where), rotary.rotate(key, where)
-
-    def _shaped(self, source: Tensor, count: int) -> Tensor:
-        """Return a tensor with the properties that the projected heads will have, and no data."""
-        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in [source, *weights])
-        cell = torch.empty(1, dtype=_computed_dtype(source), device=source.device)
-        shape = (*source.shape[:-1], count, self.attention.head_dim)
-        return cell.requires_grad_(grad).expand(shape)
-
-    # -- checks, before anything is computed ---------------------------------------------
-
-    def _check(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Mask | None,
-        pse: Pse | None,
-        seqlens: SeqLens | None,
-        cache: KVCache | None,
-    ) -> None:
-        if not isinstance(mask, Mask | None):
-            raise CompositionTypeError(
-                f"mask={shown(mask)}; give a mask (a boolean tensor is masks.Dense.keep(t) or "
-                ".drop(t))"
-            )
-        if not isinstance(pse, Pse | None):
-            raise CompositionTypeError(
-                f"pse={shown(pse)}; give a bias (a tensor of numbers is pse.Dense(t))"
-            )
-        if cache is not None and not isinstance(cache, KVCache):
-            raise CompositionTypeError(f"cache={shown(cache)}; give a KVCache(), one per layer")
-        crosses = context is not None or (cache is not None and cache.sealed)
-        self._check_input("x", x, self.dim, "dim")
-        if context is not None:
-            self._check_input("context", context, self.kv_dim, "kv_dim")
-            _check_pair(x, context)
-        elif not crosses and self.kv_dim != self.dim:
+    def _check(self, given: Inputs) -> None:
+        """Raise for what cannot be attended to, before anything is computed."""
+        given.check_types()
+        check_tokens("x", given.x, self.dim, "dim", self.q_proj)
+        if given.context is not None:
+            check_tokens("context", given.context, self.kv_dim, "kv_dim", self.k_proj)
+        elif not given.crosses and self.kv_dim != self.dim:
             raise CompositionError(
                 f"this module was built for cross-attention (kv_dim={self.kv_dim}, "
                 f"dim={self.dim}); pass context=[..., {self.kv_dim}]"
             )
-        if crosses and self.rotary is not None:
-            raise CompositionError(
-                "rotary positions relate the queries and keys of one text; cross-attention has "
-                "two: build its module with rotary=False"
-            )
-        if cache is not None and x.ndim == 2:
-            raise CompositionError(
-                f"x {list(x.shape)} is packed, and a cache keeps one row per text; decode with "
-                f"[b, s, {self.dim}]"
-            )
-        if cache is not None and cache.sealed and context is not None:
-            _check_same_context(context, cache)
-        _check_packing(x, context, seqlens)
-
-    def _check_input(self, name: str, tensor: Tensor, width: int, label: str) -> None:
-        check_tensor(name, tensor)
-        if tensor.ndim not in (2, 3) or tensor.shape[-1] != width:
-            raise CompositionError(
-                f"{name} {list(tensor.shape)}: give [b, s, {width}], or packed [t, {width}] with "
-                f"seqlens; the module was built with {label}={width}"
-            )
-        weight = self.k_proj.weight if name == "context" else self.q_proj.weight
-        mixed = tensor.dtype != weight.dtype
-        if mixed and not torch.is_autocast_enabled(tensor.device.type):
-            raise CompositionTypeError(
-                f"{name} is {tensor.dtype}, the module's weights are {weight.dtype}; cast one of "
-                "them, or run under torch.autocast"
-            )
-        if tensor.device != weight.device:
-            raise CompositionError(
-                f"{name} is on {tensor.device}, the module on {weight.device}; move one of them"
-            )
-
-
-def _axis(name: str, value: int) -> int:
-    return check_int(name, value, 1, _WIDEST)
-
-
-def _linear(
-    name: str,
-    width: int,
-    out: int,
-    bias: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Linear:
-    try:
-        return nn.Linear(width, out, bias, device, dtype)
-    except RuntimeError as error:
-        raise CompositionError(
-            f"{name} has {width:,} x {out:,} weights, for which there is no memory; give fewer or "
-            "smaller heads"
-        ) from error
-
-
-def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
-    if head_dim is not None:
-        return _axis("head_dim", head_dim)
-    if dim % num_heads:
-        raise CompositionError(
-            f"dim={dim} does not divide into num_heads={num_heads} heads; change one of them, or "
-            "give head_dim="
-        )
-    return dim // num_heads
-
-
-def _rotary(given: bool | Rotary, head_dim: int) -> Rotary | None:
-    if not isinstance(given, (bool, Rotary)):
-        raise CompositionTypeError(f"rotary={shown(given)}; give True, False or a Rotary")
-    rotary = given if isinstance(given, Rotary) else Rotary() if given else None
-    if rotary is not None:
-        rotary.dims(head_dim)
-    return rotary
-
-
-def _computed_dtype(source: Tensor) -> torch.dtype:
-    kind = source.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else source.dtype
-
-
-def _heads(projected: Tensor, count: int) -> Tensor:
-    return rearrange(projected, "... (n d) -> ... n d", n=count)
+        given.check_forms()
+        given.check_rotary(self.rotary)
 
 
 def _into(form: Layout, heads: Tensor) -> Tensor:
@@ -443,46 +400,3 @@ def _into(form: Layout, heads: Tensor) -> Tensor:
 def _out_of(form: Layout, heads: Tensor, count: int) -> Tensor:
     """Undo `_into`."""
     return form.convert(heads, TND if form.packed else BSND, count)
-
-
-def _check_pair(x: Tensor, context: Tensor) -> None:
-    if x.ndim != context.ndim or (x.ndim == 3 and x.shape[0] != context.shape[0]):
-        raise CompositionError(
-            f"x {list(x.shape)} and context {list(context.shape)}: give both as [b, s, ...] with "
-            "one batch size, or both packed"
-        )
-
-
-def _check_same_context(context: Tensor, cache: KVCache) -> None:
-    if context.shape[1] != cache.length:
-        raise CompositionError(
-            f"context {list(context.shape)}, but {cache} holds the keys of {cache.length} "
-            "positions; a cache serves one context (reset() makes it ready for another)"
-        )
-
-
-def _check_packing(x: Tensor, context: Tensor | None, seqlens: SeqLens | None) -> None:
-    if seqlens is None and x.ndim == 2:
-        raise CompositionError(
-            f"x {list(x.shape)} is packed: say where its sequences end, seqlens=ak.SeqLens([...]); "
-            "or give [b, s, dim]"
-        )
-    if seqlens is None:
-        return
-    if not isinstance(seqlens, SeqLens):
-        raise CompositionTypeError(
-            f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
-            "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
-        )
-    if x.ndim == 3:
-        raise CompositionError(
-            f"x {list(x.shape)} has a batch axis and takes no seqlens; pack it as [t, dim], or "
-            "say lengths inside a row with a mask (masks.Documents, masks.Padding)"
-        )
-    if context is None and seqlens.kv != seqlens.q:
-        raise CompositionError(
-            f"{seqlens}: in self-attention every sequence has as many keys as queries; give "
-            "SeqLens(lengths), or a context"
-        )
-    if not is_tracing():  # where the plan is read, outside of the trace, this is checked too
-        seqlens.check_totals(x.shape[0], (x if context is None else context).shape[0])

@@ -21,6 +21,9 @@ class Scaling(ABC):
 
     Names and formulas are those of ``rope_scaling`` in Hugging Face's configurations, so that its
     numbers can be copied. ``f[c] = base**(-2*c/r)`` is what pair `c` turns by without a scaling.
+
+    >>> isinstance(Linear(4.0), Scaling)
+    True
     """
 
     kind: ClassVar[str]  # its `rope_type`

@@ -19,7 +19,7 @@ from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask, Rectangle
 from attnkit.modules import MultiHeadAttention
 from attnkit.pse import Pse
-from attnkit.rotary import Rotary
+from attnkit.rotary import Dynamic, Rotary, YaRN
 
 DIM = 8
 
@@ -337,6 +337,83 @@ def test_what_steps_cannot_honour_is_refused(mask: Mask, bias: Pse | None, words
     with pytest.raises(CompositionError) as caught:
         in_steps(mask, bias, mask.extent[0] or 8)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# -- padded prompts --------------------------------------------------------------------------
+
+
+LAYERS = {
+    "plain": {},
+    "rotary, grouped, a window": {
+        "num_kv_heads": 2,
+        "rotary": True,
+        "mask": masks.Causal() & masks.SlidingWindow(3),
+    },
+    "norms, gate, sink": {"qk_norm": "rms", "gate": "head", "sink": True, "rotary": True},
+    "yarn": {"rotary": Rotary(scaling=YaRN(4.0, 4)), "pse": pse.ALiBi(4)},
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["one mask", "the mask so far"])
+@pytest.mark.parametrize("cuts", [[5], [5, 6, 7, 8], [5, 8]], ids=str)
+@pytest.mark.parametrize("how", LAYERS.values(), ids=LAYERS.keys())
+@torch.no_grad()
+def test_left_padded_prompts_continue_as_each_text_alone(how, cuts, again):
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(DIM, 4, dtype=torch.float64, **{"mask": masks.Causal(), **how})
+    lengths, prompt, total = [2, 5, 1], 5, 9
+    pads = [prompt - n for n in lengths]
+    x, cache = noise(3, total, DIM), KVCache()
+    exists = torch.arange(total) >= torch.tensor(pads)[:, None]
+    where, mask = exists.cumsum(1) - 1, masks.Padding.of(exists[:, :prompt])
+    steps = []
+    for start, stop in itertools.pairwise([0, *cuts, total]):
+        mask = masks.Padding.of(exists[:, :stop]) if again else mask
+        places = {"positions": where[:, start:stop]} if layer.rotary else {}
+        steps.append(layer(x[:, start:stop], mask=mask, cache=cache, **places))
+    steps = torch.cat(steps, dim=1)
+    for b, pad in enumerate(pads):
+        alone = layer(x[b : b + 1, pad:])[0]
+        assert torch.allclose(steps[b, pad:], alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_right_padding_keeps_its_keys():
+    """Texts that end within the batch: what they see is settled when the mask is made."""
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(DIM, 2, mask=masks.Causal(), dtype=torch.float64)
+    x = noise(2, 6, DIM)
+    whole = layer(x, mask=masks.Padding([3, 4]))
+    cache = KVCache()
+    for mask in (masks.Padding([3, 4]), masks.Prefix([3, 4])):
+        cache.reset()
+        steps = [layer(part, mask=mask, cache=cache) for part in x.split([4, 1, 1], dim=1)]
+        assert torch.allclose(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-12)
+    cache.reset()
+    with pytest.raises(CompositionError, match=r"still growing: masks\.Prefix"):
+        layer(x[:, :2], mask=masks.Padding([3, 4]), cache=cache)
+
+
+def test_padding_counted_from_the_end_says_what_to_do():
+    with pytest.raises(CompositionError, match=r"~masks\.Prefix\(its lengths\)"):
+        rows_of_mask(masks.Causal() & masks.Padding([3], "left"), 4, 5)
+
+
+@torch.no_grad()
+def test_dynamic_positions_decode_as_long_as_they_stay():
+    layer = MultiHeadAttention(
+        DIM, 2, rotary=Rotary(scaling=Dynamic(2.0, 4)), mask=masks.Causal(), dtype=torch.float64
+    )
+    x, cache = noise(1, 6, DIM), KVCache()
+    steps = [layer(part, cache=cache) for part in x[:, :4].split([2, 2], dim=1)]
+    assert torch.allclose(torch.cat(steps, 1), layer(x[:, :4]), rtol=0, atol=1e-12)
+    with pytest.raises(CompositionError, match="more than 4 tokens"):
+        layer(x[:, 4:5], cache=cache)
+    assert cache.length == 4
+    with pytest.raises(CompositionError, match="takes none"):
+        layer(x[:, 4:5], cache=cache, positions=torch.tensor([2]))
+    cache.reset()
+    assert torch.allclose(layer(x, cache=cache), layer(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("trains", [False, True])

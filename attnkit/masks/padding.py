@@ -86,7 +86,8 @@ class Padding(Mask):
         if max(self.lengths) > kv_len:
             raise CompositionError(
                 f"{self!r} has a sequence of {max(self.lengths)} keys, but kv_len is {kv_len}; "
-                "lengths count the keys that exist, padding excluded"
+                "lengths count the keys that exist, padding excluded (those of a text that is "
+                "still growing: masks.Prefix(lengths))"
             )
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:

@@ -255,7 +255,10 @@ def multi_head() -> Iterator[Case]:
         "num_kv_heads": [without(NOT_A_COUNT, "none"), HUGE],
         "head_dim": [without(NOT_A_COUNT, "none"), HUGE],
         "kv_dim": [without(NOT_A_COUNT, "none"), HUGE],
-        "bias": [NOT_A_FLAG],
+        "v_head_dim": [without(NOT_A_COUNT, "none"), HUGE],
+        "bias": [without(NOT_A_FLAG, "a list"), {"a wrong name": lambda: ["q", "o"]}],
+        "qk_norm": [without(NOT_A_FLAG, "none"), {"a dtype": lambda: torch.float32}],
+        "gate": [without(NOT_A_FLAG, "none"), {"True": lambda: True}],
         "rotary": [without(NOT_A_FLAG, "none"), {"a family": lambda: ak.Rotary}],
         "mask": [NOT_A_MASK],
         "pse": [NOT_A_BIAS],
@@ -289,6 +292,13 @@ def multi_head() -> Iterator[Case]:
         "MultiHeadAttention() cache",
         lambda bad: layer(one, cache=bad),
         without(NOT_A_TENSOR, "none"),
+    )
+    turning = ak.MultiHeadAttention(16, 2, rotary=True)
+    yield from each(
+        "MultiHeadAttention() positions",
+        lambda bad: turning(one, positions=bad),
+        without(NOT_A_TENSOR, "none"),
+        {"too few": lambda: torch.arange(5), "of other texts": lambda: torch.zeros(2, 6)},
     )
     yield from each("MultiHeadAttention.plan x", layer.plan, *bad_x)
     yield Case("decoding without no_grad", lambda: layer(one, cache=ak.KVCache()))

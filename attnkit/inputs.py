@@ -1,0 +1,162 @@
+"""`Inputs`: what one call of a layer is given, and whether it fits together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnkit.arguments import FLOATS, check_tensor
+from attnkit.attend import is_tracing
+from attnkit.cache import KVCache
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.layouts import SeqLens
+from attnkit.masks import Mask
+from attnkit.pse import Pse
+from attnkit.rotary import Dynamic, Rotary
+
+__all__ = ["Inputs", "check_tokens"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of `MultiHeadAttention.forward`."""
+
+    x: Tensor
+    context: Tensor | None = None
+    mask: Mask | None = None
+    pse: Pse | None = None
+    seqlens: SeqLens | None = None
+    cache: KVCache | None = None
+    positions: Tensor | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """The tokens that keys and values are made of."""
+        return self.x if self.context is None else self.context
+
+    @property
+    def crosses(self) -> bool:
+        """Whether keys are those of another text than the queries."""
+        return self.context is not None or (self.cache is not None and self.cache.sealed)
+
+    def check_types(self) -> None:
+        """Raise for a mask, a bias or a cache that is something else."""
+        if not isinstance(self.mask, Mask | None):
+            raise CompositionTypeError(
+                f"mask={shown(self.mask)}; give a mask (a boolean tensor is masks.Dense.keep(t) or "
+                ".drop(t))"
+            )
+        if not isinstance(self.pse, Pse | None):
+            raise CompositionTypeError(
+                f"pse={shown(self.pse)}; give a bias (a tensor of numbers is pse.Dense(t))"
+            )
+        if not isinstance(self.cache, KVCache | None):
+            raise CompositionTypeError(
+                f"cache={shown(self.cache)}; give a KVCache(), one per layer"
+            )
+
+    def check_forms(self) -> None:
+        """Raise unless tokens, lengths and cache are of one form, dense or packed."""
+        x, context, cache = self.x, self.context, self.cache
+        if context is not None and (
+            x.ndim != context.ndim or (x.ndim == 3 and x.shape[0] != context.shape[0])
+        ):
+            raise CompositionError(
+                f"x {list(x.shape)} and context {list(context.shape)}: give both as [b, s, ...] "
+                "with one batch size, or both packed"
+            )
+        if cache is not None and x.ndim == 2:
+            raise CompositionError(
+                f"x {list(x.shape)} is packed, and a cache keeps one row per text; decode with "
+                f"[b, s, {x.shape[-1]}]"
+            )
+        held = cache.length if cache is not None and cache.sealed else None
+        if context is not None and held not in (None, context.shape[1]):
+            raise CompositionError(
+                f"context {list(context.shape)}, but {cache} holds the keys of {held} "
+                "positions; a cache serves one context (reset() makes it ready for another)"
+            )
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        x, seqlens = self.x, self.seqlens
+        if seqlens is None:
+            if x.ndim == 2:
+                raise CompositionError(
+                    f"x {list(x.shape)} is packed: say where its sequences end, "
+                    "seqlens=ak.SeqLens([...]); or give [b, s, dim]"
+                )
+            return
+        if not isinstance(seqlens, SeqLens):
+            raise CompositionTypeError(
+                f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
+                "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
+            )
+        if x.ndim == 3:
+            raise CompositionError(
+                f"x {list(x.shape)} has a batch axis and takes no seqlens; pack it as [t, dim], or "
+                "say lengths inside a row with a mask (masks.Documents, masks.Padding)"
+            )
+        if self.context is None and seqlens.kv != seqlens.q:
+            raise CompositionError(
+                f"{seqlens}: in self-attention every sequence has as many keys as queries; give "
+                "SeqLens(lengths), or a context"
+            )
+        if not is_tracing():  # where the plan is read, outside of the trace, this is checked too
+            seqlens.check_totals(x.shape[0], self.source.shape[0])
+
+    def check_rotary(self, rotary: Rotary | None) -> None:
+        """Raise unless the layer turns by positions, and these are for the tokens."""
+        if rotary is None:
+            if self.positions is not None:
+                raise CompositionError(
+                    "positions= are what rotary turns by, and this module was built with "
+                    "rotary=False; masks and biases count by themselves"
+                )
+            return
+        if self.crosses:
+            raise CompositionError(
+                "rotary positions relate the queries and keys of one text; cross-attention has "
+                "two: build its module with rotary=False"
+            )
+        if self.positions is not None:
+            rotary.check_positions(self.positions, self.x.shape[:-1])
+        elif rotary.order == "axial":
+            raise CompositionError(
+                f"{rotary} turns by several axes; say where tokens stand along each, "
+                "positions=[a, s] or [a, b, s]"
+            )
+        start, scaling = 0 if self.cache is None else self.cache.length, rotary.scaling
+        if start and isinstance(scaling, Dynamic):
+            known = scaling.original_max_position_embeddings
+            if self.positions is not None or start + self.x.shape[1] > known:
+                raise CompositionError(
+                    f"{scaling} turns all keys anew in a text of more than {known} tokens, and "
+                    f"those of the first {start} are in the cache (positions= are not read, so it "
+                    "takes none); use Linear or YaRN, or the forward of the whole text"
+                )
+
+
+def check_tokens(name: str, tensor: Tensor, width: int, label: str, projection: nn.Module) -> None:
+    """Raise unless a projection can take tokens."""
+    check_tensor(name, tensor)
+    if tensor.ndim not in (2, 3) or tensor.shape[-1] != width:
+        raise CompositionError(
+            f"{name} {list(tensor.shape)}: give [b, s, {width}], or packed [t, {width}] with "
+            f"seqlens; the module was built with {label}={width}"
+        )
+    # Parameters of its parts are not asked: a module that has no numbers to compute with (a
+    # wrapper, a quantised one) decides for itself what it takes.
+    for weight in projection._parameters.values():
+        if weight is None or weight.dtype not in FLOATS:
+            continue
+        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise CompositionTypeError(
+                f"{name} is {tensor.dtype}, the module's weights are {weight.dtype}; cast one of "
+                "them, or run under torch.autocast"
+            )
+        if tensor.device != weight.device:
+            raise CompositionError(
+                f"{name} is on {tensor.device}, the module on {weight.device}; move one of them"
+            )
