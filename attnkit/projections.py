@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from attnkit.arguments import check_device, check_float_dtype, check_int
+from attnkit.arguments import check_choice, check_device, check_float_dtype, check_int
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.rotary import Rotary
 
@@ -27,6 +27,7 @@ __all__ = [
 Norm: TypeAlias = str | Callable[[int], nn.Module] | None
 """A norm of queries or keys: one of `NORMS`, or what makes a module for heads ``[..., n, d]``."""
 
+_GATES = {"head": "one number for each head", "elementwise": "one for each of its dimensions"}
 _WIDEST = 2**31 - 1
 
 
@@ -125,12 +126,9 @@ def head_size(dim: int, num_heads: int, head_dim: int | None) -> int:
 
 def gate_size(gate: object, v_head_dim: int) -> int:
     """Return how many numbers the gate has for each head."""
-    sizes = {None: 0, "head": 1, "elementwise": v_head_dim}
-    if not isinstance(gate, str | None) or gate not in sizes:
-        raise CompositionTypeError(
-            f"gate={shown(gate)}; give 'head' (one number for each head), 'elementwise', or None"
-        )
-    return sizes[gate]
+    if gate is None:
+        return 0
+    return 1 if check_choice("gate", gate, _GATES) == "head" else v_head_dim
 
 
 def rotary_of(given: bool | Rotary, head_dim: int) -> Rotary | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +36,14 @@ _PAIRINGS = {
     "half": "dimensions c and c + r/2, as in Hugging Face weights",
     "interleaved": "2c and 2c + 1, as in the paper",
 }
+_ORDERS = {
+    "blocks": "the first pairs are the first axis's",
+    "interleaved": "the axes take turns",
+    "axial": "blocks, each with its own count of pairs",
+}
 
 _FARTHEST = 2**40
+_MOST_PAIRS = 2**20
 _BASES = (1e-30, 1e30)  # beyond, the angles of some pair do not fit into float32
 
 
@@ -111,15 +117,11 @@ class Rotary:
             raise CompositionError(f"{self}: a scaling takes a base above 1")
 
     def _check_sections(self) -> None:
-        order, given = self.order, self.sections
-        if not isinstance(order, str) or order not in get_args(Order):
-            raise CompositionError(
-                f"Rotary: order={shown(order)}; choose one of {', '.join(get_args(Order))}"
-            )
+        order, given = check_choice("Rotary: order", self.order, _ORDERS), self.sections
         if given is None and order == "blocks":
             return
         counts = isinstance(given, tuple | list) and all(type(n) is int and n > 0 for n in given)
-        if given is None or not counts or len(given) < 2:
+        if given is None or not counts or len(given) < 2 or sum(given) > _MOST_PAIRS:
             raise CompositionError(
                 f"Rotary: sections={shown(given)}, order={order!r}; give for each of two or more "
                 "axes how many pairs it turns, such as (16, 24, 24)"

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnkit.errors import CompositionError, shown
+from attnkit.arguments import check_bool, check_number
+from attnkit.errors import CompositionError
 
 __all__ = ["Dynamic", "Linear", "Llama3", "Scaling", "YaRN"]
 
@@ -33,14 +34,11 @@ class Scaling(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            flag = name == "truncate"
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            right = isinstance(value, bool) if flag else number and 0 < value < 1e30
-            if not right and not (value is None and name == "attention_factor"):
-                raise CompositionError(
-                    f"{type(self).__name__}: {name}={shown(value)}; give "
-                    + ("True or False" if flag else "a positive number")
-                )
+            told = f"{type(self).__name__}: {name}"
+            if name == "truncate":
+                check_bool(told, value)
+            elif value is not None or name != "attention_factor":
+                check_number(told, value, lambda number: 0 < number < 1e30, "positive")
 
     @abstractmethod
     def _scaled(self, turns: Tensor, base: float, length: Tensor | None) -> Tensor:

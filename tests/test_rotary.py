@@ -321,6 +321,7 @@ def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
         (lambda: YaRN(math.nan, 64), ["factor=nan"]),
         (lambda: Rotary(order="blocks", sections=3), ["sections=3", "(16, 24, 24)"]),
         (lambda: Rotary(sections=(4,)), ["sections=(4,)", "two or more"]),
+        (lambda: Rotary(sections=(4, 10**12)), ["sections=(4, 1000000000000)"]),
         (lambda: Rotary(sections=(4, True)), ["sections=(4, True)"]),
         (lambda: Rotary(order="axial"), ["sections=None", "order='axial'"]),
         (lambda: Rotary(sections=(2, 2), order="rows"), ["order='rows'", "axial"]),
