@@ -1,4 +1,4 @@
-"""`Inputs`: what one call of a layer is given, and whether it fits together."""
+"""`LayerInputs`: what one call of a layer is given, and whether it fits together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attnkit.masks import Mask
 from attnkit.pse import Pse
 from attnkit.rotary import Dynamic, Rotary
 
-__all__ = ["Inputs", "check_tokens"]
+__all__ = ["LayerInputs", "check_tokens"]
 
 
-class Inputs(NamedTuple):
+class LayerInputs(NamedTuple):
     """The arguments of `MultiHeadAttention.forward`."""
 
     x: Tensor
@@ -134,7 +134,7 @@ class Inputs(NamedTuple):
                 raise CompositionError(
                     f"{scaling} turns all keys anew in a text of more than {known} tokens, and "
                     f"those of the first {start} are in the cache (positions= are not read, so it "
-                    "takes none); use Linear or YaRN, or the forward of the whole text"
+                    "takes none); use Interpolation or YaRN, or the forward of the whole text"
                 )
 
 

@@ -15,13 +15,13 @@ from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
 from attnkit.decoding import rows_of_bias, rows_of_context, rows_of_mask, text_length
 from attnkit.errors import CompositionError
-from attnkit.inputs import Inputs, check_tokens
+from attnkit.inputs import LayerInputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Plan
 from attnkit.projections import (
-    Maker,
     Norm,
+    Projections,
     axis,
     computed_like,
     gate_size,
@@ -115,7 +115,7 @@ class MultiHeadAttention(nn.Module):
         axis("num_heads * v_head_dim", num_heads * self.v_head_dim)
         gated = gate_size(gate, self.v_head_dim)
         names = ("q", "k", "v", "out", "gate")[: 5 if gated else 4]
-        make = Maker.of(bias, names, device, dtype)
+        make = Projections.of(bias, names, device, dtype)
         self.attention = Attention(
             num_heads,
             size,
@@ -214,7 +214,7 @@ class MultiHeadAttention(nn.Module):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        given = Inputs(x, context, mask, pse, seqlens, cache, positions)
+        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions)
         self._check(given)
         if cache is None:
             found = self._attend(given)
@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
         4
         """
-        given = Inputs(x, context, mask, pse, seqlens)
+        given = LayerInputs(x, context, mask, pse, seqlens)
         self._check(given)
         query, key, value = (
             self._heads(which, tokens, computed_like)
@@ -285,7 +285,7 @@ class MultiHeadAttention(nn.Module):
 
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 
-    def _attend(self, given: Inputs) -> AttentionOutput:
+    def _attend(self, given: LayerInputs) -> AttentionOutput:
         seqlens = given.seqlens
         query, key, value = self._project(given, 0)
         asked, form = self._asked(given.mask, given.pse, seqlens)
@@ -293,7 +293,7 @@ class MultiHeadAttention(nn.Module):
         found = self.attention._attend(asked, q, k, v, seqlens, return_stats=True)
         return AttentionOutput(_out_of(form, found.output, query.shape[-2]), found.stats)
 
-    def _decode(self, given: Inputs, cache: KVCache) -> AttentionOutput:
+    def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         start, stop = cache.length, cache.length + given.x.shape[1]
         whole_mask, whole_pse = self._composed(given.mask, given.pse)
         length = text_length(whole_mask, whole_pse, stop)
@@ -307,7 +307,7 @@ class MultiHeadAttention(nn.Module):
             cache.truncate(start)  # a step that failed has not happened
             raise
 
-    def _decode_context(self, given: Inputs, cache: KVCache) -> AttentionOutput:
+    def _decode_context(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         x, context = given.x, given.context
         query = self._heads("q", x)
         fresh = not cache.sealed
@@ -366,7 +366,7 @@ class MultiHeadAttention(nn.Module):
         norm = None if which == "v" else getattr(self, f"{which}_norm")
         return form(getattr(self, f"{which}_proj"), norm, tokens, count, size)
 
-    def _project(self, given: Inputs, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, given: LayerInputs, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, turned by the positions; by default they count on."""
         query, key = self._heads("q", given.x), self._heads("k", given.source)
         if self.rotary is not None:
@@ -377,7 +377,7 @@ class MultiHeadAttention(nn.Module):
             query, key = self.rotary.rotate(query, where), self.rotary.rotate(key, where)
         return query, key, self._heads("v", given.source)
 
-    def _check(self, given: Inputs) -> None:
+    def _check(self, given: LayerInputs) -> None:
         """Raise for what cannot be attended to, before anything is computed."""
         given.check_types()
         check_tokens("x", given.x, self.dim, "dim", self.q_proj)

@@ -14,8 +14,8 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.rotary import Rotary
 
 __all__ = [
-    "Maker",
     "Norm",
+    "Projections",
     "axis",
     "computed_like",
     "gate_size",
@@ -47,10 +47,10 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Maker:
+class Projections:
     """How the parts of a layer are made: which projections have a bias, on which device.
 
-    >>> Maker.of({"q"}, ("q", "k"), None, None).linear("q", 8, 4)
+    >>> Projections.of({"q"}, ("q", "k"), None, None).linear("q", 8, 4)
     Linear(in_features=8, out_features=4, bias=True)
     """
 
@@ -64,7 +64,7 @@ class Maker:
         names: Collection[str],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-    ) -> Maker:
+    ) -> Projections:
         """Check what a layer is given, for projections of these names."""
         if isinstance(bias, bool):
             bias = frozenset(names if bias else ())
@@ -78,7 +78,7 @@ class Maker:
         check_device(device)
         if dtype is not None:
             check_float_dtype("dtype", dtype)
-        return Maker(frozenset(bias), device, dtype)
+        return Projections(frozenset(bias), device, dtype)
 
     def linear(self, name: str, width: int, out: int) -> nn.Linear:
         """Return a projection."""

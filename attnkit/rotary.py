@@ -15,11 +15,11 @@ from attnkit.attend import is_tracing
 from attnkit.constants import constant
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import check_lengths
-from attnkit.scaling import Dynamic, Linear, Llama3, Scaling, YaRN
+from attnkit.scaling import Dynamic, Interpolation, Llama3, Scaling, YaRN
 
 __all__ = [
     "Dynamic",
-    "Linear",
+    "Interpolation",
     "Llama3",
     "Order",
     "Pairing",
@@ -59,7 +59,7 @@ class Rotary:
     - ``pairing="half"``: ``(c, c + r/2)``, as in GPT-NeoX and the Llama weights of Hugging Face;
     - ``pairing="interleaved"``: ``(2c, 2c + 1)``, as in the paper, GPT-J and Meta's Llama.
 
-    `scaling` turns the pairs of texts that are longer than those of the training: `Linear`,
+    `scaling` turns the pairs of texts that are longer than those of the training: `Interpolation`,
     `Llama3`, `YaRN`, `Dynamic`.
 
     `sections` are for positions of several axes (time, height, width): how many pairs each axis
@@ -110,8 +110,8 @@ class Rotary:
     def _check_scaling(self) -> None:
         if not isinstance(self.scaling, Scaling | None):
             raise CompositionTypeError(
-                f"Rotary: scaling={shown(self.scaling)}; give a Linear, Llama3, YaRN or Dynamic of "
-                "attnkit.rotary, or None"
+                f"Rotary: scaling={shown(self.scaling)}; give an Interpolation, Llama3, YaRN or "
+                "Dynamic of attnkit.rotary, or None"
             )
         if self.scaling is not None and self.base <= 1:
             raise CompositionError(f"{self}: a scaling takes a base above 1")

@@ -13,17 +13,18 @@ from torch import Tensor
 from attnkit.arguments import check_bool, check_number
 from attnkit.errors import CompositionError
 
-__all__ = ["Dynamic", "Linear", "Llama3", "Scaling", "YaRN"]
+__all__ = ["Dynamic", "Interpolation", "Llama3", "Scaling", "YaRN"]
 
 
 @dataclass(frozen=True)
 class Scaling(ABC):
-    """What the pairs of a `Rotary` turn by in long texts: `Linear`, `Llama3`, `YaRN`, `Dynamic`.
+    """What the pairs of a `Rotary` turn by in texts that are longer than those of the training.
 
-    Names and formulas are those of ``rope_scaling`` in Hugging Face's configurations, so that its
-    numbers can be copied. ``f[c] = base**(-2*c/r)`` is what pair `c` turns by without a scaling.
+    `Interpolation` ("linear"), `Llama3`, `YaRN`, `Dynamic`: the formulas and the other names are
+    those of ``rope_scaling`` in Hugging Face's configurations, so that its numbers can be copied.
+    ``f[c] = base**(-2*c/r)`` is what pair `c` turns by without a scaling.
 
-    >>> isinstance(Linear(4.0), Scaling)
+    >>> isinstance(Interpolation(4.0), Scaling)
     True
     """
 
@@ -51,14 +52,14 @@ class Scaling(ABC):
 
 
 @dataclass(frozen=True)
-class Linear(Scaling):
+class Interpolation(Scaling):
     """Position interpolation: ``f[c] / factor``.
 
     Source: Chen et al., "Extending Context Window of Large Language Models via Positional
     Interpolation" (2023).
 
-    >>> Linear(4.0)
-    Linear(factor=4.0)
+    >>> Interpolation(4.0)
+    Interpolation(factor=4.0)
     """
 
     kind: ClassVar[str] = "linear"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from attnkit.errors import CompositionError
-from attnkit.rotary import Dynamic, Linear, Llama3, Rotary, YaRN, positions
+from attnkit.rotary import Dynamic, Interpolation, Llama3, Rotary, YaRN, positions
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def plain(base: float, dim: int) -> list[float]:
     return [1.0 / base ** (2 * c / dim) for c in range(dim // 2)]
 
 
-def linear(base: float, dim: int, scaling: Linear, _: int) -> list[float]:
+def linear(base: float, dim: int, scaling: Interpolation, _: int) -> list[float]:
     return [f / scaling.factor for f in plain(base, dim)]
 
 
@@ -142,7 +142,7 @@ def dynamic(base: float, dim: int, scaling: Dynamic, length: int) -> list[float]
 
 
 SCALINGS = [
-    (linear, Linear(4.0), 1.0),
+    (linear, Interpolation(4.0), 1.0),
     (llama3, Llama3(8.0, original_max_position_embeddings=256), 1.0),
     (llama3, Llama3(32.0, 2.0, 3.0, 8192), 1.0),
     (yarn, YaRN(4.0, 32768), 0.1 * math.log(4.0) + 1),
@@ -237,7 +237,7 @@ def test_positions_of_every_text(rotary):
 
 
 EVERY = [
-    Rotary(scaling=Linear(2.0)),
+    Rotary(scaling=Interpolation(2.0)),
     Rotary(scaling=Llama3(8.0, original_max_position_embeddings=16), rotary_dim=0.5),
     Rotary(scaling=YaRN(4.0, 16), pairing="interleaved"),
     Rotary(scaling=Dynamic(2.0, 8)),
@@ -311,9 +311,9 @@ def test_positions_count_from_the_offset_in_each_sequence(lengths, offset):
         (lambda: Rotary(rotary_dim=0.1).dims(8), ["0 dimensions", "head of 8"]),
         (lambda: Rotary(scaling="yarn"), ["scaling='yarn'", "YaRN"]),
         (lambda: Rotary(scaling=YaRN), ["scaling=<class", "YaRN"]),
-        (lambda: Rotary(0.5, scaling=Linear(2.0)), ["base above 1"]),
-        (lambda: Linear(0), ["Linear: factor=0", "positive"]),
-        (lambda: Linear(None), ["factor=None"]),
+        (lambda: Rotary(0.5, scaling=Interpolation(2.0)), ["base above 1"]),
+        (lambda: Interpolation(0), ["Interpolation: factor=0", "positive"]),
+        (lambda: Interpolation(None), ["factor=None"]),
         (lambda: Llama3(True), ["Llama3: factor=True"]),
         (lambda: Llama3(8.0, 4.0, 4.0), ["low_freq_factor must be below"]),
         (lambda: YaRN(2.0, -1), ["original_max_position_embeddings=-1"]),
