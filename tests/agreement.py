@@ -1,41 +1,159 @@
-"""Agreement: how far a result may be from the exact one, said once for every test."""
+"""Agreement: a backend returns what the definition does, and how far off it may be.
+
+One harness for every test that compares: `results` are all that a call returns and all gradients
+of it, by name; `agreement` asks backends for them and holds them against the definition in
+float64, within what the definition's own rounding explains; `near` takes stated bounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_TIMES = 8
-"""Another order of the same sums errs by a few times as much, never by ten."""
+import attnkit as ak
+
+Results = dict[str, Tensor]
+
+WORSE, LAST = 4, 8
+"""Two computations of one formula err alike; a worse order of sums costs a few times as much.
+
+The second is for a definition that happens to be exact. A fault of one per cent is thousands of
+times larger in float32.
+"""
+
+_INPUTS = ("dq", "dk", "dv")
+
+
+def slopes(output: Tensor) -> Tensor:
+    """A gradient that arrives at an output: the same for every backend and dtype."""
+    count = torch.arange(output.numel(), dtype=torch.float64)
+    return count.mul(0.7).sin().view(output.shape).to(output.dtype)
+
+
+def results(
+    backend: str,
+    tensors: Iterable[Tensor],
+    *,
+    sink: Tensor | None = None,
+    pse: ak.pse.Pse | None = None,
+    statistics: tuple[str, ...] = ("lse", "max", "sum"),
+    **how: Any,
+) -> Results:
+    """Output, statistics, and the gradients of all inputs, the sink and what the bias trains."""
+    leaves = {
+        name: tensor.detach().clone().requires_grad_()
+        for name, tensor in zip(_INPUTS, tensors, strict=True)
+    }
+    inputs = list(leaves.values())
+    if sink is not None:
+        leaves["dsink"] = sink.detach().clone().requires_grad_()
+    trained = [t for t in (pse.tensors if pse is not None else ()) if t.requires_grad]
+    leaves |= {f"dbias {i}": tensor for i, tensor in enumerate(trained)}
+    found = ak.attention(
+        *inputs, sink=leaves.get("dsink"), pse=pse, backend=backend, return_stats=True, **how
+    )
+    assert isinstance(found, ak.AttentionOutput)
+    # A query that sees nothing but itself leaves no trace in some gradients.
+    grads = torch.autograd.grad(
+        found.output, list(leaves.values()), slopes(found.output), materialize_grads=True
+    )
+    stats = {name: getattr(found.stats, name).detach() for name in statistics}
+    return {"out": found.output.detach(), **stats, **dict(zip(leaves, grads, strict=True))}
+
+
+def definition(
+    tensors: Iterable[Tensor], *, sink: Tensor | None = None, **how: Any
+) -> tuple[Results, Results]:
+    """What the reference returns in float64, and in the tensors' dtype (float32 for float64)."""
+    given = [t.detach() for t in tensors]
+    low = torch.float32 if given[0].dtype == torch.float64 else given[0].dtype
+
+    def run(dtype: torch.dtype) -> Results:
+        logits = None if sink is None else sink.to(torch.promote_types(dtype, torch.float32))
+        return results("reference", [t.to(dtype) for t in given], sink=logits, **how)
+
+    return run(torch.float64), run(low)
+
+
+def agreement(
+    tensors: Iterable[Tensor],
+    *backends: str,
+    skip: tuple[str, ...] = (),
+    precision: torch.dtype | None = None,
+    **how: Any,
+) -> None:
+    """Assert that backends return what the definition does: output, statistics, all gradients.
+
+    `precision` is what a backend computes with where that is less than the tensors' dtype;
+    results whose names are in `skip` are not looked at.
+    """
+    given = list(tensors)
+    exact, rounded = definition(given, **how)
+    for backend in backends:
+        found = results(backend, given, **how)
+        assert found.keys() == exact.keys()
+        assert found["out"].dtype == given[0].dtype
+        seen = {name: value for name, value in found.items() if name not in skip}
+        agree(seen, exact, rounded, precision)
 
 
 def agree(
-    found: Mapping[str, Tensor], exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor]
+    found: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+    precision: torch.dtype | None = None,
 ) -> None:
     """Assert that results are as near to the exact ones as their dtype allows.
 
     `exact` is the definition in float64, `rounded` the definition in a lower precision. Its
-    error, in units of its own epsilon, says what rounding costs here; `found` may err by a few
-    times as many of its epsilons. What should be NaN or infinite must be it, and nothing else.
+    error, in units of its own epsilon, says what rounding costs here. `found` may err by `WORSE`
+    as many of its epsilons (of `precision`), and by `LAST` of the largest number. A gradient that
+    cancels is known to one epsilon of what cancels, which is as large as other results. What
+    should be infinite or NaN must be it, and nothing else.
     """
-    assert found.keys() == exact.keys() == rounded.keys()
-    size = max((_largest(t) for t in exact.values()), default=0.0)
-    for name, meant in exact.items():
-        got, low = found[name].detach(), rounded[name].detach()
-        assert got.shape == meant.shape, f"{name}: {list(got.shape)}, not {list(meant.shape)}"
-        wide, meant = got.double(), meant.detach().double()
-        finite = meant.isfinite()
+    assert found
+    size = max(_largest(tensor) for tensor in exact.values())
+    for name, got in found.items():
+        meant, low = exact[name], rounded[name]
+        cost = distance(low, meant) / torch.finfo(low.dtype).eps
+        assert cost < torch.inf, f"{name}: the definition in {low.dtype} is no measure"
+        unit = torch.finfo(precision or got.dtype).eps
+        limit = unit * (WORSE * cost + LAST * _largest(meant) + size)
+        error = distance(got, meant)
+        assert error <= limit, f"{name} is off by {error:.3g}; rounding explains {limit:.3g}"
+
+
+def near(
+    found: Mapping[str, Tensor],
+    meant: Mapping[str, Tensor],
+    rtol: float,
+    atol: float,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Assert that results agree within stated bounds; NaN equals nothing."""
+    for name in meant if names is None else names:
         torch.testing.assert_close(
-            wide[~finite], meant[~finite], equal_nan=True, rtol=0, atol=0, msg=f"{name}: no number"
+            found[name].to(meant[name].dtype),
+            meant[name],
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
-        cost = _largest((low.double() - meant)[finite]) / torch.finfo(low.dtype).eps
-        limit = _TIMES * (cost + _largest(meant) + size / 64) * torch.finfo(got.dtype).eps
-        error = (wide - meant)[finite].abs().max().item() if finite.any() else 0.0
-        assert error <= limit, f"{name}: off by {error:.3g}, {limit:.3g} is what rounding explains"
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference; equal infinities differ by 0, NaN by infinity."""
+    assert one.shape == other.shape, (one.shape, other.shape)
+    if not one.numel():
+        return 0.0
+    one, other = one.detach().double(), other.detach().double()
+    apart = (one - other).abs().masked_fill(one == other, 0.0)
+    return float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _largest(tensor: Tensor) -> float:
-    numbers = tensor.detach()[tensor.isfinite()]
-    return numbers.abs().max().item() if numbers.numel() else 0.0
+    numbers = tensor[tensor.isfinite()]
+    return float(numbers.abs().max()) if numbers.numel() else 0.0

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import attnkit as ak
-
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+from tests.agreement import Results, slopes
 
 
 def define(
@@ -46,48 +43,21 @@ def define(
     )
 
 
-def slopes(output: Tensor) -> Tensor:
-    """A gradient that arrives at an output: the same for every backend and dtype."""
-    count = torch.arange(output.numel(), dtype=torch.float64)
-    return count.mul(0.7).sin().view(output.shape).to(output.dtype)
-
-
 def meant(
     tensors: tuple[Tensor, ...], cells: Tensor, *, bias: Tensor | None = None, **how: Any
-) -> list[Tensor]:
+) -> Results:
     """Output, lse and gradients of the definition, in float64."""
-    leaves = [t.detach().double().requires_grad_() for t in tensors]
-    extra = [] if bias is None else [bias.detach().double().requires_grad_()]
-    full = extra[0].expand(cells.shape) if extra else None
-    out, lse = define(*leaves, cells, bias=full, **how)
-    grads = torch.autograd.grad(out, leaves + extra, slopes(out))
-    return [out.detach(), lse.detach(), *grads]
-
-
-def found(
-    backend: str,
-    tensors: tuple[Tensor, ...],
-    *,
-    bias: Tensor | None = None,
-    make_bias: Callable[[Tensor], ak.pse.Pse] | None = None,
-    **how: Any,
-) -> list[Tensor]:
-    """Output, lse and gradients of a backend."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    extra = [] if bias is None else [bias.detach().clone().requires_grad_()]
-    if extra:
-        how["pse"] = (make_bias or ak.pse.Dense)(extra[0])
-    made = ak.attention(*leaves, backend=backend, return_stats=True, **how)
-    grads = torch.autograd.grad(made.output, leaves + extra, slopes(made.output))
-    return [made.output.detach(), made.stats.lse.detach(), *grads]
-
-
-def compare(one: list[Tensor], other: list[Tensor], rtol: float, atol: float) -> None:
-    """Assert that two lists of results agree; NaN equals nothing."""
-    for name, a, b in zip(NAMES, one, other, strict=False):
-        torch.testing.assert_close(
-            a.to(b.dtype), b, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    leaves = {
+        name: t.detach().double().requires_grad_()
+        for name, t in zip(("dq", "dk", "dv"), tensors, strict=True)
+    }
+    inputs, full = list(leaves.values()), None
+    if bias is not None:
+        leaves["dbias 0"] = bias.detach().double().requires_grad_()
+        full = leaves["dbias 0"].expand(cells.shape)
+    out, lse = define(*inputs, cells, bias=full, **how)
+    grads = torch.autograd.grad(out, list(leaves.values()), slopes(out))
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def tensors(

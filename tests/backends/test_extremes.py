@@ -9,11 +9,18 @@ import torch
 
 import attnkit as ak
 from attnkit import masks, pse
-from tests.backends.definition import compare, found, meant, tensors
+from tests.agreement import near, results
+from tests.backends.definition import meant, tensors
 
 BACKENDS = ["reference", "tiled"]
 F32, F64 = torch.float32, torch.float64
 FLOATS = [F64, F32, torch.bfloat16, torch.float16]
+STATISTICS = ("lse", "max", "sum")
+
+
+def finite(made: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> bool:
+    return all(bool(t.isfinite().all()) for name, t in made.items() if name not in but)
+
 
 # -- scales ------------------------------------------------------------------------------------
 
@@ -35,10 +42,10 @@ SHAPES = {
 def test_any_scale(name: str, scale: float, dtype: torch.dtype) -> None:
     mask, rows = SHAPES[name]
     given = tensors(batch=1, lengths=(rows, rows), heads=(1, 1), dtype=dtype)
-    exact = found("reference", tuple(t.double() for t in given), mask=mask, scale=scale)
+    exact = results("reference", tuple(t.double() for t in given), mask=mask, scale=scale)
     # Scores of scale 20 are some hundreds: they are known to 2**-24 of that, and so are weights.
     bound = 1e-9 if dtype == F64 else 2e-5 * max(1.0, scale**2)
-    compare(found("tiled", given, mask=mask, scale=scale), exact, 1e-5, bound)
+    near(results("tiled", given, mask=mask, scale=scale), exact, 1e-5, bound)
 
 
 @pytest.mark.parametrize("scale", [1e30, -1e30])
@@ -52,9 +59,9 @@ def test_a_huge_scale_picks_the_largest_score(scale: float, dtype: torch.dtype) 
     best = scores.masked_fill(~cells, -torch.inf).argmax(-1).transpose(1, 2)
     right = v.repeat_interleave(2, 2).gather(1, best[..., None].expand_as(q))
     for backend in BACKENDS:
-        out, _, *grads = found(backend, (q, k, v), mask=mask, scale=scale)
-        torch.testing.assert_close(out, right)
-        assert all(grad.isfinite().all() for grad in grads)
+        made = results(backend, (q, k, v), mask=mask, scale=scale)
+        torch.testing.assert_close(made["out"], right)
+        assert finite(made, but=STATISTICS)
 
 
 # -- soft-caps ---------------------------------------------------------------------------------
@@ -71,25 +78,21 @@ def test_a_soft_cap_bends_the_products_and_not_the_bias(backend: str, name: str)
     slanted = fixed.materialize(20, 20, dtype=F64)
     scale, how = 0.7, {"softcap": 1.3, "scale": 0.7}
     if name == "alibi":
-        right = meant(given, cells, bias=slanted.expand(2, 4, 20, 20), **how)[:5]
-        made = found(backend, given, mask=masks.Causal(), pse=fixed, **how)
+        right = meant(given, cells, bias=slanted.expand(2, 4, 20, 20), **how)
+        del right["dbias 0"]  # these slopes are fixed
+        made = results(backend, given, mask=masks.Causal(), pse=fixed, **how)
     elif name == "before the scale":
         right = meant(given, cells, bias=scale * table, **how)
-        right[5] = scale * right[5]
-        made = found(
-            backend,
-            given,
-            mask=masks.Causal(),
-            bias=table,
-            make_bias=lambda t: pse.Dense(t, before_scale=True),
-            **how,
-        )
+        right["dbias 0"] = scale * right["dbias 0"]
+        before = pse.Dense(table.requires_grad_(), before_scale=True)
+        made = results(backend, given, mask=masks.Causal(), pse=before, **how)
     else:
         more = slanted if name == "sum" else torch.zeros_like(slanted)
         right = meant(given, cells, bias=table + more, **how)
-        make = (lambda t: fixed + pse.Dense(t)) if name == "sum" else pse.Dense
-        made = found(backend, given, mask=masks.Causal(), bias=table, make_bias=make, **how)
-    compare(made, right, 1e-9, 1e-9)
+        dense = pse.Dense(table.requires_grad_())
+        bias = fixed + dense if name == "sum" else dense
+        made = results(backend, given, mask=masks.Causal(), pse=bias, **how)
+    near(made, right, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,15 +104,15 @@ def test_soft_caps_beyond_the_numbers(
     """One that is far above all scores does nothing, one that is almost 0 leaves 0 of them."""
     given, mask = tensors(dtype=dtype), masks.Causal()
     bound = 1e-9 if dtype == F64 else 3e-5
-    plain = found(backend, given, mask=mask, pse=bias)
-    flat = found(backend, given, mask=mask, pse=bias, scale=0.0)
+    plain = results(backend, given, mask=mask, pse=bias)
+    flat = results(backend, given, mask=mask, pse=bias, scale=0.0)
     for softcap, right in ((1e300, plain), (1e-300, flat), (5e-324, flat)):
-        made = found(backend, given, mask=mask, pse=bias, softcap=softcap)
-        compare(made[:2], right[:2], bound, bound)
-        assert all(t.isfinite().all() for t in made)
-    compare(found(backend, given, mask=mask, pse=bias, softcap=1e300), plain, bound, bound)
-    hot = found(backend, given, mask=mask, pse=bias, softcap=1e-300, scale=1e30)
-    assert all(t.isfinite().all() for t in hot)
+        made = results(backend, given, mask=mask, pse=bias, softcap=softcap)
+        near(made, right, bound, bound, ("out", "lse"))
+        assert finite(made)
+    near(results(backend, given, mask=mask, pse=bias, softcap=1e300), plain, bound, bound)
+    hot = results(backend, given, mask=mask, pse=bias, softcap=1e-300, scale=1e30)
+    assert finite(hot)
 
 
 # -- biases ------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def test_rows_of_the_lowest_number_are_means(
             mean = torch.einsum("j,bjnd->bnd", cells[row] / cells[row].sum(), values)
             torch.testing.assert_close(out[:, row].double(), mean, rtol=1e-2, atol=1e-2)
     full = mask.materialize(20, 20, 2, 4)
-    right = meant((q, k, v), full, bias=table.double().clamp(min=-1e30).expand(2, 4, 20, 20))[0]
+    right = meant((q, k, v), full, bias=table.double().clamp(min=-1e30).expand(2, 4, 20, 20))["out"]
     if dtype == torch.float16 or mask == masks.Full():
         rows = torch.tensor([i for i in range(20) if i not in (0, 3, 17)])
         torch.testing.assert_close(out[:, rows].double(), right[:, rows], rtol=1e-2, atol=1e-2)
@@ -167,10 +170,11 @@ def test_biases_beyond_the_numbers_are_cut_alike(
     else:
         bias = pse.Dense(table, before_scale=True)
     how = {"mask": mask, "pse": bias, "softcap": softcap, "scale": 1.5}
-    right, made = (found(backend, given, **how) for backend in BACKENDS)
-    assert all(t.isfinite().all() for t in right)
-    compare(made[:1] + made[2:], right[:1] + right[2:], 1e-4, 1e-9 if dtype == F64 else 2e-5)
-    compare([made[1]], [right[1]], 1e-5, 1e-4)
+    right, made = (results(backend, given, **how) for backend in BACKENDS)
+    assert finite(right)
+    bound = 1e-9 if dtype == F64 else 2e-5
+    near(made, right, 1e-4, bound, [name for name in right if name not in STATISTICS])
+    near(made, right, 1e-5, 1e-4, ["lse"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,9 +184,12 @@ def test_a_bias_at_masked_cells_reaches_nothing(backend: str) -> None:
     table = torch.randn(100, 100, dtype=F64, generator=torch.Generator().manual_seed(2))
     high = table.masked_fill(~cells, torch.finfo(F64).max)
     for softcap in (None, 2.0):
-        one = found(backend, given, mask=mask, bias=table, softcap=softcap)
-        other = found(backend, given, mask=mask, bias=high, softcap=softcap)
-        compare(one, other, 1e-9, 1e-9)
+        one, other = (
+            results(backend, given, mask=mask, pse=pse.Dense(t.requires_grad_()), softcap=softcap)
+            for t in (table, high)
+        )
+        assert "dbias 0" in one
+        near(one, other, 1e-9, 1e-9)
 
 
 # -- what nobody sees --------------------------------------------------------------------------
@@ -233,11 +240,11 @@ def test_keys_that_nobody_sees_may_hold_anything(
     cells = how["mask"].materialize(140, 140, 2, 4)
     unseen = ~cells.unflatten(1, (2, 2)).any(2).any(2).transpose(1, 2)[..., None]
     assert unseen.any()
-    clean = found(backend, (q, k, v), **how)
-    assert all(t.isfinite().all() for t in [clean[0], *clean[2:]])
+    clean = results(backend, (q, k, v), **how)
+    assert finite(clean, but=STATISTICS)
     for wild in (math.nan, math.inf, -math.inf, 3e38):
         dirty = (q, k.masked_fill(unseen, wild), v.masked_fill(unseen, -wild))
-        compare(found(backend, dirty, **how), clean, 1e-5, 1e-6)
+        near(results(backend, dirty, **how), clean, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
@@ -255,10 +262,10 @@ def test_packed_neighbours_may_hold_anything(
     wild = torch.zeros(total, 1, 1, dtype=torch.bool)
     wild[start : start + lens[1]] = True
     own = ~wild[:, 0, 0]
-    clean = found(backend, (q, k, v), **how)
+    clean = results(backend, (q, k, v), **how)
     for bad in (math.nan, math.inf, 3e38):
-        dirty = found(backend, (q, k.masked_fill(wild, bad), v.masked_fill(wild, bad)), **how)
-        compare([t[own] for t in dirty], [t[own] for t in clean], 1e-5, 1e-6)
+        dirty = results(backend, (q, k.masked_fill(wild, bad), v.masked_fill(wild, bad)), **how)
+        near(*({k: t[own] for k, t in one.items()} for one in (dirty, clean)), 1e-5, 1e-6)
 
 
 # -- shapes ------------------------------------------------------------------------------------
@@ -278,11 +285,11 @@ def test_the_smallest_shapes(batch: int, lengths: tuple[int, int], dim: int) -> 
         "capped": {"mask": masks.SlidingWindow(2), "softcap": 2.0},
     }
     for name, how in every.items():
-        right, made = (found(backend, given, **how) for backend in BACKENDS)
-        compare(made, right, 1e-9, 1e-9)
+        right, made = (results(backend, given, **how) for backend in BACKENDS)
+        near(made, right, 1e-9, 1e-9)
         if name == "nothing" or 0 in lengths:
-            assert all((t == 0).all() for t in (made[0], *made[2:]))
-            assert (made[1] == -torch.inf).all()
+            assert all((made[name] == 0).all() for name in ("out", "dq", "dk", "dv"))
+            assert (made["lse"] == -torch.inf).all()
 
 
 # -- rows of one key ---------------------------------------------------------------------------
@@ -307,9 +314,9 @@ def test_many_rows_of_one_key_give_it_no_slope(
     only = mask.materialize(*lengths)[0, 0]
     rows = only.sum(1) == 1
     key = int(only[rows][0].nonzero())
-    _, _, dq, dk, _ = found("tiled", given, mask=mask, scale=scale)
+    made = results("tiled", given, mask=mask, scale=scale)
     # One rounding of p, which is 1, and of ds, which is some 2**-21: nothing of first order.
     score = scale * max(t.norm(dim=-1).max().item() for t in given[:2]) ** 2
     bound = int(rows.sum()) * scale * 4 * 2**-20 * 2**-22 * max(1.0, score)
-    assert dk[:, key].abs().max() <= bound
-    assert dq[:, rows].abs().max() <= bound
+    assert made["dk"][:, key].abs().max() <= bound
+    assert made["dq"][:, rows].abs().max() <= bound

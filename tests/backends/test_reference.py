@@ -62,11 +62,11 @@ def test_reference_is_the_formula(case: Case) -> None:
     rows, lses = by_loops(case, tensors)
     form = layouts.get(case.layout)
     if case.seqlens is not None:
-        parts = form.split(found["output"], case.seqlens.q, case.heads)
+        parts = form.split(found["out"], case.seqlens.q, case.heads)
         output = torch.cat([part.reshape(-1, case.value_dim) for part in parts])
         lse = torch.cat([part.T.flatten() for part in found["lse"].split(case.seqlens.q)])
     else:
-        output = form.to_bnsd(found["output"], case.heads).reshape(-1, case.value_dim)
+        output = form.to_bnsd(found["out"], case.heads).reshape(-1, case.value_dim)
         lse = found["lse"].flatten()
     torch.testing.assert_close(output, rows, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, lses, rtol=1e-12, atol=1e-12)

@@ -1,12 +1,12 @@
 """Compositions as data: what the property tests and the sweeps run on two backends.
 
-A `Case` is a composition with its sizes. `both` runs it on a backend and on the reference, with
-gradients, and returns what each gave by name.
+A `Case` is a composition with its sizes; `run` returns what a backend makes of it, by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ import attnkit as ak
 from attnkit import layouts
 from attnkit.masks import Mask
 from attnkit.pse import Pse
+from tests.agreement import Results, results
 
 
 @dataclass(frozen=True)
@@ -60,49 +61,28 @@ class Case:
         made = [t.to(dtype) for t in made]
         return (*made, logits.to(wide)) if self.sink else tuple(made)
 
-    def run(self, backend: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Output, statistics and gradients of a fixed scalar of the output."""
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        found = ak.attention(
-            *leaves[:3],
-            mask=self.mask,
-            pse=self.pse,
-            layout=self.layout,
-            seqlens=self.seqlens,
-            num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            scale=self.scale,
-            sink=leaves[3] if self.sink else None,
-            backend=backend,
-            return_stats=True,
-        )
-        generator = torch.Generator().manual_seed(7)
-        dy = torch.randn(found.output.shape, dtype=torch.float64, generator=generator)
-        grads = torch.autograd.grad(found.output, leaves, dy.to(found.output.dtype))
-        names = ("dq", "dk", "dv", "dsink")
+    def arguments(self, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+        """What `attention` takes beside query, key and value."""
         return {
-            "output": found.output.detach(),
-            "max": found.stats.max,
-            "sum": found.stats.sum,
-            "lse": found.stats.lse.detach(),
-            **dict(zip(names, grads, strict=False)),
+            "sink": tensors[3] if self.sink else None,
+            "mask": self.mask,
+            "pse": self.pse,
+            "layout": self.layout,
+            "seqlens": self.seqlens,
+            "num_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "scale": self.scale,
         }
+
+    def run(self, backend: str, tensors: tuple[Tensor, ...]) -> Results:
+        """Output, statistics and gradients."""
+        return results(backend, tensors[:3], **self.arguments(tensors))
 
     def plan(self, backend: str, dtype: torch.dtype = torch.float64) -> ak.Plan:
         """The plan of `run`."""
         tensors = self.tensors(dtype)
-        return ak.plan(
-            *(t.requires_grad_() for t in tensors[:3]),
-            mask=self.mask,
-            pse=self.pse,
-            layout=self.layout,
-            seqlens=self.seqlens,
-            num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            scale=self.scale,
-            sink=tensors[3] if self.sink else None,
-            backend=backend,
-        )
+        leaves = (t.requires_grad_() for t in tensors[:3])
+        return ak.plan(*leaves, **self.arguments(tensors), backend=backend)
 
     def try_plan(
         self, backend: str, dtype: torch.dtype = torch.float64
@@ -112,12 +92,3 @@ class Case:
             return self.plan(backend, dtype), ()
         except ak.BackendRefused as refused:
             return None, refused.refusals
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference; equal infinities differ by 0, NaN by infinity."""
-    assert one.shape == other.shape, (one.shape, other.shape)
-    if not one.numel():
-        return 0.0
-    apart = (one.double() - other.double()).abs().masked_fill(one.double() == other.double(), 0.0)
-    return float(apart.nan_to_num(nan=float("inf")).max())

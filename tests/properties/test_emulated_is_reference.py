@@ -1,7 +1,7 @@
 """Random compositions: what the fused kernel's emulator computes is what the author asked for.
 
-float64: every output, statistic and gradient to 1e-10. Low precision: within a bound derived
-from an independent low-precision computation of the same case (see `_plain_low`).
+Every output, statistic and gradient in float64; in low precision within a bound that an
+independent low-precision computation of the same case gives (see `_plain_low`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from attnkit import layouts
-from tests.properties.compositions import Case, distance
+from tests.agreement import agree, agreement, slopes
+from tests.properties.compositions import Case
 from tests.properties.strategies import cases
-
-EXACT = 1e-10
 
 
 def compare_exactly(case: Case) -> None:
     tensors = case.tensors(torch.float64)
-    meant = case.run("reference", tensors)
-    found = case.run("emulated", tensors)
-    for name, value in meant.items():
-        assert distance(found[name], value) < EXACT, (name, case)
+    agreement(tensors[:3], "emulated", **case.arguments(tensors))
 
 
 class Tally:
@@ -104,10 +100,8 @@ def _plain_low(case: Case, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1) * allowed.any(-1, keepdim=True)
     output = form.from_bnsd(weights @ v)
-    generator = torch.Generator().manual_seed(7)
-    dy = torch.randn(output.shape, dtype=torch.float64, generator=generator)
-    grads = torch.autograd.grad(output, leaves, dy.to(output.dtype))
-    return {"output": output.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    grads = torch.autograd.grad(output, leaves, slopes(output))
+    return {"out": output.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
 def _counts(case: Case) -> tuple[int, int, int]:
@@ -115,24 +109,17 @@ def _counts(case: Case) -> tuple[int, int, int]:
 
 
 def _compare_low(case: Case, dtype: torch.dtype) -> None:
-    """The emulator's error against float64 on the same rounded numbers is at most 4 times that
-    of plain low-precision code, plus 8 units of the last place of the largest value.
+    """The error against float64 on the same rounded numbers is that of plain low-precision code.
 
-    The factor leaves room for one more rounding than the plain code makes (weights are
-    rounded before they are divided by their sum, instead of after) in each of the two
-    products; the absolute term covers cases in which the plain code happens to be exact.
+    `agree` leaves room for one more rounding than the plain code makes (weights are rounded
+    before they are divided by their sum, instead of after) in each of the two products.
     """
     low = case.tensors(dtype)
-    meant = case.run("reference", tuple(t.double() for t in low))
+    exact = case.run("reference", tuple(t.double() for t in low))
     plain = _plain_low(case, low)
     for backend in ("reference", "emulated"):
         found = case.run(backend, low)
-        for name, value in plain.items():
-            true = meant[name]
-            largest = float(true.abs().max()) if true.numel() else 0.0
-            unit = torch.finfo(dtype).eps * max(largest, 1.0)
-            bound = 4 * distance(value, true) + 8 * unit
-            assert distance(found[name], true) <= bound, (backend, name, case)
+        agree({name: found[name] for name in plain}, exact, plain)
 
 
 @settings(max_examples=40)

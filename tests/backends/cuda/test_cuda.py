@@ -16,6 +16,7 @@ from attnkit.backends.cuda import Cuda, CudaPlan
 from attnkit.backends.flex import Flex
 from attnkit.masks import Mask
 from attnkit.planner import Composition, Request, read_request
+from tests.agreement import agree, definition, slopes
 from tests.backends.flex.eager import eager
 
 CUDA = Cuda(Flex(eager))
@@ -68,9 +69,7 @@ def test_fused_attention_is_recognised_by_its_cells(name: str) -> None:
 
 
 def compare(found: AttentionOutput, tensors: tuple[Tensor, ...], **how: Any) -> None:
-    meant = ak.attention(*tensors, **how, backend="reference", return_stats=True)
-    torch.testing.assert_close(found.output, meant.output, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.stats.lse, meant.stats.lse, rtol=1e-5, atol=1e-5)
+    agree({"out": found.output, "lse": found.stats.lse}, *definition(tensors, **how))
 
 
 LATER: dict[str, dict[str, Any]] = {
@@ -102,8 +101,7 @@ def test_shared_key_heads(dtype: torch.dtype) -> None:
     plan = CUDA.plan(ask(tensors, mask=masks.Causal()))
     assert (plan.flex is None) == (dtype == torch.bfloat16)
     found = CUDA.run(plan, Operands(*tensors)).output
-    meant = ak.attention(*tensors, mask=masks.Causal(), backend="reference")
-    torch.testing.assert_close(found, meant, rtol=2e-2, atol=2e-2)
+    agree({"out": found}, *definition(tensors, mask=masks.Causal()))
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [4, 6, 5]], ids=str)
@@ -127,14 +125,10 @@ def test_other_layouts(layout: str) -> None:
 def test_gradients_and_dropout_of_the_fused_call() -> None:
     tensors = tuple(t.requires_grad_() for t in qkv())
     plan = CUDA.plan(ask(tensors, mask=masks.Causal()))
-    found = CUDA.run(plan, Operands(*tensors))
-    meant = ak.attention(*tensors, mask=masks.Causal(), backend="reference")
-    for one, other in zip(
-        torch.autograd.grad(found.output.sin().sum(), tensors),
-        torch.autograd.grad(meant.sin().sum(), tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    out = CUDA.run(plan, Operands(*tensors)).output
+    grads = torch.autograd.grad(out, tensors, slopes(out))
+    found = {"out": out, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+    agree(found, *definition(tensors, mask=masks.Causal()))
     dropped = CUDA.run(CUDA.plan(ask(tensors, dropout=0.5)), Operands(*tensors))
     plain = CUDA.run(CUDA.plan(ask(tensors)), Operands(*tensors))
     assert not torch.equal(dropped.output, plain.output)

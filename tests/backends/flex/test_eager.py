@@ -14,20 +14,20 @@ from hypothesis import given, settings
 
 import attnkit as ak
 from attnkit import masks, pse
+from tests.agreement import agreement
 from tests.backends.flex.eager import EagerFlex
-from tests.properties.compositions import Case, distance
+from tests.properties.compositions import Case
 from tests.properties.strategies import cases
 
-EXACT = 1e-9
+# A bias has float32 constants: the kernels compute in float32 at most.
+SINGLE = torch.float32
 
 
 def compare(case: Case) -> None:
-    tensors = case.tensors(torch.float64)
-    meant, found = case.run("reference", tensors), case.run(EagerFlex.name, tensors)
-    for name in set(meant) - {"max", "sum"}:
-        # Float32 constants: the kernels compute in float32 at most.
-        bound = EXACT if case.pse is None else 1e-5
-        assert distance(found[name], meant[name]) < bound, (name, case)
+    tensors, how = case.tensors(torch.float64), {"skip": ("max", "sum")}
+    precision = None if case.pse is None else SINGLE
+    how |= case.arguments(tensors) | {"precision": precision}
+    agreement(tensors[:3], EagerFlex.name, **how)
 
 
 def sweep(examples: int) -> None:
@@ -89,31 +89,17 @@ BIASES = {
 @pytest.mark.parametrize("name", BIASES)
 def test_biases_and_their_gradients(name: str, lengths: tuple[int, int]) -> None:
     q_len, kv_len = lengths
-    bias = BIASES[name](q_len, kv_len)
-    found = {}
-    for backend in ("reference", EagerFlex.name):
-        q, k, v = make(2, q_len, 4, 3), make(2, kv_len, 2, 3), make(2, kv_len, 2, 5)
-        out = ak.attention(
-            q, k, v, mask=masks.Causal() | masks.Prefix(2), pse=bias, softcap=3.0, backend=backend
-        )
-        grads = torch.autograd.grad(out.sin().sum(), (q, k, v, *bias.tensors))
-        found[backend] = (out, *grads)
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
+    tensors = make(2, q_len, 4, 3), make(2, kv_len, 2, 3), make(2, kv_len, 2, 5)
+    how = {"pse": BIASES[name](q_len, kv_len), "mask": masks.Causal() | masks.Prefix(2)}
+    agreement(tensors, EagerFlex.name, precision=SINGLE, softcap=3.0, **how)
 
 
 @pytest.mark.parametrize("name", ["alibi", "learnable", "t5", "t5 decoder"])
 def test_biases_of_distances_in_a_packed_batch(name: str) -> None:
     bias, lens = BIASES[name](0, 0), ak.SeqLens([3, 0, 5, 1], [4, 2, 5, 3])
-    found = {}
-    for backend in ("reference", EagerFlex.name):
-        q, k, v = make(9, 4, 3), make(14, 2, 3), make(14, 2, 5)
-        how = {"mask": masks.Causal(), "pse": bias, "layout": "TND", "seqlens": lens}
-        out = ak.attention(q, k, v, **how, backend=backend, return_stats=True)
-        grads = torch.autograd.grad(out.output.sin().sum(), (q, k, v, *bias.tensors))
-        found[backend] = (out.output, out.stats.lse, *grads)
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    tensors = make(9, 4, 3), make(14, 2, 3), make(14, 2, 5)
+    how = {"mask": masks.Causal(), "pse": bias, "layout": "TND", "seqlens": lens}
+    agreement(tensors, EagerFlex.name, precision=SINGLE, **how)
 
 
 def test_statistics_follow_the_rules_of_all_backends() -> None:

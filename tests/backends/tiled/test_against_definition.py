@@ -13,29 +13,11 @@ from torch import Tensor
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
-
-Results = list[Tensor]
-
-
-def results(backend: str, operands: list[Tensor], sink: Tensor | None, **how: Any) -> Results:
-    """Output, lse and the gradients of all operands, from one call."""
-    leaves = [t.detach().clone().requires_grad_() for t in operands]
-    logits = None if sink is None else sink.detach().clone().requires_grad_()
-    found = ak.attention(*leaves, sink=logits, backend=backend, return_stats=True, **how)
-    weights = torch.linspace(-1.0, 1.0, found.output.numel(), dtype=torch.float64)
-    loss = (found.output * weights.sin().view(found.output.shape)).sum()
-    leaves += [] if logits is None else [logits]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    # A query that sees nothing but itself leaves no trace in some gradients.
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
-    return [found.output.detach(), found.stats.lse, *filled]
+from tests.agreement import agreement
 
 
 def check(operands: list[Tensor], sink: Tensor | None = None, **how: Any) -> None:
-    expected = results("reference", operands, sink, **how)
-    found = results("tiled", operands, sink, **how)
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv", "dsink"), expected, found, strict=False):
-        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    agreement(operands, "tiled", sink=sink, **how)
 
 
 def tensors(

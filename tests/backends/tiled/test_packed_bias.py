@@ -18,6 +18,7 @@ import attnkit.backends.tiled
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS
 from attnkit.backends.tiled import terms
+from tests.agreement import agreement
 
 HEADS = 4
 RAGGED = {
@@ -106,25 +107,8 @@ def packed(lens: ak.SeqLens, kv_heads: int = 2) -> list[Tensor]:
     ]
 
 
-def results(backend: str, operands: list[Tensor], bias: pse.Pse, **how: Any) -> list[Tensor]:
-    """Output, lse and the gradients of the operands and of what the bias learns, from one call."""
-    leaves = [t.detach().clone().requires_grad_() for t in operands]
-    found = ak.attention(*leaves, pse=bias, backend=backend, return_stats=True, **how)
-    weights = torch.linspace(-1.0, 1.0, found.output.numel(), dtype=torch.float64)
-    loss = (found.output * weights.sin().view(found.output.shape)).sum()
-    leaves += [tensor for tensor in bias.tensors if tensor.requires_grad]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
-    return [found.output.detach(), found.stats.lse, *filled]
-
-
 def check(operands: list[Tensor], bias: pse.Pse, **how: Any) -> None:
-    expected = results("reference", operands, bias, **how)
-    found = results("tiled", operands, bias, **how)
-    names = ["out", "lse", "dq", "dk", "dv"]
-    for k, (x, y) in enumerate(zip(expected, found, strict=True)):
-        name = names[k] if k < 5 else f"gradient {k - 5} of the bias"
-        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    agreement(operands, "tiled", pse=bias, **how)
 
 
 def check_packed(lens: ak.SeqLens, bias: pse.Pse, kv_heads: int = 2, **how: Any) -> None:
@@ -350,8 +334,8 @@ def turned(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("place", "function", "seen"),
     [
-        (pse.ByDistance, "diagonals", "out"),
-        (terms, "_sums_of_diagonals", "gradient 0 of the bias"),
+        (pse.Pse, "diagonals", "out"),
+        (terms, "_sums_of_diagonals", "dbias 0"),
     ],
 )
 def test_a_wrong_order_is_seen(
