@@ -227,15 +227,20 @@ UNSEEN = {
 }
 
 
-@pytest.mark.parametrize("name", UNSEEN)
-@pytest.mark.parametrize("backend", [*BACKENDS, "emulated"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (name, backend)
+        for backend in [*BACKENDS, "emulated"]
+        for name in UNSEEN
+        if backend != "emulated" or "softcap" not in UNSEEN[name]  # the kernel has no such term
+    ],
+)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_keys_that_nobody_sees_may_hold_anything(
     name: str, backend: str, dtype: torch.dtype
 ) -> None:
     how = UNSEEN[name]
-    if backend == "emulated" and "softcap" in how:
-        return  # the fused kernel has no such term
     q, k, v = tensors(lengths=(140, 140), dtype=dtype)
     cells = how["mask"].materialize(140, 140, 2, 4)
     unseen = ~cells.unflatten(1, (2, 2)).any(2).any(2).transpose(1, 2)[..., None]

@@ -83,12 +83,15 @@ def test_every_family(lengths: tuple[int, int]) -> None:
 
 @pytest.mark.slow
 def test_every_pair_of_families() -> None:
+    checked = 0
     for one, other in product(families(6, 6)[::2], repeat=2):
         try:
             mask = (one & ~other) | (other - one)
         except ak.CompositionError:  # made for different batches, heads or lengths
             continue
         check(mask, 6, 6, [(2, 3)])
+        checked += 1
+    assert checked > 3000
 
 
 @settings(max_examples=150)
