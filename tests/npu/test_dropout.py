@@ -13,7 +13,7 @@ from attnkit import layouts
 from attnkit.backends import Ascend
 from attnkit.kernel import KernelCall, dropout_mask
 from attnkit.kernel.dropout import read_bits
-from tests.npu.compare import difference
+from tests.agreement import distance
 from tests.npu.compositions import Case, by_name
 from tests.npu.device import DEVICE, Call
 
@@ -79,7 +79,7 @@ def test_every_call_draws_anew_and_a_seed_repeats_it():
     case = by_name("causal")
     torch.npu.manual_seed(5)
     first, again = attend(case)[0], attend(case)[0]
-    assert difference(first, again) > 0.1
+    assert distance(first, again) > 0.1
     torch.npu.manual_seed(5)
     assert torch.equal(attend(case)[0], first)
 

@@ -15,7 +15,7 @@ import torch_npu
 
 import attnkit as ak
 from attnkit import masks
-from tests.npu.compare import WORSE
+from tests.agreement import LAST
 from tests.npu.device import DEVICE
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
@@ -52,7 +52,7 @@ def test_same_numbers(before: str, after: str):
     exec(after, scope)
     found, wanted = scope["after"].cpu(), scope["before"].cpu()
     # Both sum at most 320 terms in float32, of values of size one.
-    limit = WORSE * 320 * torch.finfo(torch.float32).eps
+    limit = LAST * 320 * torch.finfo(torch.float32).eps
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max().item() < limit
 

@@ -16,7 +16,7 @@ from attnkit.modules import MultiHeadAttention
 from lm.config import ModelConfig
 from lm.data import Batch
 from lm.model import LanguageModel
-from tests.npu.compare import WORSE
+from tests.agreement import LAST
 from tests.npu.device import DEVICE
 
 EPS = torch.finfo(torch.float32).eps
@@ -28,7 +28,7 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
 
 def near(found: Tensor, wanted: Tensor, terms: int = 64) -> None:
     """Compare float32 with float32: both round sums of `terms` numbers."""
-    limit = WORSE * terms * EPS * max(1.0, wanted.abs().max().item())
+    limit = LAST * terms * EPS * max(1.0, wanted.abs().max().item())
     assert (found.detach().cpu() - wanted).abs().max().item() <= limit
 
 

@@ -7,7 +7,8 @@ import torch
 
 import attnkit as ak
 from attnkit.backends import Ascend, Operands
-from tests.npu.compare import difference, run
+from tests.agreement import distance
+from tests.npu.compare import run
 from tests.npu.compositions import CASES, Case, by_name
 from tests.npu.releases.recorded import RELEASES, RecordedOps
 from tests.npu.releases.table import DOCUMENT, inserted, outcome
@@ -41,7 +42,7 @@ def runs_right(case: Case, ops: RecordedOps, backend: Ascend, plan: ak.Plan) -> 
     for name, tensor in {"output": output.detach(), **found}.items():
         assert tensor is not None
         # float32 against float64: a few hundred roundings of numbers of this size.
-        assert difference(tensor.double(), exact[name]) < 1e-5 * (1 + exact[name].abs().max())
+        assert distance(tensor, exact[name]) < 1e-5 * (1 + exact[name].abs().max())
 
 
 @pytest.mark.parametrize(
