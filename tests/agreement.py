@@ -110,9 +110,9 @@ def agree(
 
     `exact` is the definition in float64, `rounded` the definition in a lower precision. Its
     error, in units of its own epsilon, says what rounding costs here. `found` may err by `WORSE`
-    as many of its epsilons (of `precision`), and by `LAST` of the largest number. A gradient that
-    cancels is known to one epsilon of what cancels, which is as large as other results. What
-    should be infinite or NaN must be it, and nothing else.
+    as many of its epsilons (of `precision`), and by `LAST` of the largest result: a gradient that
+    cancels is known as well as what cancels, which is as large as other results. What should be
+    infinite or NaN must be it, and nothing else.
     """
     assert found
     size = max(_largest(tensor) for tensor in exact.values())
@@ -121,7 +121,7 @@ def agree(
         cost = distance(low, meant) / torch.finfo(low.dtype).eps
         assert cost < torch.inf, f"{name}: the definition in {low.dtype} is no measure"
         unit = torch.finfo(precision or got.dtype).eps
-        limit = unit * (WORSE * cost + LAST * _largest(meant) + size)
+        limit = unit * (WORSE * cost + LAST * size)
         error = distance(got, meant)
         assert error <= limit, f"{name} is off by {error:.3g}; rounding explains {limit:.3g}"
 

@@ -621,7 +621,8 @@ def test_calls_are_values():
     assert one != call()
     assert one.sequences == ((8, 8),) * 2
     assert pickle.loads(pickle.dumps(one)) == one
-    assert eval(repr(one), vars(__import__("attnkit.kernel", fromlist=["x"])) | {"torch": torch})
+    known = vars(__import__("attnkit.kernel", fromlist=["x"])) | {"torch": torch}
+    assert eval(repr(one), known) == one
     assert str(one) == (
         "npu_fusion_attention(query=float16[2, 4, 8, 16], key=float16[2, 4, 8, 16], "
         "value=float16[2, 4, 8, 16], head_num=4, input_layout='BNSD', scale=0.5)"
