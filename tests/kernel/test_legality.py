@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError
+from attnkit.errors import CompositionError, KernelContractError, KernelContractTypeError
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import RULES, AttenMask, KernelCall, MaskFacts, TensorSpec, dropout_bytes
-from attnkit.kernel.legality import contract_error
+from attnkit.kernel.legality import LAYERS, SOURCES, contract_error
+from attnkit.kernel.legality import rule as make_rule
 
 HALF = torch.float16
 
@@ -608,6 +609,21 @@ def test_every_rule_has_a_case():
     codes = [rule.code for rule in RULES]
     assert len(set(codes)) == len(codes)
     assert set(CASES) == set(codes)
+
+
+def test_every_rule_says_what_must_hold_and_where_that_was_read():
+    for rule in RULES:
+        assert rule.layer in LAYERS, rule.code
+        assert rule.source in SOURCES, rule.code
+        assert rule.sentence[0].isupper(), rule.code
+        assert rule.remedy.endswith("."), rule.code
+    assert RULES[0].code == "argument-type"
+
+
+def test_a_code_is_given_to_one_rule():
+    again = make_rule("rank", layer="torch", remedy="Nothing.")
+    with pytest.raises(CompositionError, match="'rank' is registered already"):
+        again(lambda call, on: iter(()))
 
 
 @pytest.mark.parametrize("code", CASES)

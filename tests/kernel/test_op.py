@@ -378,6 +378,33 @@ def test_mask_content_is_looked_at_again_when_it_changes():
         fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
 
 
+def test_the_content_of_a_mask_is_read_once_per_version(monkeypatch: pytest.MonkeyPatch):
+    from attnkit.kernel import mask_facts
+
+    read, times = mask_facts._read, []
+    monkeypatch.setattr(mask_facts, "_read", lambda *given: times.append(1) or read(*given))
+    q, k, v = tensors(sq=4, skv=4)
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    for _ in range(3):
+        fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
+    assert len(times) == 1
+    mask[0, 0] = False
+    fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
+    fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask.clone(), next_tokens=0)
+    assert len(times) == 3
+
+
+def test_a_mask_made_in_inference_mode_is_looked_at_too():
+    """Such a tensor does not count its versions."""
+    q, k, v = (t.detach() for t in tensors(sq=4, skv=4))
+    with torch.inference_mode():
+        mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
+        mask[0] = False
+        with pytest.raises(KernelContractError, match="mask-outside-window"):
+            fusion_attention(q, k, v, 4, "BNSD", atten_mask=mask, next_tokens=0)
+
+
 def test_long_masks_are_looked_at_everywhere():
     """Only the last of 1500 rows contradicts the window, or is masked."""
     q, k, v = (t.float().detach() for t in tensors(batch=1, sq=1500, skv=1500))
