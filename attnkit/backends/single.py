@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit import layouts
 from attnkit.backends.merged import Answer, Launcher
 from attnkit.first_order import first_order
 from attnkit.kernel import KernelCall, unpack_stats
-from attnkit.kernel.call_tensors import by_head
 from attnkit.kernel.scores import MASKED
 
 __all__ = ["run_single"]
@@ -85,9 +85,9 @@ def _through_lse(
     """Return what the gradient of the log-sum-exp gives to query, key, value and sink."""
     one = answer.out.new_zeros(call.value.shape)
     dy = torch.zeros_like(answer.out)
-    by_head(one, call.layout, call.num_kv_heads)[..., 0] = 1.0
+    layouts.get(call.layout).view(one, call.num_kv_heads)[..., 0] = 1.0
     rows = dlse.transpose(0, 1)[None] if call.is_packed else dlse
-    by_head(dy, call.layout, call.num_heads)[..., 0] = rows
+    layouts.get(call.layout).view(dy, call.num_heads)[..., 0] = rows
     nothing = replace(answer, out=torch.zeros_like(answer.out))
     plain = replace(call, keep_prob=1.0)
     grads = launcher.backward(plain, {**tensors, "value": one}, dy, nothing)

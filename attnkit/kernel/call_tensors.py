@@ -17,7 +17,7 @@ from attnkit.errors import KernelContractError, KernelContractTypeError
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.sizes import TensorSpec
 
-__all__ = ["CallTensors", "CellRange", "MatrixGroup", "by_head", "check_tensors", "matrix_groups"]
+__all__ = ["CallTensors", "CellRange", "MatrixGroup", "check_tensors", "matrix_groups"]
 
 # Tiles are at most 1024 on a side, because the compressed masks can be read at any diagonal
 # only up to there. These sizes keep a tile of scores (1 MiB in float32) in a core's cache and
@@ -45,14 +45,6 @@ class CellRange(NamedTuple):
         return self.j1 - self.j0
 
 
-def by_head(tensor: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
-    """Return the view [b, n, s, d] of a tensor in an input layout (b = 1 when packed)."""
-    known = layouts.get(layout)
-    if known.packed:
-        return known.split(tensor, (len(tensor),), heads)[0]
-    return known.to_bnsd(tensor, heads)
-
-
 @dataclass(frozen=True)
 class CallTensors:
     """A call and the tensors that it reads: query, key and value as [b, n, s, d] views."""
@@ -69,9 +61,10 @@ class CallTensors:
     @classmethod
     def of(cls, call: KernelCall, *tensors: Any) -> CallTensors:
         """Make it from tensors in the order of the fields, in the call's layout."""
+        layout = layouts.get(call.layout)
         heads = (call.num_heads, call.num_kv_heads, call.num_kv_heads)
-        pairs = zip(tensors, heads, strict=False)
-        return cls(call, *(by_head(t, call.layout, n) for t, n in pairs), *tensors[3:])
+        views = (layout.view(t, n) for t, n in zip(tensors, heads, strict=False))
+        return cls(call, *views, *tensors[3:])
 
     @property
     def accumulate(self) -> torch.dtype:

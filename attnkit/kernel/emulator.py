@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from attnkit import layouts
 from attnkit.first_order import first_order
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.call_tensors import (
     CallTensors,
     MatrixGroup,
-    by_head,
     check_tensors,
     matrix_groups,
 )
@@ -100,7 +100,7 @@ def _forward(given: CallTensors) -> Three:
     """Return output in the op's layout, and max and sum as [B, N, Sq] (TND: [T, N])."""
     call = given.call
     out = given.query.new_zeros(call.output.shape)
-    out_view = by_head(out, call.layout, call.num_heads)
+    out_view = layouts.get(call.layout).view(out, call.num_heads)
     peak = given.query.new_zeros(out_view.shape[:3], dtype=given.accumulate)
     total = torch.zeros_like(peak)
     for group in matrix_groups(call):
@@ -175,7 +175,7 @@ def _backward(given: CallTensors, results: _Results) -> Gradients:
     """Run the grad kernel; `results` are in the op's layout, their stats [B, N, Sq] or [T, N]."""
     call, dtype = given.call, given.accumulate
     dy, output, *stats = results
-    by_row = [by_head(tensor, call.layout, call.num_heads) for tensor in (dy, output)]
+    by_row = [layouts.get(call.layout).view(t, call.num_heads) for t in (dy, output)]
     by_row += [t.T.unsqueeze(0) for t in stats] if call.is_packed else stats
     specs = (call.query, call.key, call.value)
     query, key, value = (given.query.new_zeros(spec.shape, dtype=dtype) for spec in specs)
