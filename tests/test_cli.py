@@ -271,7 +271,7 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
             ["plan", "--config", "model.yaml", "--q-len", "8", "--batch", "10000000"],
             "at most 4,096",
         ),
-        (["plan", "--config", "packed.yaml", "--lengths", "9" * 30], "is no list of lengths"),
+        (["plan", "--config", "packed.yaml", "--lengths", "9" * 30], "is not a list of lengths"),
         (["plan", "--config", "packed.yaml", "--lengths", "1," * 9_999 + "1"], "at most 4,096"),
         (
             ["plan", "--config", "wide.yaml", "--q-len", "2147483647"],
@@ -282,10 +282,10 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "no/a.png"], "no directory"),
         (["plan", "--config", "model.yaml", "--q-len", "8", "--plot", "a\0.png"], "--plot a"),
         (["plan", "--config", "model.yaml"], "layout BSND needs --q-len N"),
-        (["plan", "--config", "model.yaml", "--q-len", "none"], "is no whole number from 1"),
+        (["plan", "--config", "model.yaml", "--q-len", "none"], "is not a whole number from 1"),
         (["plan", "--config", "model.yaml", "--lengths", "3,5"], "takes --batch, --q-len"),
         (["plan", "--config", "packed.yaml", "--q-len", "8"], "say --lengths 3,5,8"),
-        (["plan", "--config", "packed.yaml", "--lengths", "3;5"], "is no list of lengths"),
+        (["plan", "--config", "packed.yaml", "--lengths", "3;5"], "is not a list of lengths"),
         (["plan", "--config", "packed.yaml", "--lengths", "3", "--batch", "2"], "not --batch"),
         (["plan", "--config", "broken.yaml", "--q-len", "8"], "did you mean 'mask'"),
         (

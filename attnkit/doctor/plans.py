@@ -187,7 +187,9 @@ def _batch(text: str) -> int:
 def _count(text: str) -> int:
     count = _whole(text)
     if count is None or count < 1:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from 1 to {_LONGEST}")
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a whole number from 1 to {_LONGEST}"
+        )
     return count
 
 
@@ -196,8 +198,8 @@ def _lengths(text: str) -> Sequence[int]:
     lengths = [_whole(part.strip()) for part in parts]
     if any(length is None for length in lengths):
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is no list of lengths such as 3,5,8 (at most {_MOST_BATCH:,} of them, "
-            f"each at most {_LONGEST})"
+            f"{shown(text)} is not a list of lengths such as 3,5,8 (at most {_MOST_BATCH:,} of "
+            f"them, each at most {_LONGEST})"
         )
     return [length for length in lengths if length is not None]
 

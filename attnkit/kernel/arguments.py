@@ -60,7 +60,7 @@ def as_python(name: str, value: Any) -> Any:
 
 
 def check_tensors_given(function: str, *given: tuple[str, object]) -> None:
-    """Raise `KernelContractTypeError` for what is no tensor."""
+    """Raise `KernelContractTypeError` for what is not a tensor."""
     for name, value in given:
         if not isinstance(value, torch.Tensor):
             raise KernelContractTypeError(

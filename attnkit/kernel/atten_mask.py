@@ -132,7 +132,7 @@ class AttenMask:
 
     @property
     def per_head(self) -> bool:
-        """Whether heads have entries of their own."""
+        """Whether heads differ."""
         return len(self.shape) == 4 and self.shape[1] > 1
 
     def plane(self, batch: int, head: int) -> Region:

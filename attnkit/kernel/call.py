@@ -377,7 +377,7 @@ class KernelCall:
     def arguments_for(self, version: str) -> dict[str, object] | Refusal:
         """Return the keyword arguments of an op version, spelled as it spells them, or why not.
 
-        Tensors stand as their descriptions, lists as tuples. Arguments at the op's defaults are
+        Tensors are given as their descriptions, lists as tuples. Arguments at the op's defaults are
         left out, so that releases which do not know them yet can still be called.
 
         >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)

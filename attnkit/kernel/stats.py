@@ -8,7 +8,7 @@ concatenation over the sequences of contiguous [N, Sq_b, 8] blocks unless
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -22,12 +22,18 @@ __all__ = ["COPIES", "log_sum_exp", "merge_partials", "pack_stats", "unpack_stat
 COPIES = 8
 
 
-def _sequence_rows(call: KernelCall) -> Iterator[tuple[slice, int]]:
-    """Where each packed sequence's rows are, and how many."""
-    start = 0
+def _by_sequence(
+    call: KernelCall, rows: torch.Tensor, turned: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Turn the rows of each packed sequence, where the op stores them sequence by sequence."""
+    if not call.is_packed or call.softmax_layout:
+        return rows
+    out, start = rows.clone(), 0
     for q_len, _ in call.sequences:
-        yield slice(start, start + q_len), q_len
+        block = slice(start, start + q_len)
+        out[block] = turned(rows[block])
         start += q_len
+    return out
 
 
 def pack_stats(call: KernelCall, rows: torch.Tensor) -> torch.Tensor:
@@ -41,12 +47,8 @@ def pack_stats(call: KernelCall, rows: torch.Tensor) -> torch.Tensor:
     >>> pack_stats(call, by_token)[..., 0].flatten().tolist()
     [0.0, 1.0, 10.0, 11.0, 2.0, 12.0]
     """
-    if not call.is_packed or call.softmax_layout:
-        return rows.unsqueeze(-1).repeat_interleave(COPIES, -1)
-    flat = rows.clone()
-    for rows_of, q_len in _sequence_rows(call):
-        flat[rows_of] = rows[rows_of].T.reshape(q_len, call.num_heads)
-    return flat.unsqueeze(-1).repeat_interleave(COPIES, -1)
+    stored = _by_sequence(call, rows, lambda block: block.T.reshape(block.shape))
+    return stored.unsqueeze(-1).repeat_interleave(COPIES, -1)
 
 
 def unpack_stats(call: KernelCall, stats: torch.Tensor) -> torch.Tensor:
@@ -65,13 +67,7 @@ def unpack_stats(call: KernelCall, stats: torch.Tensor) -> torch.Tensor:
             f"{call.stats.shape}, eight equal copies per row",
             ["stats-shape"],
         )
-    rows = stats[..., 0]
-    if not call.is_packed or call.softmax_layout:
-        return rows
-    out = rows.clone()
-    for rows_of, q_len in _sequence_rows(call):
-        out[rows_of] = rows[rows_of].reshape(call.num_heads, q_len).T
-    return out
+    return _by_sequence(call, stats[..., 0], lambda block: block.reshape(block.T.shape).T)
 
 
 def log_sum_exp(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def mask_shape(call: KernelCall, on: Target) -> Found:
     shapes = [(*lead, *cells) for lead in _leads(call)]
     wanted = " or ".join(str(list(shape)) for shape in shapes)
     if call.is_packed:
-        # Four axes and total lengths pass the tiling, and have silent rules of their own.
+        # Four axes and total lengths pass the tiling; silent rules tell them.
         shapes.append(call.total_lengths)
         wanted = f"{list(cells)}, the longest lengths"
     if mask.shape not in shapes:
