@@ -6,7 +6,7 @@ The rules are functions, in `attnkit.kernel.rules`. Each registers itself here b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from attnkit.errors import KernelContractError, KernelContractTypeError
@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "Violation",
     "contract_error",
+    "known_rules",
     "rule",
     "violations",
 ]
@@ -111,7 +112,7 @@ class Rule:
     source: Source
     sentence: str
     remedy: str
-    predicate: Predicate
+    predicate: Predicate = field(compare=False)
     type_error: bool = False
     structural: bool = False
 

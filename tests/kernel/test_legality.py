@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import reload
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch
 from attnkit.errors import CompositionError, KernelContractError, KernelContractTypeError
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import RULES, AttenMask, KernelCall, MaskFacts, TensorSpec, dropout_bytes
-from attnkit.kernel.legality import LAYERS, SOURCES, contract_error
+from attnkit.kernel.legality import LAYERS, SOURCES, contract_error, known_rules
 from attnkit.kernel.legality import rule as make_rule
+from attnkit.kernel.rules import shapes
 
 HALF = torch.float16
 
@@ -618,6 +620,12 @@ def test_every_rule_says_what_must_hold_and_where_that_was_read():
         assert rule.sentence[0].isupper(), rule.code
         assert rule.remedy.endswith("."), rule.code
     assert RULES[0].code == "argument-type"
+
+
+def test_a_module_of_rules_that_is_reloaded_makes_them_again():
+    reload(shapes)
+    assert known_rules() == RULES
+    assert [v.code for v in dense(head_num=0).violations()] == ["head-num"]
 
 
 def test_a_code_is_given_to_one_rule():
