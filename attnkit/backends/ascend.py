@@ -18,7 +18,7 @@ from attnkit.backends.fused import Fused
 from attnkit.backends.merged import Answer
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
-from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad
+from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad, rehearse
 from attnkit.planner import Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
 from attnkit.planner.price import time_of_definition
@@ -113,9 +113,7 @@ class Ascend(Fused):
         """Return why the installed op, or this very chip, cannot make a call."""
         call = step.call
         try:
-            launch(call, _Nothing(), ops=_Rehearsal(self.ops))
-            if needs_grad:
-                launch_grad(call, _Nothing(), {}, ops=_Rehearsal(self.ops))
+            rehearse(call, training=needs_grad, ops=self.ops)
         except KernelContractError as error:
             return [Refusal("op-version", str(error), self.name)]
         real = self.device == "npu" and hasattr(torch, "npu")
@@ -125,39 +123,6 @@ class Ascend(Fused):
         version = choose_version(call)
         broken = call.violations(version=version, product=product, training=needs_grad)
         return [Refusal(v.code, f"on Ascend {product}: {v.found}", self.name) for v in broken]
-
-
-class _Nothing(dict[str, "Tensor | None"]):
-    """The tensors of a rehearsal: None for every name."""
-
-    def __missing__(self, name: str) -> None:
-        return None
-
-
-class _Rehearsal:
-    """Stands before ``torch.ops.npu``: calls are spelled and checked as ever, but not made."""
-
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
-
-    def __getattr__(self, name: str) -> _Unmade:
-        op = getattr(self._ops, name, None)
-        if op is None:
-            raise KernelContractError(
-                f"the installed torch_npu has no {name}; a newer release does",
-                ["version-cannot-express"],
-            )
-        return _Unmade(op.default)
-
-
-class _Unmade:
-    """An op with the schema of the installed one, which returns nothing, eight times."""
-
-    def __init__(self, default: Any) -> None:
-        self.default = default
-
-    def __call__(self, **arguments: object) -> tuple[None, ...]:
-        return (None,) * 8
 
 
 register(Ascend())

@@ -25,7 +25,7 @@ class Emulated(Fused):
 
     def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
         """Execute one call on the emulator."""
-        query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
+        query, key, value = (_required(tensors, name) for name in ("query", "key", "value"))
         call = _seeded(call)
         out, peak, total = emulate(call, query, key, value, **_optional(tensors))
         return Answer(out, peak, total, (call.seed, call.offset, call.numels))
@@ -36,7 +36,7 @@ class Emulated(Fused):
         """Execute one grad call, with the dropout decisions of its forward."""
         seed, offset, _ = merged.random
         call = replace(call, seed=seed, offset=offset)
-        query, key, value = (_given(tensors, name) for name in ("query", "key", "value"))
+        query, key, value = (_required(tensors, name) for name in ("query", "key", "value"))
         return emulate_grad(
             call,
             query,
@@ -54,7 +54,7 @@ def _seeded(call: KernelCall) -> KernelCall:
     """Draw a seed for a call with dropout from torch's generator, as the device op does.
 
     A plan holds no seed: it is the same plan in every step. The backward regenerates the
-    decisions from the seed of its own forward.
+    decisions from the seed of its forward.
     """
     if call.keep_prob >= 1:
         return call
@@ -65,7 +65,7 @@ def _optional(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: tensors[name] for name in ("pse", "atten_mask", "sink")}
 
 
-def _given(tensors: dict[str, Tensor | None], name: str) -> Tensor:
+def _required(tensors: dict[str, Tensor | None], name: str) -> Tensor:
     tensor = tensors[name]
     if tensor is None:
         raise KernelContractError(f"a kernel call needs its {name}", ["operand-missing"])

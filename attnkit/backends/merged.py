@@ -99,7 +99,7 @@ def _split(call: KernelCall, tokens: Tensor, length: int) -> Tensor:
     return tokens if call.is_packed else rearrange(tokens, "(b s) ... -> b s ...", s=length)
 
 
-def _joined(call: KernelCall, tensor: Tensor) -> Tensor:
+def _end_to_end(call: KernelCall, tensor: Tensor) -> Tensor:
     """Return a tensor in a call's layout as tokens [t n d]."""
     return tensor if call.is_packed else tensor.flatten(0, 1)
 
@@ -149,7 +149,7 @@ def _by_token(call: KernelCall, answer: Answer) -> tuple[Tensor, Tensor, Tensor]
     peak, total = (unpack_stats(call, stat) for stat in (answer.peak, answer.total))
     if not call.is_packed:
         peak, total = (rearrange(stat, "b n s -> (b s) n") for stat in (peak, total))
-    return _joined(call, answer.out), peak, total
+    return _end_to_end(call, answer.out), peak, total
 
 
 def _by_call(call: KernelCall, out: Tensor, peak: Tensor, total: Tensor, random: Drawn) -> Answer:
@@ -246,7 +246,7 @@ class _Back:
             return (_taken(dy, launch.queries).to(self.wide) * apart).sum(-1)
 
         for launch, found in self._launched(dy, out, self.leaves[2], self.ctx.random, slope):
-            _add(self.sums[2], launch.keys, _joined(launch.call, found.value))
+            _add(self.sums[2], launch.keys, _end_to_end(launch.call, found.value))
         self._add_to_sink((dy * out).to(self.wide).sum(-1).neg())
 
     def through_lse(self, dlse: Tensor) -> None:
@@ -291,9 +291,9 @@ class _Back:
             tensors = _tensors(launch, *self.leaves[:2], value, bias)
             there = _split(call, _taken(dy, queries), call.q_len).contiguous()
             found = self.ctx.launcher.backward(call, tensors, there, answer)
-            to_query = _turned(launch, _joined(call, found.query))
+            to_query = _turned(launch, _end_to_end(call, found.query))
             _add(self.sums[0][..., : call.head_dim], queries, to_query)
-            _add(self.sums[1][..., : call.head_dim], launch.keys, _joined(call, found.key))
+            _add(self.sums[1][..., : call.head_dim], launch.keys, _end_to_end(call, found.key))
             yield launch, found
 
     def _add_to_sink(self, slope: Tensor) -> None:

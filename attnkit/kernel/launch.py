@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "expressing_versions",
     "launch",
     "launch_grad",
+    "rehearse",
 ]
 
 _OLD = OP_VERSIONS["v1"].spelling
@@ -74,9 +76,23 @@ def _arguments(
     return given
 
 
-def _run(ops: Any, name: str, arguments: dict[str, object]) -> tuple[Any, ...]:
-    """Call an op, spelled as its installed schema is; an argument that it lacks is an error."""
-    op = getattr(torch.ops.npu if ops is None else ops, name)
+def _grad_arguments(
+    call: KernelCall, version: OpVersion, tensors: Mapping[str, torch.Tensor | None]
+) -> dict[str, object]:
+    """Return the same for the grad op, which regenerates dropout from its forward's numbers."""
+    given = _arguments(call, version, tensors, without=("dropout_mask", "seed", "offset"))
+    return {version.grad_scale if name == "scale" else name: v for name, v in given.items()}
+
+
+def _spelled(ops: Any, name: str, arguments: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
+    """Return an op, and arguments as its installed schema spells them; what it lacks is an error.
+
+    `ops` stands in for ``torch.ops.npu``.
+    """
+    op = getattr(torch.ops.npu if ops is None else ops, name, None)
+    if op is None:
+        reason = f"the installed torch_npu has no {name}; a newer release does"
+        raise KernelContractError(reason, ["version-cannot-express"])
     known = {argument.name for argument in op.default._schema.arguments}
     spelled = {n if n in known or n not in _OLD else _OLD[n]: v for n, v in arguments.items()}
     foreign = [n for n in arguments if not known & {n, _OLD.get(n, n)}]
@@ -86,7 +102,7 @@ def _run(ops: Any, name: str, arguments: dict[str, object]) -> tuple[Any, ...]:
             f"{', '.join(sorted(known))}. Use a newer torch_npu, or a call without it",
             ["version-cannot-express"],
         )
-    return tuple(op(**spelled))
+    return op, spelled
 
 
 def launch(
@@ -94,7 +110,19 @@ def launch(
 ) -> tuple[Any, ...]:
     """Call the op; `ops` stands in for ``torch.ops.npu``. Returns what the op returns."""
     version = OP_VERSIONS[choose_version(call)]
-    return _run(ops, version.op, _arguments(call, version, tensors))
+    op, arguments = _spelled(ops, version.op, _arguments(call, version, tensors))
+    return tuple(op(**arguments))
+
+
+def rehearse(call: KernelCall, *, training: bool, ops: Any = None) -> None:
+    """Spell a call, and in training its grad call, without making them.
+
+    Raises `KernelContractError` where the installed op cannot be called like that.
+    """
+    version, nothing = OP_VERSIONS[choose_version(call)], defaultdict[str, None](lambda: None)
+    _spelled(ops, version.op, _arguments(call, version, nothing))
+    if training:
+        _spelled(ops, version.grad_op, _grad_arguments(call, version, nothing))
 
 
 def launch_grad(
@@ -106,11 +134,9 @@ def launch_grad(
 ) -> Gradients:
     """Call the grad op of a call; `extra` are its own arguments (dy, statistics, seeds)."""
     version = OP_VERSIONS[choose_version(call)]
-    # The grad op regenerates dropout from the forward's seed, offset and numels, in `extra`.
-    values = _arguments(call, version, tensors, without=("dropout_mask", "seed", "offset"))
-    if "scale" in values:
-        values[version.grad_scale] = values.pop("scale")
-    out = _run(ops, version.grad_op, {**values, **extra})
+    given = {**_grad_arguments(call, version, tensors), **extra}
+    op, arguments = _spelled(ops, version.grad_op, given)
+    out = op(**arguments)
     # Releases differ in how many gradients they return; the first four have always been these.
     # Without a sink the op returns an empty tensor in its place, or nothing.
     sink = None if call.sink is None else out[version.grad_outputs.index("dsink")]

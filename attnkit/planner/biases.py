@@ -104,7 +104,7 @@ def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
 
 
 def slope_arguments(request: Request, heads: int, shift: int) -> Arguments:
-    """Return the arguments of a bias by slopes, whose query 0 stands on key `shift`."""
+    """Return the arguments of a bias by slopes, whose query 0 is at key `shift`."""
     start = {"q_start_idx": (max(shift, 0),), "kv_start_idx": (max(-shift, 0),)} if shift else {}
     dtype = torch.float64 if request.dtype == torch.float64 else torch.float32
     kind = 2 if isinstance(request.bias[0].structure, Linear) else 3
@@ -126,7 +126,7 @@ def matrix_arguments(request: Request, shape: tuple[int, ...]) -> Arguments | Re
 
 
 def anchor(request: Request, block: Block, term: BiasTerm) -> int:
-    """Return the key, in a block's own numbering, that its query 0 stands on."""
+    """Return the key, in a block's own numbering, that its query 0 is at."""
     q_len, kv_len = request.sequences[block.batch]
     return block.i0 + origin(q_len, kv_len, term.align) - block.j0
 
@@ -156,7 +156,7 @@ def disprove_bias(request: Request, call: KernelCall, blocks: Sequence[Block]) -
             wanted = anchor(request, block, request.bias[0])
             if given != wanted:
                 reason = (
-                    f"{request.bias[0].text} stands on key {wanted} of sequence {k} in its first "
+                    f"{request.bias[0].text} is at key {wanted} of sequence {k} in its first "
                     f"row, and the kernel would count from key {given}"
                 )
                 return Refusal("alibi-anchor", reason)

@@ -251,7 +251,7 @@ def _full_mask(request: Request, bare: Launch) -> _FullMask | Refusal:
 
 def _mask_per_head(request: Request, bare: Launch) -> _FullMask | Refusal:
     if bare.call.is_packed:
-        reason = "heads have masks of their own; a packed call has one mask for all heads"
+        reason = "heads have different masks; a packed call has one mask for all heads"
         return Refusal("mask-per-head", reason)
     known = request.matrices
     batch = request.batch if any(len(set(p)) > 1 for p in known.planes) else 1
@@ -266,7 +266,7 @@ def opaque_shape(request: Request, bare: Launch) -> tuple[int, ...] | Refusal:
     if bare.call.is_packed and (len(bare.blocks) > 1 or request.mask.heads is not None):
         return Refusal(
             "mask-opaque-packed",
-            f"{request.mask!r} is no union of slices, and a packed call reads one mask for all "
+            f"{request.mask!r} is not a union of slices, and a packed call reads one mask for all "
             "sequences and heads; use a dense layout",
         )
     lengths = bare.blocks[0].sizes

@@ -1,6 +1,6 @@
 """Cutting a region into slices that the kernel's modes compute, in several ways.
 
-Every closed slice is a band of its own bounding rectangle, so every slice is one sequence of
+Every closed slice is a band of its bounding rectangle, so every slice is one sequence of
 a packed call in mode 4, and the finest cut always exists. Better cuts peel a whole band off
 first (a window, a causal triangle), so that what remains is a few rectangles and corners.
 """
@@ -15,7 +15,7 @@ __all__ = ["cuts"]
 
 _MOST_BANDS = 12
 _FEW_RUNS = 64
-_SHARE = 8  # a band below an eighth of the region is not worth a call of its own
+_SHARE = 8  # a band below an eighth of the region is not worth another call
 
 
 def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
@@ -26,10 +26,10 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
     >>> sorted(len(cut) for cut in cuts(sink_and_window))[0]
     2
     """
-    plain = _joined(region.slices)
+    plain = _stacked(region.slices)
     yield plain
     seen = {plain}
-    by_keys = tuple(part.transpose() for part in _joined(region.transpose().slices))
+    by_keys = tuple(part.transpose() for part in _stacked(region.transpose().slices))
     for cut in (*_box_cuts(region), by_keys):
         if cut not in seen:
             seen.add(cut)
@@ -40,12 +40,12 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
         yield stairs
     for band in _bands(region):
         rest = region - Region.of(band)
-        cut = (band, *_joined(rest.slices))
+        cut = (band, *_stacked(rest.slices))
         if cut not in seen:
             seen.add(cut)
             yield cut
         for second in _bands(rest):
-            cut = (band, second, *_joined((rest - Region.of(second)).slices))
+            cut = (band, second, *_stacked((rest - Region.of(second)).slices))
             if cut not in seen:
                 seen.add(cut)
                 yield cut
@@ -82,8 +82,8 @@ def _peeled(chain: Region) -> tuple[Slice, ...]:
     """Return the largest band inside a staircase, and what it leaves, if that is fewer windows."""
     if len(chain.slices) > 1:
         for band in _bands(chain)[:1]:
-            return (band, *_joined((chain - Region.of(band)).slices))
-    return _joined(chain.slices)
+            return (band, *_stacked((chain - Region.of(band)).slices))
+    return _stacked(chain.slices)
 
 
 def _box_cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
@@ -112,8 +112,8 @@ def _boxes(region: Region) -> tuple[Slice, ...]:
     return tuple(sorted(boxes, key=lambda box: (box.i0, box.j0)))
 
 
-def _joined(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
-    """Join slices that stand on each other while their union is one slice."""
+def _stacked(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """Join slices that lie on each other while their union is one slice."""
     done: list[Slice] = []
     open_: list[Slice] = []
     for part in slices:

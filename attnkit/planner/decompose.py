@@ -78,7 +78,7 @@ def decompositions(
         return
     groups = head_groups(request) if groups is None else groups
     search = search or Search()
-    inside = [_inside(request, heads[0]) for heads in groups]
+    inside = [_diagonal(request, heads[0]) for heads in groups]
     depths = max((len(search.all_cuts(own)) for some in inside for _, own in some), default=0)
     seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
@@ -89,7 +89,9 @@ def decompositions(
         seen.add(pieces)
         choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
         if any(some and not options for some, options in zip(pieces, choices, strict=True)):
-            reason = f"its pieces ask for more than {MOST_WINDOWS} windows, each a call of its own"
+            reason = (
+                f"its pieces ask for more than {MOST_WINDOWS} windows, and each is another call"
+            )
             yield Refusal("cut-windows", reason, "several calls")
             continue
         for n in range(max(map(len, choices))):
@@ -126,7 +128,7 @@ def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
     return distinct if wanted == even else wanted
 
 
-def _inside(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
+def _diagonal(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
     """Return the diagonal blocks with rows and keys, and the region of each from its corner."""
     return tuple(
         (block, region.cut((block.i0, block.i1), (block.j0, block.j1)))

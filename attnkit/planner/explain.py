@@ -58,7 +58,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
                 {
                     "label": launch.label,
                     "arguments": {
-                        name: _plain(value)
+                        name: _as_json(value)
                         for name, value in launch.call.non_default_arguments().items()
                     },
                     "blocks": [[k.batch, k.i0, k.i1, k.j0, k.j1] for k in launch.blocks],
@@ -86,9 +86,9 @@ def as_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _plain(value: object) -> object:
+def _as_json(value: object) -> object:
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
 
 
@@ -133,7 +133,7 @@ def _understood(request: Request) -> str:
     if not known.exact:
         return "not a union of slices, so its cells are passed one by one"
     if known.per_head:
-        return f"{len(known.planes)} heads with regions of their own"
+        return f"{len(known.planes)} heads with different regions"
     regions = list(zip(known.regions(), request.sequences, strict=True))
     kinds: Counter[str] = Counter()
     for (region, sizes), count in Counter(pair for pair in regions if all(pair[1])).items():

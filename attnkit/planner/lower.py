@@ -102,7 +102,7 @@ def _nanoseconds(solution: Solution) -> float:
 def _nothing_beats(request: Request, solution: Solution) -> bool:
     """Whether a solution is one call on whole matrices: it visits no tile that a mask could spare.
 
-    Packed blocks may: each starts a tile of its own, and tokens may be copied around the call.
+    Packed blocks may: each starts another tile, and tokens may be copied around the call.
     """
     (first, *rest) = solution.launches
     return not rest and not first.packs(request) and not first.partial

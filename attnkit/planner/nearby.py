@@ -83,7 +83,7 @@ def _nearby(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _turned(mask: Mask) -> Mask:
-    """Return a mask with every alignment the other way round, or itself where there is no such.
+    """Return a mask with every alignment the other way round, or itself where it has none.
 
     A cut of a mask that then counts from the end of lengths which nobody said has none.
     """

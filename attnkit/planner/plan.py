@@ -124,7 +124,7 @@ class Plan:
             return Refusal("other-backend", f"no backend has the name {str(self.backend)[:80]!r}")
         runner = RUNNERS[self.backend]
         if not isinstance(self, runner.plan_type):
-            return Refusal("other-backend", f"backend {self.backend!r} runs plans of its own kind")
+            return Refusal("other-backend", f"backend {self.backend!r} runs plans of another kind")
         if not runner.by_calls:
             refused = _readable(lambda: next(iter(runner.refusals(self.request)), None))
             if refused is not None or not self.steps:

@@ -114,12 +114,12 @@ def disprove_places(
             return wrong
         if [block.sizes for block in launch.blocks] != list(launch.call.sequences):
             return Refusal("other-sequences", "the blocks are not the sequences of the call")
-        if not _placed(request, launch):
+        if not _lies_in_place(request, launch):
             return Refusal("misplaced", "the blocks are not where the call finds their tokens")
     return None
 
 
-def _placed(request: Request, launch: Launch) -> bool:
+def _lies_in_place(request: Request, launch: Launch) -> bool:
     if launch.starts != request.token_starts:
         return False
     if not all(_within(request, block) for block in launch.blocks):
