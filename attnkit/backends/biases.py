@@ -12,7 +12,7 @@ from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Block
-from attnkit.pse import Cells, PerKey, Pse
+from attnkit.pse import PerCell, PerKey, Pse
 
 __all__ = ["by_diagonal", "call_bias", "numbers_of", "stored"]
 
@@ -91,7 +91,7 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a bias ``[1 | b, 1 | n, 1 | i, j]``: a view of the tensor that it is, or its cells."""
-    if not isinstance(part.structure, Cells | PerKey):
+    if not isinstance(part.structure, PerCell | PerKey):
         return part.materialize(*lengths, dtype=dtype, device=device)
     tensor = part.tensors[0]
     if isinstance(part.structure, PerKey):  # every row is the same: one is enough

@@ -116,20 +116,20 @@ def _linear(
     Two channels where the dtype holds positions; else one for each piece of the slope and
     digit of j, and one for each piece of ``slope i'``; and those that a gradient is read from.
     """
-    rows, keys = _positions(request.sequences, structure.align, slopes.device)
+    rows, keys = _token_positions(request.sequences, structure.align, slopes.device)
     signed = one.sign * slopes
     if one.anchors:
         traced, signed = signed - signed.detach(), signed.detach()
     low = one.pieces > 1
     unit = _UNIT if low else 1.0
     per_row = rows.to(slopes.dtype)[:, None] * (signed / unit)
-    u = [rearrange(piece, "t n -> t n 1") for piece in _pieces(-per_row, one, request.dtype)]
+    u = [rearrange(piece, "t n -> t n 1") for piece in _summands(-per_row, one, request.dtype)]
     w = [torch.full_like(keys, unit, dtype=slopes.dtype) for _ in u]
     for digit in range(one.digits):
         place = BASE**digit
         counted = keys // place if digit == one.digits - 1 else keys // place % BASE
         # The place is the query's: where it was the key's, so would be the gradient of u.
-        for piece in _pieces(signed * place, one, request.dtype):
+        for piece in _summands(signed * place, one, request.dtype):
             u.append(repeat(piece, "n -> t n 1", t=len(rows)))
             w.append(counted.to(slopes.dtype))
     if one.anchors:
@@ -149,7 +149,7 @@ def _per_key(request: Request, one: Channels, values: Tensor) -> tuple[Tensor, T
     tokens = rearrange(full.expand(request.batch, -1, lengths), "b n j -> (b j) n")
     if one.group == 1:
         tokens = tokens.expand(-1, request.num_kv_heads)
-    pieces = torch.stack(_pieces(tokens, one, request.dtype), -1)
+    pieces = torch.stack(_summands(tokens, one, request.dtype), -1)
     w = rearrange(pieces, "t (n g) p -> t n (g p)", n=request.num_kv_heads)
     own = torch.eye(one.group, dtype=values.dtype, device=values.device)
     rows = sum(q_len for q_len, _ in request.sequences)
@@ -163,12 +163,14 @@ def _stepped(
     """Write ``f(j - i')`` for m distances as ``sum_b f(distance at which j = b mod m) [j = b]``."""
     lo, hi = one.span or (0, -1)
     count = hi - lo + 1
-    rows, keys = _positions(request.sequences, structure.align, table.device)
+    rows, keys = _token_positions(request.sequences, structure.align, table.device)
     entries = table[_rows_of(structure, lo, hi, table.device)]
     residue = torch.arange(count, device=table.device)
     # Which distance, counted from lo, leads from a query in residue class a to keys in class b.
     turned = (residue - residue[:, None] - lo) % count
-    classes = [rearrange(p, "d n -> n d")[:, turned] for p in _pieces(entries, one, request.dtype)]
+    classes = [
+        rearrange(p, "d n -> n d")[:, turned] for p in _summands(entries, one, request.dtype)
+    ]
     per_class = rearrange(classes, "p n a b -> a n (p b)")
     u = per_class[rows % count]
     hot = (keys[:, None] % count == residue).to(table.dtype)
@@ -183,14 +185,14 @@ def _nearest(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Return which anchor is nearest to each query [t a], and how far it lies behind it [t 1]."""
-    rows, _ = _positions(sequences, align, device)
+    rows, _ = _token_positions(sequences, align, device)
     ahead = torch.tensor(anchors, device=device) - rows[:, None]
     which = ahead.abs().argmin(-1, keepdim=True)
     there = torch.arange(len(anchors), device=device) == which
     return there.float(), ahead.gather(-1, which).float()
 
 
-def _pieces(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:
+def _summands(values: Tensor, one: Channels, dtype: torch.dtype) -> list[Tensor]:
     """Split values into numbers of a dtype that add up to them; the first has the gradient.
 
     Values that are too large for that are cut off: -inf says "never", and would be NaN where
@@ -223,7 +225,7 @@ def _rows_of(structure: Stepped, lo: int, hi: int, device: torch.device) -> Tens
 
 
 @constant
-def _positions(
+def _token_positions(
     sequences: tuple[tuple[int, int], ...], align: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the position ``i'`` of each query token and that of each key token."""

@@ -15,15 +15,15 @@ import torch
 
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall, TensorSpec
+from attnkit.masks.base import anchor
 from attnkit.planner.calls import Block
 from attnkit.planner.request import BiasTerm, Request
 from attnkit.pse import Linear
-from attnkit.pse.structure import origin
 
 __all__ = [
     "COMPRESSED_ROWS",
     "Arguments",
-    "anchor",
+    "anchor_in",
     "bias_arguments",
     "disprove_bias",
     "is_compressed",
@@ -49,7 +49,7 @@ def bias_arguments(
         yield "", {}
         return
     if len(terms) == 1 and terms[0].sloped:
-        shift = anchor(request, inside[0], terms[0]) if inside else 0
+        shift = anchor_in(request, inside[0], terms[0]) if inside else 0
         yield ", slopes", slope_arguments(request, request.num_heads, shift)
     long = packed or request.q_len > COMPRESSED_ROWS
     if long and inside and all(term.by_distance for term in terms):
@@ -79,7 +79,7 @@ def part_arguments(
     if packed:
         if len(terms) > 1 or not terms[0].sloped:
             return Refusal("pse-packed", "packed pieces take slopes, and one bias of them")
-        return slope_arguments(request, heads, anchor(request, blocks[0], terms[0]))
+        return slope_arguments(request, heads, anchor_in(request, blocks[0], terms[0]))
     sizes = {request.sequences[block.batch] for block in blocks}
     places = {(block.i0, block.j0) for block in blocks}
     alike = len(sizes) == len(places) == 1 and all(term.batch in (None, 1) for term in terms)
@@ -125,10 +125,10 @@ def matrix_arguments(request: Request, shape: tuple[int, ...]) -> Arguments | Re
     return {"pse": TensorSpec(shape, request.dtype), "pse_type": 1 if before else 0}
 
 
-def anchor(request: Request, block: Block, term: BiasTerm) -> int:
+def anchor_in(request: Request, block: Block, term: BiasTerm) -> int:
     """Return the key, in a block's own numbering, that its query 0 is at."""
     q_len, kv_len = request.sequences[block.batch]
-    return block.i0 + origin(q_len, kv_len, term.align) - block.j0
+    return block.i0 + anchor(term.align, q_len, kv_len) - block.j0
 
 
 def is_compressed(call: KernelCall) -> bool:
@@ -153,7 +153,7 @@ def disprove_bias(request: Request, call: KernelCall, blocks: Sequence[Block]) -
         for k, block in inside:
             # Mode 8 knows start indices in its first sequence only.
             given = starts if call.sparse_mode != 8 or k == 0 else 0
-            wanted = anchor(request, block, request.bias[0])
+            wanted = anchor_in(request, block, request.bias[0])
             if given != wanted:
                 reason = (
                     f"{request.bias[0].text} is at key {wanted} of sequence {k} in its first "
@@ -162,7 +162,7 @@ def disprove_bias(request: Request, call: KernelCall, blocks: Sequence[Block]) -
                 return Refusal("alibi-anchor", reason)
         return None
     # Compressed rows are read by distance: sequences may differ in length, but not in anchor.
-    anchors = {anchor(request, block, term) for _, block in inside for term in request.bias}
+    anchors = {anchor_in(request, block, term) for _, block in inside for term in request.bias}
     if is_compressed(call) and len(anchors) > 1:
         return Refusal("pse-anchor", "the distances in the blocks of the call differ")
     return None

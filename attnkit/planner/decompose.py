@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
-from attnkit.planner.biases import Arguments, anchor, part_arguments
+from attnkit.planner.biases import Arguments, anchor_in, part_arguments
 from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks
 from attnkit.planner.cuts import cuts
 from attnkit.planner.grouping import MOST_WINDOWS, Segment, Window, group
@@ -187,7 +187,7 @@ class _Maker(NamedTuple):
         tables: dict[tuple[int, int], list[Segment]] = {}
         for one in segments:
             if len(self.request.bias) == 1 and term.sloped and one.rows == one.keys:
-                sloped.setdefault(anchor(self.request, one.block, term), []).append(one)
+                sloped.setdefault(anchor_in(self.request, one.block, term), []).append(one)
             else:
                 tables.setdefault((one.rows, one.keys), []).append(one)
         yield from map(self.packed, sloped.values())

@@ -22,7 +22,7 @@ from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
 from attnkit.planner.matrices import Matrices, seen_spans
-from attnkit.pse import Align, Cells, Linear, PerKey, Pse, Root, Stepped, Structure, Toeplitz
+from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 
@@ -49,7 +49,7 @@ class BiasTerm:
     def of(cls, part: Pse) -> BiasTerm:
         """Describe one addend. A gradient that is not recorded now is none that is asked for."""
         known = part.structure
-        if part.before_scale and not isinstance(known, Toeplitz | Cells):
+        if part.before_scale and not isinstance(known, Toeplitz | PerCell):
             known = None  # the others are added after the scale
         return cls(
             repr(part),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.masks import Band, Or
+from attnkit.masks.base import anchor
 from attnkit.planner.calls import Block, Launch, Zone
 from attnkit.planner.request import Request
 from attnkit.planner.residues import Resorted
@@ -20,7 +21,6 @@ from attnkit.planner.routes import (
     structure_of,
 )
 from attnkit.pse import Align, Linear, PerKey, Stepped
-from attnkit.pse.structure import origin
 
 __all__ = ["disprove_route"]
 
@@ -107,7 +107,7 @@ def _at_distances(
     if isinstance(request.mask, Resorted):
         order = replace(request.mask, rest=Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
         return region.shift(block.i0, block.j0) <= order.region(*sizes)
-    shift = block.j0 - block.i0 - origin(*sizes, align)
+    shift = block.j0 - block.i0 - anchor(align, *sizes)
     if any(_within((box.lo + shift, box.hi + shift), band) for band in bands):
         return True
     inside = (Slice(box.i0, box.i1, box.j0, box.j1, lo - shift, hi - shift) for lo, hi in bands)

@@ -40,10 +40,11 @@ from itertools import accumulate, pairwise, product
 import torch
 
 from attnkit.errors import Refusal
+from attnkit.masks.base import anchor
 from attnkit.planner.calls import Zone
 from attnkit.planner.request import Request
 from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
-from attnkit.pse.structure import origin, sum_of_steps
+from attnkit.pse.structure import sum_of_steps
 
 __all__ = [
     "BASE",
@@ -331,7 +332,7 @@ def distances_of(request: Request, align: Align) -> tuple[int, int]:
     for plane in known.planes:
         pairs = {(e.outer, sizes) for e, sizes in zip(plane, request.sequences, strict=True)}
         for region, sizes in pairs:
-            bounds, at = region.bounds, origin(*sizes, align)
+            bounds, at = region.bounds, anchor(align, *sizes)
             if bounds is not None:
                 ends += [bounds.lo - at, bounds.hi - at]
     return (min(ends), max(ends)) if ends else (0, 0)

@@ -18,7 +18,7 @@ from attnkit.pse.key_bias import KeyBias
 from attnkit.pse.parse import parse
 from attnkit.pse.sloped import Sloped, press_slopes
 from attnkit.pse.sqrt_alibi import SqrtALiBi
-from attnkit.pse.structure import Cells, Linear, PerKey, Root, Stepped, Structure, Toeplitz
+from attnkit.pse.structure import Linear, PerCell, PerKey, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.sum import Sum
 from attnkit.pse.t5_relative import T5Relative, t5_bucket
 
@@ -27,12 +27,12 @@ __all__ = [
     "ALiBi",
     "Align",
     "ByDistance",
-    "Cells",
     "Cut",
     "Dense",
     "KeyBias",
     "LearnableALiBi",
     "Linear",
+    "PerCell",
     "PerKey",
     "Pse",
     "Rectangle",

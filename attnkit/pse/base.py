@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attnkit.arguments import check_float_dtype, check_int, check_place, check_range
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.masks.base import Rectangle
+from attnkit.masks import Rectangle
 from attnkit.pse.structure import Align, OfDistance, Structure
 from attnkit.registry import Registry
 from attnkit.textform import check_names
@@ -352,9 +352,9 @@ give it one per query head
                 )
             whole.append(check_range(f"{name}_range", span, known))
         (q0, q1), (kv0, kv1) = q_range, kv_range
-        return self._inside(Rectangle((q0, q1), (kv0, kv1), *whole))
+        return self._bias_of(Rectangle((q0, q1), (kv0, kv1), *whole))
 
-    def _inside(self, at: Rectangle) -> Pse:
+    def _bias_of(self, at: Rectangle) -> Pse:
         """Return the bias of a rectangle's cells; a family may know a closer form."""
         from attnkit.pse.cut import Cut
 

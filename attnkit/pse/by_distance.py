@@ -7,8 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from attnkit.masks.base import anchor
 from attnkit.pse.base import Align, Pse, Rectangle
-from attnkit.pse.structure import Structure, Toeplitz, origin
+from attnkit.pse.structure import Structure, Toeplitz
 
 __all__ = ["ByDistance"]
 
@@ -51,7 +52,7 @@ class ByDistance(Pse):
         >>> pse.ALiBi(2).offset(2, 5), pse.ALiBi(2, align="top_left").offset(2, 5)
         (3, 0)
         """
-        return origin(q_len, kv_len, self.align)
+        return anchor(self.align, q_len, kv_len)
 
     def diagonals(
         self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnkit.arguments import check_bool
 from attnkit.pse.base import Rectangle
-from attnkit.pse.structure import Cells
+from attnkit.pse.structure import PerCell
 from attnkit.pse.tensor_bias import TensorBias
 
 __all__ = ["Dense"]
@@ -64,16 +64,16 @@ bias is finite: say what is excluded with a mask, such as masks.Dense.keep(tenso
         return self._before_scale
 
     @property
-    def structure(self) -> Cells:
+    def structure(self) -> PerCell:
         """The tensor itself."""
-        return Cells()
+        return PerCell()
 
     @property
     def extent(self) -> tuple[int, int]:
         """The lengths of its last two axes."""
         return self.tensor.shape[-2], self.tensor.shape[-1]
 
-    def _inside(self, at: Rectangle) -> Dense:
+    def _bias_of(self, at: Rectangle) -> Dense:
         """Return the bias of a view of the tensor, through which gradients flow."""
         view = self.tensor[..., slice(*at.rows), slice(*at.keys)]
         return Dense(view, self.before_scale, validate=False)

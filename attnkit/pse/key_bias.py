@@ -65,6 +65,6 @@ class KeyBias(TensorBias):
         """Any number of queries, the keys of its last axis."""
         return None, self.tensor.shape[-1]
 
-    def _inside(self, at: Rectangle) -> KeyBias:
+    def _bias_of(self, at: Rectangle) -> KeyBias:
         """Return the bias of a view of the tensor, through which gradients flow."""
         return KeyBias(self.tensor[..., slice(*at.keys)], validate=False)

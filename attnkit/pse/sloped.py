@@ -92,13 +92,13 @@ class Sloped(ByDistance):
         """The number of query heads: one slope each."""
         return len(self.slopes)
 
-    def _inside(self, at: Rectangle) -> Pse:
+    def _bias_of(self, at: Rectangle) -> Pse:
         """Return the same slopes with the anchor that the rectangle has, where it has one."""
         shift = at.rows[0] + self.offset(at.q_len, at.kv_len) - at.keys[0]
         rows, keys = at.shape
         if shift == keys - rows:
             return replace(self, align="bottom_right")
-        return replace(self, align="top_left") if shift == 0 else super()._inside(at)
+        return replace(self, align="top_left") if shift == 0 else super()._bias_of(at)
 
     @abstractmethod
     def curve(self, distance: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ is bound as slopes, in compressed rows, tile by tile, or, where it trains (the f
 never writes the gradient of a bias), as channels of query and key and as logits where partial
 softmaxes merge. The small tensor is the first of the bias's `tensors`. Positions are those of
 the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i. All but
-`Toeplitz` and `Cells` are added after the scale.
+`Toeplitz` and `PerCell` are added after the scale.
 """
 
 from __future__ import annotations
@@ -13,32 +13,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from attnkit.masks.base import Align
 
 __all__ = [
     "Align",
-    "Cells",
     "Linear",
     "OfDistance",
+    "PerCell",
     "PerKey",
     "Root",
     "Stepped",
     "Structure",
     "Toeplitz",
-    "origin",
     "sum_of_steps",
 ]
-
-Align = Literal["bottom_right", "top_left"]
-
-
-def origin(q_len: int, kv_len: int, align: Align) -> int:
-    """Return the key that query 0 stands on, which is what ``j - i`` is at distance 0.
-
-    >>> origin(2, 5, "bottom_right"), origin(2, 5, "top_left")
-    (3, 0)
-    """
-    return kv_len - q_len if align == "bottom_right" else 0
 
 
 @dataclass(frozen=True)
@@ -93,13 +82,13 @@ class PerKey:
 
 
 @dataclass(frozen=True)
-class Cells:
+class PerCell:
     """``bias[b, h, i, j] = tensor[b, h, i, j]``: the tensor as it is, in its dtype.
 
     >>> import torch
     >>> from attnkit.pse import Dense
     >>> Dense(torch.zeros(2, 2)).structure
-    Cells()
+    PerCell()
     """
 
 
@@ -148,4 +137,4 @@ def sum_of_steps(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ..
 OfDistance = Toeplitz | Linear | Root | Stepped
 """The structures of a bias that depends on the distance ``j - i'`` and the head alone."""
 
-Structure = OfDistance | PerKey | Cells
+Structure = OfDistance | PerKey | PerCell

@@ -85,8 +85,8 @@ class Sum(Pse):
         """Whether every part depends on the distance only."""
         return all(part.toeplitz for part in self.parts)
 
-    def _inside(self, at: Rectangle) -> Sum:
-        return Sum(part._inside(at) for part in self.parts)
+    def _bias_of(self, at: Rectangle) -> Sum:
+        return Sum(part._bias_of(at) for part in self.parts)
 
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         _ = self.before_scale  # raises for a mixed sum

@@ -119,7 +119,8 @@ class T5Relative(ByDistance):
     @cached_property
     def structure(self) -> Stepped:
         """The distances at which buckets begin, and the bucket of each step."""
-        buckets = self._buckets(None).tolist()
+        with torch._C._DisableTorchDispatch():  # a plan may be made of fake tensors
+            buckets = self._buckets(None).tolist()
         begins = [k for k, row in enumerate(buckets) if k == 0 or row != buckets[k - 1]]
         starts = tuple(k - self.max_distance for k in begins)
         return Stepped(starts, tuple(buckets[k] for k in begins), self.align)

@@ -34,8 +34,9 @@ class TensorBias(Pse):
     def _check_values(self, told: str, infinite: bool = False) -> None:
         """Raise `CompositionError` for NaN, and for infinite values unless told otherwise."""
         values = self.tensor.detach()
-        if values.is_meta or not values.numel():
-            return
+        traced = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+        if traced or values.is_meta or not values.numel():
+            return  # there is nothing to read yet
         # One pass without a temporary; NaN propagates into both ends.
         low, high = torch.stack(torch.aminmax(values)).tolist()
         finite = math.isfinite(low) and math.isfinite(high)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnkit import pse
 from attnkit.errors import CompositionError, CompositionTypeError
@@ -83,7 +85,7 @@ def test_distances_are_those_of_the_cells(family: Family) -> None:
             found = bias.diagonals(q_len, kv_len, **WIDE)
             order = torch.arange(kv_len) - torch.arange(q_len)[:, None] + q_len - 1
             assert torch.equal(found[:, order], whole)
-    other = pse.PerKey | pse.Cells | None
+    other = pse.PerKey | pse.PerCell | None
     assert bias.toeplitz == (not any(isinstance(part.structure, other) for part in bias.parts))
 
 
@@ -204,3 +206,13 @@ def test_a_bias_per_key_may_say_never_and_not_nan() -> None:
     with pytest.raises(CompositionError, match=r"KeyBias\(float32\[2\]\) holds NaN; .*masks.Padd"):
         pse.KeyBias(torch.tensor([0.0, torch.nan]))
     pse.KeyBias(torch.tensor([torch.nan]), validate=False)
+
+
+@pytest.mark.parametrize("make", [pse.KeyBias, lambda keys: pse.Dense(keys[None])])
+def test_values_that_stand_for_others_are_not_read(make: Callable[[Tensor], pse.Pse]) -> None:
+    keys = torch.randn(3, 5)
+    found = torch.func.vmap(lambda one: make(one).materialize(1, 5))(keys)
+    assert torch.equal(found, keys[:, None, None, None])
+    with FakeTensorMode():
+        assert make(torch.zeros(5)).materialize(1, 5).shape == (1, 1, 1, 5)
+        assert pse.T5Relative(2).structure.starts[:2] == (-128, -90)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from attnkit.backends.biases import by_diagonal, numbers_of, stored
 from attnkit.backends.numbers import largest_bias, usable_cap
+from attnkit.masks.base import anchor
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
 from attnkit.pse import Pse, Root
-from attnkit.pse.structure import origin
 
 __all__ = ["ScoreFunction", "ScoreMod", "score_function"]
 
@@ -64,7 +64,7 @@ def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) ->
     """Return one addend as a function of cells, and what decides its code."""
     factor = request.scale if part.before_scale else 1.0
     if known.slopes is not None:
-        offsets = [origin(*lengths, known.align) for lengths in request.sequences]
+        offsets = [anchor(known.align, *lengths) for lengths in request.sequences]
         slopes, root = numbers_of(part, torch.float32, device), isinstance(known.structure, Root)
         return _sloped(slopes, _key_positions(request, offsets).to(device), root)
     if known.by_distance:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
-from attnkit.pse.structure import Align, origin
+from attnkit.masks.base import Align, anchor
 
 __all__ = ["Carried", "Diagonals", "Distances", "Lengths", "Stored", "Term"]
 
@@ -33,7 +33,7 @@ class Distances:
 
     def anchor(self, lane: Lane) -> int:
         """Return ``i' - i`` in a lane's score matrices."""
-        return origin(*lane.lengths, self.align)
+        return anchor(self.align, *lane.lengths)
 
 
 @dataclass(frozen=True, eq=False)
