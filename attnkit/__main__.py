@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from attnkit.doctor import command, plans
+from attnkit.doctor import command, plans, schema
 from attnkit.doctor.screen import Screen
 from attnkit.doctor.usage import GOOD, INTERRUPTED, NO_NPU, WRONG, NoNpu, Parser
 from attnkit.errors import AttnkitError
@@ -16,6 +16,7 @@ __all__ = ["main"]
 COMMANDS = {
     "doctor": (command, "test the fused kernel of this machine, or the emulator, and report"),
     "plan": (plans, "print the plan of a configuration"),
+    "schema": (schema, "print the JSON schema of configurations"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import torch
 from attnkit import SeqLens, masks
 from attnkit.__main__ import main
 from attnkit.backends import emulated
+from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.doctor import CASES, Result, command
 from attnkit.doctor.cases import Case
 from attnkit.doctor.screen import Screen
@@ -235,6 +238,69 @@ def test_a_plan_for_packed_sequences(packed: Path, capsys: Any):
     assert "actual_seq_kvlen=(4, 9, 18)" in capsys.readouterr().out
 
 
+def test_a_plan_of_a_mask_alone_and_of_a_file_with_other_values(config: Path, capsys: Any):
+    command_line = ["plan", "--q-len", "512", "--backend", "emulated"]
+    assert main([*command_line, "--mask", "SlidingWindow(256)"]) == 0
+    alone = capsys.readouterr().out
+    assert "pre_tokens=255" in alone
+    assert "512 queries x 512 keys, 8 heads of 64" in alone
+    given = ["--mask", "SlidingWindow(128)", "--num-heads", "2", "--head-dim", "16"]
+    for file in ([], ["--config", str(config)]):
+        assert main([*command_line, *file, *given]) == 0
+        out = capsys.readouterr().out
+        assert "pre_tokens=127" in out
+        assert "2 heads of 16" in out
+
+
+def test_a_plan_of_a_configuration_somewhere_in_a_file(capsys: Any):
+    Path("model.yaml").write_text(
+        "model:\n"
+        "  attention: {num_heads: 4, head_dim: 32, mask: SlidingWindow(64)}\n"
+        "  layers:\n"
+        "  - {dim: 2147483647, num_heads: 2, head_dim: 16, mask: SlidingWindow(32), rotary: true}\n"
+        "  - {num_heads: 4, head_dim: 32, maks: Causal()}\n"
+    )
+    plan = ["plan", "--config", "model.yaml", "--q-len", "128", "--backend", "emulated", "--at"]
+    for key, found, heads in (
+        ("model.attention", "pre_tokens=63", "4 heads of 32"),
+        ("model.layers.0", "pre_tokens=31", "2 heads of 16"),  # its projections take no memory
+    ):
+        assert main([*plan, key]) == 0
+        out = capsys.readouterr().out
+        assert found in out
+        assert heads in out
+    for key, told in (
+        ("model.atention", "at model there is no key 'atention'; did you mean 'attention'?"),
+        ("model.layers.7", "at model.layers there is no key 7. Known: 0, 1"),
+        ("model.attention.num_heads.x", "at model.attention.num_heads there is no key 'x'"),
+        ("model.layers.1", "maks: unknown key; did you mean 'mask'?"),
+        ("model.layers.1", "(line 5, column 40)"),
+        ("model", "is missing"),
+    ):
+        assert main([*plan, key]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ([], AttentionConfig),
+        (["attention"], AttentionConfig),
+        (["multi-head-attention"], MultiHeadAttentionConfig),
+    ],
+)
+def test_the_schema(name: list[str], model: type[AttentionConfig], capsys: Any):
+    assert main(["schema", *name]) == 0
+    assert json.loads(capsys.readouterr().out) == model.model_json_schema()
+
+
+def test_the_console_script_is_the_command_line():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    (target,) = re.findall(r'\[project.scripts\]\nattnkit = "(.*)"\n', project)
+    module, _, function = target.partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+
+
 def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
     command_line = ["plan", "--config", str(config), "--q-len", "512", "--backend", "emulated"]
     assert main([*command_line, "--json", "--plot", "plan.png"]) == 0
@@ -255,7 +321,7 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         (["doctor", "--only", "mode-3@int8"], "the dtype is one of float32, float16, bfloat16"),
         (["doctor", "--device", "abacus"], "no such device"),
         (["doctor", "--device", "cpu", "--out", "no/such/folder.json"], "No such file"),
-        (["plan"], "the following arguments are required: --config"),
+        (["plan"], "say what to plan: --config FILE, or --mask TEXT"),
         (["doctor", "--only", "x" * 100_000], "no case has this name; --list shows them"),
         (["doctor", "--device", "cuda:99"], "--device cuda:99: "),
         (["doctor", "--out", "folder"], "--out folder: Is a directory"),

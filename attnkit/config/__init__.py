@@ -3,6 +3,18 @@
 `MaskField` and `PseField` are the types of a mask and a bias in pydantic models of your own.
 """
 
-from attnkit.config.models import AttentionConfig, MaskField, MultiHeadAttentionConfig, PseField
+from attnkit.config.models import (
+    AttentionConfig,
+    MaskField,
+    MultiHeadAttentionConfig,
+    PseField,
+    load_config,
+)
 
-__all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField"]
+__all__ = [
+    "AttentionConfig",
+    "MaskField",
+    "MultiHeadAttentionConfig",
+    "PseField",
+    "load_config",
+]

@@ -35,7 +35,16 @@ from attnkit.config.kinds import (
     problems_at,
 )
 from attnkit.config.problems import config_error
-from attnkit.config.text import check_size, read_file, read_json, read_yaml, write_yaml
+from attnkit.config.text import (
+    Origin,
+    check_size,
+    inner,
+    keys_of,
+    read_file,
+    read_json,
+    read_yaml,
+    write_yaml,
+)
 from attnkit.errors import AttnkitError, ConfigError
 from attnkit.masks import Full, Mask
 from attnkit.modules import MultiHeadAttention
@@ -45,7 +54,7 @@ from attnkit.rotary import Rotary
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField"]
+__all__ = ["AttentionConfig", "MaskField", "MultiHeadAttentionConfig", "PseField", "load_config"]
 
 A = ParamSpec("A")
 R = TypeVar("R")
@@ -101,13 +110,10 @@ class _Config(BaseModel):
 
         Raises `ConfigError` with every problem found.
         """
-        if not isinstance(obj, str):
-            with _teaching(cls, obj):
-                return super().model_validate(obj)
+        if isinstance(obj, str):
+            return cls.from_yaml(obj)
         with _teaching(cls, obj):
-            data = read_yaml(obj)
-        with _teaching(cls, data, obj):
-            return super().model_validate(data)
+            return super().model_validate(obj)
 
     @classmethod
     def model_validate_json(  # type: ignore[override]
@@ -120,11 +126,16 @@ class _Config(BaseModel):
             return super().model_validate(data)
 
     @classmethod
-    def from_yaml(cls, source: str | PathLike[str]) -> Self:
-        """Return the configuration in a YAML text, or in a file given as a `pathlib.Path`."""
+    def from_yaml(cls, source: str | PathLike[str], at: str = "") -> Self:
+        """Return the configuration in a YAML text, or in a file given as a `pathlib.Path`.
+
+        `at` says under which keys it is, such as ``model.layers.0.attention``.
+        """
         with _teaching(cls, source):
             text = source if isinstance(source, str) else read_file(source)
-        return cls.model_validate(text)
+            data = inner(read_yaml(text), at)
+        with _teaching(cls, data, Origin(text, keys_of(at))):
+            return super().model_validate(data)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that reads back as an equal one.
@@ -321,15 +332,30 @@ class MultiHeadAttentionConfig(_ModuleConfig):
         return self._built(MultiHeadAttention)
 
 
+def load_config(
+    source: str | PathLike[str], at: str = ""
+) -> AttentionConfig | MultiHeadAttentionConfig:
+    """Return the configuration in a YAML text or file, whichever it is: the second has `dim`.
+
+    `at` says under which keys it is.
+
+    >>> load_config("model: {attention: {dim: 64, num_heads: 4}}", at="model.attention").head_dim
+    """
+    with _teaching(AttentionConfig, source):
+        data = inner(read_yaml(source if isinstance(source, str) else read_file(source)), at)
+    whole = isinstance(data, Mapping) and "dim" in data
+    return (MultiHeadAttentionConfig if whole else AttentionConfig).from_yaml(source, at)
+
+
 _OBJECTS = {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
 
 
 @contextmanager
-def _teaching(model: type[BaseModel], data: object, text: str | None = None) -> Iterator[None]:
+def _teaching(model: type[BaseModel], data: object, origin: Origin | None = None) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise config_error(error, model, data, _OBJECTS, text) from None
+        raise config_error(error, model, data, _OBJECTS, origin) from None
     except ConfigError as error:
         raise ConfigError(f"{model.__name__}: {error}") from None
     except RecursionError:

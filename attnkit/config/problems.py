@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from attnkit.config.kinds import Record
-from attnkit.config.text import place
+from attnkit.config.text import Origin
 from attnkit.errors import ConfigError, clipped, shown
 from attnkit.registry import suggestion
 
@@ -25,11 +25,11 @@ def config_error(
     model: type[BaseModel],
     data: object,
     fields: Mapping[str, Record],
-    text: str | None = None,
+    origin: Origin | None = None,
 ) -> ConfigError:
     """Return the `ConfigError` of everything that `error` found in `data`.
 
-    `fields` names those of `model` that hold objects; `text` is what `data` was read from.
+    `fields` names those of `model` that hold objects; `origin` says what `data` was read from.
     """
     found: dict[Path, list[Any]] = {}
     for problem in error.errors(include_url=False):
@@ -43,7 +43,7 @@ def config_error(
     for path in told[:_SHOWN]:
         sentences = [_sentence(one, path, model, data, fields) for one in found[path]]
         sentence = " or ".join(dict.fromkeys(sentences))
-        where = f" ({place(text, path)})" if text is not None else ""
+        where = f" ({origin.place(path)})" if origin is not None else ""
         line = f"{_text(path)}{clipped(sentence, _ROOM)}{_given(path, data, sentence)}{where}"
         room -= len(line)
         if lines and room < 0:

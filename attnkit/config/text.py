@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,24 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
 from attnkit.errors import ConfigError, shown
+from attnkit.registry import suggestion
 
 __all__ = [
     "MOST_CHARACTERS",
     "MOST_DEPTH",
     "MOST_NODES",
+    "Origin",
     "check_size",
+    "inner",
+    "keys_of",
     "parts_of_data",
-    "place",
     "read_file",
     "read_json",
     "read_yaml",
     "write_yaml",
 ]
+
+Keys = tuple[str | int, ...]
 
 MOST_CHARACTERS = 1_000_000
 """How long a text may be."""
@@ -99,23 +105,55 @@ def write_yaml(data: Any) -> str:
     return text.getvalue()
 
 
-def place(text: str, path: Sequence[str | int]) -> str:
-    """Return where in a YAML text the value at a path stands, or what comes closest to it.
+@dataclass(frozen=True)
+class Origin:
+    """A YAML text, and the keys under which data was taken from it."""
 
-    >>> place("mask:\\n  kind: causal\\n  size: 3\\n", ("mask", "size"))
-    'line 3, column 9'
+    text: str
+    keys: Keys = ()
+
+    def place(self, path: Keys) -> str:
+        """Return where the value at a path of the data stands, or what comes closest to it.
+
+        >>> Origin("mask:\\n  kind: causal\\n  size: 3\\n", ("mask",)).place(("size",))
+        'line 3, column 9'
+        """
+        node = _nodes(self.text)
+        for step in (*self.keys, *path):
+            inside = _values(node)
+            if step not in inside:
+                break
+            node = inside[step]
+        return "" if node is None else _line_and_column(self.text, node.start_mark.index)
+
+
+def keys_of(at: str) -> Keys:
+    """Return the keys that ``model.layers.0`` writes."""
+    return tuple(int(key) if key.isdecimal() else key for key in at.split(".")) if at else ()
+
+
+def inner(data: Any, at: str) -> Any:
+    """Return what is under such keys; `ConfigError` says which key there is instead.
+
+    >>> inner({"model": {"layers": [1, 2]}}, "model.layers.1")
+    2
     """
-    node = _nodes(text)
-    for step in path:
-        inside: Mapping[Any, Node] = {}
-        if isinstance(node, SequenceNode):
-            inside = dict(enumerate(node.value))
-        elif isinstance(node, MappingNode):
-            inside = {key.value: value for key, value in node.value if isinstance(key, ScalarNode)}
-        if step not in inside:
-            break
-        node = inside[step]
-    return "" if node is None else _line_and_column(text, node.start_mark.index)
+    for k, key in enumerate(keys := keys_of(at)):
+        known = dict(enumerate(data)) if isinstance(data, list) else data
+        if not isinstance(known, Mapping) or key not in known:
+            there = ".".join(map(str, keys[:k])) or "the top"
+            names = list(map(str, known)) if isinstance(known, Mapping) else []
+            raise ConfigError(f"at {there} there is no key {key!r}{suggestion(key, names)}")
+        data = known[key]
+    return data
+
+
+def _values(node: Node | None) -> Mapping[Any, Node]:
+    if isinstance(node, SequenceNode):
+        return dict(enumerate(node.value))
+    if isinstance(node, MappingNode):
+        return {key.value: value for key, value in node.value if isinstance(key, ScalarNode)}
+    return {}
 
 
 def _line_and_column(text: str, index: int) -> str:

@@ -13,15 +13,18 @@ import torch
 
 from attnkit import layouts
 from attnkit.backends import BACKENDS, make_plan
-from attnkit.config import AttentionConfig
+from attnkit.config import AttentionConfig, MultiHeadAttentionConfig, load_config
 from attnkit.doctor.findings import npu_absence
 from attnkit.doctor.screen import Screen
 from attnkit.doctor.usage import GOOD, UsageError
 from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
+from attnkit.modules import MultiHeadAttention
 from attnkit.planner import Plan, Request, read_request
 
 __all__ = ["add_arguments", "run"]
+
+Config = AttentionConfig | MultiHeadAttentionConfig
 
 _MOST_BATCH = 4_096
 _LONGEST = 2**31 - 1
@@ -33,9 +36,22 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, required=True,
-        help="an AttentionConfig in YAML; its layout decides which sizes are needed",
+        "--config", metavar="FILE", type=Path,
+        help="an AttentionConfig or a MultiHeadAttentionConfig (it has `dim`) in YAML; its layout "
+        "decides which sizes are needed",
     )  # fmt: skip
+    parser.add_argument(
+        "--at", metavar="KEY", default="", help="where in the file, such as model.attention"
+    )
+    parser.add_argument(
+        "--mask", metavar="TEXT", help="instead of the file's, such as 'Causal() | Columns(0, 4)'"
+    )
+    parser.add_argument(
+        "--num-heads", type=_count, metavar="H", help="instead of the file's (without one: 8)"
+    )
+    parser.add_argument(
+        "--head-dim", type=_count, metavar="D", help="instead of the file's (without one: 64)"
+    )
     parser.add_argument("--batch", type=_batch, metavar="B", help="batch elements (default 1)")
     parser.add_argument("--q-len", type=_count, metavar="N", help="queries of each")
     parser.add_argument("--kv-len", type=_count, metavar="M", help="keys of each (default: N)")
@@ -59,11 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run the command and return its exit code."""
-    config = AttentionConfig.from_yaml(arguments.config)
+    config = _config(arguments)
     if arguments.plot is not None:
         _check_picture(arguments.plot)  # a file that cannot be is known before the plan is made
-    if arguments.backend is not None:
-        config = config.model_copy(update={"backend": arguments.backend})
     request = _request(config, arguments)
     plan, note = _plan(request, config.backend)
     if arguments.json:
@@ -79,7 +93,19 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return GOOD
 
 
-def _request(config: AttentionConfig, arguments: argparse.Namespace) -> Request:
+def _config(arguments: argparse.Namespace) -> Config:
+    """Return the configuration of the file, with what the command line says instead."""
+    said = {name: getattr(arguments, name) for name in ("mask", "num_heads", "head_dim", "backend")}
+    said = {name: value for name, value in said.items() if value is not None}
+    if arguments.config is not None:
+        config = load_config(arguments.config, arguments.at)
+        return type(config)(**dict(config) | said) if said else config
+    if "mask" not in said:
+        raise UsageError("say what to plan: --config FILE, or --mask TEXT")
+    return AttentionConfig(**{"num_heads": 8, "head_dim": 64} | said)
+
+
+def _request(config: Config, arguments: argparse.Namespace) -> Request:
     """Return the request that a module of this configuration would make of such tensors."""
     layout = layouts.get(config.layout)
     seqlens = _seqlens(config.layout, layout.packed, arguments)
@@ -88,7 +114,9 @@ def _request(config: AttentionConfig, arguments: argparse.Namespace) -> Request:
     else:
         batch, q_len = arguments.batch or 1, arguments.q_len
         kv_len = arguments.kv_len or q_len
-    module = config.model_copy(update={"backend": "auto"}).build()
+    with torch.device("meta"):  # the projections of a large module take no memory
+        built = config.model_copy(update={"backend": "auto"}).build()
+    module = built.attention if isinstance(built, MultiHeadAttention) else built
     kv_heads = module.num_kv_heads
     largest = batch * max(q_len, kv_len) * module.num_heads * module.head_dim
     if largest > _MOST_NUMBERS:
