@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from operator import index
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from attnkit.arguments import LARGEST, check_ints, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = ["SeqLens", "check_lengths"]
 
 _SHOWN = 8
-_LONGEST = 2**63 - 1  # what a kernel's list of lengths can hold
-_MOST = 2**24  # sequences: more than any batch, and what a range without end is stopped at
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -183,15 +180,10 @@ def check_lengths(where: str, values: Sequence[int] | Tensor) -> tuple[int, ...]
     >>> check_lengths("SeqLens: q", [3, -1])
     Traceback (most recent call last):
     ...
-    attnkit.errors.CompositionError: SeqLens: q[1] is -1; a length is 0 or more
+    attnkit.errors.CompositionError: SeqLens: q[1]=-1 is too small; it must be >= 0
     """
     lengths = _host_ints(where, values)
-    if not lengths:
-        raise CompositionError(f"{where} is empty; a packed batch holds at least one")
-    if min(lengths) < 0:
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise CompositionError(f"{where}[{at}] is {shown(lengths[at])}; a length is 0 or more")
-    if sum(lengths) > _LONGEST:
+    if sum(lengths) > LARGEST:
         raise CompositionError(
             f"{where} is {_short(lengths)}: more tokens in all than a 64-bit number counts"
         )
@@ -201,8 +193,6 @@ def check_lengths(where: str, values: Sequence[int] | Tensor) -> tuple[int, ...]
 def _differences(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
     where = f"SeqLens.from_cu_seqlens: {name}"
     totals = _host_ints(where, values)
-    if not totals:
-        raise CompositionError(f"{where} is empty; cumulative lengths start with 0")
     if totals[0] != 0:
         raise CompositionError(
             f"{where} starts with {shown(totals[0])}, but cumulative lengths start with 0; "
@@ -219,55 +209,22 @@ def _differences(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
 
 
 def _host_ints(where: str, values: object) -> tuple[int, ...]:
-    if isinstance(values, Tensor):
-        values = _read_tensor(where, values)
-    elif hasattr(values, "__array__"):
-        values = _read_array(where, np.asarray(values))
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
-        raise CompositionTypeError(
-            f"{where} is a list of ints, one per sequence; got {type(values).__name__}"
-        )
-    if len(values) > _MOST:
-        raise CompositionError(
-            f"{where} has {shown(len(values))} entries; a packed batch holds {_MOST:,} sequences "
-            "at most"
-        )
-    if bool in map(type, values):
-        raise CompositionTypeError(f"{where} holds booleans; give lengths, not a mask")
-    try:
-        return tuple(map(operator.index, values))
-    except TypeError:
-        bad = next(value for value in values if not hasattr(value, "__index__"))
-        raise CompositionTypeError(
-            f"{where} holds {shown(bad)} ({type(bad).__name__}); lengths are whole numbers of "
-            "tokens"
-        ) from None
-
-
-def _read_tensor(where: str, values: Tensor) -> list[int]:
-    if values.device.type != "cpu":
+    """Return a list of numbers that are 0 or more; numpy's are taken, too, one by one."""
+    if isinstance(values, Tensor) and values.device.type != "cpu":
         raise CompositionTypeError(
             f"{where} is a tensor on {values.device}: reading it would make the host wait for "
             "the device in every step; keep the lengths on the host (a list or CPU tensor) "
             "where the batch is built"
         )
-    dense = not values.is_nested and values.layout == torch.strided
-    integral = not (values.is_floating_point() or values.is_complex())
-    if not dense or values.ndim != 1 or not integral:
-        kind = "nested" if values.is_nested else str(values.layout).removeprefix("torch.")
-        shape = list(values.shape) if dense else kind
-        raise CompositionTypeError(
-            f"{where} is a tensor {shape} of {values.dtype}; give one axis of integers"
-        )
-    return [*values.tolist()]
-
-
-def _read_array(where: str, values: np.ndarray[Any, Any]) -> list[int]:
-    if values.ndim != 1 or values.dtype.kind not in "iub":
-        raise CompositionTypeError(
-            f"{where} is an array {list(values.shape)} of {values.dtype}; give one axis of integers"
-        )
-    return [*values.tolist()]
+    if isinstance(values, Tensor):
+        check_tensor(where, values)
+    elif isinstance(values, list | tuple):
+        values = [
+            index(v) if hasattr(v, "__index__") and type(v) is not bool else v for v in values
+        ]
+    elif hasattr(values, "__array__"):
+        values = np.asarray(values)
+    return check_ints(where, values, 0)
 
 
 def _sum_remedy(lengths: tuple[int, ...], tokens: int) -> str:
