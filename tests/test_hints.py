@@ -29,7 +29,7 @@ def test_a_bias_may_be_its_text() -> None:
     assert as_pse("ALiBi(2)") == as_pse(bias) == bias
     assert as_pse(None) is None
     layer = ak.Attention(2, 8, pse="T5Relative(2)")
-    assert [name for name, _ in layer.named_parameters()] == ["pse_0"]
+    assert len(list(layer.parameters())) == 1
     assert layer.pse == pse.T5Relative(2)
 
 
