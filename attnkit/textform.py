@@ -64,7 +64,7 @@ def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> A
         raise CompositionTypeError(
             f"expected the text of a {what}, got {shown(text)} ({type(text).__name__})"
         )
-    _check_length(text, what)
+    _check_size(text, what)
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -102,7 +102,7 @@ def value_or_text(
     raise CompositionTypeError(f"{name}={shown(given)} {told}")
 
 
-def _check_length(text: str, what: str) -> None:
+def _check_size(text: str, what: str) -> None:
     words = len(text)
     if LONGEST_WORDS < words <= LONGEST_TEXT:
         words -= sum(len(found[0]) for found in _QUOTED.finditer(text))

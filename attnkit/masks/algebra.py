@@ -47,7 +47,7 @@ class _Joined(Composite):
         first = given[0] if given else None
         parts = () if first is None else self._parts_of(first)
         chain = first if isinstance(first, _Joined) and len(parts) > 1 else None
-        seen = frozenset(parts) if chain is None else chain._seen
+        seen = frozenset(parts) if chain is None else chain._part_set
         joining = (part for mask in given[1:] for part in self._parts_of(mask))
         added = tuple(dict.fromkeys(part for part in joining if part not in seen))
         if len(parts) + len(added) < 2:
@@ -58,7 +58,7 @@ class _Joined(Composite):
         inside = [part._nesting for part in added]
         depth, count = given[0]._nesting if chain is not None else _around(given[0]._nesting)
         vars(self).update(
-            _seen=seen.union(added),
+            _part_set=seen.union(added),
             _agreed=Agreement.of(given),
             _nesting=(max([depth, *(d + 1 for d, _ in inside)]), count + sum(n for _, n in inside)),
         )
@@ -79,7 +79,7 @@ class _Joined(Composite):
         return mask.parts if isinstance(mask, _Joined) and mask._sign == cls._sign else (mask,)
 
     @cached_property
-    def _seen(self) -> frozenset[Mask]:
+    def _part_set(self) -> frozenset[Mask]:
         """The parts as a set."""
         return frozenset(self.parts)
 
@@ -106,7 +106,7 @@ class _Joined(Composite):
         return reduce(type(self)._combine_cells, (part._read(at, device) for part in self.parts))
 
     def _value(self) -> Hashable:
-        return self._seen
+        return self._part_set
 
     def __str__(self) -> str:
         if len(self.parts) > _CHAIN:

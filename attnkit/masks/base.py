@@ -6,6 +6,7 @@ from abc import ABC
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 import torch
@@ -227,6 +228,11 @@ class Mask(ABC):
             return paint(known.inner.cut(at.rows, at.keys), *at.shape, device)
         return self._cells(at, device)
 
+    @property
+    def _places(self) -> list[tuple[int, int]]:
+        """The batch element and head of each score matrix that the mask tells apart."""
+        return list(product(range(self.batches or 1), range(self.heads or 1)))
+
     def is_region(self, q_len: int, kv_len: int) -> bool:
         """Whether the mask is a finite union of slices for every batch element and head.
 
@@ -235,11 +241,7 @@ class Mask(ABC):
         (True, False)
         """
         self.check(q_len, kv_len)
-        return all(
-            self.enclosure(q_len, kv_len, b, h).exact
-            for b in range(self.batches or 1)
-            for h in range(self.heads or 1)
-        )
+        return all(self.enclosure(q_len, kv_len, *place).exact for place in self._places)
 
     def materialize(
         self,
@@ -260,11 +262,8 @@ class Mask(ABC):
         """
         self.check(q_len, kv_len, check_int("batch", batch, 0), check_int("heads", heads, 0))
         check_device(device)
-        b_count, h_count = self.batches or 1, self.heads or 1
-        planes = [
-            self._plane(q_len, kv_len, b, h, device) for b in range(b_count) for h in range(h_count)
-        ]
-        cells = torch.stack(planes).view(b_count, h_count, q_len, kv_len)
+        planes = [self._plane(q_len, kv_len, *place, device) for place in self._places]
+        cells = torch.stack(planes).view(self.batches or 1, self.heads or 1, q_len, kv_len)
         return cells.expand(batch, heads, q_len, kv_len)
 
     def check(
@@ -384,10 +383,10 @@ class Mask(ABC):
     # -- algebra -------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        return _joined("and", self, other)
+        return _algebra("and", self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return _joined("or", self, other)
+        return _algebra("or", self, other)
 
     def __invert__(self) -> Mask:
         return MASKS["not"](self)
@@ -484,7 +483,7 @@ def _check_family(entry: object) -> None:
 MASKS = MaskRegistry("mask", "attnkit.masks")
 
 
-def _joined(kind: str, *parts: Mask) -> Mask:
+def _algebra(kind: str, *parts: Mask) -> Mask:
     # The algebra is made of masks, so it is found by its name here below it.
     family: Any = MASKS[kind]
     joined: Mask = family.of(*parts)

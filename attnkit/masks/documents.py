@@ -217,7 +217,7 @@ class Documents(Nested):
             blocks = Region.of(*self.blocks(plane[0]))
             known = Enclosure(blocks, blocks)
             if self.inside is not None:
-                known = self._placed(self.inside, *plane)
+                known = self._each_in_its_block(self.inside, *plane)
             self._known[plane] = known
         known = self._known[plane]
         if known.outer.fits(q_len, kv_len):
@@ -225,7 +225,7 @@ class Documents(Nested):
         whole = Region.full(q_len, kv_len)  # a cut may ask for fewer rows or keys than there are
         return Enclosure(known.inner & whole, known.outer & whole)
 
-    def _placed(self, inside: Mask, batch: int, head: int) -> Enclosure:
+    def _each_in_its_block(self, inside: Mask, batch: int, head: int) -> Enclosure:
         each = {
             size: inside.enclosure(*size, batch, head) for size in dict.fromkeys(self.sizes(batch))
         }

@@ -21,7 +21,17 @@ from attnkit.masks.documents import Documents
 from attnkit.masks.padding import Padding
 from attnkit.masks.rectangles import Columns, Prefix, Rows
 
-__all__ = ["Cells", "bands", "blocks", "documents", "full_bands", "keys", "lines", "rectangles"]
+__all__ = [
+    "Cells",
+    "bands",
+    "chunks",
+    "documents",
+    "full_bands",
+    "key_ranges",
+    "lines",
+    "rectangles",
+    "row_ranges",
+]
 
 _FEW = 4  # how many of a kind are worth proposing
 
@@ -92,7 +102,7 @@ class Cells(NamedTuple):
 # -- bands ---------------------------------------------------------------------------------
 
 
-def _band(left: int | None, right: int | None, align: Align) -> Mask | None:
+def _best_band(left: int | None, right: int | None, align: Align) -> Mask | None:
     """Return the band by its best name."""
     if (left is None and right is None) or (
         left is not None and right is not None and left < -right
@@ -115,7 +125,7 @@ def bands(cells: Cells) -> Iterator[Mask]:
         ends = [(left, right), (left, None), (None, right)]
         if right is not None and right < 0:
             ends += [(left, 0), (None, 0)]
-        yield from _found(_band(*pair, align) for pair in ends)
+        yield from _found(_best_band(*pair, align) for pair in ends)
 
 
 def full_bands(cells: Cells, frame: Cells) -> Iterator[Mask]:
@@ -130,7 +140,7 @@ def full_bands(cells: Cells, frame: Cells) -> Iterator[Mask]:
             ends = [(left, right)]
             if right != 0 and hi > at >= lo and frame.inside(cells.of(Causal(align))):
                 ends.append((left, 0))  # the frame ends there anyway
-            yield from _found(_band(*pair, align) for pair in ends)
+            yield from _found(_best_band(*pair, align) for pair in ends)
 
 
 def _found(masks: Iterable[Mask | None]) -> Iterator[Mask]:
@@ -150,7 +160,7 @@ def _gaps(spans: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple
 # -- rectangles ----------------------------------------------------------------------------
 
 
-def keys(cells: Cells) -> Iterator[Mask]:
+def key_ranges(cells: Cells) -> Iterator[Mask]:
     """Propose the range of keys that holds all cells, and where each batch element ends."""
     hull = cells.anywhere.bounds
     if hull is None:
@@ -168,7 +178,7 @@ def keys(cells: Cells) -> Iterator[Mask]:
             yield Padding(sizes, side="left")
 
 
-def rows(cells: Cells) -> Iterator[Mask]:
+def row_ranges(cells: Cells) -> Iterator[Mask]:
     """Propose the range of rows that holds all cells."""
     hull = cells.anywhere.bounds
     if hull is not None and (hull.i0 > 0 or hull.i1 < cells.q_len):
@@ -226,7 +236,7 @@ def rectangles(cells: Cells) -> Iterator[Mask]:
 # -- blocks --------------------------------------------------------------------------------
 
 
-def blocks(cells: Cells) -> Iterator[Mask]:
+def chunks(cells: Cells) -> Iterator[Mask]:
     """Propose chunks and causal blocks, of the distances between borders that occur most."""
     region = cells.regions[0]
     borders = sorted(

@@ -82,18 +82,13 @@ class _View(NamedTuple):
     regions: dict[tuple[int, int], Region] | None
     found: Recovered | None
 
-    @property
-    def planes(self) -> list[tuple[int, int]]:
-        mask = self.mask
-        return [(b, h) for b in range(mask.batches or 1) for h in range(mask.heads or 1)]
-
     def where(self, planes: list[tuple[int, int]]) -> str:
         """Say which score matrices are meant, when not all are."""
         b, h = planes[0]
         words = [f"batch element {b}"] * (self.mask.batches is not None)
         words += [f"head {h}"] * (self.mask.heads is not None)
         more = f" (and {len(planes) - 1} more)" if len(planes) > 1 else ""
-        return f" in {', '.join(words)}{more}" if words and planes != self.planes else ""
+        return f" in {', '.join(words)}{more}" if words and planes != self.mask._places else ""
 
 
 def lint(
@@ -118,8 +113,8 @@ def lint(
 def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
     view = _View(mask, q_len, kv_len, None, None)
     if min(q_len, kv_len) == 0:
-        return view._replace(regions=dict.fromkeys(view.planes, Region.empty()))
-    known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in view.planes}
+        return view._replace(regions=dict.fromkeys(mask._places, Region.empty()))
+    known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in mask._places}
     if all(one.exact for one in known.values()):
         return view._replace(regions={plane: one.inner for plane, one in known.items()})
     found = recover(mask, q_len, kv_len)
@@ -159,8 +154,8 @@ def _no_region(view: _View) -> Finding:
 def _rows_and_keys(view: _View) -> Iterator[Finding]:
     empty: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
     unseen: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
-    for plane in view.planes:
-        rows, keys = _seen(view, plane)
+    for plane in view.mask._places:
+        rows, keys = _unmatched(view, plane)
         empty.setdefault(rows, []).append(plane)
         unseen.setdefault(_not_ruled_out(view, plane, keys), []).append(plane)
     for spans, planes in empty.items():
@@ -204,7 +199,7 @@ def _empty_rows(
 Spans = tuple[tuple[int, int], ...]
 
 
-def _seen(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
+def _unmatched(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
     """Return the rows without keys and the keys without rows, as ranges."""
     if view.regions is not None:
         region = view.regions[plane]

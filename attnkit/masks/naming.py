@@ -80,9 +80,9 @@ def _frames(target: Cells, everything: Cells) -> list[_Named]:
     """Return intersections of named masks that hold all cells, from the simplest on."""
     groups = [
         hulls.bands(target),
-        (*hulls.documents(target), *hulls.blocks(target)),
-        hulls.keys(target),
-        hulls.rows(target),
+        (*hulls.documents(target), *hulls.chunks(target)),
+        hulls.key_ranges(target),
+        hulls.row_ranges(target),
     ]
     known = [[None, *_distinct(group, target, holds=True)] for group in groups]
     chosen = (
@@ -155,7 +155,7 @@ def _fills(target: Cells, allowed: Cells, frame: _Named) -> Iterator[Mask]:
     straight = list(hulls.lines(allowed))
     yield from straight
     yield from hulls.full_bands(allowed, frame.cells)
-    yield from hulls.blocks(target)
+    yield from hulls.chunks(target)
     covered = [cells for cells in map(target.of, straight) if cells.inside(allowed)]
     rest = reduce(Cells.without, covered, target)
     banded = [target.of(mask) for mask in hulls.full_bands(allowed, frame.cells)]

@@ -19,9 +19,13 @@ __all__ = ["PerBatch", "PerHead"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Each(Composite):
-    """Masks that an index of the score matrix chooses from; `what` has one each."""
+    """Masks that an index of the score matrix chooses from; `what` has one each.
+
+    `_counts` names the property that counts them.
+    """
 
     what: ClassVar[str]
+    _counts: ClassVar[str]
     masks: tuple[Mask, ...]
 
     def __post_init__(self) -> None:
@@ -35,7 +39,7 @@ class _Each(Composite):
         for mask in self.masks:
             if not isinstance(mask, Mask):
                 raise CompositionTypeError(f"{name} takes masks, got {describe(mask)}")
-            if self._own(mask) is not None:
+            if getattr(mask, self._counts) is not None:
                 raise CompositionError(
                     f"{name} cannot nest {mask!r}, which has one entry per {self.what} itself; "
                     "combine the two by & or |"
@@ -43,11 +47,6 @@ class _Each(Composite):
         object.__setattr__(self, "masks", tuple(self.masks))
         self._check_nesting()
         self._agreed  # noqa: B018 -- raises on disagreement
-
-    @staticmethod
-    @abstractmethod
-    def _own(mask: Mask) -> int | None:
-        """Return how many entries a mask has of the same kind."""
 
     @abstractmethod
     def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
@@ -84,15 +83,12 @@ class PerHead(_Each):
     [10, 7]
     """
 
-    what: ClassVar[str] = "query head"
+    what = "query head"
+    _counts = "heads"
 
     if TYPE_CHECKING:  # more is taken than is kept
 
         def __init__(self, masks: Sequence[Mask]) -> None: ...
-
-    @staticmethod
-    def _own(mask: Mask) -> int | None:
-        return mask.heads
 
     def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
         return self.masks[head], batch, 0
@@ -114,15 +110,12 @@ class PerBatch(_Each):
     [10, 8]
     """
 
-    what: ClassVar[str] = "batch element"
+    what = "batch element"
+    _counts = "batches"
 
     if TYPE_CHECKING:  # more is taken than is kept
 
         def __init__(self, masks: Sequence[Mask]) -> None: ...
-
-    @staticmethod
-    def _own(mask: Mask) -> int | None:
-        return mask.batches
 
     def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
         return self.masks[batch], 0, head

@@ -126,20 +126,19 @@ def recover(
     if max_slices is None:
         max_slices = 64 + 4 * max(given.q_len, given.kv_len)
     check_int("max_slices", max_slices, 1)
-    heads = given.mask.heads or 1
-    every = (given.mask.batches or 1) * heads
     found: list[Region] = []
-    for n in range(every):
+    places, heads = given.mask._places, given.mask.heads or 1
+    for n, place in enumerate(places):
 
         def tell(done: int, rows: int, before: int = n) -> None:
             if progress is not None:
-                progress(before * rows + done, every * rows)
+                progress(before * rows + done, len(places) * rows)
 
-        region = _matrix(given, *divmod(n, heads), max_slices, tell)
+        region = _matrix(given, *place, max_slices, tell)
         if isinstance(region, str):
-            return _as_given(given, *divmod(n, heads), region)
+            return _as_given(given, *place, region)
         found.append(region)
-    return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, every, heads)))
+    return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, len(found), heads)))
 
 
 def _matrix(given: Source, b: int, h: int, max_slices: int, tell: Progress) -> Region | str:

@@ -14,32 +14,32 @@ from attnkit.masks.causal import Causal
 __all__ = ["Columns", "Prefix", "PrefixLM", "Rows"]
 
 
-def _check_span(owner: str, start: int, stop: int | None) -> None:
-    check_int(f"{owner} start", start, 0)
-    if stop is not None:
-        check_int(f"{owner} stop", stop, 0)
-        if stop <= start:
-            raise CompositionError(
-                f"{owner}({start}, {stop}) is empty; it keeps start <= index < stop"
-            )
+@dataclass(frozen=True, repr=False, eq=False)
+class _Range(Mask):
+    start: int
+    stop: int | None = None
+    anchored = False
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_int(f"{owner} start", self.start, 0)
+        if self.stop is not None:
+            check_int(f"{owner} stop", self.stop, 0)
+            if self.stop <= self.start:
+                raise CompositionError(
+                    f"{owner}({self.start}, {self.stop}) is empty; it keeps start <= index < stop"
+                )
 
 
 @MASKS.register("columns")
 @dataclass(frozen=True, repr=False, eq=False)
-class Columns(Mask):
+class Columns(_Range):
     """A range of keys, for every query: ``start <= j < stop``; stop None = to the end.
 
     >>> print(Columns(1, 3).show(2, 4))
     .##.
     .##.
     """
-
-    start: int
-    stop: int | None = None
-    anchored = False
-
-    def __post_init__(self) -> None:
-        _check_span("Columns", self.start, self.stop)
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         stop = kv_len if self.stop is None else min(self.stop, kv_len)
@@ -48,20 +48,13 @@ class Columns(Mask):
 
 @MASKS.register("rows")
 @dataclass(frozen=True, repr=False, eq=False)
-class Rows(Mask):
+class Rows(_Range):
     """A range of queries, with every key: ``start <= i < stop``; stop None = to the end.
 
     >>> print(Rows(0, 1).show(2, 3))
     ###
     ...
     """
-
-    start: int
-    stop: int | None = None
-    anchored = False
-
-    def __post_init__(self) -> None:
-        _check_span("Rows", self.start, self.stop)
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         stop = q_len if self.stop is None else min(self.stop, q_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -71,8 +71,12 @@ def source_of(
     check_int("recover q_offset", q_offset, 0)
     if not isinstance(source, Mask) and callable(source) and not isinstance(source, torch.Tensor):
         lengths = _needed("a function", q_len, kv_len)
-        function = _function(source, *lengths, keep, batch, heads, q_offset, device)
-        return Source(function, *lengths, _cells_read(*lengths, keep), device=device)
+        function = cast(MaskFunction, source)
+        if all(lengths):
+            _check_uses(function, batch, heads, device)
+        mask: Mask = Predicate(function, batch, heads)
+        mask = mask[q_offset:, :] if q_offset else mask
+        return Source(mask if keep else ~mask, *lengths, _cells_read(*lengths, keep), device=device)
     if batch is not None or heads is not None or q_offset:
         raise CompositionError(
             f"recover got {describe(source)} with batch, heads or q_offset; these belong to a "
@@ -176,25 +180,6 @@ def _flat(values: Sequence[Any]) -> list[Any]:
     for value in values:
         out += _flat(value) if isinstance(value, tuple | list) else [value]
     return out
-
-
-def _function(
-    fn: Callable[..., Any],
-    q_len: int,
-    kv_len: int,
-    keep: bool,
-    batch: int | None,
-    heads: int | None,
-    q_offset: int,
-    device: torch.device | str | None,
-) -> Mask:
-    function = cast(MaskFunction, fn)
-    if q_len and kv_len:
-        _check_uses(function, batch, heads, device)
-    mask: Mask = Predicate(function, batch, heads)
-    if q_offset:
-        mask = mask[q_offset:, :]
-    return mask if keep else ~mask
 
 
 def _check_uses(

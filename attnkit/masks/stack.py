@@ -65,11 +65,11 @@ def compose(first: Region, second: Region) -> Region:
     found: set[Slice] = set()
     for a in first.slices:
         low, high = bisect_right(starts, a.j0 - tallest), bisect_left(starts, a.j1)
-        found.update(_joined(a, b) for b in below[low:high])
+        found.update(_through_the_middle(a, b) for b in below[low:high])
     return Region.of(*(part for part in found if part))
 
 
-def _joined(a: Slice, b: Slice) -> Slice:
+def _through_the_middle(a: Slice, b: Slice) -> Slice:
     """Eliminate the middle index: every lower bound of it is at most every upper one."""
     j0, j1 = max(a.j0, b.i0), min(a.j1, b.i1)
     if j0 >= j1:
@@ -127,7 +127,9 @@ by themselves: 1
     findings = [
         *_ahead(report, layers, keys),
         *_leaking(masks, reaches, q_len, keys),
-        *_short(report, Region.union(dict.fromkeys(chain.from_iterable(layers))), len(masks), keys),
+        *_short_sighted(
+            report, Region.union(dict.fromkeys(chain.from_iterable(layers))), len(masks), keys
+        ),
     ]
     if not report.exact:
         findings.append(_bounded(masks, q_len, keys))
@@ -214,7 +216,7 @@ def _leaking(
                 break
 
 
-def _short(report: StackReport, step: Region, depth: int, length: int) -> Iterator[Finding]:
+def _short_sighted(report: StackReport, step: Region, depth: int, length: int) -> Iterator[Finding]:
     hull = compose(report.reach, step).bounds
     # What stops at the border of a document does so by intent: no layer more would see further.
     if hull is not None and -hull.lo > report.lookback:
