@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import is_dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clip
 
 __all__ = [
     "FLOATS",
+    "Align",
     "IntsLike",
     "LengthsLike",
+    "anchor",
     "check_align",
     "check_bool",
     "check_choice",
@@ -35,11 +38,14 @@ __all__ = [
     "check_readable",
     "check_tensor",
     "describe",
+    "full_text",
     "holds_integers",
     "odd_kind",
     "short",
     "tokens",
 ]
+
+Align = Literal["bottom_right", "top_left"]
 
 IntsLike = Sequence[int] | Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
 LengthsLike = IntsLike | Sequence[IntsLike]  # the same, for every batch element or for each
@@ -173,6 +179,11 @@ give (start, stop) with 0 <= start <= stop <= the extent
             "(start, stop) with 0 <= start <= stop <= the extent"
         )
     return known
+
+
+def anchor(align: Align, q_len: int, kv_len: int) -> int:
+    """Return the key position that query 0 is at: 0, or kv_len - q_len."""
+    return 0 if align == "top_left" else kv_len - q_len
 
 
 # -- lists of integers -------------------------------------------------------------------
@@ -357,6 +368,14 @@ def short(value: Any) -> str:
             return f"({', '.join(items)}, ... {len(value)} in all)"
         return f"({', '.join(items)}{',' * (len(value) == 1)})"
     return shown(value) if isinstance(value, str | int) else repr(value)
+
+
+def full_text(value: Any) -> str:
+    """Return the text that `masks.parse` reads back, whole."""
+    if isinstance(value, tuple):
+        return f"({', '.join(full_text(item) for item in value)}{',' * (len(value) == 1)})"
+    # What is made of such values has a text that is whole, and a repr that may be cut.
+    return str(value) if is_dataclass(value) else repr(value)
 
 
 def describe(value: object) -> str:

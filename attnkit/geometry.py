@@ -32,6 +32,7 @@ from attnkit.strips import (
     Canonical,
     Strip,
     advance,
+    close_bounds,
     combine,
     strip_area,
     union_all,
@@ -88,7 +89,7 @@ class Slice:
                     "ints" + (", or None for no bound" if name in ("lo", "hi") else "")
                 )
         # A frozen instance takes its values through its dict.
-        self.__dict__.update(zip(_BOUNDS, _close(*given), strict=True))
+        self.__dict__.update(zip(_BOUNDS, close_bounds(*given), strict=True))
 
     def __bool__(self) -> bool:
         return self.i1 > self.i0
@@ -139,22 +140,6 @@ class Slice:
     def is_rectangle(self) -> bool:
         """Whether neither diagonal takes a corner off the rectangle."""
         return self.lo == self.j0 - self.i1 + 1 and self.hi == self.j1 - 1 - self.i0
-
-
-def _close(
-    i0: int, i1: int, j0: int, j1: int, lo: int | None, hi: int | None
-) -> tuple[int, int, int, int, int, int]:
-    """Tighten every bound; an empty set becomes all zeros (with hi = -1)."""
-    if i0 >= i1 or j0 >= j1:
-        return (0, 0, 0, 0, 0, -1)
-    lo = j0 - i1 + 1 if lo is None else max(lo, j0 - i1 + 1)
-    hi = j1 - 1 - i0 if hi is None else min(hi, j1 - 1 - i0)
-    if lo > hi:
-        return (0, 0, 0, 0, 0, -1)
-    i0, i1 = max(i0, j0 - hi), min(i1, j1 - lo)
-    j0, j1 = max(j0, i0 + lo), min(j1, i1 + hi)
-    # With both diagonals met by the rectangle, one more pass over them closes the system.
-    return (i0, i1, j0, j1, max(lo, j0 - i1 + 1), min(hi, j1 - 1 - i0))
 
 
 _EMPTY_SLICE = Slice(0, 0, 0, 0)
@@ -341,8 +326,7 @@ class Region:
     @property
     def bounds(self) -> Slice | None:
         """The smallest slice that holds the region; None when it is empty."""
-        parts = self.slices
-        if not parts:
+        if not (parts := self.slices):
             return None
         return Slice(
             min(s.i0 for s in parts),

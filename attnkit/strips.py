@@ -31,6 +31,22 @@ def advance(runs: tuple[Run, ...], rows: int) -> tuple[Run, ...]:
     return tuple((a + da * rows, da, b + db * rows, db) for a, da, b, db in runs)
 
 
+def close_bounds(
+    i0: int, i1: int, j0: int, j1: int, lo: int | None, hi: int | None
+) -> tuple[int, int, int, int, int, int]:
+    """Tighten every bound of a slice; an empty one becomes all zeros (with hi = -1)."""
+    if i0 >= i1 or j0 >= j1:
+        return (0, 0, 0, 0, 0, -1)
+    lo = j0 - i1 + 1 if lo is None else max(lo, j0 - i1 + 1)
+    hi = j1 - 1 - i0 if hi is None else min(hi, j1 - 1 - i0)
+    if lo > hi:
+        return (0, 0, 0, 0, 0, -1)
+    i0, i1 = max(i0, j0 - hi), min(i1, j1 - lo)
+    j0, j1 = max(j0, i0 + lo), min(j1, i1 + hi)
+    # With both diagonals met by the rectangle, one more pass over them closes the system.
+    return (i0, i1, j0, j1, max(lo, j0 - i1 + 1), min(hi, j1 - 1 - i0))
+
+
 def strip_area(strip: Strip) -> int:
     """Return the number of cells of a strip."""
     n = strip.i1 - strip.i0

@@ -8,7 +8,7 @@ from attnkit.masks.cut import Cut
 from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
-from attnkit.masks.lint import Finding
+from attnkit.masks.finding import Finding
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead

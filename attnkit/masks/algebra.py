@@ -18,9 +18,9 @@ from attnkit.masks.base import (
     Enclosure,
     Mask,
     Rectangle,
-    refuse_operand,
 )
 from attnkit.masks.composite import Agreement, Composite
+from attnkit.masks.operators import refuse_operand
 
 __all__ = ["And", "Not", "Or"]
 

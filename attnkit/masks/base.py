@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Hashable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
 from attnkit.arguments import (
+    Align,
+    anchor,
+    check_align,
     check_device,
     check_int,
-    describe,
+    full_text,
     short,
 )
 from attnkit.eager import MASK_IN_GRAPH, untraced
@@ -22,16 +25,16 @@ from attnkit.errors import CompositionError, CompositionTypeError, clipped, show
 from attnkit.geometry import Region
 from attnkit.masks import picture
 from attnkit.masks.cells import Enclosure, Rectangle, paint
+from attnkit.masks.operators import MASKS, Operators
 from attnkit.masks.picture import Picture
 from attnkit.masks.trace import cells_of, row_blocks
-from attnkit.registry import Registry
 from attnkit.textform import arguments_text, check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
-    from attnkit.masks.lint import Finding
+    from attnkit.masks.finding import Finding
 
 __all__ = [
     "MASKS",
@@ -41,17 +44,15 @@ __all__ = [
     "Mask",
     "Rectangle",
     "anchor",
+    "check_align",
     "check_int",
-    "refuse_operand",
 ]
-
-Align = Literal["bottom_right", "top_left"]
 
 LONGEST_REPR = 1000
 """Characters that ``repr(mask)`` takes, at most; ``str(mask)`` is whole."""
 
 
-class Mask(ABC):
+class Mask(Operators, ABC):
     """A set of allowed (query, key) cells; True means allowed, everywhere in attnkit.
 
     Masks are values: they compare, hash, print as text that `masks.parse` reads back, and
@@ -86,9 +87,6 @@ class Mask(ABC):
     """
 
     kind: ClassVar[str]
-    # A mask has no end to iterate to; numpy leaves ``array & mask`` to `__rand__`, which explains.
-    __iter__: ClassVar[None] = None
-    __array_ufunc__: ClassVar[None] = None
 
     # A tracer would hand a half-made object to the planner, whose fields still have the defaults
     # of their class.
@@ -380,136 +378,13 @@ class Mask(ABC):
         # What is cached stays behind: another process hashes strings differently.
         return {item.name: getattr(self, item.name) for item in fields(cast(Any, self))}
 
-    # -- algebra -------------------------------------------------------------------------
-
-    def __and__(self, other: Mask) -> Mask:
-        return _algebra("and", self, other)
-
-    def __or__(self, other: Mask) -> Mask:
-        return _algebra("or", self, other)
-
-    def __invert__(self) -> Mask:
-        return MASKS["not"](self)
-
-    def __sub__(self, other: Mask) -> Mask:
-        return self & ~other if isinstance(other, Mask) else refuse_operand(other)
-
-    def __rand__(self, other: object) -> NoReturn:
-        refuse_operand(other)
-
-    __ror__ = __rsub__ = __rand__
-
-    def __getitem__(self, index: tuple[slice, slice]) -> Mask:
-        if (
-            not isinstance(index, tuple)
-            or len(index) != 2
-            or not all(isinstance(part, slice) and part.step in (None, 1) for part in index)
-        ):
-            raise CompositionTypeError(
-                f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{shown(index)}]"
-            )
-        rows, keys = index
-        for end in (rows.start, rows.stop, keys.start, keys.stop):
-            if type(end) is int and end < 0:
-                raise CompositionError(
-                    f"a mask is cut from its first row and key on, got mask[{shown(rows)}, "
-                    f"{shown(keys)}] with {shown(end)}; it knows no last one to count from, so "
-                    f"write q_len - {shown(-end)} or kv_len - {shown(-end)}"
-                )
-        first, other = (0 if part.start is None else part.start for part in (rows, keys))
-        return MASKS["cut"](self, (first, rows.stop), (other, keys.stop))
-
-    def cut(
-        self,
-        q_range: tuple[int, int | None],
-        kv_range: tuple[int, int | None],
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Mask:
-        """Return the part of the mask inside a rectangle, renumbered from its corner.
-
-        `q_len` and `kv_len` are the lengths of the whole score matrix; a mask that is anchored
-        bottom-right needs them unless the ranges run to the end.
-        """
-        return MASKS["cut"](self, q_range, kv_range, q_len, kv_len)
-
-    def __bool__(self) -> bool:
-        raise CompositionTypeError(
-            f"the truth value of {self!r} is ambiguous: use `&`, `|`, `~` to combine masks, "
-            "not `and`, `or`, `not`"
-        )
-
     # -- text ----------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({arguments_text(self, _full_text)})"
+        return f"{type(self).__name__}({arguments_text(self, full_text)})"
 
     def __repr__(self) -> str:
         return clipped(f"{type(self).__name__}({arguments_text(self, short)})", LONGEST_REPR)
-
-
-class MaskRegistry(Registry[type[Mask]]):
-    """The mask families, by the name that a config gives them."""
-
-    def add(self, name: str, entry: type[Mask]) -> type[Mask]:
-        """Register a family; its class name must be free too, for `masks.parse`."""
-        _check_family(entry)
-        for known, family in self._entries.items():
-            if family.__name__ == entry.__name__ and known != name:
-                raise CompositionError(
-                    f"a mask family named {entry.__name__} is registered already, as {known!r}; "
-                    "choose another class name, for masks.parse tells families apart by it"
-                )
-        super().add(name, entry)
-        entry.kind = name
-        return entry
-
-
-def _check_family(entry: object) -> None:
-    family = isinstance(entry, type) and issubclass(entry, Mask)
-    if not family or not is_dataclass(entry):
-        raise CompositionTypeError(
-            f"{shown(entry)} is no mask family; one is a frozen dataclass that derives from "
-            "masks.Mask (put @dataclass(frozen=True) below @masks.register)"
-        )
-    if vars(entry).get("__hash__", True) is None:
-        raise CompositionTypeError(
-            f"{shown(entry)} has no hash, and masks are values: declare it with "
-            "@dataclass(frozen=True)"
-        )
-
-
-MASKS = MaskRegistry("mask", "attnkit.masks")
-
-
-def _algebra(kind: str, *parts: Mask) -> Mask:
-    # The algebra is made of masks, so it is found by its name here below it.
-    family: Any = MASKS[kind]
-    joined: Mask = family.of(*parts)
-    return joined
-
-
-def refuse_operand(other: object) -> NoReturn:
-    """Raise the error for ``mask & other`` where `other` is no mask."""
-    raise CompositionTypeError(
-        f"cannot combine a mask with {describe(other)}; both sides of &, | and - are masks (wrap "
-        "a boolean tensor: masks.Dense.keep(t) or masks.Dense.drop(t))"
-    )
-
-
-def _full_text(value: Any) -> str:
-    """Return the text that `masks.parse` reads back, whole."""
-    if isinstance(value, Mask):
-        return str(value)
-    if isinstance(value, tuple):
-        return f"({', '.join(_full_text(item) for item in value)}{',' * (len(value) == 1)})"
-    return repr(value)
-
-
-def anchor(align: Align, q_len: int, kv_len: int) -> int:
-    """Return the key position that query 0 stands at: 0, or kv_len - q_len."""
-    return 0 if align == "top_left" else kv_len - q_len
 
 
 @MASKS.register("full")

@@ -8,66 +8,29 @@ checked, and a finding says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import accumulate
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
 
 from attnkit.geometry import Region, Slice
-from attnkit.masks.algebra import And, Not, _Joined
-from attnkit.masks.base import Enclosure, Full, Mask
+from attnkit.masks.algebra import And, Not
+from attnkit.masks.base import Full, Mask
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.composite import Composite, leaves
 from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
+from attnkit.masks.finding import Finding, counted, ranges
+from attnkit.masks.needless import Path, needless_parts, without_part
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.slices import Slices
 from attnkit.masks.trace import mask_rows, row_blocks
 
-__all__ = ["Finding", "lint", "positive_leaves", "ranges"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about a mask that its author may not have meant.
-
-    `code` is stable and meant for programs, `message` says what is so, `remedy` what to write.
-    Codes of `Mask.lint`:
-
-    - ``empty-rows``: queries that see no key
-    - ``unseen-keys``: keys that no query sees (those that a part which is one range of keys, as
-      `Padding` and `Columns` are, rules out aside)
-    - ``window-exceeds-sequence``: a window, band, chunk or block that cuts nothing off
-    - ``documents-leak``: queries that see keys of another document
-    - ``documents-share-positions``: beside documents of unequal lengths, a mask whose positions
-      count through the whole score matrix
-    - ``sees-the-future``: cells that look ahead, in a mask that has a causal part
-    - ``part-changes-nothing``: a part whose removal leaves the mask as it is (sought in masks of
-      up to 1,000 parts)
-    - ``equals-a-named-mask``: a dense mask, slices or a function that is a named composition
-    - ``not-a-region``: the mask is no union of slices, so some checks were not made
-
-    Codes of `masks.lint_stack`: ``stack-sees-the-future``, ``stack-documents-leak``,
-    ``stack-is-short-sighted``, ``stack-is-bounded``.
-
-    >>> from attnkit import masks
-    >>> (found,) = masks.SlidingWindow(9).lint(4, 4)
-    >>> found.code, found.remedy
-    ('window-exceeds-sequence', 'write Causal(), or a smaller size if a limit was meant')
-    """
-
-    code: str
-    message: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.message}; {self.remedy} [{self.code}]"
+__all__ = ["lint", "positive_leaves"]
 
 
 class _View(NamedTuple):
@@ -127,16 +90,6 @@ def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
         for per_head in [found.regions[min(b, len(found.regions) - 1)]]
     }
     return view._replace(regions=regions, found=found)
-
-
-def ranges(spans: Iterable[tuple[int, int]]) -> str:
-    """Return ranges ``(start, stop)`` in words, the first few of them.
-
-    >>> ranges([(0, 1), (4, 8)])
-    '0, 4 to 7'
-    """
-    told = [str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in spans]
-    return ", ".join(told[:4]) + (f", ... {len(told)} ranges in all" if len(told) > 4 else "")
 
 
 def _no_region(view: _View) -> Finding:
@@ -336,7 +289,7 @@ def _leaks(view: _View) -> Iterator[Finding]:
         ]
         yield Finding(
             "documents-leak",
-            f"{view.mask!r} connects documents of {part!r}: {_number(beyond.area, 'cell')} "
+            f"{view.mask!r} connects documents of {part!r}: {counted(beyond.area, 'cell')} "
             f"between two of them{view.where([(b, h)])}, the first at query {i} ({ends[0]}) and "
             f"key {j} ({ends[1]})",
             "put the documents around everything, documents & (a | b); keep it if those keys are "
@@ -389,15 +342,11 @@ def _first_difference(view: _View, documents: Documents, part: Mask) -> str | No
             cut = beside.outer.cut(*place)
             if beside.exact and cut != inside.outer:
                 return (
-                    f"document {number} of {rows} x {keys} has {_number(cut.area, 'cell')} of it "
+                    f"document {number} of {rows} x {keys} has {counted(cut.area, 'cell')} of it "
                     f"and not {inside.outer.area}"
                 )
             at = place[0][1], place[1][1]
     return None
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _document(documents: Documents, batch: int, index: int, axis: int) -> str:
@@ -415,20 +364,15 @@ def _future(view: _View) -> Iterator[Finding]:
         yield Finding(
             "sees-the-future",
             f"{view.mask!r} has the causal part {part!r} and still allows "
-            f"{_number(ahead.area, 'cell')} ahead of the query{view.where([plane])}: query {i} "
+            f"{counted(ahead.area, 'cell')} ahead of the query{view.where([plane])}: query {i} "
             f"sees key {j}",
             f"{part!r} & (...) keeps all of it causal; with a prefix that is meant to be seen "
             "whole, compute no next-token loss on its positions",
         )
 
 
-# -- redundancy ----------------------------------------------------------------------------
-
-
 # Looking at what a mask is without each of its parts costs their number times their slices.
 _MANY_PARTS = 1000
-
-Path = tuple[int, ...]
 
 
 def _redundant(view: _View, known: set[Mask]) -> Iterator[Finding]:
@@ -437,13 +381,11 @@ def _redundant(view: _View, known: set[Mask]) -> Iterator[Finding]:
     regions = cast(dict[tuple[int, int], Region], view.regions)
     needless: dict[Path, None] | None = None
     for plane, region in regions.items():
-        found = dict.fromkeys(
-            _needless(view.mask, (view.q_len, view.kv_len, *plane), _as_it_is, region)
-        )
+        found = dict.fromkeys(needless_parts(view.mask, (view.q_len, view.kv_len, *plane), region))
         needless = found if needless is None else {p: None for p in needless if p in found}
     told: set[Mask] = set()
     for path in needless or ():
-        part, shorter = _without(view.mask, path)
+        part, shorter = without_part(view.mask, path)
         if part in known or part in told:
             continue
         told.add(part)
@@ -452,55 +394,3 @@ def _redundant(view: _View, known: set[Mask]) -> Iterator[Finding]:
             f"{part!r} changes nothing in {view.mask!r} at {view.q_len} x {view.kv_len}",
             f"{shorter!r} has the same cells; look for a bracket or a sign if it should differ",
         )
-
-
-def _needless(
-    mask: Mask,
-    plane: tuple[int, int, int, int],
-    around: Callable[[Enclosure], Enclosure],
-    target: Region,
-    path: Path = (),
-) -> Iterator[Path]:
-    """Yield the path to each part of intersections and unions that may as well not be there.
-
-    `around` makes the cells of the whole of those of this mask.
-    """
-    if isinstance(mask, Not):
-        flip = partial(mask.flipped, q_len=plane[0], kv_len=plane[1])
-        yield from _needless(mask.part, plane, _after(around, flip), target, (*path, 0))
-    elif isinstance(mask, _Joined):
-        each = [part.enclosure(*plane) for part in mask.parts]
-        before = list(accumulate(each, mask.met))
-        after = list(accumulate(each[::-1], mask.met))[::-1]
-        for k, part in enumerate(mask.parts):
-            beside = [*before[k - 1 : k], *after[k + 1 : k + 2]] if k else [after[1]]
-            rest = reduce(mask.met, beside)
-            found = around(rest)
-            if found.exact and found.inner == target:
-                yield (*path, k)
-            beside_rest = partial(mask.met, rest)
-            yield from _needless(part, plane, _after(around, beside_rest), target, (*path, k))
-
-
-def _as_it_is(bounds: Enclosure) -> Enclosure:
-    return bounds
-
-
-def _after(
-    outer: Callable[[Enclosure], Enclosure], inner: Callable[[Enclosure], Enclosure]
-) -> Callable[[Enclosure], Enclosure]:
-    return lambda bounds: outer(inner(bounds))
-
-
-def _without(mask: Mask, path: Path) -> tuple[Mask, Mask]:
-    """Return the part at a path, and the mask without it."""
-    k, *rest = path
-    if isinstance(mask, Not):
-        part, shorter = _without(mask.part, tuple(rest))
-        return part, ~shorter
-    joined = cast(_Joined, mask)
-    before, after = joined.parts[:k], joined.parts[k + 1 :]
-    if not rest:
-        return joined.parts[k], type(joined).of(*before, *after)
-    part, shorter = _without(joined.parts[k], tuple(rest))
-    return part, type(joined).of(*before, shorter, *after)

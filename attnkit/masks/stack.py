@@ -22,7 +22,8 @@ from attnkit.geometry import Region, Slice
 from attnkit.masks.base import Mask
 from attnkit.masks.composite import agree
 from attnkit.masks.documents import Documents
-from attnkit.masks.lint import Finding, positive_leaves
+from attnkit.masks.finding import Finding
+from attnkit.masks.lint import positive_leaves
 
 __all__ = ["StackReport", "compose", "lint_stack"]
 

@@ -1,0 +1,130 @@
+"""The operators of masks, and the registry where they find the families of what they make."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, ClassVar, NoReturn
+
+from attnkit.arguments import describe
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.registry import Registry
+
+if TYPE_CHECKING:
+    from attnkit.masks.base import Mask
+
+__all__ = ["MASKS", "MaskRegistry", "Operators", "refuse_operand"]
+
+
+class MaskRegistry(Registry["type[Mask]"]):
+    """The mask families, by the name that a config gives them."""
+
+    def add(self, name: str, entry: type[Mask]) -> type[Mask]:
+        """Register a family; its class name must be free too, for `masks.parse`."""
+        _check_family(entry)
+        for known, family in self._entries.items():
+            if family.__name__ == entry.__name__ and known != name:
+                raise CompositionError(
+                    f"a mask family named {entry.__name__} is registered already, as {known!r}; "
+                    "choose another class name, for masks.parse tells families apart by it"
+                )
+        super().add(name, entry)
+        entry.kind = name
+        return entry
+
+
+def _check_family(entry: object) -> None:
+    family = isinstance(entry, type) and issubclass(entry, Operators)
+    if not family or not is_dataclass(entry):
+        raise CompositionTypeError(
+            f"{shown(entry)} is no mask family; one is a frozen dataclass that derives from "
+            "masks.Mask (put @dataclass(frozen=True) below @masks.register)"
+        )
+    if vars(entry).get("__hash__", True) is None:
+        raise CompositionTypeError(
+            f"{shown(entry)} has no hash, and masks are values: declare it with "
+            "@dataclass(frozen=True)"
+        )
+
+
+MASKS = MaskRegistry("mask", "attnkit.masks")
+
+
+def _node(kind: str, *given: object) -> Mask:
+    """Make a mask of masks; its family, above this file, is found by its name."""
+    family = MASKS[kind]
+    node: Mask = getattr(family, "of", family)(*given)
+    return node
+
+
+def refuse_operand(other: object) -> NoReturn:
+    """Raise the error for ``mask & other`` where `other` is no mask."""
+    raise CompositionTypeError(
+        f"cannot combine a mask with {describe(other)}; both sides of &, | and - are masks (wrap "
+        "a boolean tensor: masks.Dense.keep(t) or masks.Dense.drop(t))"
+    )
+
+
+class Operators:
+    """What a mask is combined by: ``&``, ``|``, ``~``, ``-`` and ``[a:b, c:d]``."""
+
+    # A mask has no end to iterate to; numpy leaves ``array & mask`` to `__rand__`, which explains.
+    __iter__: ClassVar[None] = None
+    __array_ufunc__: ClassVar[None] = None
+
+    def __and__(self, other: Mask) -> Mask:
+        return _node("and", self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return _node("or", self, other)
+
+    def __invert__(self) -> Mask:
+        return _node("not", self)
+
+    def __sub__(self, other: Mask) -> Mask:
+        return self & ~other if isinstance(other, Operators) else refuse_operand(other)
+
+    def __rand__(self, other: object) -> NoReturn:
+        refuse_operand(other)
+
+    __ror__ = __rsub__ = __rand__
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Mask:
+        if (
+            not isinstance(index, tuple)
+            or len(index) != 2
+            or not all(isinstance(part, slice) and part.step in (None, 1) for part in index)
+        ):
+            raise CompositionTypeError(
+                f"a mask is cut by two slices without a step, mask[a:b, c:d]; got [{shown(index)}]"
+            )
+        rows, keys = index
+        for end in (rows.start, rows.stop, keys.start, keys.stop):
+            if type(end) is int and end < 0:
+                raise CompositionError(
+                    f"a mask is cut from its first row and key on, got mask[{shown(rows)}, "
+                    f"{shown(keys)}] with {shown(end)}; it knows no last one to count from, so "
+                    f"write q_len - {shown(-end)} or kv_len - {shown(-end)}"
+                )
+        first, other = (0 if part.start is None else part.start for part in (rows, keys))
+        return _node("cut", self, (first, rows.stop), (other, keys.stop))
+
+    def cut(
+        self,
+        q_range: tuple[int, int | None],
+        kv_range: tuple[int, int | None],
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Mask:
+        """Return the part of the mask inside a rectangle, renumbered from its corner.
+
+        `q_len` and `kv_len` are the lengths of the whole score matrix; a mask that is anchored
+        bottom-right needs them unless the ranges run to the end.
+        """
+        return _node("cut", self, q_range, kv_range, q_len, kv_len)
+
+    def __bool__(self) -> bool:
+        raise CompositionTypeError(
+            f"the truth value of {self!r} is ambiguous: use `&`, `|`, `~` to combine masks, "
+            "not `and`, `or`, `not`"
+        )
