@@ -392,7 +392,8 @@ give it one per query head
         >>> pse.ALiBi(2).key() == pse.ALiBi(2).key()
         True
         """
-        return (type(self), *map(_key, self._fields))
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return (kind, *map(_key, self._fields))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pse) or type(other) is not type(self):

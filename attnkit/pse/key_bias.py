@@ -35,6 +35,7 @@ class KeyBias(TensorBias):
     Source: the position-independent term ``v . k_j`` of Dai et al., "Transformer-XL" (ACL
     2019), as a free parameter.
 
+    >>> import torch
     >>> bias = KeyBias(torch.tensor([0.0, 1.0, 2.0]))
     >>> bias
     KeyBias(float32[3])

@@ -12,7 +12,7 @@ import attnkit as ak
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS, register
 from attnkit.backends.tiled.bias import bind
-from attnkit.backends.tiled.terms import Diagonals, Given
+from attnkit.backends.tiled.terms import Diagonals, Stored
 from attnkit.cache import KVCache
 from attnkit.planner import Composition, read_request
 from tests.backends.flex.eager import EagerFlex
@@ -111,10 +111,10 @@ def test_the_planner_reads_structure() -> None:
 def test_tiles_read_structure() -> None:
     given = leaves()
     for family, form, size in (
-        (Waves, Given, HEADS * KV * KV),
+        (Waves, Stored, HEADS * KV * KV),
         (Recency, Diagonals, 2 * KV - 1),
         (Steep, Diagonals, HEADS * (2 * KV - 1)),
-        (Loud, Given, BATCH * KV),
+        (Loud, Stored, BATCH * KV),
     ):
         bias = family()
         composed = Composition(CAUSAL, bias, "BSND", None, 0.0, None)

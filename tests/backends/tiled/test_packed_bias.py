@@ -334,7 +334,7 @@ def turned(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("place", "function", "seen"),
     [
-        (pse.Pse, "diagonals", "out"),
+        (pse.ByDistance, "diagonals", "out"),
         (terms, "_sums_of_diagonals", "dbias 0"),
     ],
 )
