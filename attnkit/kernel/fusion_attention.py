@@ -369,8 +369,8 @@ def fusion_attention_grad(
             f"{call.numels} dropout decisions. Pass the seed, offset and numels it returned",
             ["grad-numels"],
         )
-    left = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "attention_in": attention_in}
-    left["dy"] = dy
+    stats = {"softmax_max": softmax_max, "softmax_sum": softmax_sum}
+    left = {"dy": dy, **stats, "attention_in": attention_in}
     if query.device.type == "npu":
         return launch_grad(call, tensors, {**left, **seeds, "softmax_in": softmax_in})
     seeded = replace(call, seed=seeds["seed"], offset=seeds["offset"])
