@@ -13,7 +13,9 @@ from attnkit.cache import KVCache
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
+from attnkit.masks.parse import as_mask
 from attnkit.pse import Pse
+from attnkit.pse.parse import as_pse
 from attnkit.rotary import Dynamic, Rotary
 
 __all__ = ["LayerInputs", "check_tokens"]
@@ -40,21 +42,17 @@ class LayerInputs(NamedTuple):
         """Whether keys are those of another text than the queries."""
         return self.context is not None or (self.cache is not None and self.cache.sealed)
 
-    def check_types(self) -> None:
-        """Raise for a mask, a bias or a cache that is something else."""
-        if not isinstance(self.mask, Mask | None):
-            raise CompositionTypeError(
-                f"mask={shown(self.mask)}; give a mask (a boolean tensor is masks.Dense.keep(t) or "
-                ".drop(t))"
-            )
-        if not isinstance(self.pse, Pse | None):
-            raise CompositionTypeError(
-                f"pse={shown(self.pse)}; give a bias (a tensor of numbers is pse.Dense(t))"
-            )
+    def read(self) -> LayerInputs:
+        """Return the same with a mask and a bias for what may be their texts.
+
+        Raises for what is neither, and for a cache that is something else.
+        """
         if not isinstance(self.cache, KVCache | None):
             raise CompositionTypeError(
                 f"cache={shown(self.cache)}; give a KVCache(), one per layer"
             )
+        mask = None if self.mask is None else as_mask(self.mask)
+        return self._replace(mask=mask, pse=as_pse(self.pse))
 
     def check_forms(self) -> None:
         """Raise unless tokens, lengths and cache are of one form, dense or packed."""

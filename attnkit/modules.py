@@ -214,7 +214,7 @@ class MultiHeadAttention(nn.Module):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions)
+        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions).read()
         self._check(given)
         if cache is None:
             found = self._attend(given)
@@ -248,13 +248,13 @@ class MultiHeadAttention(nn.Module):
         >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
         4
         """
-        given = LayerInputs(x, context, mask, pse, seqlens)
+        given = LayerInputs(x, context, mask, pse, seqlens).read()
         self._check(given)
         query, key, value = (
             self._heads(which, tokens, computed_like)
             for which, tokens in (("q", x), ("k", given.source), ("v", given.source))
         )
-        asked, form = self._asked(mask, pse, seqlens)
+        asked, form = self._asked(given.mask, given.pse, seqlens)
         query, key, value = (_into(form, heads) for heads in (query, key, value))
         return self.attention._plan(asked, query, key, value, self.attention.sink, seqlens)
 
@@ -379,7 +379,6 @@ class MultiHeadAttention(nn.Module):
 
     def _check(self, given: LayerInputs) -> None:
         """Raise for what cannot be attended to, before anything is computed."""
-        given.check_types()
         check_tokens("x", given.x, self.dim, "dim", self.q_proj)
         if given.context is not None:
             check_tokens("context", given.context, self.kv_dim, "kv_dim", self.k_proj)

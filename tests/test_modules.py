@@ -149,6 +149,15 @@ def test_a_call_time_mask_is_intersected_and_a_bias_added():
     )
 
 
+def test_masks_and_biases_of_a_call_may_be_texts():
+    layer, x = build(mask=masks.Causal()), noise(2, 7, DIM)
+    meant = layer(x, mask=masks.Prefix(3), pse=pse.ALiBi(4))
+    assert torch.equal(layer(x, mask="Prefix(3)", pse="ALiBi(4)"), meant)
+    assert layer.plan(x, mask="Prefix(3)") == layer.plan(x, mask=masks.Prefix(3))
+    cache = KVCache()
+    assert torch.equal(decode(layer, x, [], cache, mask="Prefix(3)", pse="ALiBi(4)"), meant)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_reach_every_parameter_and_are_right(packed):
     weight = torch.nn.Parameter(noise(4, 3, 3))
@@ -406,7 +415,9 @@ X = noise(1, 3, DIM)
         (lambda: build(device="xpu:77"), ["device='xpu:77'", "not there"]),
         (lambda: call(X.to_sparse()), ["x is a sparse_coo tensor", "SeqLens"]),
         (lambda: call(torch.nested.nested_tensor([X[0], X[0]])), ["x is a nested tensor"]),
-        (lambda: call(X, mask="causal"), ["mask='causal'", "Dense.keep"]),
+        (lambda: call(X, mask="causal"), ["cannot read the mask 'causal'", "SlidingWindow"]),
+        (lambda: call(X, mask=masks.Causal), ["is the class", "mask=Causal(...)"]),
+        (lambda: call(X, mask=X > 0), ["mask=<tensor", "Dense.keep", "Padding.of"]),
         (lambda: call(X, pse=noise(3, 3)), ["pse=<tensor [3, 3]", "pse.Dense(t)"]),
         (lambda: call(X, pse=noise(3, 3), cache=KVCache()), ["pse=<tensor [3, 3]"]),
         (lambda: call(X, cache=True), ["cache=True", "KVCache()"]),
