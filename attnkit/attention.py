@@ -99,7 +99,7 @@ class Attention(nn.Module):
             scale = head_dim**-0.5
         whole = Full() if mask is None else mask
         composed = Composition(whole, pse, layout, scale, dropout, softcap)
-        self._composition = replace(composed, mask=interned(whole))
+        self._composition = replace(composed, mask=interned(composed.mask))
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
         self.backend = backend

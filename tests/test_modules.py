@@ -149,7 +149,8 @@ def test_a_call_time_mask_is_intersected_and_a_bias_added():
     )
 
 
-def test_masks_and_biases_of_a_call_may_be_texts():
+def test_masks_and_biases_may_be_texts():
+    assert build(mask="Causal()", pse="ALiBi(4)").attention.mask == masks.Causal()
     layer, x = build(mask=masks.Causal()), noise(2, 7, DIM)
     meant = layer(x, mask=masks.Prefix(3), pse=pse.ALiBi(4))
     assert torch.equal(layer(x, mask="Prefix(3)", pse="ALiBi(4)"), meant)
