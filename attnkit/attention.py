@@ -15,9 +15,11 @@ from attnkit.backends import BACKENDS, AttentionOutput
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
+from attnkit.masks.parse import as_mask
 from attnkit.planner import Composition, Plan
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
+from attnkit.pse.parse import as_pse
 
 __all__ = ["Attention", "attention", "plan"]
 
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         check_bool("sink", sink, note)
         if scale is None:
             scale = head_dim**-0.5
-        whole = Full() if mask is None else mask
+        whole = Full() if mask is None else as_mask(mask)
         composed = Composition(whole, pse, layout, scale, dropout, softcap)
         self._composition = replace(composed, mask=interned(composed.mask))
         _check_heads(self._composition, num_heads)
@@ -214,11 +216,10 @@ class Attention(nn.Module):
 
     def _asked(self, mask: Mask | None, pse: Pse | None) -> Asked:
         """Return what a call with this mask and bias asks for."""
-        _check_pse(pse)
         own = self._composition if is_tracing() else self.composition
         return Asked(
-            (own.mask, mask),
-            (own.pse, pse),
+            (own.mask, None if mask is None else as_mask(mask)),
+            (own.pse, as_pse(pse)),
             own.layout,
             own.scale,
             own.dropout,
@@ -307,14 +308,6 @@ def _check_backend_name(name: object) -> None:
 
 def _check_size(name: str, value: object) -> int:
     return check_int(name, value, 1, _LARGEST_SIZE)
-
-
-def _check_pse(pse: object) -> None:
-    if pse is not None and not isinstance(pse, Pse):
-        raise CompositionTypeError(
-            f"pse={shown(pse)} is a {type(pse).__name__}; it must be a bias of attnkit.pse (wrap "
-            "a tensor: pse.Dense(t))"
-        )
 
 
 def _register_tensors(module: nn.Module, pse: Pse | None) -> tuple[str, ...]:
@@ -428,11 +421,10 @@ def attention(
     >>> attention(x, x, x, mask=masks.Causal(), layout="BSH", num_heads=4).shape
     torch.Size([1, 16, 32])
     """
-    _check_pse(pse)
     _check_backend_name(backend)
     asked = Asked(
-        (mask, None),
-        (pse, None),
+        (None if mask is None else as_mask(mask), None),
+        (as_pse(pse), None),
         layout,
         scale,
         dropout,
@@ -471,11 +463,10 @@ def plan(
     >>> found.calls[0].sparse_mode, found.calls[0].pre_tokens
     (4, 255)
     """
-    _check_pse(pse)
     _check_backend_name(backend)
     asked = Asked(
-        (mask, None),
-        (pse, None),
+        (None if mask is None else as_mask(mask), None),
+        (as_pse(pse), None),
         layout,
         scale,
         dropout,

@@ -178,15 +178,9 @@ class _Reader:
         twice = [key for key, times in Counter(given).items() if times > 1]
         if twice:
             raise CompositionError(f"{name} got {shown(twice[0])} twice; say it once")
-        make = self.names[name]
-        known = list(inspect.signature(make).parameters)
-        wrong = [key for key in given if key not in known]
-        if wrong:
-            told = suggestion(wrong[0], known)
-            raise CompositionError(f"{name} has no argument {shown(wrong[0])}{told}")
         arguments = [self.read(argument) for argument in node.args]
         keywords = {k.arg: self.read(k.value) for k in node.keywords if k.arg is not None}
-        return make(*arguments, **keywords)
+        return self.names[name](*arguments, **keywords)
 
 
 def _source(node: ast.expr) -> str:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,17 @@ class Origin:
         >>> Origin("mask:\\n  kind: causal\\n  size: 3\\n", ("mask",)).place(("size",))
         'line 3, column 9'
         """
-        node = _nodes(self.text)
+        node = self._root
         for step in (*self.keys, *path):
             inside = _values(node)
             if step not in inside:
                 break
             node = inside[step]
         return "" if node is None else _line_and_column(self.text, node.start_mark.index)
+
+    @cached_property
+    def _root(self) -> Node | None:
+        return _nodes(self.text)
 
 
 def keys_of(at: str) -> Keys:
