@@ -201,6 +201,24 @@ def test_the_keys_are_the_arguments_of_the_module(
             assert item.is_required() or item.default == arguments[name].default
 
 
+def test_the_arguments_of_a_layer_of_today() -> None:
+    config = MultiHeadAttentionConfig.from_yaml(
+        "{dim: 32, num_heads: 4, v_head_dim: 4, bias: [q, k, v], qk_norm: rms, gate: head}"
+    )
+    layer = config.build()
+    assert [p.bias is not None for p in (layer.q_proj, layer.v_proj, layer.out_proj)] == [
+        True,
+        True,
+        False,
+    ]
+    assert layer.v_proj.out_features == 16
+    assert isinstance(layer.q_norm, torch.nn.RMSNorm)
+    assert layer.gate_proj.out_features == 4
+    assert MultiHeadAttentionConfig.from_yaml(config.to_yaml()) == config
+    with pytest.raises(ConfigError, match=r"bias.*\n  qk_norm: must be 'rms', 'layer' or"):
+        MultiHeadAttentionConfig(dim=32, num_heads=4, bias=["o"], qk_norm="l2")
+
+
 def test_yaml_is_1_2() -> None:
     text = "num_heads: 0o10\nhead_dim: 8\nscale: 1e-3\nmask: Causal()\n"
     config = AttentionConfig.from_yaml(text)

@@ -312,10 +312,21 @@ class MultiHeadAttentionConfig(_ModuleConfig):
     head_dim: Count | None = Field(
         default=None, description="extent of one head; none given means dim / num_heads"
     )
+    v_head_dim: Count | None = Field(
+        default=None, description="extent of one head of values; none given means head_dim"
+    )
     kv_dim: Count | None = Field(
         default=None, description="width of the context in cross-attention; none given means dim"
     )
-    bias: StrictBool = Field(default=False, description="whether the projections add a bias")
+    bias: StrictBool | tuple[Literal["q", "k", "v", "out", "gate"], ...] = Field(
+        default=False, description="whether the projections add a bias, or which of them do"
+    )
+    qk_norm: Literal["rms", "layer", "rms_whole"] | None = Field(
+        default=None, description="norm of the heads of queries and keys"
+    )
+    gate: Literal["head", "elementwise"] | None = Field(
+        default=None, description="what multiplies the output: a number per head, or per dimension"
+    )
     rotary: StrictBool | Annotated[Rotary, _ROTARY] = Field(
         default=False, description="rotary positions"
     )
