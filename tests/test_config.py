@@ -30,7 +30,7 @@ from attnkit.errors import AttnkitError, ConfigError
 from attnkit.geometry import Region, Slice
 from attnkit.layouts import BNSD, LAYOUTS, Layout
 from attnkit.modules import MultiHeadAttention
-from attnkit.rotary import Rotary
+from attnkit.rotary import Interpolation, Rotary, YaRN
 
 YAML_1_2 = YAML(typ="safe", pure=True)
 BASE = {"num_heads": 4, "head_dim": 8}
@@ -217,6 +217,34 @@ def test_the_arguments_of_a_layer_of_today() -> None:
     assert MultiHeadAttentionConfig.from_yaml(config.to_yaml()) == config
     with pytest.raises(ConfigError, match=r"bias.*\n  qk_norm: must be 'rms', 'layer' or"):
         MultiHeadAttentionConfig(dim=32, num_heads=4, bias=["o"], qk_norm="l2")
+
+
+def test_scalings_of_rotary_positions() -> None:
+    base = {"dim": 64, "num_heads": 1}
+    yarn = Rotary(1e6, scaling=YaRN(4.0, original_max_position_embeddings=32768))
+    for rotary in (
+        yarn,
+        Rotary(scaling=Interpolation(2.0)),
+        Rotary(rotary_dim=0.25),
+        Rotary(sections=(16, 8, 8)),
+    ):
+        config = MultiHeadAttentionConfig(**base, rotary=rotary)
+        assert MultiHeadAttentionConfig.from_yaml(config.to_yaml()) == config
+        assert MultiHeadAttentionConfig.model_validate_json(config.model_dump_json()) == config
+        assert config.build().rotary == rotary
+    scaling = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    given = base | {"rotary": {"base": 1e6, "scaling": scaling}}
+    assert MultiHeadAttentionConfig.model_validate(given).rotary == yarn
+    assert "YaRN" in MultiHeadAttentionConfig.model_json_schema()["$defs"]
+    for wrong, told in (
+        ({"kind": "yran"}, "kind: is not a registered scaling; did you mean 'yarn'"),
+        ({"kind": "linear", "factr": 2.0}, "factr: unknown key; did you mean 'factor'"),
+        ({"kind": "linear", "factor": "2"}, "factor: must be a number without quotes"),
+        ("linear", "is not a mapping such as {kind: linear"),
+    ):
+        with pytest.raises(ConfigError, match=r"rotary\.scaling") as caught:
+            MultiHeadAttentionConfig(**base, rotary={"scaling": wrong})
+        assert told in str(caught.value)
 
 
 def test_yaml_is_1_2() -> None:

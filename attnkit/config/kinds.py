@@ -23,13 +23,13 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
-    ValidationError,
     create_model,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, core_schema
 
 from attnkit.backends import BACKENDS
+from attnkit.config.problems import problem, problems_at
 from attnkit.config.text import check_size, parts_of_data
 from attnkit.errors import CompositionError, ConfigError
 from attnkit.layouts import LAYOUTS
@@ -39,6 +39,7 @@ from attnkit.masks import parse as parse_mask
 from attnkit.pse import PSE, Pse, Sum
 from attnkit.pse import parse as parse_pse
 from attnkit.registry import suggestion
+from attnkit.rotary import Dynamic, Interpolation, Llama3, Scaling, YaRN
 
 __all__ = [
     "BACKEND",
@@ -49,8 +50,6 @@ __all__ = [
     "Name",
     "Record",
     "first_line",
-    "problem",
-    "problems_at",
 ]
 
 # A file says what it means: a quoted "64" is not a number, and true is not 1.
@@ -78,10 +77,13 @@ class Record:
 
     def write(self, value: object) -> dict[str, Any]:
         """Return the shortest mapping that reads back as `value`."""
-        return _shortest(value)
+        parts = _shortest(value)
+        return {name: _plain(self.owner.__name__, name, part) for name, part in parts.items()}
 
     def keys(self, kind: object = None) -> tuple[str, ...]:
-        """Return the keys that the mapping (of this kind) may have."""
+        """Return the keys that the mapping, or what is of this kind in it, may have."""
+        if kind is not None:
+            return SCALING.keys(kind)
         return tuple(item.name for item in _arguments(self.owner))
 
     def __get_pydantic_core_schema__(
@@ -173,21 +175,10 @@ class Family(Record):
                 f"register its class, or give it to the module instead of the configuration "
                 f"(registered: {', '.join(self.classes())})"
             )
+        parts = _shortest(value)
         return {"kind": kind} | {
-            name: self._plain(f"{kind}.{name}", part) for name, part in _shortest(value).items()
+            name: _plain(f"a {self.what}", f"{kind}.{name}", part) for name, part in parts.items()
         }
-
-    def _plain(self, where: str, value: object) -> Any:
-        if isinstance(value, self.owner):
-            return self._mapping(value)
-        if isinstance(value, (tuple, list)):
-            return [self._plain(f"{where}[{k}]", item) for k, item in enumerate(value)]
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise ConfigError(
-            f"{where} of a {self.what} is a {type(value).__name__}, which no file can hold; a "
-            "field is a number, a word, a list of them, or an object of the same family"
-        )
 
     # -- what pydantic asks --------------------------------------------------------------
 
@@ -256,14 +247,37 @@ def _pse_classes() -> dict[str, type]:
     return {"sum": Sum} | dict(PSE.items())
 
 
-def _layout(word: str) -> str | None:
-    found = meant(word)
-    return None if found is None else found.name
+def _plain(owner: str, where: str, value: object) -> Any:
+    """Return a field of an object in plain types."""
+    for family in FAMILIES:
+        if isinstance(value, family.owner):
+            return family._mapping(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(owner, f"{where}[{k}]", item) for k, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"{where} of {owner} is a {type(value).__name__}, which no file can hold; a "
+        "field is a number, a word, a list of them, or an object of the same family"
+    )
+
+
+def _no_text(text: str) -> Any:
+    raise CompositionError(f"{text!r} is not a mapping such as {{kind: linear, factor: 4.0}}")
 
 
 MASK = Family(Mask, "mask", lambda: dict(MASKS.items()), parse_mask)
 BIAS = Family(Pse, "positional bias", _pse_classes, parse_pse)
-LAYOUT = Name("layout", lambda: dict(LAYOUTS.items()), _layout)
+SCALING = Family(
+    Scaling,
+    "scaling",
+    lambda: {s.kind: s for s in (Interpolation, Llama3, YaRN, Dynamic)},
+    _no_text,
+)
+FAMILIES = (MASK, BIAS, SCALING)
+LAYOUT = Name(
+    "layout", lambda: dict(LAYOUTS.items()), lambda word: getattr(meant(word), "name", None)
+)
 BACKEND = Name(
     "backend",
     lambda: {"auto": None} | dict(BACKENDS.items()),
@@ -322,7 +336,7 @@ def _annotation(hint: Any, owner: type) -> Any:
     """Return a dataclass annotation with its scalars strict, and masks and biases readable."""
     if hint in _STRICT:
         return _STRICT[hint]
-    for family in (MASK, BIAS):
+    for family in FAMILIES:
         if isinstance(hint, type) and issubclass(hint, family.owner):
             return Annotated[hint, replace(family, inside=issubclass(owner, family.owner))]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -367,25 +381,3 @@ def _is(value: object, arguments: Mapping[str, Any]) -> bool:
         return bool(type(value)(**arguments) == value)
     except (TypeError, ValueError):
         return False
-
-
-def problem(message: str, *, of_a_key: bool = False) -> PydanticCustomError:
-    """Return the error for pydantic that says `message`.
-
-    `of_a_key`: its location ends with a key, even where the mapping has no such key.
-    """
-    # The message goes in as a value: braces in it are no template.
-    return PydanticCustomError(
-        "attnkit_key" if of_a_key else "attnkit", "{message}", {"message": message}
-    )
-
-
-def problems_at(told: Mapping[str, str], value: Mapping[str, Any]) -> ValidationError:
-    """Return the error that says one message for each of these keys of `value`."""
-    return ValidationError.from_exception_data(
-        "configuration",
-        [
-            InitErrorDetails(type=problem(message, of_a_key=True), loc=(key,), input=value.get(key))
-            for key, message in told.items()
-        ],
-    )

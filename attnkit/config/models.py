@@ -31,10 +31,8 @@ from attnkit.config.kinds import (
     MASK,
     Record,
     first_line,
-    problem,
-    problems_at,
 )
-from attnkit.config.problems import config_error
+from attnkit.config.problems import config_error, problem, problems_at
 from attnkit.config.text import (
     Origin,
     check_size,

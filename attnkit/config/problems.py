@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from attnkit.config.kinds import Record
 from attnkit.config.text import Origin
 from attnkit.errors import ConfigError, clipped, shown
 from attnkit.registry import suggestion
 
-__all__ = ["config_error"]
+if TYPE_CHECKING:
+    from attnkit.config.kinds import Record
+
+__all__ = ["config_error", "problem", "problems_at"]
 
 _SHOWN = 16
 _WIDTH = 80
 _ROOM = 1_600  # characters, for all problems together
 Path = tuple[str | int, ...]
+
+
+def problem(message: str, *, of_a_key: bool = False) -> PydanticCustomError:
+    """Return the error for pydantic that says `message`.
+
+    `of_a_key`: its location ends with a key, even where the mapping has no such key.
+    """
+    # The message goes in as a value: braces in it are no template.
+    return PydanticCustomError(
+        "attnkit_key" if of_a_key else "attnkit", "{message}", {"message": message}
+    )
+
+
+def problems_at(told: Mapping[str, str], value: Mapping[str, Any]) -> ValidationError:
+    """Return the error that says one message for each of these keys of `value`."""
+    return ValidationError.from_exception_data(
+        "configuration",
+        [
+            InitErrorDetails(type=problem(message, of_a_key=True), loc=(key,), input=value.get(key))
+            for key, message in told.items()
+        ],
+    )
 
 
 def config_error(
@@ -32,8 +57,8 @@ def config_error(
     `fields` names those of `model` that hold objects; `origin` says what `data` was read from.
     """
     found: dict[Path, list[Any]] = {}
-    for problem in error.errors(include_url=False):
-        found.setdefault(_path(problem, data), []).append(problem)
+    for one in error.errors(include_url=False):
+        found.setdefault(_path(one, data), []).append(one)
     # Of a union `int | list of int` both branches fail; what is wrong inside says more.
     outer = {path[:end] for path in found for end in range(len(path))}
     told = [path for path in found if path not in outer]
