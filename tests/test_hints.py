@@ -94,3 +94,11 @@ def test_text_with_a_wrong_argument_is_told_the_right_ones(text: str, words: lis
 def test_a_wrong_kind_is_a_type_error() -> None:
     with pytest.raises(CompositionTypeError):
         as_mask(masks.Causal)
+
+
+@pytest.mark.parametrize(("word", "name"), [("bshd", "BSND"), ("BHSD", "BNSD"), ("thd", "TND")])
+def test_the_op_takes_its_own_names_of_layouts_and_tells_them(word: str, name: str) -> None:
+    with pytest.raises(ak.KernelContractError, match=f"{word}', which is {name} here"):
+        ak.fusion_attention(X, X, X, 2, word)
+    with pytest.raises(ak.KernelContractError, match="input_layout='abcd'"):
+        ak.fusion_attention(X, X, X, 2, "abcd")

@@ -12,6 +12,7 @@ from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, fits
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.legality import Found, Target, rule
 from attnkit.kernel.sizes import LAYOUTS, TensorSpec
+from attnkit.layouts.names import meant
 
 __all__ = ["argument_type"]
 
@@ -57,7 +58,9 @@ def argument_type(call: KernelCall, on: Target) -> Found:
 def layout_unknown(call: KernelCall, on: Target) -> Found:
     """The input_layout is one of BSH, SBH, BSND, BNSD, TND."""
     if call.layout not in LAYOUTS:
-        yield f"input_layout={shown(call.input_layout)}"
+        other = meant(call.layout)
+        hint = f", which is {other.name} here" if other and other.name in LAYOUTS else ""
+        yield f"input_layout={shown(call.input_layout)}{hint}"
 
 
 @rule(
