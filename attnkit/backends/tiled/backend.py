@@ -185,25 +185,27 @@ def _compute(
 def _gradients(
     job: Job,
     terms: tuple[Term, ...],
-    operands: Sequence[Tensor],
+    operands: Sequence[Any],
     kept: Kept,
     made: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of query, key and value, and of the bias tensors that ask for some."""
+    """Return the gradients of query, key, value, sink and of bias tensors that ask for some."""
+    query, key, value, sink = operands
     if job.raised is not None:
         wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
-        found = _gradients(job.raised, terms, [t.float() for t in operands], wide, made)
-        return (*(g.to(operands[0].dtype) for g in found[:3] if g is not None), *found[3:])
-    shape, heads, views = job.layout, job.request.num_heads, _views(job, *operands)
+        raised = (query.float(), key.float(), value.float(), sink)
+        found = _gradients(job.raised, terms, raised, wide, made)
+        return (*(g.to(query.dtype) for g in found[:3] if g is not None), *found[3:])
+    shape, heads, views = job.layout, job.request.num_heads, _views(job, query, key, value)
     seen = kept._replace(
         output=shape.view(kept.output, heads), grad=shape.view(kept.arrived, heads)
     )
     at_once = None if made else backward_at_once(job, views, seen)
     if at_once is not None:
-        return tuple(shape.restore(grad) for grad in at_once)
+        return (*(shape.restore(grad) for grad in at_once), None)
     if kept.grad_lse is not None:
         job = job.by_blocks  # torch's kernel knows no gradient through the statistics
-    query, key, value = operands
+    to_sink = None if sink is None else sink_gradient(seen, sink)
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     to_key, to_value = (
         torch.zeros_like(t, dtype=job.wide, memory_format=torch.contiguous_format)
@@ -215,7 +217,7 @@ def _gradients(
     typed = (
         g if g is None or t is None else g.to(t.dtype) for g, t in zip(to_bias, made, strict=True)
     )
-    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), *typed)
+    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *typed)
 
 
 def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,16 +255,8 @@ class _Bound:
 
     def derivatives(self, operands: Sequence[Any], kept: Kept) -> Grads:
         """Return the gradients of query, key, value, sink and of the tensors of the bias."""
-        *tensors, sink = operands
-        kept = kept._replace(grad=kept.arrived)
-        found = _gradients(self.job, self.terms, tensors, kept, self.made)
-        to_sink = None
-        if sink is not None:
-            heads = self.job.request.num_heads
-            view = partial(self.job.layout.view, heads=heads)
-            seen = kept._replace(output=view(kept.output), grad=view(kept.arrived))
-            to_sink = sink_gradient(seen, sink)
-        pairs = [(t, g) for t, g in zip(self.made, found[3:], strict=True) if t is not None]
+        found = _gradients(self.job, self.terms, operands, kept, self.made)
+        pairs = [(t, g) for t, g in zip(self.made, found[4:], strict=True) if t is not None]
         to_leaves: Grads = (None,) * len(self.leaves)
         if pairs:
             ends, slopes = zip(*pairs, strict=True)
@@ -270,7 +264,7 @@ class _Bound:
             back = torch.autograd.grad(ends, asked, slopes, retain_graph=True, allow_unused=True)
             each = iter(back)
             to_leaves = tuple(next(each) if t.requires_grad else None for t in self.leaves)
-        return (*found[:3], to_sink, *to_leaves)
+        return (*found[:4], *to_leaves)
 
 
 class _Attend(torch.autograd.Function):

@@ -230,27 +230,23 @@ def key_tile(
             return folded
     sizes = (step.batches, step.repeats, step.key_heads, chunk.width, source.width)
     copy = work.take(name, dtype, *sizes)
-    column = 0
-    for start, stop, stride in chunk.runs:
-        part = copy[:, :, :, column : column + stop - start]
-        part.copy_(source.keys(step, start, stop, stride))
-        column += stop - start
+    widths = [stop - start for start, stop, _ in chunk.runs]
+    for run, part in zip(chunk.runs, copy.split_with_sizes(widths, 3), strict=True):
+        part.copy_(source.keys(step, *run))
     return work.take(name, dtype, step.products, chunk.width, source.width)
 
 
 def add_to_keys(target: Strided, step: Step, chunk: KeyChunk, part: Tensor) -> None:
     """Add ``[(b m n) w d]`` to the keys of a chunk."""
     wide = part.view(step.batches, step.repeats, step.key_heads, chunk.width, target.width)
-    column = 0
-    for start, stop, stride in chunk.runs:
-        piece = wide[:, :, :, column : column + stop - start]
-        view = target.keys(step, start, stop, stride)
+    widths = [stop - start for start, stop, _ in chunk.runs]
+    for run, piece in zip(chunk.runs, wide.split_with_sizes(widths, 3), strict=True):
+        view, (start, stop, stride) = target.keys(step, *run), run
         if step.repeats == 1 or stride >= stop - start:
             view.add_(piece)
         else:  # repetitions share keys, and one add_ must not write a cell twice
             for repeat in range(step.repeats):
                 view[:, repeat].add_(piece[:, repeat])
-        column += stop - start
 
 
 def _folded(view: Tensor) -> Tensor | None:
