@@ -79,15 +79,23 @@ class Fused(Backend):
             return run_on_route(self.run, plan, plan.route, operands)
         if plan.in_order is not None:
             return _run_in_order(self, plan, operands)
-        operands = cleared(plan.request, operands)
-        if plan.steps[0].partial:
-            return _run_parts(self, plan, operands)
-        (step,) = plan.steps
-        request = plan.request
-        out, *stats = run_single(step.call, self, _call_tensors(request, step, operands))
-        lse, peak = (_request_rows(request, step, stat) for stat in stats)
-        if step.packs(request):
-            out = request.layout_of.from_tnd(out, 1 if request.seqlens else request.batch)
+        request, layout, first = plan.request, plan.request.layout_of, plan.steps[0]
+        operands = cleared(request, operands)
+        packs = first.partial or first.packs(request)
+        if packs:
+            query = layout.to_tnd(operands.query, request.num_heads)
+            key, value = (
+                layout.to_tnd(t, request.num_kv_heads) for t in (operands.key, operands.value)
+            )
+            operands = replace(operands, query=query, key=key, value=value)
+        if first.partial:
+            out, lse, peak = _run_parts(self, plan, operands)
+        else:
+            out, lse, peak = run_single(first.call, self, _call_tensors(request, first, operands))
+        if packs:
+            out = layout.from_tnd(out, 1 if layout.packed else request.batch)
+            if not layout.packed:
+                lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
         return AttentionOutput(out, Stats(lse, peak))
 
 
@@ -96,15 +104,10 @@ def _run_in_order(backend: Fused, plan: Plan, operands: Operands) -> AttentionOu
     request = plan.inner.request
     axis = request.layout_of.length_axis
     queries, keys = (_positions(order, operands.query.device) for order in residue_order(request))
-    q, k, v = (
-        tensor.index_select(axis, order)
-        for tensor, order in (
-            (operands.query, queries),
-            (operands.key, keys),
-            (operands.value, keys),
-        )
-    )
-    out, stats = backend.run(plan.inner, replace(operands, query=q, key=k, value=v))
+    query = operands.query.index_select(axis, queries)
+    key, value = (t.index_select(axis, keys) for t in (operands.key, operands.value))
+    given = replace(operands, query=query, key=key, value=value)
+    out, stats = backend.run(plan.inner, given)
     back = queries.argsort()
     rows = 0 if request.seqlens is not None else 2
     lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
@@ -116,72 +119,47 @@ def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
     return torch.tensor([i for part in order for i in part], device=device)
 
 
-def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:
-    """Run a plan of several calls on packed tensors, and undo the packing."""
-    request, layout = plan.request, plan.request.layout_of
-    tensors = (operands.query, operands.key, operands.value)
-    counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-    query, key, value = (layout.to_tnd(t, n) for t, n in zip(tensors, counts, strict=True))
+def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a plan of several calls on packed tensors, each group of heads by itself."""
     groups = dict.fromkeys(step.heads for step in plan.steps)
-    if None not in groups:
-        known = {head for heads in groups for head in heads or ()}
-        silent = tuple(head for head in range(request.num_heads) if head not in known)
-        groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
-    parts = [_run_heads(backend, plan, heads, (query, key, value), operands) for heads in groups]
-    out, lse, peak = parts[0]
-    if len(parts) > 1:
-        order = [head for heads in groups for head in heads or ()]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=out.device)
-        out, lse, peak = (
-            torch.cat(column, dim=1).index_select(1, back) for column in zip(*parts, strict=True)
-        )
-    out = layout.from_tnd(out, 1 if layout.packed else request.batch)
-    if not layout.packed:
-        lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
-    return AttentionOutput(out, Stats(lse, peak))
+    if None in groups:
+        return _run_heads(backend, plan, None, operands)
+    known = {head for heads in groups for head in heads or ()}
+    silent = tuple(head for head in range(plan.request.num_heads) if head not in known)
+    groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
+    parts = [_run_heads(backend, plan, heads, operands) for heads in groups]
+    order = torch.tensor([head for heads in groups for head in heads or ()]).argsort()
+    back = order.to(operands.query.device)
+    out, lse, peak = (torch.cat(c, dim=1).index_select(1, back) for c in zip(*parts, strict=True))
+    return out, lse, peak
 
 
 def _run_heads(
-    backend: Fused,
-    plan: Plan,
-    heads: tuple[int, ...] | None,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    operands: Operands,
+    backend: Fused, plan: Plan, heads: tuple[int, ...] | None, operands: Operands
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
     launches = [launch for launch in plan.steps if launch.heads == heads]
-    device, sink = tensors[0].device, operands.sink
+    query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
     logits = operands.logits if isinstance(operands, Leveled) else None
-    biases = tuple(call_bias(plan.request, launch, operands.pse, device) for launch in launches)
+    biases = [call_bias(plan.request, one, operands.pse, query.device) for one in launches]
     if heads is not None:
-        own = torch.tensor(heads, device=device)
         group = plan.request.num_heads // plan.request.num_kv_heads
-        reads = launches[0].kv_heads if launches else tuple(h // group for h in heads)
-        kv_own = torch.tensor(reads, device=device)
-        tensors = tuple(  # type: ignore[assignment]
-            t.index_select(1, which)
-            for t, which in zip(tensors, (own, kv_own, kv_own), strict=True)
-        )
+        reads = launches[0].kv_heads if launches else [head // group for head in heads]
+        own, kv_own = (torch.tensor(some, device=query.device) for some in (heads, reads))
+        query = query.index_select(1, own)
+        key, value = key.index_select(1, kv_own), value.index_select(1, kv_own)
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
-    return run_merged(backend, launches, biases, *tensors, sink, logits)
+    return run_merged(backend, launches, biases, query, key, value, sink, logits)
 
 
 def _call_tensors(request: Request, step: Launch, operands: Operands) -> dict[str, Tensor | None]:
     """Return the tensors that a call on all rows is given, in its layout and polarity."""
-    query, key, value = operands.query, operands.key, operands.value
-    device = query.device
-    if step.packs(request):
-        counts = (request.num_heads, request.num_kv_heads, request.num_kv_heads)
-        layout = request.layout_of
-        query, key, value = (
-            layout.to_tnd(t, n) for t, n in zip((query, key, value), counts, strict=True)
-        )
-    sink = operands.sink
+    device, sink = operands.query.device, operands.sink
     return {
-        "query": query,
-        "key": key,
-        "value": value,
+        "query": operands.query,
+        "key": operands.key,
+        "value": operands.value,
         "atten_mask": _mask_tensor(request, step.call, device),
         "pse": call_bias(request, step, operands.pse, device),
         "sink": None if sink is None else sink.to(stats_dtype(request.dtype)),
@@ -197,10 +175,3 @@ def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Te
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     lengths = request.sequences[0]
     return request.mask.materialize(*lengths, batch, heads, device).logical_not().view(mask.shape)
-
-
-def _request_rows(request: Request, step: Launch, stat: Tensor) -> Tensor:
-    """Return statistics as [B, N, Sq], or [T, N] for a packed request."""
-    if request.seqlens is None and step.packs(request):
-        return rearrange(stat, "(b s) n -> b n s", b=request.batch)
-    return stat
