@@ -355,6 +355,15 @@ def test_a_part_leaves_no_row_without_a_key() -> None:
     assert caught(replace(plan, steps=(*plan.steps, first))) == "cover"
 
 
+@pytest.mark.usefixtures("no_full_masks")
+def test_where_the_tokens_of_a_batch_element_begin_is_proven() -> None:
+    plan = plan_of(SINK)
+    first, *rest = plan.steps
+    for starts in (((1, 9), (0, 8)), ((0, 8), (0, 9)), ((0,), (0,)), None):
+        moved = replace(first, starts=starts)  # type: ignore[arg-type]
+        assert caught(replace(plan, steps=(moved, *rest))) == "misplaced"
+
+
 def test_what_cannot_be_read_is_not_proven() -> None:
     plan = plan_of(masks.Causal())
     for fault in (
