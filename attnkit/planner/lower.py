@@ -171,6 +171,8 @@ def _covers(
     found: list[Solution] = []
     refusals: list[Refusal] = []
     seen: set[frozenset[object]] = set()
+    # Sets of calls have calls in common: each is proven and priced once.
+    known: dict[Launch, tuple[Launch, list[Refusal]]] = {}
     for parts in decompositions(request, groups, search):
         if isinstance(parts, Refusal):
             refusals.append(parts)
@@ -179,14 +181,18 @@ def _covers(
         if same in seen:  # the same calls, in another order
             continue
         seen.add(same)
+        for part in parts:
+            if part not in known:
+                known[part] = (part, reasons_against(request, part))
+        judged = [known[part] for part in parts]
         reasons = [
             replace(reason, subject=f"{len(parts)} calls, {part.label}")
-            for part in parts
-            for reason in reasons_against(request, part)
+            for part, against in judged
+            for reason in against
         ]
         refusals += reasons
         if parts and not reasons:
-            found.append(Solution(parts))
+            found.append(Solution(tuple(part for part, _ in judged)))
     return found, refusals
 
 
