@@ -116,11 +116,14 @@ def agree(
     """
     assert found
     size = max(_largest(tensor) for tensor in exact.values())
+    # A definition that is wrong in a low precision would explain everything.
+    sane = size * min(1 / 4, 2**12 * max(torch.finfo(low.dtype).eps for low in rounded.values()))
     for name, got in found.items():
         meant, low = exact[name], rounded[name]
-        cost = distance(low, meant) / torch.finfo(low.dtype).eps
-        assert cost < torch.inf, f"{name}: the definition in {low.dtype} is no measure"
-        unit = torch.finfo(precision or got.dtype).eps
+        rounding, low_unit = distance(low, meant), _unit(low, rounded)
+        assert rounding <= sane, f"{name}: the definition in low precision is no measure"
+        cost = rounding / low_unit
+        unit = max(_unit(got, found), torch.finfo(precision or got.dtype).eps)
         limit = unit * (WORSE * cost + LAST * size)
         error = distance(got, meant)
         assert error <= limit, f"{name} is off by {error:.3g}; rounding explains {limit:.3g}"
@@ -152,6 +155,13 @@ def distance(one: Tensor, other: Tensor) -> float:
     one, other = one.detach().double(), other.detach().double()
     apart = (one - other).abs().masked_fill(one == other, 0.0)
     return float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+def _unit(tensor: Tensor, among: Mapping[str, Tensor]) -> float:
+    """The epsilon that a result was computed with: its own, or float32 where others are lower."""
+    wide = all(other.dtype == torch.float64 for other in among.values())
+    computed = torch.finfo(torch.float64 if wide else torch.float32).eps
+    return max(torch.finfo(tensor.dtype).eps, computed)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -83,10 +83,12 @@ def test_other_compositions_do_not_agree() -> None:
             agree(run(**({"mask": MASK, "scale": 0.5} | wrong)), *measures)
 
 
-def test_a_definition_that_overflows_is_no_measure() -> None:
+def test_a_definition_that_is_wrong_is_no_measure() -> None:
     exact = {"out": torch.ones(3, dtype=torch.float64)}
     with pytest.raises(AssertionError, match="no measure"):
         agree(exact, exact, {"out": torch.full((3,), torch.inf)})
+    with pytest.raises(AssertionError, match="no measure"):
+        agree(exact, exact, {"out": torch.full((3,), 1.01)})
     with pytest.raises(AssertionError):
         agree({}, exact, exact)
 

@@ -26,7 +26,7 @@ def is_void(test: ast.expr) -> bool:
     """Whether what is asserted holds whatever the code under test does."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.Or):
         return any(is_void(value) for value in test.values)
-    if isinstance(test, ast.Compare):
+    if isinstance(test, ast.Compare) and not isinstance(test.ops[0], ast.Is | ast.IsNot):
         return any(ast.dump(test.left) == ast.dump(other) for other in test.comparators) and (
             not any(isinstance(part, ast.Call) for part in ast.walk(test))
         )
