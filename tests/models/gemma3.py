@@ -12,50 +12,40 @@ import attnkit as ak
 from attnkit import masks
 from tests.models import plain
 
-WINDOW, GLOBAL_EVERY = 4, 6
+WINDOW, LOCAL = 4, (True, True, True, True, True, False)
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.o = nn.Linear(16, 32, bias=False), nn.Linear(16, 16, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(8), nn.RMSNorm(8)
-
-    def heads(self, x: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (t.unflatten(-1, (-1, 8)) for t in self.qkv(x).split((16, 8, 8), -1))
-        places, turns = torch.arange(x.shape[1]), base ** (-torch.arange(4, dtype=x.dtype) / 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return plain.rotated(q, places, turns), plain.rotated(k, places, turns), v
+def base(local: bool) -> float:
+    return 1e4 if local else 1e6
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(plain.Block(16, Layer()) for _ in range(GLOBAL_EVERY))
+        how = {"num_kv_heads": 1, "head_dim": 8, "qk_norm": "rms"}
+        layers = [ak.MultiHeadAttention(16, 2, rotary=ak.Rotary(base(one)), **how) for one in LOCAL]
+        self.blocks = nn.ModuleList(plain.Block(16, layer) for layer in layers)
 
-    def attend(self, layer: Layer, x: Tensor, images: Tensor, local: bool) -> Tensor:
-        q, k, v = layer.heads(x, 1e4 if local else 1e6)
-        # A text token is a span of one: spans are numbered by where they begin.
-        begins = (images == 0) | (images != images.roll(1, 1))
-        spans = masks.Documents.from_ids(begins.cumsum(1))
+    def attend(self, layer, x: Tensor, images: Tensor, local: bool) -> Tensor:
         causal = masks.SlidingWindow(WINDOW) if local else masks.Causal()
-        return layer.o(ak.attention(q, k, v, mask=causal | spans).flatten(-2))
+        return layer(x, mask=causal | masks.Spans.of(images))
 
     def forward(self, x: Tensor, images: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks, 1):
-            x = block(x, self.attend, images, i % GLOBAL_EVERY != 0)
+        for local, block in zip(LOCAL, self.blocks, strict=True):
+            x = block(x, self.attend, images, local)
         return x
 
 
 class Twin(Model):
-    def attend(self, layer: Layer, x: Tensor, images: Tensor, local: bool) -> Tensor:
+    def attend(self, layer, x: Tensor, images: Tensor, local: bool) -> Tensor:
         size, ids, near = x.shape[1], images.tolist(), WINDOW if local else x.shape[1]
+        places, turns = torch.arange(size), base(local) ** (-torch.arange(4, dtype=x.dtype) / 4)
 
         def seen(b: int, h: int, i: int, j: int) -> bool:
             return i - near < j <= i or 0 != ids[b][i] == ids[b][j]
 
-        q, k, v = layer.heads(x, 1e4 if local else 1e6)
-        return layer.o(plain.attend(q, k, v, plain.cells(seen, 2, 1, size, size)).flatten(-2))
+        allowed = plain.cells(seen, 2, 1, size, size)
+        return plain.layer(layer, x, allowed, turn=lambda x: plain.rotated(x, places, turns))
 
 
 def inputs() -> list[tuple[Tensor, ...]]:

@@ -22,22 +22,23 @@ class Model(nn.Module):
         layers = [ak.MultiHeadAttention(16, 4, num_kv_heads=1, rotary=True) for _ in range(2)]
         self.blocks = nn.ModuleList(plain.Block(16, layer) for layer in layers)
 
-    def attend(self, layer, x: Tensor, prefix: Tensor, exists: Tensor) -> Tensor:
-        return layer(x, mask=masks.PrefixLM(prefix) & masks.Padding.of(exists))
+    def attend(self, layer, x: Tensor, types: Tensor, exists: Tensor) -> Tensor:
+        mask = masks.from_token_types(types, both_ways=0) & masks.Padding.of(exists)
+        return layer(x, mask=mask)
 
-    def forward(self, image: Tensor, text: Tensor, prefix: Tensor, exists: Tensor) -> Tensor:
+    def forward(self, image: Tensor, text: Tensor, types: Tensor, exists: Tensor) -> Tensor:
         x = torch.cat([self.image(image), text], 1)
         for block in self.blocks:
-            x = block(x, self.attend, prefix, exists)
+            x = block(x, self.attend, types, exists)
         return x * exists[..., None]
 
 
 class Twin(Model):
-    def attend(self, layer, x: Tensor, prefix: Tensor, exists: Tensor) -> Tensor:
-        ends, there, size = prefix.tolist(), exists.tolist(), x.shape[1]
+    def attend(self, layer, x: Tensor, types: Tensor, exists: Tensor) -> Tensor:
+        kinds, there, size = types.tolist(), exists.tolist(), x.shape[1]
 
         def seen(b: int, h: int, i: int, j: int) -> bool:
-            return there[b][j] and (j <= i or j < ends[b])
+            return there[b][j] and (j <= i or kinds[b][i] == kinds[b][j] == 0)
 
         places = torch.arange(size)
         allowed = plain.cells(seen, len(x), 1, size, size)
@@ -47,5 +48,5 @@ class Twin(Model):
 def inputs() -> list[tuple[Tensor, ...]]:
     image, text = torch.randn(2, 4, 6), torch.randn(2, 10, 16)
     right = torch.arange(14) < torch.tensor([[14], [11]])
-    places = torch.tensor([8, 6]), torch.tensor([8, 9])  # those of the padding count
-    return [(image, text, places[0], right), (image, text, places[1], right.flip(1))]
+    answer = [(torch.arange(14) >= torch.tensor([[8], [n]])).long() for n in (6, 9)]
+    return [(image, text, answer[0], right), (image, text, answer[1], right.flip(1))]

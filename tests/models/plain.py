@@ -84,8 +84,10 @@ def layer(
 ) -> Tensor:
     """What a layer of multi-head attention computes, from its weights alone."""
     source, count = x if context is None else context, mha.attention.num_kv_heads
-    query = turn(split(mha.q_proj(x), mha.attention.num_heads))
-    key, value = turn(split(mha.k_proj(source), count)), split(mha.v_proj(source), count)
+    query, key = split(mha.q_proj(x), mha.attention.num_heads), split(mha.k_proj(source), count)
+    if mha.q_norm is not None:
+        query, key = mha.q_norm(query), mha.k_norm(key)
+    query, key, value = turn(query), turn(key), split(mha.v_proj(source), count)
     return mha.out_proj(attend(query, key, value, allowed, **how).flatten(-2))
 
 

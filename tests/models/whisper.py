@@ -18,7 +18,7 @@ class Model(nn.Module):
         super().__init__()
         self.sound = nn.Conv1d(6, 16, 3, stride=2, padding=1)
         self.tokens, self.places = nn.Embedding(11, 16), nn.Embedding(8, 16)
-        layers = [ak.MultiHeadAttention(16, 4, bias=True) for _ in range(3)]
+        layers = [ak.MultiHeadAttention(16, 4, bias={"q", "v", "out"}) for _ in range(3)]
         self.encoder, self.decoder, self.cross = (plain.Block(16, layer) for layer in layers)
 
     def attend(self, layer, x: Tensor, context: Tensor | None = None, cache=None) -> Tensor:
