@@ -16,6 +16,14 @@ MADE = {
     "a window": lambda x: {"mask": masks.SlidingWindow(3)},
     "an intersection": lambda x: {"mask": masks.Causal() & ~masks.Columns(1, 2)},
     "documents": lambda x: {"mask": masks.Documents([2, 2], [3, 3], inside=masks.Causal())},
+    "numbers of documents": lambda x: {
+        "mask": masks.Documents.from_ids(torch.arange(6) // 3)[2:, :]
+    },
+    "cumulative lengths": lambda x: {
+        "mask": masks.Documents.from_cu_seqlens(torch.tensor([0, 1, 4]), torch.tensor([0, 3, 6]))
+    },
+    "a tokenizer's mask": lambda x: {"mask": masks.Padding.of(torch.ones(1, 6))},
+    "numbers of images": lambda x: {"mask": masks.Spans.of(torch.arange(6) // 3)},
     "text": lambda x: {"mask": masks.parse("Causal() & SlidingWindow(2)")},
     "cells": lambda x: {"mask": masks.Dense.keep(torch.ones(4, 6).tril().bool())},
     "slopes": lambda x: {"pse": pse.ALiBi([0.5, 0.25], align="top_left")},

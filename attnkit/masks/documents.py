@@ -21,6 +21,7 @@ from attnkit.arguments import (
     short,
     tokens,
 )
+from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
@@ -138,6 +139,7 @@ class Documents(Nested):
                 ) from None
 
     @classmethod
+    @untraced(MASK_IN_GRAPH)
     def from_ids(cls, ids: LengthsLike) -> Documents:
         """Build from a document number per token, [S] or [B, S]; tokens of one are contiguous.
 
@@ -162,6 +164,7 @@ class Documents(Nested):
         return cls(tuple(lengths) if rows.dim() == 2 else lengths[0])
 
     @classmethod
+    @untraced(MASK_IN_GRAPH)
     def from_cu_seqlens(
         cls, cu_seqlens: IntsLike, cu_seqlens_kv: IntsLike | None = None
     ) -> Documents:
