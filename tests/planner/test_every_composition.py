@@ -17,6 +17,7 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.masks import Mask
+from tests.agreement import near, results
 
 pytestmark = pytest.mark.usefixtures("no_full_masks")
 
@@ -91,10 +92,6 @@ def test_every_set_is_planned_proven_and_computed(q_len: int, kv_len: int) -> No
 def compared(mask: Mask, batch: int, q_len: int, kv_len: int) -> None:
     """Check output, statistics and gradients of the emulated plan against the reference."""
     shapes = ((batch, q_len, 2, 3), (batch, kv_len, 1, 3), (batch, kv_len, 1, 2))
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    results = []
-    for backend in ("emulated", "reference"):
-        out, stats = ak.attention(*tensors, mask=mask, backend=backend, return_stats=True)
-        results.append((out, stats.lse, *torch.autograd.grad(out.square().sum(), tensors)))
-    for found, meant in zip(*results, strict=True):
-        torch.testing.assert_close(found, meant, rtol=1e-10, atol=1e-10)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    found, meant = (results(name, tensors, mask=mask) for name in ("emulated", "reference"))
+    near(found, meant, 1e-10, 1e-10)
