@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
 from typing import NamedTuple
 
 from attnkit.geometry import Region
@@ -145,7 +145,7 @@ def _fill(target: Cells, frame: _Named, everything: Cells) -> Mask | None:
         if brings:
             useful.setdefault(brings.regions, _Named(one.mask, brings))
     parts = list(useful.values())
-    if not parts or reduce(Cells.join, (one.cells for one in parts)) != target:
+    if not parts or _union(parts) != target:
         return None
     choice = _cover(target, parts)
     return Or.of(*(one.mask for one in choice))
@@ -177,14 +177,35 @@ def _scattered(documents: Documents) -> bool:
 
 def _cover(target: Cells, parts: list[_Named]) -> list[_Named]:
     """Return the fewest parts that make up the target; all that are needed, if many are."""
-    for count in range(1, _PARTS + 1):
-        options = [list(choice) for choice in combinations(parts[:12], count)]
+    needed, free = _needed(target, parts)
+    if needed and _union(needed) == target:
+        return needed
+    for count in range(1, _PARTS - len(needed) + 1):
+        options = [[*needed, *choice] for choice in combinations(free[:12], count)]
         options.sort(key=lambda choice: complexity(_join(Or, [one.mask for one in choice])))
         for option in options:
-            if reduce(Cells.join, (one.cells for one in option)) == target:
+            if _union(option) == target:
                 return option
-    for one in parts[::-1]:  # drop the most complex first
+    for one in free[::-1]:  # drop the most complex first
         others = [other for other in parts if other is not one]
-        if others and reduce(Cells.join, (other.cells for other in others)) == target:
+        if _union(others) == target:
             parts = others
     return parts
+
+
+def _needed(target: Cells, parts: list[_Named]) -> tuple[list[_Named], list[_Named]]:
+    """Return the parts without which the others are not the target, and those parts without."""
+    cells = [one.cells for one in parts]
+    before = list(accumulate(cells, Cells.join))
+    after = list(accumulate(cells[::-1], Cells.join))[::-1]
+    needed: list[_Named] = []
+    free: list[_Named] = []
+    for k, one in enumerate(parts):
+        beside = [*(before[k - 1 : k] if k else ()), *after[k + 1 : k + 2]]
+        alone = not beside or reduce(Cells.join, beside) != target
+        (needed if alone else free).append(one)
+    return needed, free
+
+
+def _union(parts: list[_Named]) -> Cells:
+    return reduce(Cells.join, (one.cells for one in parts))
