@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 LONGEST_WORDS = 1 << 18
-"""Characters of a text that is read, what stands in quotes left out."""
+"""Characters of a text that is read, what is in quotes left out."""
 
 LONGEST_TEXT = 1 << 22
 """Characters of a text that is read, in all (a dense mask is one long word)."""

@@ -57,7 +57,7 @@ class Mask(Operators, ABC):
 
     Masks are values: they compare, hash, print as text that `masks.parse` reads back, and
     combine by ``m1 & m2``, ``m1 | m2``, ``~m``, ``m1 - m2`` and ``m[q_slice, kv_slice]``. A mask
-    knows no lengths of its own unless it is built for some (`extent`).
+    does not know its lengths unless it is built for some (`extent`).
 
     Masks are equal when they are written alike: the same families with the same arguments, the
     parts of an intersection or union in any order. Whether two masks allow the same cells
@@ -178,7 +178,7 @@ class Mask(Operators, ABC):
     def region(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:
         """Return the exact `Region` of the mask for one score matrix.
 
-        Raises `CompositionError` when the mask is no finite union of slices, was built for
+        Raises `CompositionError` when the mask is not a finite union of slices, was built for
         other lengths, or tells fewer batch elements or heads apart than asked for.
 
         >>> from attnkit import masks

@@ -29,7 +29,7 @@ def _band(q_len: int, kv_len: int, align: Align, left: int | None, right: int | 
 class Causal(Mask):
     """Keys up to the query's own position: ``j <= p``.
 
-    `align` says where query 0 stands when the lengths differ. "bottom_right" (default): p = i +
+    `align` says where query 0 is when the lengths differ. "bottom_right" (default): p = i +
     kv_len - q_len, so that the last query sees every key, as decoding with a cache needs.
     "top_left": p = i, as torch's ``is_causal`` has it. With more queries than keys, bottom-right
     leaves the first q_len - kv_len rows empty; top-left never leaves one.

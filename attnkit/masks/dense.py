@@ -63,7 +63,7 @@ class Dense(Mask):
                 f"Dense got packed={describe(given)}; build one with Dense.keep(tensor) or "
                 "Dense.drop(tensor)"
             )
-        self._content  # noqa: B018 -- text that is no mask is an error now
+        self._content  # noqa: B018 -- text that is not a mask is an error now
 
     @cached_property
     def _content(self) -> tuple[_Shape, bytes]:
@@ -234,7 +234,7 @@ def _unpack(packed: str) -> tuple[_Shape, bytes]:
             raise ValueError("bits are set beyond the last cell")
     except (ValueError, zlib.error) as error:
         raise CompositionError(
-            f"Dense got packed={packed[:40]!r}, which is no packed mask ({error}); build one with "
+            f"Dense got packed={packed[:40]!r}, not a packed mask ({error}); build one with "
             "Dense.keep(tensor) or Dense.drop(tensor)"
         ) from None
     return (b, n, q_len, kv_len), bits

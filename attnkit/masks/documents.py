@@ -115,7 +115,7 @@ class Documents(Nested):
             if len(set(sums)) > 1:
                 raise CompositionError(
                     f"{self!r}: the {name} of the batch elements sum to {shown(sums)}; the rows of "
-                    "one batch have one length (give the padding a document of its own)"
+                    "one batch have one length (make the padding a document)"
                 )
         if self.inside is not None:
             self._check_inside(self.inside)
@@ -144,7 +144,7 @@ class Documents(Nested):
         """Build from a document number per token, [S] or [B, S]; tokens of one are contiguous.
 
         Reads the tensor on the host. Raises `CompositionError` if a number comes back after
-        another one: that is no block diagonal.
+        another one: that is not a block diagonal.
 
         >>> Documents.from_ids([7, 7, 3])
         Documents((2, 1))

@@ -26,7 +26,7 @@ class Finding:
     - ``part-changes-nothing``: a part whose removal leaves the mask as it is (sought in masks of
       up to 1,000 parts)
     - ``equals-a-named-mask``: a dense mask, slices or a function that is a named composition
-    - ``not-a-region``: the mask is no union of slices, so some checks were not made
+    - ``not-a-region``: the mask is not a union of slices, so some checks were not made
 
     Codes of `masks.lint_stack`: ``stack-sees-the-future``, ``stack-documents-leak``,
     ``stack-is-short-sighted``, ``stack-is-bounded``.

@@ -1,7 +1,7 @@
 """`Mask.lint`: what looks like a mistake in a mask, as data.
 
 A finding is not an error: every mask that it speaks of is computed as written. Cells are
-judged by regions, exactly, for each batch element and head. A mask that is no union of slices is
+judged by regions, exactly, for each batch element and head. A mask that is not a union of slices is
 read row by row, which is enough for its empty rows and unseen keys; the rest is then not
 checked, and a finding says so.
 """
@@ -95,7 +95,7 @@ def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
 def _no_region(view: _View) -> Finding:
     return Finding(
         "not-a-region",
-        f"{view.mask!r} is no small union of slices at {view.q_len} x {view.kv_len}: leaks, "
+        f"{view.mask!r} is not a small union of slices at {view.q_len} x {view.kv_len}: leaks, "
         "redundant parts and cells ahead were not looked for",
         "write its opaque parts as named masks where they have a name",
     )
@@ -137,8 +137,8 @@ def _empty_rows(
     ]
     if bottom:
         remedy = (
-            f"there are more queries than keys, and {bottom[0]!r} lets the last query stand at "
-            "the last key: align='top_left' lets query 0 stand at key 0"
+            f"there are more queries than keys, and {bottom[0]!r} puts the last query at the "
+            "last key: align='top_left' puts query 0 at key 0"
         )
     return Finding(
         "empty-rows",

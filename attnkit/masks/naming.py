@@ -63,7 +63,7 @@ def name(regions: tuple[Region, ...], q_len: int, kv_len: int) -> Mask | None:
 def complexity(mask: Mask) -> tuple[int, int]:
     """Return a measure to choose the simplest of equal masks by: parts, then text.
 
-    A `Band` that has a name of its own is longer to read than its text is.
+    A `Band` that has another name is longer to read than its text is.
     """
     parts = list(leaves(mask))
     return len(parts), len(str(mask)) + sum(map(_detour, parts))

@@ -36,7 +36,7 @@ def _check_family(entry: object) -> None:
     family = isinstance(entry, type) and issubclass(entry, Operators)
     if not family or not is_dataclass(entry):
         raise CompositionTypeError(
-            f"{shown(entry)} is no mask family; one is a frozen dataclass that derives from "
+            f"{shown(entry)} is not a mask family; one is a frozen dataclass that derives from "
             "masks.Mask (put @dataclass(frozen=True) below @masks.register)"
         )
     if vars(entry).get("__hash__", True) is None:
@@ -57,7 +57,7 @@ def _node(kind: str, *given: object) -> Mask:
 
 
 def refuse_operand(other: object) -> NoReturn:
-    """Raise the error for ``mask & other`` where `other` is no mask."""
+    """Raise the error for ``mask & other`` where `other` is not a mask."""
     raise CompositionTypeError(
         f"cannot combine a mask with {describe(other)}; both sides of &, | and - are masks (wrap "
         "a boolean tensor: masks.Dense.keep(t) or masks.Dense.drop(t))"

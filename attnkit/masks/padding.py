@@ -47,7 +47,7 @@ class Padding(Mask):
         object.__setattr__(self, "lengths", check_ints("Padding lengths", self.lengths, 0))
         if not isinstance(self.side, str) or self.side not in ("right", "left"):
             raise CompositionError(
-                f"Padding got side={shown(self.side)}; the padding stands 'right' or 'left'"
+                f"Padding got side={shown(self.side)}; the padding is at the 'right' or 'left'"
             )
 
     @staticmethod

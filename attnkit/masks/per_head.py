@@ -1,4 +1,4 @@
-"""`PerHead` and `PerBatch`: a mask of its own for each head, or for each batch element."""
+"""`PerHead` and `PerBatch`: a mask for each head, or for each batch element."""
 
 from __future__ import annotations
 

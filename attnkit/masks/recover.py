@@ -66,7 +66,7 @@ class Recovered:
         told = (
             f"{len(found)} regions differ by batch element or head; read regions[batch][head]"
             if found
-            else f"the source is no small region: {self.reason}"
+            else f"the source is not a small region: {self.reason}"
         )
         raise CompositionError(f"{self.mask!r} at {self.q_len} x {self.kv_len}: {told}")
 

@@ -80,7 +80,7 @@ def source_of(
     if batch is not None or heads is not None or q_offset:
         raise CompositionError(
             f"recover got {describe(source)} with batch, heads or q_offset; these belong to a "
-            "function fn(b, h, i, j), everything else has batches, heads and rows of its own"
+            "function fn(b, h, i, j), everything else has its batches, heads and rows"
         )
     if isinstance(source, Mask):
         return _written(source, q_len, kv_len, keep)
@@ -99,7 +99,7 @@ def source_of(
 def _needed(what: str, q_len: int | None, kv_len: int | None) -> tuple[int, int]:
     if q_len is None or kv_len is None:
         raise CompositionError(
-            f"recover got {what}, which knows no lengths of its own, with q_len={q_len} and "
+            f"recover got {what}, which does not know its lengths, with q_len={q_len} and "
             f"kv_len={kv_len}; say both"
         )
     return q_len, kv_len

@@ -34,7 +34,7 @@ class StackReport:
 
     `reach` holds (i, k) when the output at i may depend on the input at k (any batch element and
     head). `lookback` and `lookahead` are the greatest i - k and k - i in it. `exact` is False when
-    some mask is no union of slices: its outer bound stood in, so the reach may be too large.
+    some mask is not a union of slices: its outer bound stood in, so the reach may be too large.
 
     >>> from attnkit import masks
     >>> report = masks.lint_stack([masks.SlidingWindow(3)] * 2, 16, 16)
@@ -234,7 +234,7 @@ def _bounded(masks: tuple[Mask, ...], q_len: int, kv_len: int) -> Finding:
     first = next(mask for mask in masks if not mask.is_region(q_len, kv_len))
     return Finding(
         "stack-is-bounded",
-        f"{first!r} is no small union of slices, so its outer bound stood in: the stack reaches "
+        f"{first!r} is not a small union of slices, so its outer bound stood in: the stack reaches "
         "no more than was said, perhaps less",
         "write its opaque parts as named masks where they have a name",
     )

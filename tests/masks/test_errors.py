@@ -211,7 +211,11 @@ BAD = {
     ),
     "10 MB of text": (lambda: parse("Full() | " * 10**6), ValueError, "too long|262144|4194304"),
     "10 MB in quotes": (lambda: parse(f"Dense('{'x' * 10**7}')"), ValueError, "too long"),
-    "4 MB in quotes": (lambda: parse(f"Dense('{'x' * 4 * 10**6}')"), ValueError, "no packed mask"),
+    "4 MB in quotes": (
+        lambda: parse(f"Dense('{'x' * 4 * 10**6}')"),
+        ValueError,
+        "not a packed mask",
+    ),
     "5,000 digits": (lambda: parse(f"Chunked({'9' * 5000})"), ValueError, "cannot read the mask"),
     "4,000 digits": (lambda: parse(f"Chunked({'9' * 4000})"), ValueError, "int of 13288 bits"),
     "deep brackets": (lambda: parse("(" * 10**5 + ")" * 10**5), ValueError, "nested"),

@@ -241,7 +241,7 @@ def test_what_is_no_small_region_stays_as_it_is():
     assert not found.named
     assert found.mask == Dense.keep(noise)
     assert "max_slices=424" in found.reason
-    with pytest.raises(CompositionError, match="no small region"):
+    with pytest.raises(CompositionError, match="not a small region"):
         found.region  # noqa: B018 -- the property is what is tested
     assert recover(noise, keep=False).mask == Dense.drop(noise)
 
