@@ -147,8 +147,8 @@ def _fill(target: Cells, frame: _Named, everything: Cells) -> Mask | None:
     parts = list(useful.values())
     if not parts or _union(parts) != target:
         return None
-    choice = _cover(target, parts)
-    return Or.of(*(one.mask for one in choice))
+    choice = {id(one) for one in _cover(target, parts)}
+    return Or.of(*(one.mask for one in parts if id(one) in choice))
 
 
 def _fills(target: Cells, allowed: Cells, frame: _Named) -> Iterator[Mask]:

@@ -52,7 +52,7 @@ NOT_A_BACKEND: Values = {
 }
 NOT_A_LAYOUT: Values = {
     **NOT_A_NAME,
-    "lower case": lambda: "bsnd",
+    "another library's": lambda: "sbhd",
     "a layout": lambda: layouts.BSND,
 }
 NOT_A_FLAG: Values = {
@@ -438,7 +438,9 @@ def lengths() -> Iterator[Case]:
 def forms() -> Iterator[Case]:
     yield from each("layouts.get", layouts.get, NOT_A_LAYOUT)
     yield from each(
-        "layouts.register", layouts.register, {**NOT_A_TENSOR, "taken": lambda: layouts.BSND}
+        "layouts.register",
+        layouts.register,
+        {**NOT_A_TENSOR, "taken": lambda: layouts.Layout("BSND", "s b n d")},
     )
     patterns: Values = {
         **without(NOT_A_NAME, "mistyped"),

@@ -209,7 +209,7 @@ def families() -> Iterator[Case]:
     )
     yield from each(
         "masks.register name",
-        lambda bad: masks.register(bad)(masks.Causal),
+        lambda bad: masks.register(bad)(masks.Full),
         without(NOT_A_NAME, "empty", "mistyped", "a megabyte"),
         {"taken": lambda: "causal"},
     )

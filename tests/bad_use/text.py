@@ -284,7 +284,7 @@ def configurations() -> Iterator[Case]:
     more: dict[str, list[Values]] = {
         "dim": [*count, {"17": lambda: 17}],
         "kv_dim": [without(NOT_A_COUNT, "none"), HUGE],
-        "bias": [flag],
+        "bias": [without(flag, "list")],
         "rotary": [
             without(flag, "int"),
             {
@@ -392,7 +392,8 @@ def registries() -> Iterator[Case]:
             lambda bad, r=registry: r.add(bad, next(iter(r.items()))[1]),
             without(NOT_A_NAME, "empty", "mistyped", "a megabyte"),
         )
-        yield Case(f"{name}.add twice", lambda r=registry: r.add(*next(iter(r.items()))))
+        (first, _), (_, second), *_ = registry.items()
+        yield Case(f"{name}.add taken", lambda r=registry, n=first, e=second: r.add(n, e))
 
 
 class _Told(AttnkitError):

@@ -107,7 +107,7 @@ NOT_A_NAME: Values = {
 NOT_A_MASK: Values = {
     "bool": lambda: True,
     "int": lambda: 3,
-    "a string": lambda: "Causal()",
+    "a string": lambda: "causal",
     "bytes": lambda: b"Causal()",
     "a list of masks": lambda: [masks.Causal()],
     "a family": lambda: masks.Causal,
@@ -128,7 +128,7 @@ NOT_A_BIAS: Values = {
     "bool": lambda: True,
     "int": lambda: 3,
     "float": lambda: 0.5,
-    "a string": lambda: "ALiBi(2)",
+    "a string": lambda: "alibi",
     "bytes": lambda: b"ALiBi(2)",
     "a list of biases": lambda: [pse.ALiBi(2)],
     "a family": lambda: pse.ALiBi,

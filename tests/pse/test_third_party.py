@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends import BACKENDS, register
 from attnkit.backends.tiled.bias import bind
 from attnkit.backends.tiled.terms import Diagonals, Stored
 from attnkit.cache import KVCache
 from attnkit.planner import Composition, read_request
-from tests.backends.flex.eager import EagerFlex
+from tests.backends.flex.eager import EagerFlex, registered
 from tests.pse.families import BATCH, HEADS, KV, Loud, NearOrFar, Recency, Steep, Waves, numbers
 from tests.pse.test_families import wide
 
@@ -25,9 +24,8 @@ CAUSAL = masks.Causal()
 
 @pytest.fixture(scope="module", autouse=True)
 def eager_backend() -> Iterator[None]:
-    register(EagerFlex())
-    yield
-    BACKENDS.remove(EagerFlex.name)
+    with registered():
+        yield
 
 
 def leaves(q_len: int = KV, kv_len: int = KV) -> list[Tensor]:

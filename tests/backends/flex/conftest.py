@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from attnkit.backends import BACKENDS, register
-from tests.backends.flex.eager import EagerFlex
+from tests.backends.flex.eager import registered
 
 
 @pytest.fixture(scope="package", autouse=True)
 def eager_backend() -> Iterator[None]:
-    register(EagerFlex())
-    yield
-    BACKENDS.remove(EagerFlex.name)
+    with registered():
+        yield

@@ -6,6 +6,8 @@ scores that torch's own code makes of a `mask_mod` and a `score_mod`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import _math_attention_inner
 
 from attnkit import Refusal
-from attnkit.backends import Flex
+from attnkit.backends import BACKENDS, Flex, register
 from attnkit.backends.flex.backend import FlexCall
 from attnkit.planner import Request
 
@@ -42,3 +44,14 @@ class EagerFlex(Flex):
 
     def refusals(self, request: Request) -> list[Refusal]:
         return super().refusals(replace(request, device="meta", dtype=torch.float32))
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Let the eager backend be known by name, if it is not already."""
+    known = EagerFlex.name in BACKENDS
+    if not known:
+        register(EagerFlex())
+    yield
+    if not known:
+        BACKENDS.remove(EagerFlex.name)
