@@ -368,7 +368,12 @@ class KernelCall:
         }
 
     def inexpressible(self, version: str) -> str | None:
-        """Return why an op version cannot express the call, or None when it can."""
+        """Return why an op version cannot express the call, or None when it can.
+
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> KernelCall(spec, spec, spec, 2, "BSND").inexpressible("v1") is None
+        True
+        """
         known = op_version(version)
         given = self.non_default_arguments().items()
         missing = [f"{name}={value}" for name, value in given if name not in known.arguments]

@@ -120,8 +120,11 @@ class Rule:
         """Return what is wrong with a call, or None where the rule holds.
 
         >>> from attnkit.kernel import RULES
-        >>> RULES[0].code
-        'argument-type'
+        >>> import torch
+        >>> from attnkit.kernel import KernelCall, TensorSpec
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> RULES[0].broken(KernelCall(spec, spec, spec, 2, "BSND"), Target()) is None
+        True
         """
         return next(self.predicate(call, on), None)
 

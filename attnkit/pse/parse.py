@@ -62,5 +62,5 @@ def _how(given: object) -> str:
     if isinstance(given, Tensor | np.ndarray):
         return "a tensor of biases is pse.Dense(t)"
     if isinstance(given, list | tuple):
-        return "slopes per head are pse.ALiBi(slopes=[...])"
+        return "slopes per head are pse.ALiBi(slopes=[...]), biases are added up: p1 + p2"
     return "it must be a bias of attnkit.pse, or the text of one"
