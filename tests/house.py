@@ -122,17 +122,15 @@ def entered(call: Callable[[], object]) -> list[str]:
 
 def paths() -> dict[str, Callable[[], object]]:
     """Return the three calls of docs/architecture.md."""
-    x = torch.randn(1, 96, 2, 16)
-    window = ak.Attention(2, 16, mask=masks.Causal() & masks.SlidingWindow(32))
-    sink = masks.Causal() & (masks.Columns(0, 4) | masks.SlidingWindow(32))
-    fused = ak.Attention(2, 16, mask=sink, backend="emulated")
-    text = {"kind": "attention", "num_heads": 2, "head_dim": 16, "mask": "Causal()"}
+    x, y = torch.randn(1, 1024, 2, 16), torch.randn(1, 8192, 1, 16)
+    window = ak.Attention(2, 16, mask=masks.Causal() & masks.SlidingWindow(128))
+    sink = masks.Causal() & (masks.Columns(0, 4) | masks.SlidingWindow(64))
+    fused = ak.Attention(1, 16, mask=sink, backend="emulated")
+    text = "{num_heads: 2, head_dim: 16, mask: Causal() & SlidingWindow(128)}"
     return {
         "a causal window on the CPU": lambda: window(x, x, x),
-        "a sink and a window on fused calls": lambda: fused(x, x, x),
-        "a configuration to a layer": lambda: ak.AttentionConfig.model_validate(
-            {k: v for k, v in text.items() if k != "kind"}
-        ).build(),
+        "a sink and a window on fused calls": lambda: fused(y, y, y),
+        "a configuration to a layer": lambda: ak.AttentionConfig.from_yaml(text).build(),
     }
 
 

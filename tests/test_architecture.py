@@ -1,0 +1,63 @@
+"""docs/architecture.md against the code: its layers, and the ways that it describes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.house import ROOT, entered, own_caches, paths, shared_names, trees
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """Return what stands under a heading."""
+    return re.split(r"^##+ ", PAGE.partition(f"# {title}\n")[2], maxsplit=1, flags=re.M)[0]
+
+
+def layers() -> dict[str, int]:
+    rows = [row for row in section("Layers").splitlines() if row.startswith("| `")]
+    names = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in rows]
+    return {name: k for k, row in enumerate(names) for name in row}
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """Yield (folder or file, what it imports when it is imported)."""
+    for name, tree in trees():
+        room = name.split("/")[0].removesuffix(".py")
+        for node in tree.body:
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module == "attnkit":
+                yield from ((room, alias.name) for alias in node.names)  # type: ignore[union-attr]
+            elif module.startswith("attnkit."):
+                yield room, module.split(".")[1]
+
+
+def test_every_room_is_in_a_layer_and_imports_point_down() -> None:
+    known = layers()
+    rooms = {name.split("/")[0].removesuffix(".py") for name, _ in trees()} - {"__init__"}
+    assert rooms == set(known)
+    upward = {(a, b) for a, b in imports() if a != "__init__" and known[a] > known[b]}
+    assert not upward
+
+
+@pytest.mark.parametrize("name", paths())
+def test_a_way_through_the_code_is_entered_in_its_order(name: str) -> None:
+    told = re.findall(r"`([\w/]+\.py:\w+)`", section(name[0].upper() + name[1:]))
+    assert len(told) >= 5
+    functions = entered(paths()[name])
+    assert [one for one in told if one not in functions] == []
+    places = [functions.index(one) for one in told]
+    assert places == sorted(places)
+
+
+def test_one_noun_means_one_thing() -> None:
+    # A mask and a bias are cut alike, and a tensor is a dense mask or a dense bias.
+    assert set(shared_names()) <= {"Cut", "Dense"}
+
+
+def test_there_are_few_caches() -> None:
+    assert len(own_caches()) <= 10
