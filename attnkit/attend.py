@@ -118,28 +118,24 @@ def key_of(
     key: Tensor,
     value: Tensor,
     sink: Tensor | None,
-    seqlens: SeqLens | None,
+    seqlens: object,
 ) -> Hashable:
     """Return what a module's plan depends on; None where arguments are not what they should be.
 
     What the module was built with is not part of it, but its tensors are: a bias or a sink may
     be frozen or moved between two calls.
     """
-    mask: object = asked.masks[1]
-    given: object = seqlens
-    bias = asked.biases[1]
-    tensors = [query, key, value, *asked.tensors]
-    tensors += () if sink is None else (sink,)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.is_nested:
+    bias, facts = asked.biases[1], []
+    carried = asked.tensors if sink is None else (*asked.tensors, sink)
+    for t in (query, key, value, *carried):
+        if not isinstance(t, Tensor) or t.is_nested:
             return None
-    if mask is not None and not isinstance(mask, Mask):
-        return None
-    if given is not None and not isinstance(given, SeqLens):
+        facts.append((t.shape, t.dtype, t.device, t.requires_grad))
+    if seqlens is not None and not isinstance(seqlens, SeqLens):
         return None
     return (
-        tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]),
-        mask,
+        tuple(facts),
+        asked.masks[1],
         None if bias is None else bias.key(),
         seqlens,
         asked.layout,
@@ -156,12 +152,10 @@ def attend(
     value: Tensor,
     sink: Tensor | None,
     seqlens: SeqLens | None,
-    *,
-    plan: Plan | None = None,
     carried: Sequence[Tensor] | None = None,
     return_stats: bool = True,
 ) -> AttentionOutput:
-    """Attend as asked, by a `plan` that is known already or by the one that is found.
+    """Attend as asked.
 
     In a graph, `carried` are the tensors that the biases have now, if not those that they were
     built with, and statistics come only with `return_stats`.
@@ -183,7 +177,7 @@ def attend(
         )
         drops = bool(asked.training and asked.dropout)
         return run_number(number, [query, key, value, sink, *now], drops, return_stats)
-    found = plan_of(asked, query, key, value, sink, seqlens) if plan is None else plan
+    found = plan_of(asked, query, key, value, sink, seqlens)
     return run_plan(found, Operands(query, key, value, asked.pse, sink))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnkit.arguments import check_bool, check_int
 from attnkit.attend import Asked, attend, interned, is_tracing, key_of, plan_of
-from attnkit.backends import BACKENDS, AttentionOutput
+from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         own = self._composition if is_tracing() else self.composition
         return Asked(
             (own.mask, None if mask is None else as_mask(mask)),
-            (own.pse, as_pse(pse)),
+            (own.pse, None if pse is None else as_pse(pse)),
             own.layout,
             own.scale,
             own.dropout,
@@ -259,24 +259,13 @@ class Attention(nn.Module):
         seqlens: SeqLens | None,
         return_stats: bool,
     ) -> AttentionOutput:
-        plan, carried, sink = None, None, self.sink
-        if is_tracing():
-            own = [getattr(self, name) for name in self._pse_names]
-            added = asked.biases[1]
-            carried = [*own, *(added.tensors if added is not None else ())]
-        else:
+        sink = self.sink
+        if not is_tracing():
             plan = self._plan(asked, query, key, value, sink, seqlens)
-        return attend(
-            asked,
-            query,
-            key,
-            value,
-            sink,
-            seqlens,
-            plan=plan,
-            carried=carried,
-            return_stats=return_stats,
-        )
+            return run_plan(plan, Operands(query, key, value, asked.pse, sink))
+        own, added = [getattr(self, name) for name in self._pse_names], asked.biases[1]
+        now = [*own, *(added.tensors if added is not None else ())]
+        return attend(asked, query, key, value, sink, seqlens, now, return_stats)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found again; they need not travel with a copy or a checkpoint.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import wraps
 from threading import Lock
@@ -18,12 +17,12 @@ T = TypeVar("T")
 
 
 class Store:
-    """Values by key: the latest `most` of them, as long as their tensors hold `bytes` or less.
+    """Values by key: the last `most` that were made, as long as their tensors hold `bytes` or less.
 
     >>> store = Store(most=2, bytes=64)
     >>> for n in (1, 2, 3, 100):
     ...     _ = store.get(n, lambda n=n: torch.zeros(n))
-    >>> list(store)  # 2 was one too many, and 100 floats are kept by nobody
+    >>> list(store)  # 1 was one too many, and 100 floats are kept by nobody
     [2, 3]
     """
 
@@ -31,23 +30,22 @@ class Store:
         self.most = most
         self.bytes = bytes
         self._lock = Lock()
-        self._sizes: OrderedDict[Hashable, int] = OrderedDict()
         self._values: dict[Hashable, Any] = {}
+        self._sizes: dict[Hashable, int] = {}
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what is kept under a key, or make and keep it."""
-        with self._lock:
-            if key in self._values:
-                self._sizes.move_to_end(key)
-                return cast(T, self._values[key])
-        made = make()  # not under the lock: what is made may be made of other kept values
+    def get(self, key: Hashable, make: Callable[..., T], *args: Any) -> T:
+        """Return what is kept under a key, or what is made now, and keep that."""
+        found = self._values.get(key, self)  # one look, without the lock: it is on hot paths
+        if found is not self:
+            return cast(T, found)
+        made = make(*args)  # not under the lock: what is made may be made of other kept values
         size = _size(made)
         if size <= self.bytes:
             with self._lock:
                 self._values[key], self._sizes[key] = made, size
                 while len(self._sizes) > self.most or sum(self._sizes.values()) > self.bytes:
-                    oldest, _ = self._sizes.popitem(last=False)
-                    del self._values[oldest]
+                    oldest = next(iter(self._sizes))
+                    del self._values[oldest], self._sizes[oldest]
         return made
 
     def clear(self) -> None:
@@ -102,6 +100,6 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
             return cast(Any, make)(*args)  # type: ignore[no-any-return]
         if torch._C._len_torch_dispatch_stack():
             return made(*args)
-        return KEPT.get((make, args), lambda: made(*args))
+        return KEPT.get((make, args), made, *args)
 
     return cast(Callable[P, T], get)
