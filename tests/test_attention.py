@@ -42,6 +42,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         CompositionTypeError,
         r"pse=<tensor \[6, 6\] of torch.float32> is a Tensor; .*pse.Dense\(t\)",
     ),
+    "a flag for the logits of a sink": (
+        lambda: ak.attention(x(), x(), x(), sink=True),  # type: ignore[call-overload]
+        CompositionTypeError,
+        r"sink=True; .*logits.*\[4\]",
+    ),
     "layout of another rank": (
         lambda: ak.attention(x(), x(), x(), layout="BSH", num_heads=4),
         ak.CompositionError,

@@ -55,6 +55,8 @@ class Padding(Mask):
     def of(attention_mask: torch.Tensor) -> Mask:
         """Return the keys that a tokenizer's ``attention_mask`` [b, s] marks: 1 (True) exists.
 
+        It may be broadcast already, [b, 1, 1, s].
+
         Where all texts end with the row, the padding is the first keys: ``~Prefix(counts)``, the
         same set however many keys are added, as a cache does. Where all begin with it, a
         `Padding`; else a `PerBatch` of the runs of keys that each has. The values are read, which
@@ -113,6 +115,8 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
             f"Padding.of takes a tensor [b, s] of 0 and 1, got {describe(attention_mask)}"
         )
     check_readable("Padding.of", attention_mask)
+    if attention_mask.ndim == 4 and attention_mask.shape[1:3] == (1, 1):
+        attention_mask = attention_mask[:, 0, 0]  # as it is broadcast over heads and queries
     if attention_mask.ndim != 2 or not len(attention_mask) or attention_mask.is_complex():
         raise CompositionError(
             f"Padding.of got {describe(attention_mask)}; a tokenizer's attention_mask is [b, s], "

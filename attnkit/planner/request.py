@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -303,6 +303,11 @@ def _check_carried(
     A query on the meta device is only planned for, so the others may stay where they are.
     """
     if sink is not None:
+        if cast(object, sink) is True:
+            raise CompositionTypeError(
+                f"sink=True; here it is the logits themselves, a tensor [{heads}] (a module learns "
+                "its own: ak.Attention(..., sink=True))"
+            )
         check_tensor("sink", sink)
         if not sink.is_floating_point():
             raise CompositionTypeError(

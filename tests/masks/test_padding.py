@@ -67,7 +67,7 @@ def test_holes_run_on_every_backend() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "a list": ([[1, 0]], "takes a tensor"),
     "one axis": (torch.ones(3), r"\[b, s\]"),
-    "four axes": (torch.ones(2, 1, 1, 3), r"Dense\.keep"),
+    "four axes": (torch.ones(2, 1, 3, 3), r"Dense\.keep"),
     "no texts": (torch.ones(0, 3), r"\[b, s\]"),
     "added to scores": (torch.tensor([[0.0, -1e9]]), r"pse\.Dense"),
     "counts": (torch.tensor([[1, 2]]), "other than 0 and 1"),
@@ -90,3 +90,10 @@ def test_elements_that_have_entries_themselves_do_not_nest() -> None:
     both = PerBatch([masks.Causal(), masks.Full()])
     assert (both & masks.PerHead([masks.Full()] * 3)).heads == 3
     assert (both.batches, both.heads) == (2, None)
+
+
+def test_a_mask_that_is_broadcast_already_is_the_same() -> None:
+    given = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert masks.Padding.of(given[:, None, None]) == masks.Padding.of(given)
+    with pytest.raises(ak.CompositionError, match=r"\[b, s\]"):
+        masks.Padding.of(given[:, None, None].expand(2, 1, 3, 3))
