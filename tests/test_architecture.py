@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.house import ROOT, entered, own_caches, paths, shared_names, trees
+from tests.house import ROOT, caches, entered, paths, shared_names, trees
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -60,4 +60,4 @@ def test_one_noun_means_one_thing() -> None:
 
 
 def test_there_are_few_caches() -> None:
-    assert len(own_caches()) <= 10
+    assert len(caches()) <= 10
