@@ -7,7 +7,8 @@ to do about it, and is raised before any computation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from reprlib import Repr
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "KernelContractTypeError",
     "Refusal",
     "clipped",
+    "contract",
     "shown",
 ]
 
@@ -52,7 +54,8 @@ class _Shown(Repr):
         if isinstance(x, str | bytes | bytearray):
             return _text(x)
         if isinstance(x, int) and not isinstance(x, bool):
-            return _integer(x)
+            # Python refuses to write integers of more than some thousand digits.
+            return repr(x) if x.bit_length() <= 512 else f"<int of {x.bit_length()} bits>"
         return super().repr1(x, level)
 
 
@@ -105,11 +108,6 @@ def _text(text: str | bytes | bytearray) -> str:
         return repr(text)
     unit = "characters" if isinstance(text, str) else "bytes"
     return f"{text[: LONGEST // 2]!r}... ({len(text)} {unit})"
-
-
-def _integer(number: int) -> str:
-    # Python refuses to write integers of more than some thousand digits.
-    return repr(number) if number.bit_length() <= 512 else f"<int of {number.bit_length()} bits>"
 
 
 _SHOWN = _Shown()
@@ -198,6 +196,17 @@ class KernelContractTypeError(KernelContractError, TypeError):
     >>> issubclass(KernelContractTypeError, TypeError)
     True
     """
+
+
+@contextmanager
+def contract(code: str) -> Iterator[None]:
+    """Raise what is found inconsistent inside as a `KernelContractError` with a rule's code."""
+    try:
+        yield
+    except CompositionError as error:
+        about_types = isinstance(error, CompositionTypeError)
+        kind = KernelContractTypeError if about_types else KernelContractError
+        raise kind(str(error), [code]) from None
 
 
 class BackendRefused(AttnkitError, RuntimeError):

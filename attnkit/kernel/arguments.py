@@ -10,39 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import torch
 
-from attnkit.errors import KernelContractTypeError, shown
+from attnkit.kernel.call import KernelCall
 
-__all__ = [
-    "BOOLS",
-    "FLOATS",
-    "INTEGERS",
-    "LISTS",
-    "TEXTS",
-    "as_python",
-    "check_count",
-    "check_tensors_given",
-    "fits_int64",
-]
-
-INTEGERS = (
-    "head_num",
-    "pre_tokens",
-    "next_tokens",
-    "inner_precise",
-    "sparse_mode",
-    "pse_type",
-    "seed",
-    "offset",
-)
-FLOATS = ("scale", "keep_prob")
-BOOLS = ("gen_mask_parallel", "sync")
-TEXTS = ("input_layout", "softmax_layout")
-LISTS = ("prefix", "actual_seq_qlen", "actual_seq_kvlen", "q_start_idx", "kv_start_idx")
+__all__ = ["as_python", "fits_int64", "mistyped"]
 
 
 def as_python(name: str, value: Any) -> Any:
@@ -54,30 +29,14 @@ def as_python(name: str, value: Any) -> Any:
     [3, 4.5]
     """
     try:
-        return _READERS[name](value) if name in _READERS else value
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return _KIND_OF[name][0](value)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         return value
 
 
-def check_tensors_given(function: str, *given: tuple[str, object]) -> None:
-    """Raise `KernelContractTypeError` for what is not a tensor."""
-    for name, value in given:
-        if not isinstance(value, torch.Tensor):
-            raise KernelContractTypeError(
-                f"{function} got {name}={shown(value)}, of type {type(value).__name__}; it takes "
-                "tensors",
-                ["argument-type"],
-            )
-
-
-def check_count(function: str, name: str, value: object) -> int:
-    """Return an int that is not negative and fits into 64 bits."""
-    if not isinstance(value, int) or not fits_int64(value) or value < 0:
-        raise KernelContractTypeError(
-            f"{function} got {name}={shown(value)}; it is an int from 0 to 2**63 - 1",
-            ["argument-type"],
-        )
-    return value
+def mistyped(call: KernelCall) -> list[str]:
+    """Return the plain arguments of a call that are not of the type they are declared with."""
+    return [name for name, (_, fits) in _KIND_OF.items() if not fits(getattr(call, name))]
 
 
 def fits_int64(value: object) -> bool:
@@ -90,8 +49,6 @@ def _int(value: Any) -> int:
 
 
 def _ints(value: Any) -> Any:
-    if value is None:
-        return None
     listed = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
     return tuple(_int(item) for item in value) if listed else value
 
@@ -110,9 +67,16 @@ def _bool(value: Any) -> bool:
     return bool(number)
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys((*INTEGERS, "numels"), _int),
-    **dict.fromkeys(FLOATS, _float),
-    **dict.fromkeys(BOOLS, _bool),
-    **dict.fromkeys(LISTS, _ints),
+def _are_ints(value: object) -> bool:
+    return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
+
+
+# How an argument of each type is read, and whether it is one then, by the type's annotation.
+_KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool]]] = {
+    "int": (_int, fits_int64),
+    "float": (_float, lambda value: isinstance(value, float) or fits_int64(value)),
+    "bool": (_bool, lambda value: isinstance(value, bool)),
+    "str": (lambda value: value, lambda value: isinstance(value, str)),
+    "tuple[int, ...] | None": (_ints, _are_ints),
 }
+_KIND_OF = {f.name: _KINDS[str(f.type)] for f in fields(KernelCall) if f.type in _KINDS}

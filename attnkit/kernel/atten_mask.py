@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
+from attnkit.arguments import check_tensor
 from attnkit.constants import constant
-from attnkit.errors import KernelContractError
+from attnkit.errors import KernelContractError, contract
 from attnkit.geometry import Region, Slice
-from attnkit.kernel.arguments import check_tensors_given
 
 __all__ = ["COMPRESSED_SIDE", "PREFIX_SIDE", "AttenMask", "MaskKind"]
 
@@ -93,7 +93,8 @@ class AttenMask:
         With `read`, its content decides whether it is one of the compressed masks; without,
         it is a full mask of unknown content.
         """
-        check_tensors_given("AttenMask.of", ("tensor", tensor))
+        with contract("argument-type"):
+            check_tensor("AttenMask.of: tensor", tensor)
         shape = tuple(tensor.shape)
         if read and tensor.dtype in (torch.bool, torch.uint8):
             for known in (_CAUSAL, _PREFIX):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError, shown
-from attnkit.kernel.arguments import check_count, fits_int64
+from attnkit.arguments import check_int, check_number
+from attnkit.errors import contract
 
 __all__ = ["dropout_bits", "dropout_bytes", "dropout_mask", "read_bits"]
 
@@ -25,7 +25,9 @@ def dropout_bytes(numels: int) -> int:
     >>> dropout_bytes(1), dropout_bytes(128), dropout_bytes(129)
     (16, 16, 32)
     """
-    return -(-check_count("dropout_bytes", "numels", numels) // 128) * 16
+    with contract("argument-type"):
+        check_int("dropout_bytes: numels", numels, 0)
+    return -(-numels // 128) * 16
 
 
 def _signed(value: int) -> int:
@@ -65,19 +67,12 @@ def dropout_mask(
     >>> bool((bits == dropout_mask(1024, 0.75, seed=7)).all())
     True
     """
-    check_count("dropout_mask", "numels", numels)
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not fits_int64(value):
-            raise KernelContractTypeError(
-                f"dropout_mask got {name}={shown(value)}; it is an int of 64 bits",
-                ["argument-type"],
-            )
-    number = isinstance(keep_prob, int | float) and not isinstance(keep_prob, bool)
-    if not number or not 0 <= keep_prob <= 1:
-        raise KernelContractError(
-            f"dropout_mask got keep_prob={shown(keep_prob)}; it is a number in [0, 1]",
-            ["keep-prob-range"],
-        )
+    with contract("argument-type"):
+        check_int("dropout_mask: numels", numels, 0)
+        for name, value in (("seed", seed), ("offset", offset)):
+            check_int(f"dropout_mask: {name}", value, None)
+    with contract("keep-prob-range"):
+        check_number("dropout_mask: keep_prob", keep_prob, lambda p: 0 <= p <= 1, "in [0, 1]")
     packed = torch.zeros(dropout_bytes(numels), dtype=torch.uint8, device=device)
     weights = 2 ** torch.arange(8, device=device)
     for start in range(0, numels, _CHUNK):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from attnkit.arguments import odd_kind
 from attnkit.errors import KernelContractError, KernelContractTypeError, shown
 from attnkit.kernel.arguments import as_python, fits_int64
 from attnkit.kernel.atten_mask import AttenMask
@@ -36,9 +35,9 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
     """
     results = {name: given[name] for name in _RESULTS if "dy" in given}
     call = _described(given, backward=bool(results))
-    specs = {name: _spec(name, tensor) for name, tensor in results.items()}
+    specs = {name: TensorSpec.of(tensor, name) for name, tensor in results.items()}
     if given.get("softmax_in") is not None:
-        _spec("softmax_in", given["softmax_in"])
+        TensorSpec.of(given["softmax_in"], "softmax_in")
     tensors = {name: given.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
     _check_devices({**tensors, **results})
     _check_rules(call, tensors, backward=bool(results), silent=given["allow_silent"])
@@ -48,23 +47,11 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
 
 def forward_seeds(given: Mapping[str, Any]) -> dict[str, int]:
     """Return the seed, offset and numels that a forward returned, given to its backward."""
-    seeds = {name: as_python(name, given[name]) for name in ("seed", "offset", "numels")}
+    seeds = {name: as_python("seed", given[name]) for name in ("seed", "offset", "numels")}
     for name, number in seeds.items():
         if not fits_int64(number):
             raise contract_error([Violation(argument_type, f"{name}={shown(number)}")])
     return seeds
-
-
-def _spec(name: str, tensor: object) -> TensorSpec:
-    if not isinstance(tensor, torch.Tensor):
-        words = f"{name}={shown(tensor)} is a {type(tensor).__name__}"
-        words = f"{name}: None given" if tensor is None else words
-        raise KernelContractTypeError(f"{words}; the op takes a torch.Tensor", ["argument-type"])
-    kind = odd_kind(tensor)
-    if kind is not None:
-        words = f"{name} is a tensor of another kind ({kind}); the op takes plain strided ones"
-        raise KernelContractTypeError(words, ["argument-type"])
-    return TensorSpec.of(tensor)
 
 
 def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
@@ -73,7 +60,7 @@ def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
     for name in (f.name for f in fields(KernelCall) if f.name in given):
         value = given[name]
         if name in _REQUIRED or (name in (*_OPTIONAL, "padding_mask") and value is not None):
-            arguments[name] = _spec(name, value)
+            arguments[name] = TensorSpec.of(value, name)
         else:
             arguments[name] = as_python(name, value)
     if given["atten_mask"] is not None:

@@ -92,8 +92,6 @@ class Target:
 Found = Iterator[str]
 """What a rule says about a call and a `Target`: what is wrong, in words and numbers, or nothing."""
 
-Predicate = Callable[..., Found]
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -112,7 +110,7 @@ class Rule:
     source: Source
     sentence: str
     remedy: str
-    predicate: Predicate = field(compare=False)
+    predicate: Callable[..., Found] = field(compare=False)
     type_error: bool = False
     structural: bool = False
 
@@ -133,21 +131,21 @@ _RULES: Registry[Rule] = Registry("rule")
 
 
 def rule(
-    code: str,
     *,
     layer: Layer,
     remedy: str,
     source: Source | None = None,
     type_error: bool = False,
     structural: bool = False,
-) -> Callable[[Predicate], Rule]:
+) -> Callable[[Callable[..., Found]], Rule]:
     """Make a rule of a function that yields what is wrong; its docstring says what must hold.
 
-    It was read in the code of its layer, unless `source` names another place. Rules are asked
-    and told in the order in which they are made.
+    Its name is the code, with hyphens. It was read in the code of its layer, unless `source` names
+    another place. Rules are asked and told in the order in which they are made.
     """
 
-    def made(predicate: Predicate) -> Rule:
+    def made(predicate: Callable[..., Found]) -> Rule:
+        code = predicate.__name__.replace("_", "-")
         sentence = " ".join((predicate.__doc__ or code).split()).removesuffix(".")
         read = source or _CODE_OF[layer]
         parts = (code, layer, read, sentence, remedy, predicate, type_error, structural)

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 
 from attnkit import layouts
-from attnkit.errors import CompositionError, KernelContractError
-from attnkit.kernel.arguments import check_tensors_given
+from attnkit.arguments import check_tensor
+from attnkit.errors import KernelContractError, contract
 from attnkit.layouts import Sizes
 
 __all__ = ["LAYOUTS", "UNBOUNDED", "TensorSpec", "paired_steps", "read_sizes"]
@@ -34,9 +34,10 @@ class TensorSpec:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
-        """Describe a tensor."""
-        check_tensors_given("TensorSpec.of", ("tensor", tensor))
+    def of(cls, tensor: torch.Tensor, name: str = "TensorSpec.of: tensor") -> TensorSpec:
+        """Describe a dense tensor; messages call it by the name."""
+        with contract("argument-type"):
+            check_tensor(name, tensor)
         return cls(tuple(tensor.shape), tensor.dtype)
 
     def __str__(self) -> str:
@@ -51,10 +52,8 @@ def read_sizes(layout: str, spec: TensorSpec, *, heads: int = 0, dim: int = 0) -
     if layout not in LAYOUTS:
         words = f"input_layout={layout!r} is not one of {', '.join(LAYOUTS)}"
         raise KernelContractError(words, ["layout-unknown"])
-    try:
+    with contract("rank"):
         found = layouts.get(layout).extents(spec.shape)
-    except CompositionError as error:
-        raise KernelContractError(str(error), ["rank"]) from None
     if "n d" in found:
         heads = heads or (found["n d"] // dim if dim else 0)
         found["n"], found["d"] = heads, found["n d"] // heads if heads else 0

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError, shown
-from attnkit.kernel.arguments import check_tensors_given
+from attnkit.arguments import check_tensor
+from attnkit.errors import KernelContractError, KernelContractTypeError, contract, shown
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.scores import MASKED
 
@@ -79,7 +79,9 @@ def log_sum_exp(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.T
     >>> log_sum_exp(torch.tensor([0., MASKED]), torch.tensor([1., -MASKED])).tolist()
     [0.0, -inf]
     """
-    check_tensors_given("log_sum_exp", ("softmax_max", softmax_max), ("softmax_sum", softmax_sum))
+    with contract("argument-type"):
+        check_tensor("log_sum_exp: softmax_max", softmax_max)
+        check_tensor("log_sum_exp: softmax_sum", softmax_sum)
     empty = (softmax_max <= MASKED) | (softmax_sum == 0)
     return (softmax_max + softmax_sum.log()).masked_fill(empty, float("-inf"))
 
@@ -107,7 +109,9 @@ def merge_partials(
                 f"merge_partials got {name}={shown(listed)}; it takes a list of tensors",
                 ["argument-type"],
             )
-        check_tensors_given("merge_partials", *((f"{name}[{k}]", t) for k, t in enumerate(listed)))
+        with contract("argument-type"):
+            for k, tensor in enumerate(listed):
+                check_tensor(f"merge_partials: {name}[{k}]", tensor)
     if not outputs or not len(outputs) == len(maxima) == len(sums):
         raise KernelContractError(
             f"merge_partials got {len(outputs)} outputs, {len(maxima)} maxima and {len(sums)} "

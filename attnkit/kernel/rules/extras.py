@@ -16,7 +16,7 @@ def _has_dropout(call: KernelCall) -> bool:
     return 0 < call.keep_prob < 1
 
 
-@rule("keep-prob-range", layer="torch", remedy="Pass the share that survives, 1 - dropout.")
+@rule(layer="torch", remedy="Pass the share that survives, 1 - dropout.")
 def keep_prob_range(call: KernelCall, on: Target) -> Found:
     """A keep_prob lies in (0, 1]; MindSpeed's binding also takes 0."""
     low_fits = call.keep_prob >= 0 if on.version == "mindspeed" else call.keep_prob > 0
@@ -24,11 +24,7 @@ def keep_prob_range(call: KernelCall, on: Target) -> Found:
         yield f"keep_prob={call.keep_prob}"
 
 
-@rule(
-    "scale-finite",
-    layer="silent",
-    remedy="Pass the factor of the scores, usually 1 / sqrt(head size).",
-)
+@rule(layer="silent", remedy="Pass the factor of the scores, usually 1 / sqrt(head size).")
 def scale_finite(call: KernelCall, on: Target) -> Found:
     """The scale is a finite number of float32; with inf or NaN scores are NaN."""
     if not abs(call.scale) <= torch.finfo(torch.float32).max:
@@ -36,7 +32,6 @@ def scale_finite(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "padding-mask",
     layer="documented",
     remedy="Pass None; hide padding with atten_mask, or pack the sequences (TND).",
 )
@@ -46,22 +41,14 @@ def padding_mask(call: KernelCall, on: Target) -> Found:
         yield f"padding_mask={call.padding_mask}"
 
 
-@rule(
-    "inner-precise",
-    layer="documented",
-    remedy="Pass 0 or 2; other values are accepted and ignored.",
-)
+@rule(layer="documented", remedy="Pass 0 or 2; other values are accepted and ignored.")
 def inner_precise(call: KernelCall, on: Target) -> Found:
     """The values of inner_precise are 0, 1 (both reserved) and 2 (rows without a key become 0)."""
     if call.inner_precise not in (0, 1, 2):
         yield f"inner_precise={call.inner_precise}"
 
 
-@rule(
-    "softmax-layout",
-    layer="torch",
-    remedy="Leave it out: dense statistics are [B, N, Sq, 8] in every layout.",
-)
+@rule(layer="torch", remedy="Leave it out: dense statistics are [B, N, Sq, 8] in every layout.")
 def softmax_layout(call: KernelCall, on: Target) -> Found:
     """A softmax_layout is '' or, in layout TND, 'TND'."""
     if call.softmax_layout not in (("", "TND") if call.is_packed else ("",)):
@@ -69,10 +56,7 @@ def softmax_layout(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "softmax-layout-ignored",
-    layer="silent",
-    source="binding",
-    remedy="Use v1, or read the statistics in the default order.",
+    layer="silent", source="binding", remedy="Use v1, or read the statistics in the default order."
 )
 def softmax_layout_ignored(call: KernelCall, on: Target) -> Found:
     """Op v2 passes softmax_layout on only together with sink (before Ascend 950)."""
@@ -80,21 +64,21 @@ def softmax_layout_ignored(call: KernelCall, on: Target) -> Found:
         yield f"softmax_layout={call.softmax_layout!r}"
 
 
-@rule("sink-shape", layer="torch", remedy="Pass a tensor of shape [N].")
+@rule(layer="torch", remedy="Pass a tensor of shape [N].")
 def sink_shape(call: KernelCall, on: Target) -> Found:
     """A sink has one logit per query head, [N]."""
     if call.sink is not None and call.sink.shape != (call.num_heads,):
         yield f"sink of shape {list(call.sink.shape)} for {call.num_heads} heads"
 
 
-@rule("sink-dtype", layer="torch", remedy="Keep the sink parameter in float32.", type_error=True)
+@rule(layer="torch", remedy="Keep the sink parameter in float32.", type_error=True)
 def sink_dtype(call: KernelCall, on: Target) -> Found:
     """A sink is float32."""
     if call.sink is not None and call.sink.dtype not in (torch.float32, call.stats.dtype):
         yield f"sink {call.sink}"
 
 
-@rule("sink-product", layer="documented", remedy="Leave it out there.")
+@rule(layer="documented", remedy="Leave it out there.")
 def sink_product(call: KernelCall, on: Target) -> Found:
     """A sink is reserved on Ascend 950."""
     if call.sink is not None and on.product == "950":
@@ -102,7 +86,6 @@ def sink_product(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "dropout-mask",
     layer="documented",
     remedy="Generate it with attnkit.kernel.dropout_mask or torch_npu._npu_dropout_gen_mask.",
 )
@@ -114,7 +97,7 @@ def dropout_mask(call: KernelCall, on: Target) -> Found:
     yield f"dropout_mask {mask} for {call.numels} decisions"
 
 
-@rule("dropout-mask-unused", layer="silent", source="binding", remedy="Pass keep_prob, or no mask.")
+@rule(layer="silent", source="binding", remedy="Pass keep_prob, or no mask.")
 def dropout_mask_unused(call: KernelCall, on: Target) -> Found:
     """A dropout_mask is not read when keep_prob is 1."""
     if call.dropout_mask is not None and call.keep_prob >= 1:
@@ -122,7 +105,6 @@ def dropout_mask_unused(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "dropout-mask-numels",
     layer="silent",
     source="binding",
     remedy="Let the op draw the mask, or call the grad op with the right numels.",
@@ -136,11 +118,7 @@ def dropout_mask_numels(call: KernelCall, on: Target) -> Found:
         yield f"dropout_mask in dense layout {call.layout}"
 
 
-@rule(
-    "dropout-count",
-    layer="tiling",
-    remedy="End both lists in zeros or neither, and let them never decrease.",
-)
+@rule(layer="tiling", remedy="End both lists in zeros or neither, and let them never decrease.")
 def dropout_count(call: KernelCall, on: Target) -> Found:
     """The lists of a packed call must not give fewer dropout decisions than it has cells.
 
@@ -152,7 +130,6 @@ def dropout_count(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "seed-overwritten",
     layer="silent",
     source="binding",
     remedy="Seed torch's generator, or pass the mask generated from this seed.",
@@ -169,12 +146,7 @@ def seed_overwritten(call: KernelCall, on: Target) -> Found:
         yield f"seed={call.seed}, offset={call.offset} with keep_prob={call.keep_prob}"
 
 
-@rule(
-    "mindspeed-dropout",
-    layer="silent",
-    source="MindSpeed",
-    remedy="Use torch_npu's op for calls with dropout.",
-)
+@rule(layer="silent", source="MindSpeed", remedy="Use torch_npu's op for calls with dropout.")
 def mindspeed_dropout(call: KernelCall, on: Target) -> Found:
     """MindSpeed's binding takes every keep_prob as no dropout in the forward.
 
@@ -184,11 +156,7 @@ def mindspeed_dropout(call: KernelCall, on: Target) -> Found:
         yield f"keep_prob={call.keep_prob} through MindSpeed's binding"
 
 
-@rule(
-    "version-cannot-express",
-    layer="torch",
-    remedy="Choose a version that has it (attnkit.kernel.expressing_versions).",
-)
+@rule(layer="torch", remedy="Choose a version that has it (attnkit.kernel.expressing_versions).")
 def version_cannot_express(call: KernelCall, on: Target) -> Found:
     """Every argument that is not a default exists in the chosen version of the op."""
     missing = call.inexpressible(on.version)
@@ -197,7 +165,6 @@ def version_cannot_express(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "version-product",
     layer="documented",
     remedy="Choose another version: v1 and v2 exist on every product, v3 and MindSpeed's before "
     "950.",

@@ -16,7 +16,6 @@ __all__: list[str] = []
 
 
 @rule(
-    "sparse-mode-range",
     layer="torch",
     remedy="Choose another mode; the band of a cut sequence is modes 7 and 8 of TND.",
     structural=True,
@@ -31,7 +30,6 @@ def sparse_mode_range(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "mode-without-mask",
     layer="silent",
     source="tiling",
     remedy="Pass the 2048 x 2048 mask (3072 x 2048 in mode 6), or say sparse_mode=0.",
@@ -43,7 +41,6 @@ def mode_without_mask(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "window-without-mask",
     layer="silent",
     source="tiling",
     remedy="Use sparse_mode=4 and the 2048 x 2048 mask, or leave the window at its defaults.",
@@ -58,10 +55,7 @@ def window_without_mask(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "mask-dtype",
-    layer="tiling",
-    remedy="Pass a boolean mask; additive terms belong into pse.",
-    type_error=True,
+    layer="tiling", remedy="Pass a boolean mask; additive terms belong into pse.", type_error=True
 )
 def mask_dtype(call: KernelCall, on: Target) -> Found:
     """A mask is bool or uint8, 1 = masked; there are no additive masks."""
@@ -80,7 +74,7 @@ def _leads(call: KernelCall) -> list[tuple[int, ...]]:
     return [(call.batch, call.num_heads), (call.batch, 1), (1, 1), ()]
 
 
-@rule("mask-shape", layer="tiling", remedy="Expand the mask to one of these shapes.")
+@rule(layer="tiling", remedy="Expand the mask to one of these shapes.")
 def mask_shape(call: KernelCall, on: Target) -> Found:
     """In modes 0, 1 and 5 a mask has one entry per cell.
 
@@ -99,11 +93,7 @@ def mask_shape(call: KernelCall, on: Target) -> Found:
         yield f"atten_mask has shape {list(mask.shape)}, wanted {wanted}"
 
 
-@rule(
-    "mask-compressed-shape",
-    layer="tiling",
-    remedy="Pass AttenMask.causal().build() or AttenMask.prefix().build().",
-)
+@rule(layer="tiling", remedy="Pass AttenMask.causal().build() or AttenMask.prefix().build().")
 def mask_compressed_shape(call: KernelCall, on: Target) -> Found:
     """Modes 2, 3, 4, 7 and 8 read a [2048, 2048] mask, mode 6 a [3072, 2048] one.
 
@@ -119,7 +109,6 @@ def mask_compressed_shape(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "mask-content",
     layer="silent",
     remedy="Pass the mask that attnkit builds: True above the diagonal, True = masked.",
 )
@@ -138,7 +127,7 @@ def mask_content(call: KernelCall, on: Target) -> Found:
         yield f"atten_mask does not hold what sparse_mode={call.sparse_mode} reads"
 
 
-@rule("mask-values", layer="documented", remedy="Compare it to make it boolean: True where masked.")
+@rule(layer="documented", remedy="Compare it to make it boolean: True where masked.")
 def mask_values(call: KernelCall, on: Target) -> Found:
     """A mask holds 0 (takes part) and 1 (masked)."""
     if on.mask.is_binary is False:
@@ -156,7 +145,6 @@ def _known_content(call: KernelCall) -> Iterator[tuple[Region, tuple[int, int]]]
 
 
 @rule(
-    "mask-outside-window",
     layer="silent",
     remedy="Leave pre_tokens and next_tokens at their defaults, or mask those cells.",
 )
@@ -186,7 +174,6 @@ def _rows_without_a_key(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "rows-masked-packed",
     layer="silent",
     source="reference",
     remedy="Let every row see a key, or drop those rows from the packed batch.",
@@ -197,19 +184,14 @@ def rows_masked_packed(call: KernelCall, on: Target) -> Found:
         yield from _rows_without_a_key(call, on)
 
 
-@rule("rows-averaged", layer="silent", remedy="Pass inner_precise=2.")
+@rule(layer="silent", remedy="Pass inner_precise=2.")
 def rows_averaged(call: KernelCall, on: Target) -> Found:
     """A row without a key returns the mean of V unless inner_precise=2 makes it 0."""
     if not call.is_packed and call.empty_row_output == "mean":
         yield from _rows_without_a_key(call, on)
 
 
-@rule(
-    "mask-total-lengths",
-    layer="silent",
-    source="tiling",
-    remedy="Cut the mask to the longest sequence.",
-)
+@rule(layer="silent", source="tiling", remedy="Cut the mask to the longest sequence.")
 def mask_total_lengths(call: KernelCall, on: Target) -> Found:
     """A TND mask has the longest lengths, [max Sq, max Skv].
 
@@ -220,7 +202,7 @@ def mask_total_lengths(call: KernelCall, on: Target) -> Found:
         yield f"atten_mask has shape {list(mask.shape)}, the total lengths"
 
 
-@rule("mask-4d-packed", layer="silent", source="tiling", remedy="Pass [max Sq, max Skv].")
+@rule(layer="silent", source="tiling", remedy="Pass [max Sq, max Skv].")
 def mask_4d_packed(call: KernelCall, on: Target) -> Found:
     """A TND mask has two axes.
 
@@ -232,7 +214,6 @@ def mask_4d_packed(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "mode-5-mask",
     layer="tiling",
     remedy="Expand the mask over the batch, or use mode 6, which needs no full mask.",
 )

@@ -8,7 +8,7 @@ import torch
 
 from attnkit import layouts
 from attnkit.errors import shown
-from attnkit.kernel.arguments import BOOLS, FLOATS, INTEGERS, LISTS, TEXTS, fits_int64
+from attnkit.kernel.arguments import mistyped
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.legality import Found, Target, rule
 from attnkit.kernel.sizes import LAYOUTS, TensorSpec
@@ -25,7 +25,6 @@ def _named(call: KernelCall) -> dict[str, TensorSpec]:
 
 
 @rule(
-    "argument-type",
     layer="torch",
     remedy="Convert the argument; lengths and indices are host integers, not tensors.",
     type_error=True,
@@ -33,24 +32,12 @@ def _named(call: KernelCall) -> dict[str, TensorSpec]:
 )
 def argument_type(call: KernelCall, on: Target) -> Found:
     """Numbers are int (64 bits) or float, lists hold such ints, switches are bool, layouts str."""
-
-    def is_list(value: object) -> bool:
-        return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
-
-    def is_number(value: object) -> bool:
-        return isinstance(value, float) or fits_int64(value)
-
-    wrong = [n for n in INTEGERS if not fits_int64(getattr(call, n))]
-    wrong += [n for n in LISTS if not is_list(getattr(call, n))]
-    wrong += [n for n in FLOATS if not is_number(getattr(call, n))]
-    wrong += [n for n in BOOLS if not isinstance(getattr(call, n), bool)]
-    wrong += [n for n in TEXTS if not isinstance(getattr(call, n), str)]
+    wrong = mistyped(call)
     if wrong:
         yield ", ".join(f"{n}={shown(getattr(call, n))}" for n in wrong)
 
 
 @rule(
-    "layout-unknown",
     layer="torch",
     remedy="Use one of them; BNSD is [batch, heads, tokens, head size].",
     structural=True,
@@ -63,12 +50,7 @@ def layout_unknown(call: KernelCall, on: Target) -> Found:
         yield f"input_layout={shown(call.input_layout)}{hint}"
 
 
-@rule(
-    "rank",
-    layer="torch",
-    remedy="Reshape the tensors, or name the layout they are in.",
-    structural=True,
-)
+@rule(layer="torch", remedy="Reshape the tensors, or name the layout they are in.", structural=True)
 def rank(call: KernelCall, on: Target) -> Found:
     """Query, key and value have the rank of the layout: 3 for BSH, SBH, TND, 4 for BSND, BNSD."""
     if layout_unknown.broken(call, on):
@@ -79,7 +61,7 @@ def rank(call: KernelCall, on: Target) -> Found:
         yield f"{', '.join(wrong)} in layout {call.layout}, which has rank {axes}"
 
 
-@rule("head-num", layer="torch", remedy="Pass the number of query heads.", structural=True)
+@rule(layer="torch", remedy="Pass the number of query heads.", structural=True)
 def head_num(call: KernelCall, on: Target) -> Found:
     """The head_num is positive, divides H (BSH, SBH) and equals the query's head axis elsewhere."""
     if layout_unknown.broken(call, on) or rank.broken(call, on):
@@ -94,7 +76,6 @@ def head_num(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "kv-heads",
     layer="tiling",
     remedy="Query head h reads key head h // (heads / kv_heads); repeat or drop key heads.",
     structural=True,
@@ -114,7 +95,6 @@ def kv_heads(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "varlen-lists",
     layer="torch",
     remedy="Pass the cumulative lengths without a leading 0, one entry per sequence in each.",
     structural=True,
@@ -130,11 +110,7 @@ def varlen_lists(call: KernelCall, on: Target) -> Found:
         yield f"{len(q_lens)} query lengths and {len(kv_lens)} key lengths"
 
 
-@rule(
-    "varlen-dense",
-    layer="documented",
-    remedy="Leave them out, or pack the sequences into layout TND.",
-)
+@rule(layer="documented", remedy="Leave them out, or pack the sequences into layout TND.")
 def varlen_dense(call: KernelCall, on: Target) -> Found:
     """The lists actual_seq_qlen and actual_seq_kvlen belong to layout TND."""
     given = call.actual_seq_qlen is not None or call.actual_seq_kvlen is not None
@@ -142,14 +118,14 @@ def varlen_dense(call: KernelCall, on: Target) -> Found:
         yield f"actual_seq lists in layout {call.layout}"
 
 
-@rule("dtype-mixed", layer="aclnn", remedy="Cast them to the same dtype.", type_error=True)
+@rule(layer="aclnn", remedy="Cast them to the same dtype.", type_error=True)
 def dtype_mixed(call: KernelCall, on: Target) -> Found:
     """Query, key and value have one dtype."""
     if len({spec.dtype for spec in _named(call).values()}) > 1:
         yield ", ".join(f"{name} {spec}" for name, spec in _named(call).items())
 
 
-@rule("dtype", layer="aclnn", remedy="Cast query, key and value.", type_error=True)
+@rule(layer="aclnn", remedy="Cast query, key and value.", type_error=True)
 def dtype(call: KernelCall, on: Target) -> Found:
     """The kernel computes float16, bfloat16 and float32 (float64 only off the device)."""
     allowed = (*_DTYPES, torch.float64) if on.product == "emulator" else _DTYPES
@@ -157,7 +133,7 @@ def dtype(call: KernelCall, on: Target) -> Found:
         yield f"query {call.query}"
 
 
-@rule("batch-mismatch", layer="tiling", remedy="Expand or cut the batch axes to match.")
+@rule(layer="tiling", remedy="Expand or cut the batch axes to match.")
 def batch_mismatch(call: KernelCall, on: Target) -> Found:
     """Query, key and value have the same batch."""
     sizes = tuple(size.batch for size in call.sizes)
@@ -165,7 +141,7 @@ def batch_mismatch(call: KernelCall, on: Target) -> Found:
         yield f"batches of query, key, value: {sizes}"
 
 
-@rule("key-value-shape", layer="tiling", remedy="Pass as many values as keys.")
+@rule(layer="tiling", remedy="Pass as many values as keys.")
 def key_value_shape(call: KernelCall, on: Target) -> Found:
     """Key and value have the same shape except for the head size."""
     _, key, value = call.sizes
@@ -173,7 +149,7 @@ def key_value_shape(call: KernelCall, on: Target) -> Found:
         yield f"key {call.key} and value {call.value}"
 
 
-@rule("head-dim-equal", layer="aclnn", remedy="Project both to one head size.")
+@rule(layer="aclnn", remedy="Project both to one head size.")
 def head_dim_equal(call: KernelCall, on: Target) -> Found:
     """Query and key heads have the same size."""
     query, key, _ = call.sizes
@@ -182,7 +158,6 @@ def head_dim_equal(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "value-dim",
     layer="aclnn",
     remedy="Pad query and key heads with zeros up to the value's size; scores do not change.",
 )
@@ -192,14 +167,14 @@ def value_dim(call: KernelCall, on: Target) -> Found:
         yield f"value heads of {call.value_dim} beside query heads of {call.head_dim}"
 
 
-@rule("head-dim-limit", layer="aclnn", remedy="Use more, smaller heads.")
+@rule(layer="aclnn", remedy="Use more, smaller heads.")
 def head_dim_limit(call: KernelCall, on: Target) -> Found:
     """Heads have 1 to 768 elements."""
     if not (0 < call.head_dim <= 768 and 0 < call.value_dim <= 768):
         yield f"heads of {call.head_dim} and {call.value_dim}"
 
 
-@rule("heads-limit", layer="documented", remedy="Split the heads over several calls.")
+@rule(layer="documented", remedy="Split the heads over several calls.")
 def heads_limit(call: KernelCall, on: Target) -> Found:
     """There are 1 to 256 query heads."""
     if call.num_heads > 256:
@@ -207,7 +182,6 @@ def heads_limit(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "batch-limit",
     layer="documented",
     remedy="Split the batch, leave an empty one out; merge the padding at the end into one "
     "sequence.",
@@ -223,11 +197,7 @@ def batch_limit(call: KernelCall, on: Target) -> Found:
         yield f"{call.batch} {what}, the limit is {limit}"
 
 
-@rule(
-    "length-limit",
-    layer="documented",
-    remedy="Split the sequence and merge the parts by their statistics.",
-)
+@rule(layer="documented", remedy="Split the sequence and merge the parts by their statistics.")
 def length_limit(call: KernelCall, on: Target) -> Found:
     """There are at most 1,000,000 tokens (the binding checks cumulative entries only)."""
     longest = max(size.length for size in call.sizes[:2])
@@ -235,11 +205,7 @@ def length_limit(call: KernelCall, on: Target) -> Found:
         yield f"{longest} tokens"
 
 
-@rule(
-    "varlen-total",
-    layer="tiling",
-    remedy="Check that the lists are cumulative and belong to these tensors.",
-)
+@rule(layer="tiling", remedy="Check that the lists are cumulative and belong to these tensors.")
 def varlen_total(call: KernelCall, on: Target) -> Found:
     """Packed lengths sum to at most the number of tokens in the tensors."""
     used, have = call.total_lengths, [size.length for size in call.sizes[:2]]
@@ -248,7 +214,6 @@ def varlen_total(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "varlen-tail",
     layer="silent",
     source="tiling",
     remedy="Append 0 to both lists, which makes those rows zero, or cut the tensors.",
@@ -266,12 +231,7 @@ def varlen_tail(call: KernelCall, on: Target) -> Found:
         yield f"{spare_q} query rows and {spare_kv} keys lie beyond the last sequence"
 
 
-@rule(
-    "varlen-decreasing",
-    layer="silent",
-    source="tiling",
-    remedy="Pass running totals, not the lengths themselves.",
-)
+@rule(layer="silent", source="tiling", remedy="Pass running totals, not the lengths themselves.")
 def varlen_decreasing(call: KernelCall, on: Target) -> Found:
     """Cumulative lengths start at 0 or more and never decrease (but for zeros at the end).
 

@@ -14,7 +14,6 @@ def _given(call: KernelCall) -> str:
 
 
 @rule(
-    "window-dense",
     layer="tiling",
     remedy="Widen the window. Mode 4 is converted by pre + Sq - Skv, next + Skv - Sq.",
 )
@@ -33,11 +32,7 @@ def window_dense(call: KernelCall, on: Target) -> Found:
         yield f"{_given(call)} at {q_len} x {kv_len}, anchored top-left pre={pre}, next={next_}"
 
 
-@rule(
-    "window-packed",
-    layer="tiling",
-    remedy="Widen the window, or take the short sequences into another call.",
-)
+@rule(layer="tiling", remedy="Widen the window, or take the short sequences into another call.")
 def window_packed(call: KernelCall, on: Target) -> Found:
     """A TND window leaves no sequence without keys.
 
@@ -60,7 +55,6 @@ def window_packed(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "window-cut",
     layer="tiling",
     remedy="Leave pre_tokens at its default; next_tokens counts from the bottom-right corner.",
 )
@@ -83,7 +77,6 @@ def window_cut(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "window-backward",
     layer="backward",
     remedy="Say the same set with another mode, or widen the window to at least two keys.",
 )
@@ -124,18 +117,13 @@ def _prefix_range(call: KernelCall, mode: int) -> Found:
         yield call.prefix_fault
 
 
-@rule(
-    "prefix-count",
-    layer="tiling",
-    remedy="Pass prefix=(...,), one integer for every batch element or sequence.",
-)
+@rule(layer="tiling", remedy="Pass prefix=(...,), one integer for every batch element or sequence.")
 def prefix_count(call: KernelCall, on: Target) -> Found:
     """Mode 6 needs one prefix length per score matrix."""
     yield from _prefix_count(call, 6)
 
 
 @rule(
-    "prefix-count-mode-5",
     layer="silent",
     source="tiling",
     remedy="Pass prefix=(...,), one integer for every batch element; the mask decides in any case.",
@@ -149,7 +137,6 @@ def prefix_count_mode_5(call: KernelCall, on: Target) -> Found:
 
 
 @rule(
-    "prefix-range",
     layer="tiling",
     remedy="A shorter prefix adds nothing to bottom-right causal: raise it to Skv - Sq.",
 )
@@ -158,22 +145,14 @@ def prefix_range(call: KernelCall, on: Target) -> Found:
     yield from _prefix_range(call, 6)
 
 
-@rule(
-    "prefix-range-mode-5",
-    layer="silent",
-    source="tiling",
-    remedy="Raise it to Skv - Sq; the mask decides in any case.",
-)
+@rule(layer="silent", source="tiling", remedy="Raise it to Skv - Sq; the mask decides in any case.")
 def prefix_range_mode_5(call: KernelCall, on: Target) -> Found:
     """In mode 5 a prefix outside [max(0, Skv - Sq), Skv] silently turns tile skipping off."""
     yield from _prefix_range(call, 5)
 
 
 @rule(
-    "prefix-unused",
-    layer="silent",
-    source="tiling",
-    remedy="Leave it out, or use mode 6 and the 3072 x 2048 mask.",
+    layer="silent", source="tiling", remedy="Leave it out, or use mode 6 and the 3072 x 2048 mask."
 )
 def prefix_unused(call: KernelCall, on: Target) -> Found:
     """A prefix is read in modes 5 and 6 only."""
@@ -181,7 +160,7 @@ def prefix_unused(call: KernelCall, on: Target) -> Found:
         yield f"prefix={shown(call.prefix)} in sparse_mode={call.sparse_mode}"
 
 
-@rule("prefix-batch", layer="documented", remedy="Split the batch.")
+@rule(layer="documented", remedy="Split the batch.")
 def prefix_batch(call: KernelCall, on: Target) -> Found:
     """Modes 5 and 6 take at most 32 batch elements."""
     if call.effective_mode in (5, 6) and call.batch > 32:
