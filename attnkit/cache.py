@@ -13,7 +13,6 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 __all__ = ["KVCache"]
 
 _FIRST_CAPACITY = 16
-_LARGEST_CAPACITY = 2**63 - 1  # what the extent of an axis can be
 
 
 class KVCache:
@@ -46,13 +45,8 @@ it more, or capacity=None to grow
     """
 
     def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and type(capacity) is not int:
-            raise CompositionTypeError(f"KVCache: capacity={shown(capacity)}; give an int or None")
-        if capacity is not None and not 1 <= capacity <= _LARGEST_CAPACITY:
-            raise CompositionError(
-                f"KVCache: capacity={shown(capacity)}; give a positive int that counts tokens, or "
-                "None"
-            )
+        if capacity is not None:
+            check_int("KVCache: capacity", capacity, 1)
         self._limit = capacity
         self.reset()
 
@@ -65,8 +59,7 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=0, capacity=0)
         """
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
         self._length = 0
         self._queries = 0
         self._sealed = False
@@ -113,7 +106,7 @@ it more, or capacity=None to grow
         >>> cache.capacity
         16
         """
-        return 0 if self._keys is None else self._keys.shape[1]
+        return 0 if self._held is None else self._held[0].shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -124,9 +117,7 @@ it more, or capacity=None to grow
         >>> cache.nbytes == 2 * 16 * 2 * 8 * 4  # float32
         True
         """
-        return sum(
-            t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None
-        )
+        return sum(tensor.nbytes for tensor in self._held or ())
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the tokens ``b s n d``; return all keys and values so far, as views.
@@ -142,8 +133,9 @@ it more, or capacity=None to grow
                 f"{self} holds the context of a cross-attention and takes no more tokens; "
                 "self-attention needs a cache of its own"
             )
-        self._check("key", key, self._keys)
-        self._check("value", value, self._values)
+        held_keys, held_values = self._held or (None, None)
+        self._check("key", key, held_keys)
+        self._check("value", value, held_values)
         if key.shape[:3] != value.shape[:3]:
             raise CompositionError(
                 f"KVCache: key {list(key.shape)} and value {list(value.shape)}; each token "
@@ -160,10 +152,9 @@ it more, or capacity=None to grow
                 f"KVCache: {start} tokens and {stop - start} more exceed its capacity of "
                 f"{self._limit}; give it more, or capacity=None to grow"
             )
-        self._keys = self._write(self._keys, key, stop)
-        self._values = self._write(self._values, value, stop)
+        self._held = self._write(held_keys, key, stop), self._write(held_values, value, stop)
         self._length = self._queries = stop
-        return self._keys[:, :stop], self._values[:, :stop]
+        return self.read()
 
     def seal(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of a whole context, once.
@@ -189,9 +180,10 @@ it more, or capacity=None to grow
         >>> cache.read()[0].shape
         torch.Size([1, 3, 2, 8])
         """
-        if self._keys is None or self._values is None:
+        if self._held is None:
             raise CompositionError("KVCache: read before the first append")
-        return self._keys[:, : self._length], self._values[:, : self._length]
+        keys, values = self._held
+        return keys[:, : self._length], values[:, : self._length]
 
     def answered(self, queries: int) -> None:
         """Count queries answered from a sealed context: the next one has the next position.

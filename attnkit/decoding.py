@@ -14,7 +14,7 @@ from attnkit.masks import Full, Mask
 from attnkit.masks.base import Rectangle
 from attnkit.pse import Pse
 
-__all__ = ["rows_of_bias", "rows_of_context", "rows_of_mask", "text_length"]
+__all__ = ["rows_of_context", "rows_of_text", "text_length"]
 
 Range = tuple[int, int]
 
@@ -51,30 +51,29 @@ def text_length(mask: Mask | None, pse: Pse | None, stop: int) -> int | None:
     return length
 
 
-def rows_of_mask(mask: Mask, start: int, stop: int, length: int | None = None) -> Mask:
-    """Return the rows ``[start, stop)`` of a mask over the keys ``[0, stop)``.
-
-    `length` is that of the whole text, if it is known from elsewhere (`text_length`).
+def rows_of_text(mask: Mask, pse: Pse | None, start: int, stop: int) -> tuple[Mask, Pse | None]:
+    """Return the rows ``[start, stop)`` of a text's mask and bias over the keys ``[0, stop)``.
 
     Raises `CompositionError` where the rows would differ in a longer text, so that decoding
     step by step could not equal the full forward.
 
-    >>> from attnkit import masks
-    >>> rows_of_mask(masks.Causal(), 4, 6).region(2, 6) == masks.Causal().region(2, 6)
-    True
-    >>> rows_of_mask(masks.Full(), 4, 6)
+    >>> from attnkit import masks, pse
+    >>> mask, bias = rows_of_text(masks.Causal(), pse.ALiBi(8, align="top_left"), 4, 6)
+    >>> mask.region(2, 6) == masks.Causal().region(2, 6), bias
+    (True, ALiBi(8))
+    >>> rows_of_text(masks.Full(), None, 4, 6)
     Traceback (most recent call last):
     ...
     attnkit.errors.CompositionError: Full() lets the first 4 tokens see keys that came after \
 they were computed, so decoding step by step cannot equal the full forward; intersect it with \
 masks.Causal(), or give all tokens that see each other in one call
     """
-    known = text_length(mask, None, stop) if length is None else length
-    whole = stop if known is None else known
-    mask.check(whole, whole)
+    known, rows, keys = text_length(mask, pse, stop), (start, stop), (0, stop)
+    length = stop if known is None else known
+    mask.check(length, length)
     for batch in range(mask.batches or 1):
         for head in range(mask.heads or 1):
-            _check_ahead(mask, start, stop, whole, batch, head)
+            _check_ahead(mask, start, stop, length, batch, head)
             # A mask of a known length was this very matrix in the steps before.
             if known is None and not mask._extends(start, stop, batch, head):
                 raise CompositionError(
@@ -83,33 +82,18 @@ masks.Causal(), or give all tokens that see each other in one call
                     "cannot equal the full forward; anchor it at the first key (align='top_left'; "
                     "for padding on the left ~masks.Prefix(its lengths), as masks.Padding.of says)"
                 )
-    if (start, stop) == (0, whole):
-        return mask
-    return mask.cut((start, stop), (0, stop), q_len=whole, kv_len=whole)
-
-
-def rows_of_bias(pse: Pse | None, start: int, stop: int, length: int | None = None) -> Pse | None:
-    """Return the rows ``[start, stop)`` of a bias over the keys ``[0, stop)``.
-
-    Raises `CompositionError` for a bias that gives the tokens so far other numbers in a longer
-    text.
-
-    >>> from attnkit.pse import ALiBi
-    >>> rows_of_bias(ALiBi(8, align="top_left"), 4, 6)
-    ALiBi(8)
-    """
+    whole = rows == (0, length)
+    seen = mask if whole else mask.cut(rows, keys, q_len=length, kv_len=length)
     if pse is None:
-        return None
-    known = text_length(None, pse, stop) if length is None else length
-    whole = stop if known is None else known
-    pse.check(whole, whole)
+        return seen, None
+    pse.check(length, length)
     if known is None and not pse._extends(start, stop):
         raise CompositionError(
             f"{pse!r} gives the first {start} tokens other numbers in a text of {stop} than in one "
             f"of {start}, so decoding step by step cannot equal the full forward; use a bias of "
             "distances, or one that is built for the whole text"
         )
-    return pse.cut((start, stop), (0, stop), q_len=whole, kv_len=whole)
+    return seen, pse.cut(rows, keys, q_len=length, kv_len=length)
 
 
 def rows_of_context(

@@ -13,7 +13,7 @@ from attnkit.attend import Asked, attend, is_tracing
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
-from attnkit.decoding import rows_of_bias, rows_of_context, rows_of_mask, text_length
+from attnkit.decoding import rows_of_context, rows_of_text
 from attnkit.errors import CompositionError
 from attnkit.inputs import LayerInputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
@@ -295,14 +295,11 @@ class MultiHeadAttention(nn.Module):
 
     def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         start, stop = cache.length, cache.length + given.x.shape[1]
-        whole_mask, whole_pse = self._composed(given.mask, given.pse)
-        length = text_length(whole_mask, whole_pse, stop)
-        rows = rows_of_mask(whole_mask, start, stop, length)
-        bias = rows_of_bias(whole_pse, start, stop, length)
+        rows = rows_of_text(*self._composed(given.mask, given.pse), start, stop)
         query, key, value = self._project(given, start)
         keys, values = cache.append(key, value)
         try:
-            return self._call(query, keys, values, rows, bias)
+            return self._call(query, keys, values, *rows)
         except BaseException:
             cache.truncate(start)  # a step that failed has not happened
             raise

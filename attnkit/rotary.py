@@ -206,8 +206,11 @@ class Rotary:
         dim = self.dims(heads.shape[-1])
         exact = torch.float64 if heads.dtype == torch.float64 else torch.float32
         cos, sin = self._cos_sin(positions, dim, exact)
-        x, y = self._pairs(heads[..., :dim].to(exact))
-        turned = self._join(x * cos - y * sin, x * sin + y * cos).to(heads.dtype)
+        # One axis counts the pairs, the other the two of each.
+        ends, two = ((-1, 2), -1) if self.pairing == "interleaved" else ((2, -1), -2)
+        x, y = torch.unflatten(heads[..., :dim].to(exact), -1, ends).unbind(two)
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=two).flatten(-2)
+        turned = turned.to(heads.dtype)
         return turned if dim == heads.shape[-1] else torch.cat((turned, heads[..., dim:]), dim=-1)
 
     def _cos_sin(self, positions: Tensor, dim: int, exact: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -231,17 +234,6 @@ class Rotary:
             return [axis for axis, n in enumerate(sections) for _ in range(n)]
         count = len(sections)
         return [c % count if c < count * sections[c % count] else 0 for c in range(sum(sections))]
-
-    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pairing == "interleaved":
-            return x[..., 0::2], x[..., 1::2]
-        half = x.shape[-1] // 2
-        return x[..., :half], x[..., half:]
-
-    def _join(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.pairing == "interleaved":
-            return torch.stack((x, y), dim=-1).flatten(-2)
-        return torch.cat((x, y), dim=-1)
 
 
 @constant

@@ -15,12 +15,12 @@ import torch
 from attnkit import layouts
 from attnkit.geometry import Region
 from attnkit.kernel.call import KernelCall
-from attnkit.kernel.fusion_attention import FusionOutput, fusion_attention, fusion_attention_grad
+from attnkit.kernel.fusion_attention import fusion_attention, fusion_attention_grad
 from attnkit.kernel.legality import LAYERS, SOURCES
 from attnkit.kernel.modes import mode_region, window
 from attnkit.kernel.rules import RULES
 from attnkit.kernel.sizes import LAYOUTS
-from attnkit.kernel.versions import OP_VERSIONS
+from attnkit.kernel.versions import OP_VERSIONS, FusionOutput
 from attnkit.layouts import Sizes
 
 __all__ = ["render"]

@@ -13,7 +13,7 @@ import torch
 
 from attnkit import masks, pse
 from attnkit.cache import KVCache
-from attnkit.decoding import rows_of_mask, text_length
+from attnkit.decoding import rows_of_text, text_length
 from attnkit.errors import BackendRefused, CompositionError
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask, Rectangle
@@ -396,7 +396,7 @@ def test_right_padding_keeps_its_keys():
 
 def test_padding_counted_from_the_end_says_what_to_do():
     with pytest.raises(CompositionError, match=r"~masks\.Prefix\(its lengths\)"):
-        rows_of_mask(masks.Causal() & masks.Padding([3], "left"), 4, 5)
+        rows_of_text(masks.Causal() & masks.Padding([3], "left"), None, 4, 5)
 
 
 @torch.no_grad()
@@ -457,7 +457,7 @@ def test_a_step_reads_the_new_rows_and_keys_of_a_mask_that_is_no_region():
     mask = Scattered() & masks.Columns(0, 900) & ~masks.Dilated(7)
     for start, stop in [(0, 500), (500, 501), (501, 505)]:
         READ.clear()
-        rows_of_mask(mask, start, stop).materialize(stop - start, stop)
+        rows_of_text(mask, None, start, stop)[0].materialize(stop - start, stop)
         # The new keys of the old rows, and the new rows.
         assert 0 < READ["cells"] <= start * (stop - start) + (stop - start) * stop
 

@@ -19,7 +19,7 @@ from attnkit import masks, pse
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
-from attnkit.decoding import rows_of_mask
+from attnkit.decoding import rows_of_text
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError
 from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
@@ -354,7 +354,7 @@ def test_every_step_of_every_small_mask_is_its_rows_or_refused():
         whole, before = cells(mask, total, total), cells(mask, start, start)
         settled = torch.equal(whole[:start, :start], before) and not whole[:start, start:].any()
         try:
-            rows = rows_of_mask(mask, start, total)
+            rows, _ = rows_of_text(mask, None, start, total)
         except CompositionError:
             assert not settled
             continue

@@ -19,17 +19,13 @@ from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.dropout import dropout_bytes, dropout_mask
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
-from attnkit.kernel.fusion_attention import (
-    FusionOutput,
-    fusion_attention,
-    fusion_attention_grad,
-)
+from attnkit.kernel.fusion_attention import fusion_attention, fusion_attention_grad
 from attnkit.kernel.launch import arguments_for, expressing_versions
 from attnkit.kernel.legality import MaskFacts, Rule, Violation
 from attnkit.kernel.rules import RULES
 from attnkit.kernel.sizes import UNBOUNDED, TensorSpec
 from attnkit.kernel.stats import log_sum_exp, merge_partials, pack_stats, unpack_stats
-from attnkit.kernel.versions import OP_VERSIONS, OpVersion
+from attnkit.kernel.versions import OP_VERSIONS, FusionOutput, OpVersion
 
 __all__ = [
     "OP_VERSIONS",

@@ -157,22 +157,13 @@ def check_tensors(
     """Refuse tensors that are not the ones a call describes; `given` starts with the query."""
     device = next(t.device for t in given.values() if t is not None)
     for name, tensor in given.items():
-        wanted = expected[name]
-        if tensor is None and wanted is None:
-            continue
-        if tensor is None:
-            raise KernelContractError(f"the call describes {name}={wanted}, but none was given")
-        found = TensorSpec.of(tensor)
-        if wanted is None:
-            raise KernelContractError(
-                f"{name} {found} was given, but the call describes none; put a TensorSpec of it "
-                "into the KernelCall"
-            )
-        if found.shape != wanted.shape:
-            raise KernelContractError(f"{name} is {found}; the call describes {wanted}")
-        if found.dtype != wanted.dtype:
-            raise KernelContractTypeError(f"{name} is {found}; the call describes {wanted}")
-        if tensor.device != device:
+        found, wanted = tensor if tensor is None else TensorSpec.of(tensor, name), expected[name]
+        if found != wanted:
+            about_dtype = found and wanted and found.shape == wanted.shape
+            kind = KernelContractTypeError if about_dtype else KernelContractError
+            described = wanted or "none; put a TensorSpec of it into the KernelCall"
+            raise kind(f"{name} is {found or 'missing'}; the call describes {described}")
+        if tensor is not None and tensor.device != device:
             raise KernelContractError(
                 f"{name} is on {tensor.device}, query on {device}; move them together"
             )

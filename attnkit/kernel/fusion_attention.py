@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -13,29 +12,11 @@ from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
 from attnkit.kernel.given import checked_call, forward_seeds
 from attnkit.kernel.launch import launch, launch_grad
 from attnkit.kernel.sizes import UNBOUNDED
+from attnkit.kernel.versions import FusionOutput
 
-__all__ = ["FusionOutput", "fusion_attention", "fusion_attention_grad"]
+__all__ = ["fusion_attention", "fusion_attention_grad"]
 
 _SEEDS = 2**62
-
-
-class FusionOutput(NamedTuple):
-    """The op's seven outputs.
-
-    >>> import torch
-    >>> from attnkit import fusion_attention
-    >>> x = torch.zeros(1, 2, 1, 16)
-    >>> fusion_attention(x, x, x, 1, "BSND").softmax_max.shape  # eight equal copies per row
-    torch.Size([1, 1, 2, 8])
-    """
-
-    attention_out: torch.Tensor
-    softmax_max: torch.Tensor
-    softmax_sum: torch.Tensor
-    softmax_out: torch.Tensor
-    seed: int
-    offset: int
-    numels: int
 
 
 def _new_spelling(pre_tockens: int | None, next_tockens: int | None) -> None:

@@ -7,20 +7,14 @@ aclnn, and MindSpeed's fusion_attention_v2.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from attnkit.errors import KernelContractError
 
-__all__ = ["OP_VERSIONS", "OpVersion", "op_version"]
+__all__ = ["OP_VERSIONS", "FusionOutput", "OpVersion", "op_version"]
 
-_OUTPUTS = (
-    "attention_out",
-    "softmax_max",
-    "softmax_sum",
-    "softmax_out",
-    "seed",
-    "offset",
-    "numels",
-)
 _GRADS = ("dq", "dk", "dv", "dpse")
 _COMMON = (
     "query",
@@ -50,15 +44,33 @@ _RANDOM = ("dropout_mask", "seed", "offset")
 _SINCE = {**dict.fromkeys(_STATS, "7.3.0"), **dict.fromkeys(_RANDOM, "26.0.0")}
 
 
+class FusionOutput(NamedTuple):
+    """The op's seven outputs.
+
+    >>> import torch
+    >>> from attnkit import fusion_attention
+    >>> x = torch.zeros(1, 2, 1, 16)
+    >>> fusion_attention(x, x, x, 1, "BSND").softmax_max.shape  # eight equal copies per row
+    torch.Size([1, 1, 2, 8])
+    """
+
+    attention_out: torch.Tensor
+    softmax_max: torch.Tensor
+    softmax_sum: torch.Tensor
+    softmax_out: torch.Tensor
+    seed: int
+    offset: int
+    numels: int
+
+
 @dataclass(frozen=True)
 class OpVersion:
     """One entry point of the fused kernel.
 
     `arguments` are the fields of a `KernelCall` that it takes, `beyond` arguments that no
     `KernelCall` has (they stay at None), `spelling` how some of them are called there, `since`
-    the torch_npu op-plugin release that added an argument, `grad_scale` the grad op's name for
-    scale, and `lists_are_tensors` whether actual_seq_qlen and actual_seq_kvlen are
-    one-dimensional integer CPU tensors there instead of lists.
+    the torch_npu op-plugin release that added an argument, and `grad_scale` the grad op's name for
+    scale.
 
     >>> OP_VERSIONS["v1"].op
     'npu_fusion_attention'
@@ -71,13 +83,11 @@ class OpVersion:
     outputs: tuple[str, ...]
     grad_outputs: tuple[str, ...]
     products: tuple[str, ...]
-    keyword_only: bool
     release: str
     spelling: dict[str, str] = field(default_factory=dict, hash=False)
     since: dict[str, str] = field(default_factory=dict, hash=False)
     grad_scale: str = "scale_value"
     beyond: tuple[str, ...] = ()
-    lists_are_tensors: bool = False
 
 
 OP_VERSIONS: dict[str, OpVersion] = {
@@ -88,10 +98,9 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention",
             "npu_fusion_attention_grad",
             (*_COMMON, *_STATS, *_RANDOM),
-            _OUTPUTS,
+            FusionOutput._fields,
             (*_GRADS, "dsink"),
             ("A2", "A3", "950"),
-            False,
             "5.0.0",
             _OLD_SPELLING,
             dict.fromkeys(("actual_seq_qlen", "actual_seq_kvlen"), "6.0")
@@ -103,10 +112,9 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention_v2",
             "npu_fusion_attention_grad_v2",
             (*_COMMON, *_BIAS, *_STATS, *_RANDOM),
-            _OUTPUTS,
+            FusionOutput._fields,
             (*_GRADS, "dq_rope", "dk_rope", "dsink"),
             ("A2", "A3", "950"),
-            True,
             "7.1.0",
             {},
             _SINCE,
@@ -117,24 +125,21 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "npu_fusion_attention_v3",
             "npu_fusion_attention_grad_v3",
             (*_COMMON, *_STATS),
-            _OUTPUTS[:6],
+            FusionOutput._fields[:6],
             (*_GRADS, "dsink"),
             ("A2", "A3"),
-            False,
             "26.0.0",
             _OLD_SPELLING,
             {},
-            lists_are_tensors=True,
-        ),
+        ),  # its actual_seq lists are one-dimensional integer CPU tensors
         OpVersion(
             "mindspeed",
             "mindspeed.ops.fusion_attention_v2.npu_fusion_attention",
             "mindspeed.ops.fusion_attention_v2.npu_fusion_attention_grad",
             (*_COMMON, *_BIAS),
-            _OUTPUTS,
+            FusionOutput._fields,
             _GRADS,
             ("A2", "A3"),
-            True,
             "MindSpeed",
             {},
             {},

@@ -107,20 +107,16 @@ def window_backward(call: KernelCall, on: Target) -> Found:
 # -- prefixes ----------------------------------------------------------------------------
 
 
-def _prefix_count(call: KernelCall, mode: int) -> Found:
-    if call.effective_mode == mode and call.prefix_fault and not call.has_all_prefixes:
-        yield call.prefix_fault
-
-
-def _prefix_range(call: KernelCall, mode: int) -> Found:
-    if call.effective_mode == mode and call.prefix_fault and call.has_all_prefixes:
+def _prefix_fault(call: KernelCall, mode: int, *, of_count: bool) -> Found:
+    """What is wrong with how many prefixes a mode is given, or with one of them."""
+    if call.effective_mode == mode and call.prefix_fault and call.has_all_prefixes != of_count:
         yield call.prefix_fault
 
 
 @rule(layer="tiling", remedy="Pass prefix=(...,), one integer for every batch element or sequence.")
 def prefix_count(call: KernelCall, on: Target) -> Found:
     """Mode 6 needs one prefix length per score matrix."""
-    yield from _prefix_count(call, 6)
+    yield from _prefix_fault(call, 6, of_count=True)
 
 
 @rule(
@@ -133,7 +129,7 @@ def prefix_count_mode_5(call: KernelCall, on: Target) -> Found:
 
     Any other number silently turns tile skipping off.
     """
-    yield from _prefix_count(call, 5)
+    yield from _prefix_fault(call, 5, of_count=True)
 
 
 @rule(
@@ -142,13 +138,13 @@ def prefix_count_mode_5(call: KernelCall, on: Target) -> Found:
 )
 def prefix_range(call: KernelCall, on: Target) -> Found:
     """A prefix lies in [max(0, Skv - Sq), Skv]."""
-    yield from _prefix_range(call, 6)
+    yield from _prefix_fault(call, 6, of_count=False)
 
 
 @rule(layer="silent", source="tiling", remedy="Raise it to Skv - Sq; the mask decides in any case.")
 def prefix_range_mode_5(call: KernelCall, on: Target) -> Found:
     """In mode 5 a prefix outside [max(0, Skv - Sq), Skv] silently turns tile skipping off."""
-    yield from _prefix_range(call, 5)
+    yield from _prefix_fault(call, 5, of_count=False)
 
 
 @rule(
