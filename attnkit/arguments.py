@@ -40,7 +40,6 @@ __all__ = [
     "describe",
     "full_text",
     "holds_integers",
-    "odd_kind",
     "short",
     "tokens",
 ]
@@ -253,19 +252,6 @@ def holds_integers(values: Tensor | np.ndarray[Any, Any]) -> bool:
 # -- tensors -----------------------------------------------------------------------------
 
 
-def odd_kind(tensor: Tensor) -> str | None:
-    """Return in a word what kind of tensor this is, if its numbers do not lie at strides.
-
-    >>> odd_kind(torch.zeros(2)), odd_kind(torch.zeros(2).to_sparse())
-    (None, 'sparse_coo')
-    """
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return str(tensor.layout).removeprefix("torch.").removeprefix("_")
-    return "quantised" if tensor.is_quantized else None
-
-
 def check_tensor(name: str, tensor: object) -> None:
     """Raise `CompositionTypeError` for anything but a tensor whose numbers lie at strides.
 
@@ -276,10 +262,10 @@ def check_tensor(name: str, tensor: object) -> None:
     """
     if not isinstance(tensor, Tensor):
         raise CompositionTypeError(f"{name} is a {type(tensor).__name__}; give a torch tensor")
-    kind = odd_kind(tensor)
-    if kind is not None:
+    odd = _odd(tensor)
+    if odd is not None:
         raise CompositionTypeError(
-            f"{name} is a {kind} tensor; give a dense one (to_dense(), dequantize(), "
+            f"{name} is {odd}; give a dense one (to_dense(), dequantize(), "
             "to_padded_tensor(); texts of unlike lengths are packed into one, with SeqLens)"
         )
 
@@ -393,9 +379,15 @@ def describe(value: object) -> str:
     return f"{clipped(shown(value), 80)} ({type(value).__name__})"
 
 
+def _odd(tensor: Tensor) -> str | None:
+    """Return in words what kind of tensor this is, if its numbers do not lie at strides."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a {str(tensor.layout).removeprefix('torch.').removeprefix('_')} tensor"
+    return "a quantised tensor" if tensor.is_quantized else None
+
+
 def _unreadable(tensor: Tensor) -> str | None:
-    """Return in words what kind of tensor this is, if it holds no plain numbers; else None."""
-    kind = odd_kind(tensor)
-    if kind is not None:
-        return f"a {kind} tensor"
-    return "a tensor on the meta device" if tensor.is_meta else None
+    """Return the same for a tensor that does not hold its numbers itself."""
+    return _odd(tensor) or ("a tensor on the meta device" if tensor.is_meta else None)

@@ -254,7 +254,7 @@ class MultiHeadAttention(nn.Module):
             self._heads(which, tokens, computed_like)
             for which, tokens in (("q", x), ("k", given.source), ("v", given.source))
         )
-        asked, form = self._asked(given.mask, given.pse, seqlens)
+        asked, form = self._asked(given)
         query, key, value = (_into(form, heads) for heads in (query, key, value))
         return self.attention._plan(asked, query, key, value, self.attention.sink, seqlens)
 
@@ -286,16 +286,16 @@ class MultiHeadAttention(nn.Module):
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 
     def _attend(self, given: LayerInputs) -> AttentionOutput:
-        seqlens = given.seqlens
         query, key, value = self._project(given, 0)
-        asked, form = self._asked(given.mask, given.pse, seqlens)
+        asked, form = self._asked(given)
         q, k, v = (_into(form, heads) for heads in (query, key, value))
-        found = self.attention._attend(asked, q, k, v, seqlens, return_stats=True)
-        return AttentionOutput(_out_of(form, found.output, query.shape[-2]), found.stats)
+        found = self.attention._attend(asked, q, k, v, given.seqlens, return_stats=True)
+        output = form.convert(found.output, TND if form.packed else BSND, query.shape[-2])
+        return AttentionOutput(output, found.stats)
 
     def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         start, stop = cache.length, cache.length + given.x.shape[1]
-        rows = rows_of_text(*self._composed(given.mask, given.pse), start, stop)
+        rows = rows_of_text(*self._composed(given), start, stop)
         query, key, value = self._project(given, start)
         keys, values = cache.append(key, value)
         try:
@@ -305,23 +305,20 @@ class MultiHeadAttention(nn.Module):
             raise
 
     def _decode_context(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
-        x, context = given.x, given.context
-        query = self._heads("q", x)
+        query, source = self._heads("q", given.x), given.source
         fresh = not cache.sealed
-        if context is not None and fresh:
-            keys, values = cache.seal(self._heads("k", context), self._heads("v", context))
-        else:
-            keys, values = cache.read()
-        start, stop = cache.queries, cache.queries + x.shape[1]
+        if fresh:
+            cache.seal(self._heads("k", source), self._heads("v", source))
+        keys, values = cache.read()
+        start, stop = cache.queries, cache.queries + given.x.shape[1]
         try:
-            whole = self._composed(given.mask, given.pse)
-            rows = rows_of_context(*whole, start, stop, cache.length)
+            rows = rows_of_context(*self._composed(given), start, stop, cache.length)
             found = self._call(query, keys, values, *rows)
         except BaseException:
             if fresh:
                 cache.reset()
             raise
-        cache.answered(x.shape[1])
+        cache.answered(stop - start)
         return found
 
     def _call(
@@ -334,19 +331,18 @@ class MultiHeadAttention(nn.Module):
 
     # -- parts ---------------------------------------------------------------------------
 
-    def _asked(
-        self, mask: Mask | None, pse: Pse | None, seqlens: SeqLens | None
-    ) -> tuple[Asked, Layout]:
+    def _asked(self, given: LayerInputs) -> tuple[Asked, Layout]:
         """Return what a call asks for, and the layout of its heads."""
-        asked, form = self.attention._asked(mask, pse), layouts.get(self.attention.layout)
-        if form.packed == (seqlens is not None):
+        asked = self.attention._asked(given.mask, given.pse)
+        form = layouts.get(self.attention.layout)
+        if form.packed == (given.seqlens is not None):
             return asked, form
-        form = BSND if seqlens is None else TND
+        form = BSND if given.seqlens is None else TND
         return asked._replace(layout=form.name), form
 
-    def _composed(self, mask: Mask | None, pse: Pse | None) -> tuple[Mask, Pse | None]:
+    def _composed(self, given: LayerInputs) -> tuple[Mask, Pse | None]:
         """Return the module's mask and bias with those of the call."""
-        own = self.attention.composition
+        own, mask, pse = self.attention.composition, given.mask, given.pse
         if is_tracing() and (mask is not None or (pse is not None and own.pse is not None)):
             raise CompositionError(
                 "inside of torch.compile a call with a cache takes no mask= and adds no pse=: "
@@ -391,8 +387,3 @@ class MultiHeadAttention(nn.Module):
 def _into(form: Layout, heads: Tensor) -> Tensor:
     """Bring [b s n d] or [t n d] into a layout of its kind."""
     return (TND if form.packed else BSND).convert(heads, form)
-
-
-def _out_of(form: Layout, heads: Tensor, count: int) -> Tensor:
-    """Undo `_into`."""
-    return form.convert(heads, TND if form.packed else BSND, count)

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError
+from attnkit.arguments import check_int
+from attnkit.errors import KernelContractError, KernelContractTypeError, contract
+from attnkit.kernel.arguments import as_python
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
-from attnkit.kernel.given import checked_call, forward_seeds
+from attnkit.kernel.given import checked_call
 from attnkit.kernel.launch import launch, launch_grad
 from attnkit.kernel.sizes import UNBOUNDED
 from attnkit.kernel.versions import FusionOutput
@@ -341,10 +343,10 @@ def fusion_attention_grad(
     >>> grads.query.shape
     torch.Size([1, 2, 6, 4])
     """
-    given = dict(locals())
-    seeds = forward_seeds(given)
-    call, tensors = checked_call(given)
-    if call.keep_prob < 1 and seeds["numels"] != call.numels:
+    call, tensors = checked_call(dict(locals()))
+    with contract("argument-type"):
+        numels = check_int("numels", as_python("seed", numels), None)
+    if call.keep_prob < 1 and numels != call.numels:
         raise KernelContractError(
             f"numels={numels} with keep_prob={keep_prob}; the forward of this call made "
             f"{call.numels} dropout decisions. Pass the seed, offset and numels it returned",
@@ -353,6 +355,6 @@ def fusion_attention_grad(
     stats = {"softmax_max": softmax_max, "softmax_sum": softmax_sum}
     left = {"dy": dy, **stats, "attention_in": attention_in}
     if query.device.type == "npu":
+        seeds = {"seed": call.seed, "offset": call.offset, "numels": numels}
         return launch_grad(call, tensors, {**left, **seeds, "softmax_in": softmax_in})
-    seeded = replace(call, seed=seeds["seed"], offset=seeds["offset"])
-    return emulate_grad(seeded, **tensors, **left)
+    return emulate_grad(call, **tensors, **left)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError, shown
-from attnkit.kernel.arguments import as_python, fits_int64
+from attnkit.errors import KernelContractError, KernelContractTypeError
+from attnkit.kernel.arguments import as_python
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.launch import choose_version, device_product
@@ -18,7 +18,7 @@ from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.rules.shapes import argument_type
 from attnkit.kernel.sizes import TensorSpec
 
-__all__ = ["checked_call", "forward_seeds"]
+__all__ = ["checked_call"]
 
 _REQUIRED = ("query", "key", "value")
 _OPTIONAL = ("pse", "atten_mask", "sink", "dropout_mask")
@@ -34,27 +34,20 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
     alone have a "dy".
     """
     results = {name: given[name] for name in _RESULTS if "dy" in given}
-    call = _described(given, backward=bool(results))
+    call = _described(given)
     specs = {name: TensorSpec.of(tensor, name) for name, tensor in results.items()}
     if given.get("softmax_in") is not None:
         TensorSpec.of(given["softmax_in"], "softmax_in")
     tensors = {name: given.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
     _check_devices({**tensors, **results})
-    _check_rules(call, tensors, backward=bool(results), silent=given["allow_silent"])
+    # The seeds of a backward are what the forward returned; rules about wishes do not apply.
+    asked = replace(call, seed=0, offset=0) if results else call
+    _check_rules(asked, tensors, backward=bool(results), silent=given["allow_silent"])
     _check_results(call, specs)
     return call, tensors
 
 
-def forward_seeds(given: Mapping[str, Any]) -> dict[str, int]:
-    """Return the seed, offset and numels that a forward returned, given to its backward."""
-    seeds = {name: as_python("seed", given[name]) for name in ("seed", "offset", "numels")}
-    for name, number in seeds.items():
-        if not fits_int64(number):
-            raise contract_error([Violation(argument_type, f"{name}={shown(number)}")])
-    return seeds
-
-
-def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
+def _described(given: Mapping[str, Any]) -> KernelCall:
     """Make the record; parameters that are not fields of it are left aside."""
     arguments: dict[str, Any] = {}
     for name in (f.name for f in fields(KernelCall) if f.name in given):
@@ -65,9 +58,6 @@ def _described(given: Mapping[str, Any], *, backward: bool) -> KernelCall:
             arguments[name] = as_python(name, value)
     if given["atten_mask"] is not None:
         arguments["atten_mask"] = AttenMask.of(given["atten_mask"])
-    if backward:
-        # The seeds are what the forward returned, not a wish; the rules about wishes do not apply.
-        arguments |= {"seed": 0, "offset": 0}
     call = KernelCall(**arguments)
     wrong = argument_type.broken(call, Target())
     if wrong is not None:

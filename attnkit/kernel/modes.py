@@ -20,7 +20,6 @@ __all__ = [
     "diagonals",
     "mode_region",
     "prefix_causal",
-    "right_down_causal",
     "window",
 ]
 
@@ -39,22 +38,14 @@ def window(q_len: int, kv_len: int, pre: int, next_: int) -> Region:
     return Region.of(Slice(0, q_len, 0, kv_len, lo=-pre, hi=next_))
 
 
-def right_down_causal(q_len: int, kv_len: int) -> Region:
-    """Mode 3: ``j <= i + shift``, anchored bottom-right.
-
-    >>> right_down_causal(2, 3).area
-    5
-    """
-    return Region.of(Slice(0, q_len, 0, kv_len, hi=kv_len - q_len))
-
-
 def prefix_causal(q_len: int, kv_len: int, length: int) -> Region:
     """Modes 5 (by intent) and 6: ``j <= i + shift`` or ``j < length``.
 
     >>> prefix_causal(2, 4, 4) == Region.full(2, 4)
     True
     """
-    return right_down_causal(q_len, kv_len) | Region.of(Slice(0, q_len, 0, min(length, kv_len)))
+    causal = Slice(0, q_len, 0, kv_len, hi=kv_len - q_len)
+    return Region.of(causal) | Region.of(Slice(0, q_len, 0, min(length, kv_len)))
 
 
 def diagonals(

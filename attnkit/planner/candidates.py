@@ -21,7 +21,7 @@ from typing import Any
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import UNBOUNDED, AttenMask
-from attnkit.kernel.modes import right_down_causal
+from attnkit.kernel.modes import mode_region
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.planner.biases import bias_arguments
 from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks, tile_whole
@@ -220,7 +220,7 @@ def _prefix_around(bare: Launch, targets: tuple[Region, ...]) -> tuple[int, ...]
     found: dict[tuple[tuple[int, int], Region], int] = {}
     pairs = [(block.sizes, target) for block, target in zip(bare.blocks, targets, strict=True)]
     for sizes, target in set(pairs):
-        above = (target - right_down_causal(*sizes)).bounds
+        above = (target - mode_region(3, (0, 0), *sizes)).bounds
         shortest = max(0, sizes[1] - sizes[0])
         found[sizes, target] = max(above.j1 if above is not None else 0, shortest)
     return tuple(found[pair] for pair in pairs)
