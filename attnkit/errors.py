@@ -52,7 +52,10 @@ class _Shown(Repr):
         if isinstance(x, Tensor):
             return _tensor(x)
         if isinstance(x, str | bytes | bytearray):
-            return _text(x)
+            if len(x) <= LONGEST:
+                return repr(x)
+            unit = "characters" if isinstance(x, str) else "bytes"
+            return f"{x[: LONGEST // 2]!r}... ({len(x)} {unit})"
         if isinstance(x, int) and not isinstance(x, bool):
             # Python refuses to write integers of more than some thousand digits.
             return repr(x) if x.bit_length() <= 512 else f"<int of {x.bit_length()} bits>"
@@ -101,13 +104,6 @@ def _tensor(tensor: Tensor) -> str:
     layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
     place = ", on meta" if tensor.is_meta else ""
     return f"<{'nested ' * tensor.is_nested}tensor {shape} of {tensor.dtype}{layout}{place}>"
-
-
-def _text(text: str | bytes | bytearray) -> str:
-    if len(text) <= LONGEST:
-        return repr(text)
-    unit = "characters" if isinstance(text, str) else "bytes"
-    return f"{text[: LONGEST // 2]!r}... ({len(text)} {unit})"
 
 
 _SHOWN = _Shown()

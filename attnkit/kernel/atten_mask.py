@@ -152,7 +152,7 @@ class AttenMask:
         if self.is_opaque:
             self.allowed()
         if self.kind != "full" or self.cells <= _CACHED_CELLS:
-            return _build_cached(self, torch.device(device))
+            return _kept(self, torch.device(device))
         return _build(self, torch.device(device))
 
     def __str__(self) -> str:
@@ -165,11 +165,6 @@ _CAUSAL = AttenMask("causal", (COMPRESSED_SIDE, COMPRESSED_SIDE))
 _PREFIX = AttenMask("prefix", (COMPRESSED_SIDE + PREFIX_SIDE, COMPRESSED_SIDE))
 
 
-@constant
-def _build_cached(mask: AttenMask, device: torch.device) -> torch.Tensor:
-    return _build(mask, device)
-
-
 def _build(mask: AttenMask, device: torch.device) -> torch.Tensor:
     rows, columns = mask.shape[-2:]
     planes = torch.ones(prod(mask.shape[:-2]), rows, columns, dtype=torch.bool, device=device)
@@ -177,6 +172,9 @@ def _build(mask: AttenMask, device: torch.device) -> torch.Tensor:
         for part in mask.allowed(index).slices:
             _clear(plane, part)
     return planes.view(mask.shape).to(mask.dtype)
+
+
+_kept = constant(_build)
 
 
 def _clear(plane: torch.Tensor, part: Slice) -> None:

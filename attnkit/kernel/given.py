@@ -13,7 +13,7 @@ from attnkit.kernel.arguments import as_python
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.launch import choose_version, device_product
-from attnkit.kernel.legality import Target, Violation, contract_error
+from attnkit.kernel.legality import Target, Violation, contract_error, violations
 from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.rules.shapes import argument_type
 from attnkit.kernel.sizes import TensorSpec
@@ -76,23 +76,13 @@ def _check_rules(
     call: KernelCall, tensors: Mapping[str, Any], *, backward: bool, silent: bool
 ) -> None:
     query = tensors["query"]
-    trained = any(_wants_grad(tensors[name]) for name in (*_REQUIRED, "sink"))
     product = device_product(query.device) if query.device.type == "npu" else "emulator"
-    version = choose_version(call)
-
-    def broken(mask: torch.Tensor | None) -> tuple[Violation, ...]:
-        return call.violations(
-            version=version,
-            product=product,
-            training=backward or trained,
-            learnable_bias=_wants_grad(tensors["pse"]),
-            mask_facts=mask_facts(call, mask),
-        )
-
-    found = broken(None)
+    training = backward or any(_wants_grad(tensors[name]) for name in (*_REQUIRED, "sink"))
+    on = Target(choose_version(call), product, training, _wants_grad(tensors["pse"]))
+    found = violations(call, on)
     if not found and not silent:
         # Content is looked at last: it makes sense only for shapes that are in order.
-        found = broken(tensors["atten_mask"])
+        found = violations(call, replace(on, mask=mask_facts(call, tensors["atten_mask"])))
     blocking = [v for v in found if not (silent and v.layer == "silent")]
     if blocking:
         raise contract_error(blocking)

@@ -6,7 +6,7 @@ The rules are functions, in `attnkit.kernel.rules`. Each registers itself here b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from attnkit.errors import KernelContractError, KernelContractTypeError
@@ -195,7 +195,7 @@ def violations(call: object, target: Target) -> tuple[Violation, ...]:
     Where a type is wrong, no other rule has a meaning; where a structural rule is broken, only
     the structural ones have.
     """
-    target = replace(target, version=op_version(target.version).name)
+    op_version(target.version)  # refuses one that does not exist
     types, *others = known_rules()
     return (
         _broken(call, target, [types])

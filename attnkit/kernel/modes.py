@@ -45,7 +45,7 @@ def prefix_causal(q_len: int, kv_len: int, length: int) -> Region:
     True
     """
     causal = Slice(0, q_len, 0, kv_len, hi=kv_len - q_len)
-    return Region.of(causal) | Region.of(Slice(0, q_len, 0, min(length, kv_len)))
+    return Region.of(causal, Slice(0, q_len, 0, min(length, kv_len)))
 
 
 def diagonals(
