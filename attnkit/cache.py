@@ -61,8 +61,7 @@ it more, or capacity=None to grow
         """
         self._held: tuple[Tensor, Tensor] | None = None
         self._length = 0
-        self._queries = 0
-        self._sealed = False
+        self._answered: int | None = None  # the queries, once it holds a context
 
     @property
     def length(self) -> int:
@@ -84,7 +83,7 @@ it more, or capacity=None to grow
         >>> cache.queries
         3
         """
-        return self._queries
+        return self._length if self._answered is None else self._answered
 
     @property
     def sealed(self) -> bool:
@@ -95,7 +94,7 @@ it more, or capacity=None to grow
         >>> cache.sealed
         True
         """
-        return self._sealed
+        return self._answered is not None
 
     @property
     def capacity(self) -> int:
@@ -128,7 +127,7 @@ it more, or capacity=None to grow
         >>> keys.shape
         torch.Size([1, 2, 2, 8])
         """
-        if self._sealed:
+        if self.sealed:
             raise CompositionError(
                 f"{self} holds the context of a cross-attention and takes no more tokens; "
                 "self-attention needs a cache of its own"
@@ -153,7 +152,7 @@ it more, or capacity=None to grow
                 f"{self._limit}; give it more, or capacity=None to grow"
             )
         self._held = self._write(held_keys, key, stop), self._write(held_values, value, stop)
-        self._length = self._queries = stop
+        self._length = stop
         return self.read()
 
     def seal(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +163,12 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=6, capacity=16, sealed)
         """
-        if self._length or self._sealed:
+        if self._length or self.sealed:
             raise CompositionError(
                 f"{self} is in use already; a context goes into an empty cache (reset() empties it)"
             )
         views = self.append(key, value)
-        self._queries, self._sealed = 0, True
+        self._answered = 0
         return views
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -195,11 +194,11 @@ it more, or capacity=None to grow
         2
         """
         check_int("KVCache.answered: queries", queries, 0)
-        if not self._sealed:
+        if self._answered is None:
             raise CompositionError(
                 f"{self} holds no context; where every call appends, queries count with the tokens"
             )
-        self._queries += queries
+        self._answered += queries
 
     def truncate(self, length: int) -> None:
         """Drop the tokens from `length` on: the way back from a rejected draft.
@@ -211,14 +210,14 @@ it more, or capacity=None to grow
         KVCache(length=1, capacity=16)
         """
         check_int("KVCache.truncate: length", length, 0)
-        if self._sealed:
+        if self.sealed:
             raise CompositionError(f"{self} holds a context, which is whole; reset() empties it")
         if length > self._length:
             raise CompositionError(f"{self} cannot be truncated to {shown(length)} tokens")
-        self._length = self._queries = length
+        self._length = length
 
     def __repr__(self) -> str:
-        sealed = ", sealed" if self._sealed else ""
+        sealed = ", sealed" if self.sealed else ""
         return f"KVCache(length={self._length}, capacity={self._limit or self.capacity}{sealed})"
 
     def _check(self, name: str, new: Tensor, held: Tensor | None) -> None:

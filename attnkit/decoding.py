@@ -125,21 +125,15 @@ def _any(length: int | None) -> str:
 
 def _check_ahead(mask: Mask, start: int, stop: int, length: int, batch: int, head: int) -> None:
     """Raise where a row would see a key that comes after the step that computes it."""
-
-    def sees(rows: Range, keys: Range) -> bool:
-        return _any_cell(mask, rows, keys, length, batch, head)
-
-    if sees((start, stop), (stop, length)):
+    told = None
+    if _any_cell(mask, (start, stop), (stop, length), length, batch, head):
+        told = f"tokens {start} to {stop - 1} see keys that come later"
+    elif _any_cell(mask, (0, start), (start, stop), length, batch, head):
+        told = f"the first {start} tokens see keys that came after they were computed"
+    if told is not None:
         raise CompositionError(
-            f"{mask!r} lets tokens {start} to {stop - 1} see keys that come later, so decoding "
-            "step by step cannot equal the full forward; intersect it with masks.Causal(), or "
-            "give all tokens that see each other in one call"
-        )
-    if sees((0, start), (start, stop)):
-        raise CompositionError(
-            f"{mask!r} lets the first {start} tokens see keys that came after they were computed, "
-            "so decoding step by step cannot equal the full forward; intersect it with "
-            "masks.Causal(), or give all tokens that see each other in one call"
+            f"{mask!r} lets {told}, so decoding step by step cannot equal the full forward; "
+            "intersect it with masks.Causal(), or give all tokens that see each other in one call"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -34,6 +34,8 @@ from attnkit.rotary import Rotary
 from attnkit.rotary import positions as counted
 
 __all__ = ["MultiHeadAttention"]
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class MultiHeadAttention(nn.Module):
@@ -225,8 +227,7 @@ class MultiHeadAttention(nn.Module):
         heads = found.output
         if self.gate_proj is not None:
             gate = self.gate_proj(x).sigmoid().to(heads.dtype)
-            count = heads.shape[-2]
-            heads = heads * gate.reshape(*heads.shape[:-1], gate.shape[-1] // count)
+            heads = heads * torch.unflatten(gate, -1, (heads.shape[-2], -1))
         output = self.out_proj(heads.flatten(-2))
         return AttentionOutput(output, found.stats) if return_stats else output
 
@@ -250,13 +251,10 @@ class MultiHeadAttention(nn.Module):
         """
         given = LayerInputs(x, context, mask, pse, seqlens).read()
         self._check(given)
-        query, key, value = (
-            self._heads(which, tokens, computed_like)
-            for which, tokens in (("q", x), ("k", given.source), ("v", given.source))
-        )
-        asked, form = self._asked(given)
-        query, key, value = (_into(form, heads) for heads in (query, key, value))
-        return self.attention._plan(asked, query, key, value, self.attention.sink, seqlens)
+        tokens = {"q": x, "k": given.source, "v": given.source}
+        heads = (self._heads(which, of, computed_like) for which, of in tokens.items())
+        asked, _, laid = self._asked(given, heads)
+        return self.attention._plan(asked, *laid, self.attention.sink, seqlens)
 
     def explain(
         self,
@@ -286,11 +284,10 @@ class MultiHeadAttention(nn.Module):
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 
     def _attend(self, given: LayerInputs) -> AttentionOutput:
-        query, key, value = self._project(given, 0)
-        asked, form = self._asked(given)
-        q, k, v = (_into(form, heads) for heads in (query, key, value))
-        found = self.attention._attend(asked, q, k, v, given.seqlens, return_stats=True)
-        output = form.convert(found.output, TND if form.packed else BSND, query.shape[-2])
+        heads = self._project(given, 0)
+        asked, form, laid = self._asked(given, heads)
+        found = self.attention._attend(asked, *laid, given.seqlens, return_stats=True)
+        output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
         return AttentionOutput(output, found.stats)
 
     def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
@@ -331,14 +328,14 @@ class MultiHeadAttention(nn.Module):
 
     # -- parts ---------------------------------------------------------------------------
 
-    def _asked(self, given: LayerInputs) -> tuple[Asked, Layout]:
-        """Return what a call asks for, and the layout of its heads."""
+    def _asked(self, given: LayerInputs, heads: Iterable[Tensor]) -> tuple[Asked, Layout, Three]:
+        """Return what a call asks for, the layout of its heads, and the heads in it."""
         asked = self.attention._asked(given.mask, given.pse)
-        form = layouts.get(self.attention.layout)
-        if form.packed == (given.seqlens is not None):
-            return asked, form
-        form = BSND if given.seqlens is None else TND
-        return asked._replace(layout=form.name), form
+        form, plain = layouts.get(self.attention.layout), BSND if given.seqlens is None else TND
+        if form.packed != plain.packed:
+            asked, form = asked._replace(layout=plain.name), plain
+        query, key, value = (plain.convert(one, form) for one in heads)
+        return asked, form, (query, key, value)
 
     def _composed(self, given: LayerInputs) -> tuple[Mask, Pse | None]:
         """Return the module's mask and bias with those of the call."""
@@ -359,7 +356,7 @@ class MultiHeadAttention(nn.Module):
         norm = None if which == "v" else getattr(self, f"{which}_norm")
         return form(getattr(self, f"{which}_proj"), norm, tokens, count, size)
 
-    def _project(self, given: LayerInputs, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, given: LayerInputs, start: int) -> Three:
         """Return queries, keys and values, turned by the positions; by default they count on."""
         query, key = self._heads("q", given.x), self._heads("k", given.source)
         if self.rotary is not None:
@@ -382,8 +379,3 @@ class MultiHeadAttention(nn.Module):
             )
         given.check_forms()
         given.check_rotary(self.rotary)
-
-
-def _into(form: Layout, heads: Tensor) -> Tensor:
-    """Bring [b s n d] or [t n d] into a layout of its kind."""
-    return (TND if form.packed else BSND).convert(heads, form)

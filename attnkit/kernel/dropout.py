@@ -68,7 +68,6 @@ def dropout_mask(
     True
     """
     with contract("argument-type"):
-        check_int("dropout_mask: numels", numels, 0)
         for name, value in (("seed", seed), ("offset", offset)):
             check_int(f"dropout_mask: {name}", value, None)
     with contract("keep-prob-range"):

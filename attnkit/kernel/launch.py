@@ -44,8 +44,7 @@ arguments_for = KernelCall.arguments_for
 
 def choose_version(call: KernelCall) -> str:
     """Return the oldest torch_npu version that has every argument the call needs."""
-    usable = [name for name in expressing_versions(call) if name in ("v1", "v2")]
-    return usable[0] if usable else "v2"
+    return "v1" if call.inexpressible("v1") is None else "v2"
 
 
 def device_product(device: torch.device) -> Product:
