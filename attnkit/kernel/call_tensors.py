@@ -17,13 +17,23 @@ from attnkit.errors import KernelContractError, KernelContractTypeError
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.sizes import TensorSpec
 
-__all__ = ["CallTensors", "CellRange", "MatrixGroup", "check_tensors", "matrix_groups"]
+__all__ = [
+    "CallTensors",
+    "CellRange",
+    "MatrixGroup",
+    "check_devices",
+    "check_tensors",
+    "matrix_groups",
+]
 
 # Tiles are at most 1024 on a side, because the compressed masks can be read at any diagonal
 # only up to there. These sizes keep a tile of scores (1 MiB in float32) in a core's cache and
 # waste little on the diagonal; how many heads share a tile follows from the budget of cells.
 _TILE_ROWS, _TILE_COLUMNS = 128, 512
 _TILE_CELLS = 2**18
+
+# What a backward is given of its forward, in the codes of errors.
+_SUBJECTS = {"dy": "grad", "attention_in": "grad", "softmax_max": "stats", "softmax_sum": "stats"}
 
 
 class CellRange(NamedTuple):
@@ -154,16 +164,23 @@ def _groups(
 def check_tensors(
     given: Mapping[str, torch.Tensor | None], expected: Mapping[str, TensorSpec | None]
 ) -> None:
-    """Refuse tensors that are not the ones a call describes; `given` starts with the query."""
-    device = next(t.device for t in given.values() if t is not None)
+    """Refuse tensors that are not the ones a call describes, or that its forward leaves."""
     for name, tensor in given.items():
         found, wanted = tensor if tensor is None else TensorSpec.of(tensor, name), expected[name]
         if found != wanted:
             about_dtype = found and wanted and found.shape == wanted.shape
             kind = KernelContractTypeError if about_dtype else KernelContractError
             described = wanted or "none; put a TensorSpec of it into the KernelCall"
-            raise kind(f"{name} is {found or 'missing'}; the call describes {described}")
-        if tensor is not None and tensor.device != device:
-            raise KernelContractError(
-                f"{name} is on {tensor.device}, query on {device}; move them together"
-            )
+            words = f"{name} is {found or 'missing'}; the call describes {described}"
+            subject = _SUBJECTS.get(name, "tensor")
+            raise kind(words, [f"{subject}-dtype" if about_dtype else f"{subject}-shape"])
+    check_devices(given)
+
+
+def check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Refuse tensors that are not in one place."""
+    given = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in given.items())
+        words = f"the tensors are on different devices: {places}; move them together"
+        raise KernelContractError(words, ["device"])

@@ -314,8 +314,9 @@ def emulate_grad(
     """
     tensors = _checked(call, query, key, value, atten_mask, pse, sink, dropout_mask)
     left = {"dy": dy, "attention_in": attention_in}
-    expected = {"query": call.query, **dict.fromkeys(left, call.output)}
-    check_tensors({"query": query, **left}, expected)
+    check_tensors(
+        {"query": query, **left}, {"query": call.query, **dict.fromkeys(left, call.output)}
+    )
     stats = (unpack_stats(call, softmax_max), unpack_stats(call, softmax_sum))
     with torch.no_grad():
         return _backward(CallTensors.of(call, *tensors), _Results(dy, attention_in, *stats))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from attnkit.errors import KernelContractError, KernelContractTypeError
 from attnkit.kernel.arguments import as_python
 from attnkit.kernel.atten_mask import AttenMask
 from attnkit.kernel.call import KernelCall
+from attnkit.kernel.call_tensors import check_devices, check_tensors
 from attnkit.kernel.launch import choose_version, device_product
 from attnkit.kernel.legality import Target, Violation, contract_error, violations
 from attnkit.kernel.mask_facts import mask_facts
@@ -35,15 +35,15 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
     """
     results = {name: given[name] for name in _RESULTS if "dy" in given}
     call = _described(given)
-    specs = {name: TensorSpec.of(tensor, name) for name, tensor in results.items()}
-    if given.get("softmax_in") is not None:
-        TensorSpec.of(given["softmax_in"], "softmax_in")
+    for name in (*results, *(["softmax_in"] if given.get("softmax_in") is not None else [])):
+        TensorSpec.of(given[name], name)
     tensors = {name: given.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
-    _check_devices({**tensors, **results})
+    check_devices({**tensors, **results})
     # The seeds of a backward are what the forward returned; rules about wishes do not apply.
     asked = replace(call, seed=0, offset=0) if results else call
     _check_rules(asked, tensors, backward=bool(results), silent=given["allow_silent"])
-    _check_results(call, specs)
+    stats = {name: call.stats for name in results if name.startswith("softmax")}
+    check_tensors(results, {**dict.fromkeys(results, call.output), **stats})
     return call, tensors
 
 
@@ -65,13 +65,6 @@ def _described(given: Mapping[str, Any]) -> KernelCall:
     return call
 
 
-def _check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
-    given = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in given.items())
-        raise KernelContractError(f"the tensors are on different devices: {places}", ["device"])
-
-
 def _check_rules(
     call: KernelCall, tensors: Mapping[str, Any], *, backward: bool, silent: bool
 ) -> None:
@@ -90,15 +83,3 @@ def _check_rules(
 
 def _wants_grad(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _check_results(call: KernelCall, given: Mapping[str, TensorSpec]) -> None:
-    """Refuse a gradient, an output or statistics that the forward of a call does not have."""
-    for name, spec in given.items():
-        is_stats = name.startswith("softmax")
-        subject, wanted = ("stats", call.stats) if is_stats else ("grad", call.output)
-        words = f"{name} is {spec}; the forward of this call has {wanted}"
-        if spec.shape != wanted.shape:
-            raise KernelContractError(words, [f"{subject}-shape"])
-        if spec.dtype != wanted.dtype:
-            raise KernelContractTypeError(words, [f"{subject}-dtype"])
