@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit import layouts, masks, pse
+from attnkit.backends import Operands
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
 from attnkit.layouts import SeqLens, Sizes
@@ -18,16 +19,11 @@ from attnkit.pse import Pse
 __all__ = ["CASES", "Case", "Inputs", "Regions"]
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """The tensors of a case: query, key, value, the output's gradient, and what joins them."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Inputs(Operands):
+    """The tensors of a case: what its plan runs on, and the output's gradient."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
     grad: Tensor
-    pse: Pse | None = None
-    sink: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Case:
             matrix = pse.Dense(draw(*self.matrix), before_scale=self.before_scale)
             bias = matrix if bias is None else bias + matrix
         sink = draw(self.heads) if self.sink else None
-        return Inputs(query, key, value, grad, bias, sink)
+        return Inputs(query, key, value, bias, sink, grad=grad)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,121 +144,109 @@ _WIDE: dict[str, Any] = {"q_len": 64, "kv_len": 64}
 # Longer than one tile of the emulator, and of most kernels.
 _TILES: dict[str, Any] = {"batch": 1, "q_len": 400, "kv_len": 400, "heads": 2}
 _TILES |= {"dim": 64, "value_dim": 64, "quick": False}
-
-
-def _grouped(group: str, *cases: Case) -> tuple[Case, ...]:
-    return tuple(replace(case, group=group) for case in cases)
-
-
-_MODES = _grouped(
-    "sparse modes",
-    Case("full"),
-    Case("mode-0-mask", call=(("atten_mask", _SQUARE), ("pre_tokens", 9), ("next_tokens", 4))),
-    Case("mode-1", call=(("atten_mask", _SQUARE), ("sparse_mode", 1))),
-    Case("mode-2", masks.Causal(align="top_left"), q_len=16, kv_len=40),
-    Case("mode-3", _CAUSAL),
-    Case("mode-3-chunk", _CAUSAL, q_len=8, kv_len=40),
-    Case("mode-3-one-query", _CAUSAL, q_len=1, kv_len=40),
-    Case("mode-4-window", _WINDOW),
-    Case("mode-4-chunk", _WINDOW, q_len=8, kv_len=40),
-    Case("mode-4-band", masks.Band(3, 4)),
-    Case("mode-5", call=(("atten_mask", _PREFIXED), ("sparse_mode", 5), ("prefix", (6, 11)))),
-    Case("mode-6", masks.PrefixLM(6)),
-    Case("mode-6-per-batch", masks.PrefixLM((6, 11))),
-    Case(
-        "mode-7",
-        layout="TND",
-        seqlens=SeqLens([9, 4, 11], [9, 4, 14]),
-        call=(*_CUT, ("sparse_mode", 7), ("next_tokens", -2)),
-    ),
-    Case(
-        "mode-8",
-        layout="TND",
-        seqlens=_EVEN,
-        call=(*_CUT, ("sparse_mode", 8), ("next_tokens", 2)),
-    ),
-    Case("mode-3-tiles", _CAUSAL, kv_heads=1, **_TILES),
-    Case("mode-4-tiles", _CAUSAL & masks.SlidingWindow(150), kv_heads=1, **_TILES),
-    Case("mode-6-tiles", masks.PrefixLM(170), kv_heads=1, **_TILES),
-)
-_MASKS = _grouped(
-    "masks",
-    Case("chunked", _CAUSAL & masks.Chunked(8)),
-    Case("block-causal", masks.BlockCausal(6)),
-    Case("documents", _DOCUMENTS & _CAUSAL),
-    Case("documents-per-batch", masks.Documents([[7, 17], [12, 12]]) & _CAUSAL),
-    Case("padding", masks.Padding((24, 13))),
-    Case("padding-left", masks.Padding((24, 13), side="left") & _CAUSAL),
-    Case("dilated", masks.Dilated(2) & _CAUSAL),
-    Case("predicate", masks.Predicate(_checkers)),
-)
-_EMPTY = _grouped(
-    "empty rows",
-    Case("empty-rows", masks.Rows(3, 9)),
-    Case("empty-rows-causal", _CAUSAL, q_len=40, kv_len=24),
-    Case(
-        "empty-rows-mask",
-        call=(
-            ("atten_mask", AttenMask.full((24, 24), [Region.of(Slice(4, 24, 0, 24, hi=-4))])),
-            ("sparse_mode", 1),
-            ("inner_precise", 2),
-        ),
-    ),
-    Case("empty-sequences", _CAUSAL, layout="TND", seqlens=_UNEVEN),
-    Case("sequence-without-keys", layout="TND", seqlens=SeqLens([3, 4], [0, 9])),
-)
-_MERGES = _grouped(
-    "merged calls",
-    Case("merge-two-calls", _WINDOW_AND_START, merges=True, **_WIDE),
-    Case("merge-two-calls-sink", _WINDOW_AND_START, sink=True, merges=True, **_WIDE),
-    Case("merge-packed", _WINDOW_AND_START, layout="TND", seqlens=_LONGER, merges=True),
-    Case("merge-heads", _HEADS, merges=True),
-    Case(
-        "merge-tiles",
-        (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
-        merges=True,
-        kv_heads=2,
-        **_TILES,
-    ),
-)
-_BIASES = _grouped(
-    "biases",
-    Case("alibi", _CAUSAL, pse.ALiBi(4)),
-    Case("alibi-chunk", _CAUSAL, pse.ALiBi(4), q_len=8, kv_len=40),
-    Case("alibi-window", _WINDOW, pse.ALiBi(4)),
-    Case("alibi-packed", _CAUSAL, pse.ALiBi(4), layout="TND", seqlens=_EVEN),
-    Case("sqrt-alibi", _CAUSAL, pse.SqrtALiBi(4)),
-    Case("matrix", _CAUSAL, matrix=(4, 24, 24)),
-    Case("matrix-before-scale", _CAUSAL, matrix=(4, 24, 24), before_scale=True),
-    Case("matrix-per-batch", matrix=(2, 4, 24, 24)),
-    Case("sink", _CAUSAL, sink=True),
-    Case("sink-packed", _CAUSAL, layout="TND", seqlens=_EVEN, sink=True),
-)
-_LAYOUTS = _grouped(
-    "layouts and heads",
-    *(Case(name.lower(), _CAUSAL, layout=name, kv_heads=2) for name in ("BSH", "SBH", "BNSD")),
-    Case("bsnd", _CAUSAL, kv_heads=2),
-    Case("tnd", _CAUSAL, layout="TND", seqlens=_EVEN, kv_heads=2),
-    Case("tnd-full", layout="TND", seqlens=_EVEN),
-    Case("tnd-window", _CAUSAL & masks.SlidingWindow(3), layout="TND", seqlens=_UNEVEN),
-    Case("tnd-prefix", masks.PrefixLM(3), layout="TND", seqlens=_EVEN),
-    Case("one-key-head", _CAUSAL, kv_heads=1),
-    Case("smaller-values", _CAUSAL, value_dim=8),
-    Case("scale", _CAUSAL, scale=0.37),
-)
 # Value heads as wide as there are keys: with the unit matrix for values, weights can be read.
 _DROP: dict[str, Any] = {"dropout": 0.25, "dim": 64, "value_dim": 64, **_WIDE}
-_DROPOUT = _grouped(
-    "dropout",
-    Case("dropout-full", **_DROP),
-    Case("dropout-causal", _CAUSAL, **_DROP),
-    Case("dropout-heads", _CAUSAL, layout="BNSD", kv_heads=2, **_DROP),
-    Case("dropout-sbh", _CAUSAL, layout="SBH", **_DROP),
-    Case("dropout-packed", _CAUSAL, layout="TND", seqlens=_LONGER, **_DROP),
-    Case("dropout-merge", _WINDOW_AND_START, merges=True, **_DROP),
-)
 
-CASES: tuple[Case, ...] = (
-    *_MODES, *_MASKS, *_EMPTY, *_MERGES, *_BIASES, *_LAYOUTS, *_DROPOUT,
-)  # fmt: skip
+_CASES = {
+    "sparse modes": (
+        Case("full"),
+        Case("mode-0-mask", call=(("atten_mask", _SQUARE), ("pre_tokens", 9), ("next_tokens", 4))),
+        Case("mode-1", call=(("atten_mask", _SQUARE), ("sparse_mode", 1))),
+        Case("mode-2", masks.Causal(align="top_left"), q_len=16, kv_len=40),
+        Case("mode-3", _CAUSAL),
+        Case("mode-3-chunk", _CAUSAL, q_len=8, kv_len=40),
+        Case("mode-3-one-query", _CAUSAL, q_len=1, kv_len=40),
+        Case("mode-4-window", _WINDOW),
+        Case("mode-4-chunk", _WINDOW, q_len=8, kv_len=40),
+        Case("mode-4-band", masks.Band(3, 4)),
+        Case("mode-5", call=(("atten_mask", _PREFIXED), ("sparse_mode", 5), ("prefix", (6, 11)))),
+        Case("mode-6", masks.PrefixLM(6)),
+        Case("mode-6-per-batch", masks.PrefixLM((6, 11))),
+        Case(
+            "mode-7",
+            layout="TND",
+            seqlens=SeqLens([9, 4, 11], [9, 4, 14]),
+            call=(*_CUT, ("sparse_mode", 7), ("next_tokens", -2)),
+        ),
+        Case(
+            "mode-8",
+            layout="TND",
+            seqlens=_EVEN,
+            call=(*_CUT, ("sparse_mode", 8), ("next_tokens", 2)),
+        ),
+        Case("mode-3-tiles", _CAUSAL, kv_heads=1, **_TILES),
+        Case("mode-4-tiles", _CAUSAL & masks.SlidingWindow(150), kv_heads=1, **_TILES),
+        Case("mode-6-tiles", masks.PrefixLM(170), kv_heads=1, **_TILES),
+    ),
+    "masks": (
+        Case("chunked", _CAUSAL & masks.Chunked(8)),
+        Case("block-causal", masks.BlockCausal(6)),
+        Case("documents", _DOCUMENTS & _CAUSAL),
+        Case("documents-per-batch", masks.Documents([[7, 17], [12, 12]]) & _CAUSAL),
+        Case("padding", masks.Padding((24, 13))),
+        Case("padding-left", masks.Padding((24, 13), side="left") & _CAUSAL),
+        Case("dilated", masks.Dilated(2) & _CAUSAL),
+        Case("predicate", masks.Predicate(_checkers)),
+    ),
+    "empty rows": (
+        Case("empty-rows", masks.Rows(3, 9)),
+        Case("empty-rows-causal", _CAUSAL, q_len=40, kv_len=24),
+        Case(
+            "empty-rows-mask",
+            call=(
+                ("atten_mask", AttenMask.full((24, 24), [Region.of(Slice(4, 24, 0, 24, hi=-4))])),
+                ("sparse_mode", 1),
+                ("inner_precise", 2),
+            ),
+        ),
+        Case("empty-sequences", _CAUSAL, layout="TND", seqlens=_UNEVEN),
+        Case("sequence-without-keys", layout="TND", seqlens=SeqLens([3, 4], [0, 9])),
+    ),
+    "merged calls": (
+        Case("merge-two-calls", _WINDOW_AND_START, merges=True, **_WIDE),
+        Case("merge-two-calls-sink", _WINDOW_AND_START, sink=True, merges=True, **_WIDE),
+        Case("merge-packed", _WINDOW_AND_START, layout="TND", seqlens=_LONGER, merges=True),
+        Case("merge-heads", _HEADS, merges=True),
+        Case(
+            "merge-tiles",
+            (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
+            merges=True,
+            kv_heads=2,
+            **_TILES,
+        ),
+    ),
+    "biases": (
+        Case("alibi", _CAUSAL, pse.ALiBi(4)),
+        Case("alibi-chunk", _CAUSAL, pse.ALiBi(4), q_len=8, kv_len=40),
+        Case("alibi-window", _WINDOW, pse.ALiBi(4)),
+        Case("alibi-packed", _CAUSAL, pse.ALiBi(4), layout="TND", seqlens=_EVEN),
+        Case("sqrt-alibi", _CAUSAL, pse.SqrtALiBi(4)),
+        Case("matrix", _CAUSAL, matrix=(4, 24, 24)),
+        Case("matrix-before-scale", _CAUSAL, matrix=(4, 24, 24), before_scale=True),
+        Case("matrix-per-batch", matrix=(2, 4, 24, 24)),
+        Case("sink", _CAUSAL, sink=True),
+        Case("sink-packed", _CAUSAL, layout="TND", seqlens=_EVEN, sink=True),
+    ),
+    "layouts and heads": (
+        *(Case(name.lower(), _CAUSAL, layout=name, kv_heads=2) for name in ("BSH", "SBH", "BNSD")),
+        Case("bsnd", _CAUSAL, kv_heads=2),
+        Case("tnd", _CAUSAL, layout="TND", seqlens=_EVEN, kv_heads=2),
+        Case("tnd-full", layout="TND", seqlens=_EVEN),
+        Case("tnd-window", _CAUSAL & masks.SlidingWindow(3), layout="TND", seqlens=_UNEVEN),
+        Case("tnd-prefix", masks.PrefixLM(3), layout="TND", seqlens=_EVEN),
+        Case("one-key-head", _CAUSAL, kv_heads=1),
+        Case("smaller-values", _CAUSAL, value_dim=8),
+        Case("scale", _CAUSAL, scale=0.37),
+    ),
+    "dropout": (
+        Case("dropout-full", **_DROP),
+        Case("dropout-causal", _CAUSAL, **_DROP),
+        Case("dropout-heads", _CAUSAL, layout="BNSD", kv_heads=2, **_DROP),
+        Case("dropout-sbh", _CAUSAL, layout="SBH", **_DROP),
+        Case("dropout-packed", _CAUSAL, layout="TND", seqlens=_LONGER, **_DROP),
+        Case("dropout-merge", _WINDOW_AND_START, merges=True, **_DROP),
+    ),
+}
+
+CASES = tuple(replace(case, group=group) for group, cases in _CASES.items() for case in cases)
 """Every case of the suite, in the order in which it runs."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +12,12 @@ import torch
 
 from attnkit.doctor import report as reports
 from attnkit.doctor.cases import CASES, Case
-from attnkit.doctor.findings import Machine, find_machine, findings
+from attnkit.doctor.findings import find_machine, findings
 from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.report import Report
 from attnkit.doctor.screen import Screen
-from attnkit.doctor.suite import DTYPES, Result, run_case
-from attnkit.doctor.timing import Timing, make_timing_cases, run_timings
+from attnkit.doctor.suite import DTYPES, run_case
+from attnkit.doctor.timing import make_timing_cases, time_case
 from attnkit.doctor.usage import FAILED, GOOD, INTERRUPTED, UsageError
 from attnkit.errors import shown
 from attnkit.registry import closest
@@ -71,23 +69,28 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     out = arguments.out or (None if arguments.json else Path(DEFAULT_FILE))
     level = "selected" if arguments.only else "quick" if quick else "full"
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report = Report(machine, level, started, expected=len(jobs))
-    _save(report, out)  # a file that cannot be written is known now, not in an hour
+    report = Report(machine, level, started, len(jobs), out)
+    report.save()  # a file that cannot be written is known now, not in an hour
     screen.quiet = arguments.json
+    threads = torch.get_num_threads()
     try:
-        with _threads(1 if not machine.is_hardware else torch.get_num_threads()):
-            _examine(report, jobs, out, screen, timings=not arguments.only, quick=quick)
+        if not machine.is_hardware:
+            torch.set_num_threads(1)  # tensors so small that several threads only wait
+        _examine(report, jobs, screen)
+        if not arguments.only:
+            _time(report, list(make_timing_cases(machine, quick)), screen)
         report.status = "complete"
     except KeyboardInterrupt:
         report.status = "interrupted"
     except BaseException:
         report.status = "broken"  # a defect of the doctor itself; what it found until then stays
-        _save(report, out)
         raise
-    _save(report, out)
+    finally:
+        torch.set_num_threads(threads)
+        report.save()
     if arguments.json:
         screen.data(report.text())
-    _summarise(report, out, screen)
+    _summarise(report, screen)
     if report.status == "interrupted":
         return INTERRUPTED
     return FAILED if report.failures else GOOD
@@ -118,59 +121,32 @@ def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _save(report: Report, out: Path | None) -> None:
-    if out is None:
-        return
-    try:
-        report.write(out)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL, or without a name
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UsageError(f"--out {out}: {reason or error}") from None
-
-
-def _examine(
-    report: Report, jobs: list[Job], out: Path | None, screen: Screen, *, timings: bool, quick: bool
-) -> None:
-    """Fill the report; whoever interrupts this keeps what is in it."""
+def _examine(report: Report, jobs: list[Job], screen: Screen) -> None:
+    """Run the cases; whoever interrupts this keeps what is in the report."""
     machine = report.machine
     screen.line(f"attnkit doctor: {machine.label}")
     report.findings = findings(machine)
     for label, text in reports.told_findings(report.findings):
         screen.line(f"  {label:<24} {text}")
-    with screen.progress("conformance", len(jobs)) as bar:
+    with screen.progress("conformance", len(jobs)) as advance:
         for case, dtype in jobs:
             result = run_case(case, backend=machine.backend, device=machine.device, dtype=dtype)
             report.results.append(result)
-            bar.advance(result.name)
-            _save(report, out)  # a device that takes the process down leaves this much
-    if not timings:
-        return
-    total = len(list(make_timing_cases(machine, quick)))
-    with screen.progress("timing", total) as bar:
-        dtype = torch.bfloat16 if machine.is_hardware else torch.float32
+            advance(result.name)
+            report.save()  # a device that takes the process down leaves this much
 
-        def keep(timing: Timing) -> None:
-            report.timings.append(timing)
-            bar.advance(timing.name)
-            _save(report, out)
 
-        run_timings(machine, quick, dtype, keep)
-    if machine.is_hardware:
+def _time(report: Report, cases: list[Case], screen: Screen) -> None:
+    with screen.progress("timing", len(cases)) as advance:
+        for case in cases:
+            report.timings.append(time_case(case, report.machine))
+            advance(case.name)
+            report.save()
+    if report.machine.is_hardware:
         report.fit = fit_weights(samples_of(report.timings))
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Set torch's threads: the emulator's tensors are so small that threads only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
+def _summarise(report: Report, screen: Screen) -> None:
     if report.results:
         screen.line(f"conformance, on {report.machine.label}:")
         screen.table(("cases", "passed", "failed", "refused"), report.rows())
@@ -189,7 +165,7 @@ def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
     for text in reports.told_refusals(report.results):
         screen.line(text)
     for result in report.failures:
-        for text in reports.told_failure(result, _rerun(result, report.machine)):
+        for text in reports.told_failure(result, report.machine):
             screen.line(text)
     counts = report.counts
     failed = counts["failed"] + counts["error"]
@@ -197,10 +173,5 @@ def _summarise(report: Report, out: Path | None, screen: Screen) -> None:
         f"{report.status}: {counts['passed']} passed, {failed} failed, {counts['refused']} "
         f"refused of {report.expected} cases on {report.machine.label}"
     )
-    if out is not None:
-        screen.line(f"report: {out}")
-
-
-def _rerun(result: Result, machine: Machine) -> str:
-    name = shlex.quote(result.name)
-    return f"python -m attnkit doctor --device {machine.device} --only {name}"
+    if report.out is not None:
+        screen.line(f"report: {report.out}")

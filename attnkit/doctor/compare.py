@@ -10,7 +10,6 @@ from torch import Tensor
 from attnkit.backends import Operands, run_plan
 from attnkit.doctor.cases import Case, Inputs
 from attnkit.planner import Plan
-from attnkit.pse.base import rebound
 
 __all__ = ["Check", "check_values", "compare", "evaluate"]
 
@@ -57,18 +56,15 @@ def evaluate(plan: Plan, given: Inputs, device: str, dtype: torch.dtype) -> dict
         # A copy in any case: two runs that shared a leaf would add up their gradients.
         return tensor.detach().to(dtype).to(device, copy=True)
 
-    named = {"query": given.query, "key": given.key, "value": given.value}
-    named |= {"sink": given.sink} if given.sink is not None else {}
-    leaves = {name: moved(tensor).requires_grad_() for name, tensor in named.items()}
-    bias = given.pse
-    if bias is not None and bias.tensors:
-        bias = rebound(bias, [moved(tensor) for tensor in bias.tensors])
-    operands = Operands(leaves["query"], leaves["key"], leaves["value"], bias, leaves.get("sink"))
-    output, stats = run_plan(plan, operands)
+    leaves = [tensor if tensor is None else moved(tensor) for tensor in given.leaves]
+    named = dict(zip(("query", "key", "value", "sink"), leaves, strict=False))
+    for leaf in filter(torch.is_tensor, named.values()):
+        leaf.requires_grad_()
+    output, stats = run_plan(plan, Operands.of(given.pse, leaves))
     torch.autograd.backward(output, moved(given.grad))
     found = {"output": output, "max": stats.max, "sum": stats.sum}
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
+    for name, leaf in named.items():
+        if leaf is not None and leaf.grad is not None:
             found[f"gradient of {name}"] = leaf.grad
     return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
 

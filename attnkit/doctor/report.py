@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic_core import to_json
 
 from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import Fit
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Timing
+from attnkit.doctor.usage import UsageError
 
 __all__ = ["FORMAT", "Report"]
 
@@ -26,12 +29,16 @@ _MOST_REASONS = 3
 
 @dataclass
 class Report:
-    """What the doctor has found so far; `status` is "running" until it says otherwise."""
+    """What the doctor has found so far; `status` is "running" until it says otherwise.
+
+    `out` is the file that it goes to, if any.
+    """
 
     machine: Machine
     level: str
     started: str
     expected: int
+    out: Path | None
     findings: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
@@ -69,25 +76,31 @@ class Report:
                 "target": self.machine.label,
                 "note": note,
                 "unit": "ns, median of a forward pass",
-                "rows": [asdict(timing) for timing in self.timings],
+                "rows": self.timings,
             },
-            "weights": None if self.fit is None else asdict(self.fit),
+            "weights": self.fit,
         }
 
     def text(self) -> str:
         """Return the report as JSON, which has no word for infinity or NaN: they are text."""
-        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False) + "\n"
+        return to_json(self.to_dict(), indent=1, inf_nan_mode="strings").decode() + "\n"
 
-    def write(self, path: Path) -> None:
+    def save(self) -> None:
         """Write the report; a reader sees the old file or the new one, never half of one."""
-        draft = path.with_name(f"{path.name}.part")
+        if self.out is None:
+            return
         try:
-            draft.write_text(self.text(), encoding="utf-8")
-            os.replace(draft, path)
-        except OSError:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)  # a full disk does not need half a report
-            raise
+            draft = self.out.with_name(f"{self.out.name}.part")
+            try:
+                draft.write_text(self.text(), encoding="utf-8")
+                os.replace(draft, self.out)
+            except OSError:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)  # a full disk does not need half a report
+                raise
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL, or without a name
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise UsageError(f"--out {self.out}: {reason or error}") from None
 
     # -- in words ------------------------------------------------------------------------
 
@@ -121,7 +134,7 @@ def told_findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"backend {name}", f"refuses: {reasons}" if refusals else "ready"
 
 
-def told_failure(result: Result, rerun: str) -> Iterator[str]:
+def told_failure(result: Result, machine: Machine) -> Iterator[str]:
     """Yield the lines about a case that failed."""
     yield f"{result.status.upper()} {result.name}"
     yield f"  composition: {result.composition}"
@@ -131,7 +144,8 @@ def told_failure(result: Result, rerun: str) -> Iterator[str]:
         yield f"  {check}"
     for reason in result.reasons[:_MOST_REASONS]:
         yield f"  {reason}"
-    yield f"  rerun: {rerun}"
+    name = shlex.quote(result.name)
+    yield f"  rerun: python -m attnkit doctor --device {machine.device} --only {name}"
 
 
 def told_refusals(results: Sequence[Result]) -> Iterator[str]:
@@ -147,13 +161,3 @@ def told_refusals(results: Sequence[Result]) -> Iterator[str]:
 
 def _ratio(other: float | None, own: float | None) -> str:
     return "-" if other is None or not own else f"{other / own:.2f}x"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
-        return str(value)
-    return value

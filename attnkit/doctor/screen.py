@@ -1,9 +1,9 @@
-"""The one object that writes to the terminal: with rich where it is installed, plain else."""
+"""The one object that writes to the terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -16,12 +16,10 @@ class Screen:
     A progress bar is drawn only where `err` is a terminal.
     """
 
-    def __init__(
-        self, out: TextIO | None = None, err: TextIO | None = None, *, quiet: bool = False
-    ) -> None:
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.out = sys.stdout if out is None else out
         self.err = sys.stderr if err is None else err
-        self.quiet = quiet
+        self.quiet = False
 
     def line(self, text: str = "") -> None:
         """Write a line for people, unless quiet."""
@@ -40,74 +38,33 @@ class Screen:
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Write a table; the first column is text, the others are figures."""
-        if self.quiet:
-            return
-        body = [tuple(row) for row in rows]
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            for text in _plain_table(titles, body):
-                self.line(text)
-            return
-        table = Table()
-        for k, title in enumerate(titles):
-            table.add_column(title, justify="right" if k else "left")
-        for row in body:
-            table.add_row(*row)
-        Console(file=self.out).print(table)
+        body = [titles, *rows]
+        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+        for row in (titles, ["-" * width for width in widths], *body[1:]):
+            first, *rest = row
+            cells = [f"{text:>{width}}" for text, width in zip(rest, widths[1:], strict=True)]
+            self.line("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Progress]:
-        """Show how far something has come."""
-        bar = Progress(self.err, what, total)
+    def progress(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
+        """Show how far something has come: call what this gives with the name of each that is done.
+
+        It draws a bar on a terminal, and nothing elsewhere.
+        """
+        done = 0
+
+        def advance(name: str) -> None:
+            nonlocal done
+            done += 1
+            if self.err.isatty():
+                filled = 30 * done // max(total, 1)
+                bar = "#" * filled + "." * (30 - filled)
+                text = f"{what} [{bar}] {done}/{total} {name}"
+                self.err.write(f"\r{text:<78.78}")
+                self.err.flush()
+
         try:
-            yield bar
+            yield advance
         finally:
-            bar.close()
-
-
-class Progress:
-    """A bar on a terminal; nothing elsewhere."""
-
-    def __init__(self, stream: TextIO, what: str, total: int) -> None:
-        self._stream, self._what, self._total, self._done = stream, what, total, 0
-        self._shown = stream.isatty()
-        self._rich = None
-        if not self._shown:
-            return
-        try:
-            from rich.console import Console
-            from rich.progress import Progress as Rich
-        except ImportError:
-            return
-        self._rich = Rich(console=Console(file=stream), transient=True)
-        self._task = self._rich.add_task(what, total=total)
-        self._rich.start()
-
-    def advance(self, name: str) -> None:
-        """Say that one more thing is done, and which."""
-        self._done += 1
-        if self._rich is not None:
-            self._rich.update(self._task, advance=1, description=f"{self._what}: {name}")
-        elif self._shown:
-            filled = 30 * self._done // max(self._total, 1)
-            bar = "#" * filled + "." * (30 - filled)
-            text = f"{self._what} [{bar}] {self._done}/{self._total} {name}"
-            self._stream.write(f"\r{text:<78.78}")
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._rich is not None:
-            self._rich.stop()
-        elif self._shown:
-            self._stream.write("\r" + " " * 78 + "\r")
-
-
-def _plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for row in (titles, ["-" * width for width in widths], *rows):
-        first, *rest = row
-        cells = [f"{text:>{width}}" for text, width in zip(rest, widths[1:], strict=True)]
-        yield "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()
+            if self.err.isatty():
+                self.err.write("\r" + " " * 78 + "\r")

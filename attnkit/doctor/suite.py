@@ -14,7 +14,6 @@ from attnkit.doctor.cases import CASES, Case, Inputs, Regions
 from attnkit.doctor.compare import Check, check_values
 from attnkit.doctor.dropout import check_dropout
 from attnkit.errors import BackendRefused
-from attnkit.kernel import KernelCall
 from attnkit.planner import Composition, Launch, Plan, read_request
 from attnkit.planner.calls import tile_whole
 
@@ -127,7 +126,9 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
         plan = _in_parts(plan)
     if not case.call:
         return plan
-    call = replace(plan.calls[0] if plan.calls else _bare_call(plan), **dict(case.call))
+    # A plan without calls is compared with the call that the kernel would make without a mask.
+    bare = plan if plan.calls else make_plan(request, "emulated")
+    call = replace(bare.calls[0], **dict(case.call))
     parts = call.regions()
     mask = Regions(parts if len(set(parts)) > 1 else parts[:1])
     request = replace(request, mask=mask)
@@ -147,11 +148,6 @@ def _in_parts(plan: Plan) -> Plan:
     merged = replace(plan, steps=parts, alternatives=())
     merged.verify()
     return merged
-
-
-def _bare_call(plan: Plan) -> KernelCall:
-    """Return the call without a mask that the kernel would make for a plan without calls."""
-    return make_plan(plan.request, "emulated").calls[0]
 
 
 def _describe(step: Launch) -> str:

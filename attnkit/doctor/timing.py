@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnkit.backends import Operands, run_plan
-from attnkit.doctor.cases import Case, Inputs
+from attnkit.doctor.cases import Case
 from attnkit.doctor.findings import Machine
 from attnkit.doctor.suite import make_case_plan
 from attnkit.errors import BackendRefused
 from attnkit.kernel import AttenMask
 from attnkit.masks import Causal, Columns, Documents, Full, Mask, PrefixLM, SlidingWindow
-from attnkit.planner import Plan
 from attnkit.planner.calls import Solution
 
-__all__ = ["Timing", "make_timing_cases", "run_timings", "time_case"]
+__all__ = ["Timing", "make_timing_cases", "time_case"]
 
 _CAUSAL = Causal()
 
@@ -82,60 +81,45 @@ def make_timing_cases(machine: Machine, quick: bool) -> Iterator[Case]:
             )
 
 
-def run_timings(
-    machine: Machine,
-    quick: bool,
-    dtype: torch.dtype,
-    on_timing: Callable[[Timing], None] = lambda timing: None,
-) -> list[Timing]:
-    """Time every case, and tell each as soon as it is known."""
-    found = []
-    for case in make_timing_cases(machine, quick):
-        try:
-            found.append(time_case(case, machine, dtype, 20 if machine.is_hardware else 3))
-        except Exception as error:  # such as a device out of memory: the next may fit again
-            note = f"{type(error).__name__}: {error}"
-            found.append(Timing(case.name, case.q_len, notes=(note,)))
-        on_timing(found[-1])
-    return found
-
-
-def time_case(case: Case, machine: Machine, dtype: torch.dtype, rounds: int) -> Timing:
+def time_case(case: Case, machine: Machine) -> Timing:
     """Time a composition as planned, with a dense mask, and with torch's own function."""
+    try:
+        return _time(case, machine)
+    except Exception as error:  # such as a device out of memory: the next may fit again
+        return Timing(case.name, case.q_len, notes=(f"{type(error).__name__}: {error}",))
+
+
+def _time(case: Case, machine: Machine) -> Timing:
+    dtype, rounds = (torch.bfloat16, 20) if machine.is_hardware else (torch.float32, 3)
     given, device = case.inputs(dtype), machine.device
     q, k, v = (t.to(device) for t in (given.query, given.key, given.value))
     allowed = case.mask.materialize(case.q_len, case.kv_len).to(device)
-    plan = make_case_plan(case, given, machine.backend, device)
-    plans = {"plan": plan, "dense": _dense_plan(case, given, machine)}
-    made = {name: some for name, some in plans.items() if some is not None}
+    plans = {"plan": make_case_plan(case, given, machine.backend, device)}
+    with suppress(BackendRefused):
+        plans["dense"] = make_case_plan(_densely(case), given, machine.backend, device)
     forms: dict[str, Callable[[], object]] = {
-        name: partial(run_plan, some, Operands(q, k, v)) for name, some in made.items()
+        name: partial(run_plan, plan, Operands(q, k, v)) for name, plan in plans.items()
     }
     forms["sdpa"] = partial(_sdpa, q, k, v, allowed)
     times, notes = _alternate(forms, device, rounds)
-    counts = {name: Solution(some.steps).price.to_dict() for name, some in made.items()}
+    counts = {name: Solution(plan.steps).price.to_dict() for name, plan in plans.items()}
     return Timing(
         case.name,
         case.q_len,
         rounds,
         *(times.get("plan"), times.get("dense"), times.get("sdpa")),
         *(counts["plan"], counts.get("dense", {})),
-        tuple(step.label for step in plan.steps),
+        tuple(step.label for step in plans["plan"].steps),
         notes,
     )
 
 
-def _dense_plan(case: Case, given: Inputs, machine: Machine) -> Plan | None:
-    """Return the plan of one call that reads a mask of one entry per cell."""
+def _densely(case: Case) -> Case:
+    """Return a case of one call that reads a mask of one entry per cell."""
     region = case.mask.region(case.q_len, case.kv_len)
     mask = AttenMask.full((case.q_len, case.kv_len), [region])
     rows = (("inner_precise", 2),) if region.empty_rows(case.q_len) else ()
-    call = (("atten_mask", mask), ("sparse_mode", 1), *rows)
-    forced = replace(case, mask=Full(), call=call)
-    try:
-        return make_case_plan(forced, given, machine.backend, machine.device)
-    except BackendRefused:
-        return None
+    return replace(case, mask=Full(), call=(("atten_mask", mask), ("sparse_mode", 1), *rows))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -150,26 +134,19 @@ def _alternate(
     """Return medians in nanoseconds, after one run each to warm up, and what did not run."""
     times: dict[str, list[int]] = {}
     notes = []
+    synchronize = torch.get_device_module(torch.device(device)).synchronize
     for name, form in forms.items():
         try:
             form()
-            synchronize(device)
+            synchronize()
             times[name] = []
         except RuntimeError as error:
             notes.append(f"{name} did not run: {str(error).splitlines()[0]}")
     for _ in range(rounds):
         for name, taken in times.items():
-            synchronize(device)
+            synchronize()
             started = time.perf_counter_ns()
             forms[name]()
-            synchronize(device)
+            synchronize()
             taken.append(time.perf_counter_ns() - started)
     return {name: float(median(taken)) for name, taken in times.items()}, tuple(notes)
-
-
-def synchronize(device: str) -> None:
-    """Wait until a device has done everything that it was given."""
-    kind = torch.device(device).type
-    module: Any = getattr(torch, kind, None)
-    if kind != "cpu" and module is not None:
-        module.synchronize()

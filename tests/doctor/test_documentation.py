@@ -31,7 +31,6 @@ def test_the_page_has_what_is_tested():
 
 @pytest.mark.parametrize(("command_line", "shown"), CONSOLE, ids=[line for line, _ in CONSOLE])
 def test_commands_print_what_the_page_shows(command_line: str, shown: str, capsys: Any):
-    pytest.importorskip("rich")
     given = shlex.split(command_line)
     if given == ["doctor"]:
         given += ["--device", "cpu"]  # the page is from a machine without an NPU
