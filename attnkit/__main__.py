@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from attnkit.doctor import command, plans, schema
+from pydantic import BaseModel
+
+from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
+from attnkit.doctor import command, plans
 from attnkit.doctor.screen import Screen
 from attnkit.doctor.usage import GOOD, INTERRUPTED, NO_NPU, WRONG, NoNpu, Parser
 from attnkit.errors import AttnkitError
 
 __all__ = ["main"]
 
-COMMANDS = {
-    "doctor": (command, "test the fused kernel of this machine, or the emulator, and report"),
-    "plan": (plans, "print the plan of a configuration"),
-    "schema": (schema, "print the JSON schema of configurations"),
+_MODELS: dict[str, type[BaseModel]] = {
+    "attention": AttentionConfig,
+    "multi-head-attention": MultiHeadAttentionConfig,
 }
 
 
@@ -25,27 +30,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = Screen()
     parser = Parser(prog="python -m attnkit", description=__doc__)
     chosen = parser.add_subparsers(dest="command", required=True)
-    for name, (module, text) in COMMANDS.items():
-        module.add_arguments(chosen.add_parser(name, help=text, description=text))
+
+    def add(name: str, run: Callable[[Namespace, Screen], int], text: str) -> ArgumentParser:
+        added = chosen.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    told = "test the fused kernel of this machine, or the emulator, and report"
+    command.add_arguments(add("doctor", command.run, told))
+    plans.add_arguments(add("plan", plans.run, "print the plan of a configuration"))
+    schema = add("schema", _print_schema, "print the JSON schema of configurations")
+    schema.add_argument("module", choices=_MODELS, nargs="?", default="attention")
     try:
         arguments = parser.parse_args(argv)
-        module, _ = COMMANDS[arguments.command]
-        code = int(module.run(arguments, screen))
+        code = int(arguments.run(arguments, screen))
         screen.out.flush()
         return code
     except SystemExit:  # --help has been printed
         return GOOD
-    except NoNpu as error:
-        screen.error(str(error))
-        return NO_NPU
     except AttnkitError as error:
         screen.error(str(error))
-        return WRONG
-    except BrokenPipeError:  # `| head`: whoever read has seen enough
-        _close(screen)
-        return GOOD
+        return NO_NPU if isinstance(error, NoNpu) else WRONG
     except OSError as error:  # files are told by the commands: this is standard output
         _close(screen)
+        if isinstance(error, BrokenPipeError):  # `| head`: whoever read has seen enough
+            return GOOD
         screen.error(f"cannot write: {error.strerror or error}")
         return WRONG
     except KeyboardInterrupt:
@@ -53,14 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _print_schema(arguments: Namespace, screen: Screen) -> int:
+    schema = _MODELS[arguments.module].model_json_schema()
+    screen.data(json.dumps(schema, indent=1) + "\n")
+    return GOOD
+
+
 def _close(screen: Screen) -> None:
     """Throw away what could not be written, or the interpreter tries again when it ends."""
-    try:
+    with suppress(OSError, ValueError):  # an output without a file: there is nothing to try again
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, screen.out.fileno())
         os.close(sink)
-    except (OSError, ValueError):  # an output without a file: there is nothing to try again
-        return
 
 
 if __name__ == "__main__":

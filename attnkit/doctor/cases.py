@@ -78,6 +78,15 @@ class Case:
         heads = f"{self.heads}" + (f" on {self.kv_heads}" if self.kv_heads != self.heads else "")
         return f"{', '.join(parts)}; {self.layout}, {sizes}, {heads} heads of {self.dim}"
 
+    @property
+    def sizes(self) -> tuple[Sizes, Sizes, Sizes]:
+        """The sizes of query, key and value."""
+        batch, q_len, kv_len = self.batch, self.q_len, self.kv_len
+        if self.seqlens is not None:
+            batch, q_len, kv_len = 1, self.seqlens.total_q, self.seqlens.total_kv
+        key = Sizes(batch, kv_len, self.kv_heads, self.dim)
+        return Sizes(batch, q_len, self.heads, self.dim), key, replace(key, dim=self.value_dim)
+
     def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
         """Return the case's tensors on the CPU: drawn in float64, rounded to `dtype`."""
         generator = torch.Generator().manual_seed(seed)
@@ -85,17 +94,9 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        batch, q_len, kv_len = self.batch, self.q_len, self.kv_len
-        if self.seqlens is not None:
-            batch, q_len, kv_len = 1, self.seqlens.total_q, self.seqlens.total_kv
-        sizes = (
-            Sizes(batch, q_len, self.heads, self.dim),
-            Sizes(batch, kv_len, self.kv_heads, self.dim),
-            Sizes(batch, kv_len, self.kv_heads, self.value_dim),
-            Sizes(batch, q_len, self.heads, self.value_dim),
-        )
-        layout = layouts.get(self.layout)
-        query, key, value, grad = (draw(*layout.shape(of)) for of in sizes)
+        shape = layouts.get(self.layout).shape
+        output = replace(self.sizes[0], dim=self.value_dim)
+        query, key, value, grad = (draw(*shape(sizes)) for sizes in (*self.sizes, output))
         bias = self.pse
         if self.matrix:
             matrix = pse.Dense(draw(*self.matrix), before_scale=self.before_scale)

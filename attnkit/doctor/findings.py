@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from attnkit.backends import BACKENDS
+from attnkit.doctor.suite import make_request
 from attnkit.doctor.usage import NoNpu, UsageError
 from attnkit.errors import Refusal
 from attnkit.kernel import OP_VERSIONS
+from attnkit.layouts import Sizes
 from attnkit.masks import Causal, SlidingWindow
-from attnkit.planner import Composition, Request, read_request
+from attnkit.planner import Composition
 
 __all__ = ["Machine", "find_machine", "findings", "npu_absence"]
 
@@ -98,14 +100,6 @@ def findings(machine: Machine) -> dict[str, Any]:
     }
 
 
-def canonical_request(device: str) -> Request:
-    """Return what nearly every model asks for: a causal window in bfloat16, for training."""
-    x = torch.empty(2, 1024, 8, 64, dtype=torch.bfloat16, device="meta").requires_grad_()
-    composed = Composition(Causal() & SlidingWindow(256))
-    request = read_request(composed, x, x, x, training=True)
-    return replace(request, device=torch.device(device).type)
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -145,7 +139,9 @@ def _arguments(op: str) -> list[str] | None:
 
 
 def _backends(device: str) -> dict[str, list[dict[str, str]]]:
-    request = canonical_request(device)
+    # What nearly every model asks for.
+    composed = Composition(Causal() & SlidingWindow(256))
+    request = make_request(composed, [Sizes(2, 1024, 8, 64)] * 3, torch.bfloat16, device)
     found = {}
     for name, backend in BACKENDS.items():
         try:

@@ -6,6 +6,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from attnkit.backends import BACKENDS, make_plan
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig, load_config
 from attnkit.doctor.findings import npu_absence
 from attnkit.doctor.screen import Screen
+from attnkit.doctor.suite import make_request
 from attnkit.doctor.usage import GOOD, UsageError
 from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.modules import MultiHeadAttention
-from attnkit.planner import Plan, Request, read_request
+from attnkit.planner import Plan, Request
 
 __all__ = ["add_arguments", "run"]
 
@@ -117,33 +119,22 @@ def _request(config: Config, arguments: argparse.Namespace) -> Request:
     with torch.device("meta"):  # the projections of a large module take no memory
         built = config.model_copy(update={"backend": "auto"}).build()
     module = built.attention if isinstance(built, MultiHeadAttention) else built
-    kv_heads = module.num_kv_heads
     largest = batch * max(q_len, kv_len) * module.num_heads * module.head_dim
     if largest > _MOST_NUMBERS:
         raise UsageError(
             f"a tensor of {largest:,} numbers (batch {batch}, {max(q_len, kv_len)} tokens, "
             f"{module.num_heads} heads of {module.head_dim}) is more than any device addresses"
         )
-    shapes = ((q_len, module.num_heads), (kv_len, kv_heads), (kv_len, kv_heads))
-    tensors = (
-        torch.empty(
-            layout.shape(Sizes(batch, length, heads, module.head_dim)),
-            dtype=getattr(torch, arguments.dtype),
-            device="meta",
-            requires_grad=arguments.train,
-        )
-        for length, heads in shapes
+    key = Sizes(batch, kv_len, module.num_kv_heads, module.head_dim)
+    return make_request(
+        module.composition,
+        (Sizes(batch, q_len, module.num_heads, module.head_dim), key, key),
+        getattr(torch, arguments.dtype),
+        "meta",
+        seqlens,
+        module.sink,
+        arguments.train,
     )
-    with torch.set_grad_enabled(arguments.train):
-        return read_request(
-            module.composition,
-            *tensors,
-            num_heads=module.num_heads,
-            num_kv_heads=kv_heads,
-            seqlens=seqlens,
-            sink=module.sink,
-            training=arguments.train,
-        )
 
 
 def _seqlens(name: str, packed: bool, arguments: argparse.Namespace) -> SeqLens | None:
@@ -213,27 +204,24 @@ def _batch(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    count = _whole(text)
-    if count is None or count < 1:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not a whole number from 1 to {_LONGEST}"
-        )
-    return count
+    with suppress(ValueError):
+        if (count := _whole(text)) > 0:
+            return count
+    raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 to {_LONGEST}")
 
 
 def _lengths(text: str) -> Sequence[int]:
-    parts = text.split(",", maxsplit=_MOST_BATCH)
-    lengths = [_whole(part.strip()) for part in parts]
-    if any(length is None for length in lengths):
+    try:
+        return [_whole(part.strip()) for part in text.split(",", maxsplit=_MOST_BATCH)]
+    except ValueError:
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is not a list of lengths such as 3,5,8 (at most {_MOST_BATCH:,} of "
             f"them, each at most {_LONGEST})"
-        )
-    return [length for length in lengths if length is not None]
+        ) from None
 
 
-def _whole(text: str) -> int | None:
+def _whole(text: str) -> int:
     """Return a number of at most `_LONGEST`; digits are counted before they are read."""
     if not text.isdecimal() or len(text) > len(str(_LONGEST)) or int(text) > _LONGEST:
-        return None
+        raise ValueError(text)
     return int(text)

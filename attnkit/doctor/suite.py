@@ -9,15 +9,17 @@ from typing import Any, Literal
 
 import torch
 
+from attnkit import layouts
 from attnkit.backends import make_plan
 from attnkit.doctor.cases import CASES, Case, Inputs, Regions
 from attnkit.doctor.compare import Check, check_values
 from attnkit.doctor.dropout import check_dropout
 from attnkit.errors import BackendRefused
-from attnkit.planner import Composition, Launch, Plan, read_request
+from attnkit.layouts import SeqLens, Sizes
+from attnkit.planner import Composition, Launch, Plan, Request, read_request
 from attnkit.planner.calls import tile_whole
 
-__all__ = ["DTYPES", "Result", "make_case_plan", "run_case", "run_suite"]
+__all__ = ["DTYPES", "Result", "make_case_plan", "make_request", "run_case", "run_suite"]
 
 Status = Literal["passed", "failed", "refused", "error"]
 
@@ -105,22 +107,38 @@ def run_case(
     return replace(result, seconds=round(time.perf_counter() - started, 4))
 
 
+def make_request(
+    composed: Composition,
+    sizes: Sequence[Sizes],
+    dtype: torch.dtype,
+    device: str,
+    seqlens: SeqLens | None = None,
+    sink: torch.Tensor | None = None,
+    training: bool = True,
+) -> Request:
+    """Return the request for query, key and value of these sizes, without making tensors."""
+    shape = layouts.get(composed.layout).shape
+    tensors = (
+        torch.empty(shape(of), dtype=dtype, device="meta", requires_grad=training) for of in sizes
+    )
+    with torch.set_grad_enabled(training):
+        request = read_request(
+            composed,
+            *tensors,
+            num_heads=sizes[0].heads,
+            num_kv_heads=sizes[1].heads,
+            seqlens=seqlens,
+            sink=sink,
+            training=training,
+        )
+    return replace(request, device=torch.device(device).type)
+
+
 def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Plan:
     """Return the plan of a case on a backend, with the call that it forces, if it does."""
     composed = Composition(case.mask, inputs.pse, case.layout, case.scale, case.dropout)
-    leaves = (
-        t.detach().to("meta").requires_grad_() for t in (inputs.query, inputs.key, inputs.value)
-    )
-    request = read_request(
-        composed,
-        *leaves,
-        num_heads=case.heads,
-        num_kv_heads=case.kv_heads,
-        seqlens=case.seqlens,
-        sink=inputs.sink,
-        training=True,
-    )
-    request = replace(request, device=torch.device(device).type)
+    dtype = inputs.query.dtype
+    request = make_request(composed, case.sizes, dtype, device, case.seqlens, inputs.sink)
     plan = make_plan(request, backend)
     if case.merges:
         plan = _in_parts(plan)
