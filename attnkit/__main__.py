@@ -13,8 +13,7 @@ from pydantic import BaseModel
 
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.doctor import command, plans
-from attnkit.doctor.screen import Screen
-from attnkit.doctor.usage import GOOD, INTERRUPTED, NO_NPU, WRONG, NoNpu, Parser
+from attnkit.doctor.screen import GOOD, INTERRUPTED, NO_NPU, WRONG, NoNpu, Parser, Screen
 from attnkit.errors import AttnkitError
 
 __all__ = ["main"]

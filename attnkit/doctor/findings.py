@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+import attnkit
 from attnkit.backends import BACKENDS
+from attnkit.doctor.screen import NoNpu, UsageError
 from attnkit.doctor.suite import make_request
-from attnkit.doctor.usage import NoNpu, UsageError
 from attnkit.errors import Refusal
 from attnkit.kernel import OP_VERSIONS
 from attnkit.layouts import Sizes
@@ -87,7 +88,7 @@ def findings(machine: Machine) -> dict[str, Any]:
     """Return what is installed and what each backend would say, as plain data."""
     absence = npu_absence()
     return {
-        "attnkit": _version("attnkit"),
+        "attnkit": attnkit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -104,7 +105,7 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None if package != "attnkit" else str(importlib.import_module(package).__version__)
+        return None
 
 
 def _cann_version() -> str | None:

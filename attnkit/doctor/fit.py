@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attnkit.planner.price import Chip, chip
+from attnkit.planner.price import chip
 
 __all__ = ["Fit", "fit_weights", "samples_of"]
 
@@ -47,14 +47,13 @@ def samples_of(timings: Iterable[Any]) -> list[Sample]:
     return found
 
 
-def fit_weights(samples: Sequence[Sample], start: Chip | None = None) -> Fit | None:
+def fit_weights(samples: Sequence[Sample]) -> Fit | None:
     """Return the weights that explain the samples best; None where there are too few.
 
     Errors count relative to the measured time, so that short calls weigh as much as long ones.
-    A weight that comes out negative is one that the samples do not tell: it stays at `start`.
+    A weight that comes out negative is one that the samples do not tell: it stays what it is.
     """
-    start = start or chip()
-    known = {name: float(getattr(start, name)) for name in _NAMES}
+    known = {name: float(getattr(chip(), name)) for name in _NAMES}
     if len(samples) < len(_NAMES) + 1:
         return None
     rows = torch.tensor([_features(counts) for counts, _ in samples], dtype=torch.float64)

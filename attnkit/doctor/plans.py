@@ -16,9 +16,8 @@ from attnkit import layouts
 from attnkit.backends import BACKENDS, make_plan
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig, load_config
 from attnkit.doctor.findings import npu_absence
-from attnkit.doctor.screen import Screen
+from attnkit.doctor.screen import GOOD, Screen, UsageError
 from attnkit.doctor.suite import make_request
-from attnkit.doctor.usage import GOOD, UsageError
 from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.modules import MultiHeadAttention
@@ -32,38 +31,29 @@ _MOST_BATCH = 4_096
 _LONGEST = 2**31 - 1
 _MOST_NUMBERS = 2**60  # in one tensor
 
+_CONFIG = (
+    "an AttentionConfig or a MultiHeadAttentionConfig (it has `dim`) in YAML; its layout decides "
+    "which sizes are needed"
+)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--config", metavar="FILE", type=Path,
-        help="an AttentionConfig or a MultiHeadAttentionConfig (it has `dim`) in YAML; its layout "
-        "decides which sizes are needed",
-    )  # fmt: skip
-    parser.add_argument(
-        "--at", metavar="KEY", default="", help="where in the file, such as model.attention"
-    )
-    parser.add_argument(
-        "--mask", metavar="TEXT", help="instead of the file's, such as 'Causal() | Columns(0, 4)'"
-    )
-    parser.add_argument(
-        "--num-heads", type=_count, metavar="H", help="instead of the file's (without one: 8)"
-    )
-    parser.add_argument(
-        "--head-dim", type=_count, metavar="D", help="instead of the file's (without one: 64)"
-    )
-    parser.add_argument("--batch", type=_batch, metavar="B", help="batch elements (default 1)")
-    parser.add_argument("--q-len", type=_count, metavar="N", help="queries of each")
-    parser.add_argument("--kv-len", type=_count, metavar="M", help="keys of each (default: N)")
-    parser.add_argument(
-        "--lengths", type=_lengths, metavar="3,5,8", help="packed: queries of each sequence"
-    )
-    parser.add_argument(
-        "--kv-lengths", type=_lengths, metavar="3,5,8",
-        help="packed: keys of each sequence (default: as many as queries)",
-    )  # fmt: skip
+    for option, metavar, read, told in (
+        ("--config", "FILE", Path, _CONFIG),
+        ("--at", "KEY", str, "where in the file, such as model.attention"),
+        ("--mask", "TEXT", str, "instead of the file's, such as 'Causal() | Columns(0, 4)'"),
+        ("--num-heads", "H", _count, "instead of the file's (without one: 8)"),
+        ("--head-dim", "D", _count, "instead of the file's (without one: 64)"),
+        ("--batch", "B", _batch, "batch elements (default 1)"),
+        ("--q-len", "N", _count, "queries of each"),
+        ("--kv-len", "M", _count, "keys of each (default: N)"),
+        ("--lengths", "3,5,8", _lengths, "packed: queries of each sequence"),
+        ("--kv-lengths", "3,5,8", _lengths, "packed: keys of each (default: as many as queries)"),
+        ("--plot", "FILE", Path, "draw the calls' cells"),
+    ):
+        parser.add_argument(option, metavar=metavar, type=read, help=told)
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), help="default: what the file says"
@@ -72,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train", action="store_true", help="plan for training: dropout, and a backward"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the calls' cells")
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
@@ -88,8 +77,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         screen.line(plan.explain())
         if note:
             head, rest = f"  {'note':<12}", " " * 16
-            lines = textwrap.wrap(note, 80, initial_indent=head, subsequent_indent=rest)
-            screen.line("\n".join(lines))
+            screen.line(textwrap.fill(note, 80, initial_indent=head, subsequent_indent=rest))
     if arguments.plot is not None:
         _plot(plan, arguments.plot)
     return GOOD
@@ -97,10 +85,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def _config(arguments: argparse.Namespace) -> Config:
     """Return the configuration of the file, with what the command line says instead."""
-    said = {name: getattr(arguments, name) for name in ("mask", "num_heads", "head_dim", "backend")}
-    said = {name: value for name, value in said.items() if value is not None}
+    names = ("mask", "num_heads", "head_dim", "backend")
+    given = ((name, getattr(arguments, name)) for name in names)
+    said = {name: value for name, value in given if value is not None}
     if arguments.config is not None:
-        config = load_config(arguments.config, arguments.at)
+        config = load_config(arguments.config, arguments.at or "")
         return type(config)(**dict(config) | said) if said else config
     if "mask" not in said:
         raise UsageError("say what to plan: --config FILE, or --mask TEXT")
@@ -157,17 +146,13 @@ def _seqlens(name: str, packed: bool, arguments: argparse.Namespace) -> SeqLens 
 def _plan(request: Request, name: str) -> tuple[Plan, str]:
     """Return the plan for this machine's device, and what could not be asked here."""
     absence = npu_absence()
-    if name != "ascend":
-        device = "cpu" if absence else "npu"
-        return make_plan(replace(request, device=device), name), ""
-    request = replace(request, device="npu")
-    if absence is None:
+    request = replace(request, device="npu" if name == "ascend" or absence is None else "cpu")
+    try:
         return make_plan(request, name), ""
+    except BackendRefused as error:
+        if name != "ascend" or any(reason.code != "torch-npu" for reason in error.refusals):
+            raise
     # The calls follow from the kernel's contract alone; only the installed op is not asked.
-    reasons = [r for r in BACKENDS[name].refusals(request) if r.code != "torch-npu"]
-    if reasons:
-        told = "; ".join(str(reason) for reason in dict.fromkeys(reasons))
-        raise BackendRefused(f"backend 'ascend' cannot run this composition: {told}", reasons)
     plan = BACKENDS[name].plan(request)
     plan.verify()
     return plan, f"{absence}, so no installed op was asked whether it takes these calls"

@@ -15,9 +15,9 @@ from pydantic_core import to_json
 
 from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import Fit
+from attnkit.doctor.screen import UsageError
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Timing
-from attnkit.doctor.usage import UsageError
 
 __all__ = ["FORMAT", "Report"]
 
