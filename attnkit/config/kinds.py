@@ -120,7 +120,12 @@ class Family(Record):
         if isinstance(value, self.owner):
             return value
         if isinstance(value, str):
-            return self._from_text(value)
+            try:
+                return self.parse(value)
+            except CompositionError as error:
+                known = value in self.classes()
+                hint = f"; for the kind alone write {{kind: {value}}}" if known else ""
+                raise problem(f"{error}{hint}") from None
         if isinstance(value, Mapping):
             too_large = None if self.inside else check_size(value)
             if too_large is not None:
@@ -130,13 +135,6 @@ class Family(Record):
             f"must be a mapping such as {{kind: {next(iter(self.classes()))}}}, or text such as "
             f"'{next(iter(self.classes().values())).__name__}(...)'"
         )
-
-    def _from_text(self, text: str) -> Any:
-        try:
-            return self.parse(text)
-        except CompositionError as error:
-            hint = f"; for the kind alone write {{kind: {text}}}" if text in self.classes() else ""
-            raise problem(f"{error}{hint}") from None
 
     def _from_mapping(self, value: Mapping[Any, Any]) -> Any:
         classes = self.classes()

@@ -24,23 +24,16 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticSerializationError
 
 from attnkit.attention import Attention
-from attnkit.config.kinds import (
-    BACKEND,
-    BIAS,
-    LAYOUT,
-    MASK,
-    Record,
-    first_line,
-)
+from attnkit.config.kinds import BACKEND, BIAS, LAYOUT, MASK, Record, first_line
 from attnkit.config.problems import config_error, problem, problems_at
 from attnkit.config.text import (
     Origin,
     check_size,
     inner,
     keys_of,
-    read_file,
     read_json,
     read_yaml,
+    text_of,
     write_yaml,
 )
 from attnkit.errors import AttnkitError, ConfigError
@@ -85,11 +78,41 @@ def _ours(method: Callable[A, R]) -> Callable[A, R]:
 
 
 class _Config(BaseModel):
-    """What every configuration shares: versions, YAML and JSON, and errors that teach."""
+    """What both configurations share: the composition and its heads, YAML, JSON, and errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     version: Literal[1] = Field(default=1, description="version of the configuration's format")
+    num_heads: Count = Field(description="query heads")
+    num_kv_heads: Count | None = Field(
+        default=None, description="key and value heads; none given means num_heads"
+    )
+    mask: MaskField = Field(
+        default=Full(),
+        description="the allowed cells",
+        json_schema_extra={"default": {"kind": "full"}},
+    )
+    pse: PseField | None = Field(
+        default=None, description="the positional bias, added to the scores"
+    )
+    scale: Real | None = Field(
+        default=None, description="factor on q.k; none given means 1/sqrt(head_dim)"
+    )
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="probability to drop a softmax weight in training"
+    )
+    sink: StrictBool = Field(
+        default=False, description="a learnable logit per head that joins the denominator"
+    )
+    softcap: Annotated[Real, Field(gt=0)] | None = Field(
+        default=None, description="c of c*tanh(scale*q.k/c), before the bias"
+    )
+    backend: Annotated[str, BACKEND] = Field(
+        default="auto", description="who computes; a name never falls back to another"
+    )
+    layout: Annotated[str, LAYOUT] = Field(
+        default="BSND", description="how the axes of query, key and value lie in memory"
+    )
 
     def __init__(self, /, **data: Any) -> None:
         with _teaching(type(self), data):
@@ -130,7 +153,7 @@ class _Config(BaseModel):
         `at` says under which keys it is, such as ``model.layers.0.attention``.
         """
         with _teaching(cls, source):
-            text = source if isinstance(source, str) else read_file(source)
+            text = text_of(source)
             data = inner(read_yaml(text), at)
         with _teaching(cls, data, Origin(text, keys_of(at))):
             return super().model_validate(data)
@@ -143,13 +166,12 @@ class _Config(BaseModel):
         Raises `ConfigError` for a mask or bias that no text can hold.
         """
         said = self.model_dump(mode="json", exclude_defaults=True)
-        required = {
-            name: said.pop(name)
-            for name, item in type(self).model_fields.items()
-            if item.is_required()
-        }
-        content = {"version": self.version, **required, **said}
-        return write_yaml(content)
+        required = {name: said.pop(name) for name in self._required()}
+        return write_yaml({"version": self.version, **required, **said})
+
+    @classmethod
+    def _required(cls) -> list[str]:
+        return [name for name, item in cls.model_fields.items() if item.is_required()]
 
     model_dump = _ours(BaseModel.model_dump)
     model_dump_json = _ours(BaseModel.model_dump_json)
@@ -172,9 +194,8 @@ class _Config(BaseModel):
             raise problem(too_large)
         if not isinstance(data, Mapping):
             file = " (is it a file? give pathlib.Path(...) to from_yaml)"
-            required = (name for name, item in cls.model_fields.items() if item.is_required())
             raise problem(
-                f"a configuration is a mapping with at least the keys {', '.join(required)}"
+                f"a configuration is a mapping with at least the keys {', '.join(cls._required())}"
                 f"{file if isinstance(data, str) else ''}"
             )
         version = data.get("version", _READS[-1])
@@ -183,49 +204,6 @@ class _Config(BaseModel):
             told = f"is not one that this release reads: {', '.join(map(str, _READS))}"
             raise problems_at({"version": told}, data)
         return data
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        written = handler(schema)
-        handler.resolve_ref_schema(written)["description"] = first_line(cls)
-        return written
-
-
-class _ModuleConfig(_Config):
-    """What a configuration of any attention module says: the composition and its heads."""
-
-    num_heads: Count = Field(description="query heads")
-    num_kv_heads: Count | None = Field(
-        default=None, description="key and value heads; none given means num_heads"
-    )
-    mask: MaskField = Field(
-        default=Full(),
-        description="the allowed cells",
-        json_schema_extra={"default": {"kind": "full"}},
-    )
-    pse: PseField | None = Field(
-        default=None, description="the positional bias, added to the scores"
-    )
-    scale: Real | None = Field(
-        default=None, description="factor on q.k; none given means 1/sqrt(head_dim)"
-    )
-    dropout: Annotated[Real, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="probability to drop a softmax weight in training"
-    )
-    sink: StrictBool = Field(
-        default=False, description="a learnable logit per head that joins the denominator"
-    )
-    softcap: Annotated[Real, Field(gt=0)] | None = Field(
-        default=None, description="c of c*tanh(scale*q.k/c), before the bias"
-    )
-    backend: Annotated[str, BACKEND] = Field(
-        default="auto", description="who computes; a name never falls back to another"
-    )
-    layout: Annotated[str, LAYOUT] = Field(
-        default="BSND", description="how the axes of query, key and value lie in memory"
-    )
 
     @model_validator(mode="after")
     def _heads_agree(self) -> Self:
@@ -239,8 +217,16 @@ class _ModuleConfig(_Config):
             raise problems_at(told, self.__dict__)
         return self
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        written = handler(schema)
+        handler.resolve_ref_schema(written)["description"] = first_line(cls)
+        return written
 
-class AttentionConfig(_ModuleConfig):
+
+class AttentionConfig(_Config):
     """An `Attention` as a versioned mapping, for YAML, JSON and training scripts.
 
     The keys are the arguments of `Attention`. A mask or a bias is the object itself, a mapping
@@ -285,7 +271,7 @@ num_kv_heads, mask, pse, scale, dropout, sink, softcap, backend, layout; got 'Ca
         return self._built(Attention)
 
 
-class MultiHeadAttentionConfig(_ModuleConfig):
+class MultiHeadAttentionConfig(_Config):
     """A `MultiHeadAttention` as a versioned mapping: `AttentionConfig` with its projections.
 
     The keys are the arguments of `MultiHeadAttention`. `rotary` is true, false, or a mapping of
@@ -351,7 +337,7 @@ def load_config(
     >>> load_config("model: {attention: {dim: 64, num_heads: 4}}", at="model.attention").head_dim
     """
     with _teaching(AttentionConfig, source):
-        data = inner(read_yaml(source if isinstance(source, str) else read_file(source)), at)
+        data = inner(read_yaml(text_of(source)), at)
     whole = isinstance(data, Mapping) and "dim" in data
     return (MultiHeadAttentionConfig if whole else AttentionConfig).from_yaml(source, at)
 

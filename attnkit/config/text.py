@@ -35,9 +35,9 @@ __all__ = [
     "inner",
     "keys_of",
     "parts_of_data",
-    "read_file",
     "read_json",
     "read_yaml",
+    "text_of",
     "write_yaml",
 ]
 
@@ -52,12 +52,23 @@ MOST_NODES = 20_000
 MOST_DEPTH = 140
 """How deep its mappings and lists may nest: what the deepest mask takes, two levels for each."""
 
+_TOO_MANY = (
+    f"it has more than {MOST_NODES:,} keys and values (an alias counts as a copy); give a mask "
+    "of that size as an object, in code"
+)
+_TOO_DEEP = (
+    f"it nests deeper than {MOST_DEPTH} levels; write flat lists: {{kind: and, parts: [...]}} "
+    "takes any number of parts"
+)
+
 # What readers of numbers, dates and tags raise for bad ones.
 _BAD_SCALARS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def read_file(source: object) -> str:
-    """Return the text of a file; `ConfigError` says what is wrong with it."""
+def text_of(source: object) -> str:
+    """Return a text, or that of a file; `ConfigError` says what is wrong with it."""
+    if isinstance(source, str):
+        return source
     try:
         path = Path(source)  # type: ignore[arg-type]
     except TypeError:
@@ -176,7 +187,7 @@ def read_json(text: object) -> Any:
     except ConfigError:
         raise
     except RecursionError:
-        raise ConfigError(_too_deep()) from None
+        raise ConfigError(_TOO_DEEP) from None
     except ValueError as error:
         raise ConfigError(f"the text is not JSON: {error}") from None
 
@@ -210,7 +221,7 @@ def check_size(
             inside = list(parts(here))
             seen += len(inside)
             if seen > MOST_NODES:
-                return _too_many()
+                return _TOO_MANY
             if inside:
                 open_.add(id(here))
                 todo.append((here, inside))
@@ -220,9 +231,9 @@ def check_size(
         nodes = 1 + sum(count for count, _ in sizes)
         depth = 1 + max(deepest for _, deepest in sizes) if sizes else 0
         if nodes > MOST_NODES:
-            return _too_many()
+            return _TOO_MANY
         if depth > MOST_DEPTH:
-            return _too_deep()
+            return _TOO_DEEP
         known[id(here)] = nodes, depth
         open_.discard(id(here))
     return None
@@ -265,9 +276,9 @@ def _nodes(text: str) -> Node | None:
     for count, event in enumerate(_yaml().parse(text)):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         if depth > MOST_DEPTH:
-            raise ConfigError(_too_deep())
+            raise ConfigError(_TOO_DEEP)
         if count > 2 * MOST_NODES:
-            raise ConfigError(_too_many())
+            raise ConfigError(_TOO_MANY)
     node: Node | None = _yaml().compose(text)
     return node
 
@@ -293,17 +304,3 @@ def _check_length(text: str | bytes | bytearray) -> None:
             f"the text has {len(text):,} characters or more; a configuration has at most "
             f"{MOST_CHARACTERS:,} (large masks are built in code)"
         )
-
-
-def _too_many() -> str:
-    return (
-        f"it has more than {MOST_NODES:,} keys and values (an alias counts as a copy); give a mask "
-        "of that size as an object, in code"
-    )
-
-
-def _too_deep() -> str:
-    return (
-        f"it nests deeper than {MOST_DEPTH} levels; write flat lists: {{kind: and, parts: [...]}} "
-        "takes any number of parts"
-    )
