@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_schema(arguments: Namespace, screen: Screen) -> int:
-    schema = _MODELS[arguments.module].model_json_schema()
-    screen.data(json.dumps(schema, indent=1) + "\n")
+    screen.line(json.dumps(_MODELS[arguments.module].model_json_schema(), indent=1))
     return GOOD
 
 

@@ -203,8 +203,8 @@ def test_a_terminal_gets_a_progress_bar():
             return True
 
     err = Terminal()
-    with Screen(io.StringIO(), err).progress("conformance", 2) as advance:
-        advance("mode-3@float32")
+    done = list(Screen(io.StringIO(), err).progress("conformance", {"mode-3@float32": 1, "x": 2}))
+    assert done == [1, 2]
     assert "conformance [###############...............] 1/2 mode-3@float32" in err.getvalue()
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from attnkit.doctor import report as reports
 from attnkit.doctor.cases import CASES, Case
 from attnkit.doctor.findings import find_machine, findings
 from attnkit.doctor.fit import fit_weights, samples_of
-from attnkit.doctor.report import Report
+from attnkit.doctor.report import Report, told_findings, told_summary
 from attnkit.doctor.screen import FAILED, GOOD, INTERRUPTED, Screen, UsageError
 from attnkit.doctor.suite import DTYPES, run_case
 from attnkit.doctor.timing import make_timing_cases, time_case
@@ -70,14 +69,16 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     report = Report(machine, level, started, len(jobs), out)
     report.save()  # a file that cannot be written is known now, not in an hour
-    screen.quiet = arguments.json
     threads = torch.get_num_threads()
     try:
         if not machine.is_hardware:
             torch.set_num_threads(1)  # tensors so small that several threads only wait
+        report.findings = findings(machine)
+        for text in () if arguments.json else told_findings(report):
+            screen.line(text)
         _examine(report, jobs, screen)
         if not arguments.only:
-            _time(report, list(make_timing_cases(machine, quick)), screen)
+            _time(report, make_timing_cases(machine, quick), screen)
         report.status = "complete"
     except KeyboardInterrupt:
         report.status = "interrupted"
@@ -87,90 +88,53 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     finally:
         torch.set_num_threads(threads)
         report.save()
-    if arguments.json:
-        screen.data(report.text())
-    _summarise(report, screen)
+    for text in [report.text()] if arguments.json else told_summary(report):
+        screen.line(text)
     if report.status == "interrupted":
         return INTERRUPTED
     return FAILED if report.failures else GOOD
 
 
-def _jobs(quick: bool, only: Sequence[str]) -> list[Job]:
-    """Return what to run: the level's cases, or those whose names are given."""
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+def _jobs(quick: bool, only: Sequence[str]) -> dict[str, Job]:
+    """Return what to run, by name: the level's cases, or those whose names are given."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    jobs = {f"{case.name}@{name}": (case, d) for case in CASES for name, d in dtypes.items()}
     if not only:
-        every = DTYPES[:1] if quick else DTYPES
-        return [(case, d) for case in CASES if case.quick or not quick for d in every]
-    jobs = []
+        return {
+            name: (case, dtype)
+            for name, (case, dtype) in jobs.items()
+            if not quick or (case.quick and dtype == DTYPES[0])
+        }
+    chosen: dict[str, Job] = {}
     for wanted in only:
         name, _, dtype = wanted.partition("@")
         # A pattern of a megabyte matches nothing, and is long in being read.
         known = CASES if len(name) <= _LONGEST_NAME else ()
-        found = [case for case in known if fnmatchcase(case.name, name)]
-        if not found:
+        if not any(fnmatchcase(case.name, name) for case in known):
             close = closest(name, [case.name for case in CASES])
             hint = "" if close is None else f"did you mean {close!r}? "
             raise UsageError(
                 f"--only {shown(wanted)}: no case has this name; {hint}--list shows them"
             )
-        if dtype and dtype not in names.values():
-            raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(names.values())}")
-        dtypes = tuple(d for d in DTYPES if names[d] == dtype) or DTYPES
-        jobs += [(case, d) for case in found for d in dtypes]
-    return jobs
+        if dtype and dtype not in dtypes:
+            raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(dtypes)}")
+        pattern = f"{name}@{dtype or '*'}"
+        chosen |= {name: job for name, job in jobs.items() if fnmatchcase(name, pattern)}
+    return chosen
 
 
-def _examine(report: Report, jobs: list[Job], screen: Screen) -> None:
+def _examine(report: Report, jobs: Mapping[str, Job], screen: Screen) -> None:
     """Run the cases; whoever interrupts this keeps what is in the report."""
     machine = report.machine
-    screen.line(f"attnkit doctor: {machine.label}")
-    report.findings = findings(machine)
-    for label, text in reports.told_findings(report.findings):
-        screen.line(f"  {label:<24} {text}")
-    with screen.progress("conformance", len(jobs)) as advance:
-        for case, dtype in jobs:
-            result = run_case(case, backend=machine.backend, device=machine.device, dtype=dtype)
-            report.results.append(result)
-            advance(result.name)
-            report.save()  # a device that takes the process down leaves this much
+    for case, dtype in screen.progress("conformance", jobs):
+        result = run_case(case, backend=machine.backend, device=machine.device, dtype=dtype)
+        report.results.append(result)
+        report.save()  # a device that takes the process down leaves this much
 
 
-def _time(report: Report, cases: list[Case], screen: Screen) -> None:
-    with screen.progress("timing", len(cases)) as advance:
-        for case in cases:
-            report.timings.append(time_case(case, report.machine))
-            advance(case.name)
-            report.save()
+def _time(report: Report, cases: Iterable[Case], screen: Screen) -> None:
+    for case in screen.progress("timing", {case.name: case for case in cases}):
+        report.timings.append(time_case(case, report.machine))
+        report.save()
     if report.machine.is_hardware:
         report.fit = fit_weights(samples_of(report.timings))
-
-
-def _summarise(report: Report, screen: Screen) -> None:
-    if report.results:
-        screen.line(f"conformance, on {report.machine.label}:")
-        screen.table(("cases", "passed", "failed", "refused"), report.rows())
-    if report.timings:
-        screen.line(f"forward pass, on {report.machine.label}:")
-        titles = ("composition", "plan, us", "dense mask", "torch SDPA")
-        screen.table(titles, report.timing_rows())
-    if report.fit is not None:
-        weights = ", ".join(f"{name} {value:.4g}" for name, value in report.fit.weights.items())
-        screen.line(f"fitted weights: {weights}")
-        screen.line(
-            f"  they explain {report.fit.samples} times to {100 * report.fit.median_error:.0f} % "
-            f"(median), {100 * report.fit.worst_error:.0f} % (worst)"
-            + (f"; not told by them: {', '.join(report.fit.kept)}" if report.fit.kept else "")
-        )
-    for text in reports.told_refusals(report.results):
-        screen.line(text)
-    for result in report.failures:
-        for text in reports.told_failure(result, report.machine):
-            screen.line(text)
-    counts = report.counts
-    failed = counts["failed"] + counts["error"]
-    screen.line(
-        f"{report.status}: {counts['passed']} passed, {failed} failed, {counts['refused']} "
-        f"refused of {report.expected} cases on {report.machine.label}"
-    )
-    if report.out is not None:
-        screen.line(f"report: {report.out}")

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     request = _request(config, arguments)
     plan, note = _plan(request, config.backend)
     if arguments.json:
-        screen.data(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1) + "\n")
+        screen.line(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1))
     else:
         screen.line(plan.explain())
         if note:

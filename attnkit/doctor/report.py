@@ -15,11 +15,11 @@ from pydantic_core import to_json
 
 from attnkit.doctor.findings import Machine
 from attnkit.doctor.fit import Fit
-from attnkit.doctor.screen import UsageError
+from attnkit.doctor.screen import UsageError, table
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Timing
 
-__all__ = ["FORMAT", "Report"]
+__all__ = ["FORMAT", "Report", "told_findings", "told_summary"]
 
 FORMAT = 1
 """The version of the report's keys."""
@@ -83,7 +83,7 @@ class Report:
 
     def text(self) -> str:
         """Return the report as JSON, which has no word for infinity or NaN: they are text."""
-        return to_json(self.to_dict(), indent=1, inf_nan_mode="strings").decode() + "\n"
+        return to_json(self.to_dict(), indent=1, inf_nan_mode="strings").decode()
 
     def save(self) -> None:
         """Write the report; a reader sees the old file or the new one, never half of one."""
@@ -92,7 +92,7 @@ class Report:
         try:
             draft = self.out.with_name(f"{self.out.name}.part")
             try:
-                draft.write_text(self.text(), encoding="utf-8")
+                draft.write_text(f"{self.text()}\n", encoding="utf-8")
                 os.replace(draft, self.out)
             except OSError:
                 with suppress(OSError):
@@ -119,8 +119,14 @@ class Report:
             yield timing.name, taken, *(_ratio(other, timing.plan) for other in others)
 
 
-def told_findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) for what was found."""
+def told_findings(report: Report) -> Iterator[str]:
+    """Yield the lines about what was found."""
+    yield f"attnkit doctor: {report.machine.label}"
+    for label, text in _findings(report.findings):
+        yield f"  {label:<24} {text}"
+
+
+def _findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("attnkit", "python", "torch", "torch_npu", "cann", "npu"):
         yield name, str(found[name] or "not found")
     for device in found["devices"]:
@@ -134,8 +140,41 @@ def told_findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"backend {name}", f"refuses: {reasons}" if refusals else "ready"
 
 
-def told_failure(result: Result, machine: Machine) -> Iterator[str]:
-    """Yield the lines about a case that failed."""
+def told_summary(report: Report) -> Iterator[str]:
+    """Yield the lines of the whole report."""
+    label = report.machine.label
+    if report.results:
+        yield f"conformance, on {label}:"
+        yield from table(("cases", "passed", "failed", "refused"), report.rows())
+    if report.timings:
+        yield f"forward pass, on {label}:"
+        titles = ("composition", "plan, us", "dense mask", "torch SDPA")
+        yield from table(titles, report.timing_rows())
+    if report.fit is not None:
+        yield from _fitted(report.fit)
+    yield from _refusals(report.results)
+    for result in report.failures:
+        yield from _failure(result, report.machine)
+    counts = report.counts
+    yield (
+        f"{report.status}: {counts['passed']} passed, {len(report.failures)} failed, "
+        f"{counts['refused']} refused of {report.expected} cases on {label}"
+    )
+    if report.out is not None:
+        yield f"report: {report.out}"
+
+
+def _fitted(fit: Fit) -> Iterator[str]:
+    weights = ", ".join(f"{name} {value:.4g}" for name, value in fit.weights.items())
+    yield f"fitted weights: {weights}"
+    kept = f"; not told by them: {', '.join(fit.kept)}" if fit.kept else ""
+    yield (
+        f"  they explain {fit.samples} times to {100 * fit.median_error:.0f} % (median), "
+        f"{100 * fit.worst_error:.0f} % (worst){kept}"
+    )
+
+
+def _failure(result: Result, machine: Machine) -> Iterator[str]:
     yield f"{result.status.upper()} {result.name}"
     yield f"  composition: {result.composition}"
     for call in result.calls[:_MOST_REASONS]:
@@ -148,7 +187,7 @@ def told_failure(result: Result, machine: Machine) -> Iterator[str]:
     yield f"  rerun: python -m attnkit doctor --device {machine.device} --only {name}"
 
 
-def told_refusals(results: Sequence[Result]) -> Iterator[str]:
+def _refusals(results: Sequence[Result]) -> Iterator[str]:
     """Yield a line per reason for which cases were refused."""
     cases: dict[str, list[str]] = {}
     for result in results:

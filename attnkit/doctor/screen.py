@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, TextIO, TypeVar
 
 from attnkit.errors import AttnkitError
 
@@ -20,7 +19,10 @@ __all__ = [
     "Parser",
     "Screen",
     "UsageError",
+    "table",
 ]
+
+T = TypeVar("T")
 
 GOOD, FAILED, WRONG, NO_NPU, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: all good; some case failed; wrong usage; no NPU where one was asked for; Ctrl-C."""
@@ -43,24 +45,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Screen:
-    """Text for people on `out`, progress and errors on `err`; `quiet` keeps `out` free.
-
-    A progress bar is drawn only where `err` is a terminal.
-    """
+    """Text on `out`, progress and errors on `err`."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.out = sys.stdout if out is None else out
         self.err = sys.stderr if err is None else err
-        self.quiet = False
 
-    def line(self, text: str = "") -> None:
-        """Write a line for people, unless quiet."""
-        if not self.quiet:
-            self.out.write(f"{text}\n")
-
-    def data(self, text: str) -> None:
-        """Write text for programs."""
-        self.out.write(text)
+    def line(self, text: str) -> None:
+        """Write a line."""
+        self.out.write(f"{text}\n")
 
     def error(self, text: str) -> None:
         """Write one line to `err`, whatever the text was broken into."""
@@ -68,35 +61,27 @@ class Screen:
         self.err.write(f"error: {'; '.join(line for line in lines if line)}\n")
         self.err.flush()
 
-    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Write a table; the first column is text, the others are figures."""
-        body = [titles, *rows]
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        for row in (titles, ["-" * width for width in widths], *body[1:]):
-            first, *rest = row
-            cells = [f"{text:>{width}}" for text, width in zip(rest, widths[1:], strict=True)]
-            self.line("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-
-    @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
-        """Show how far something has come: call what this gives with the name of each that is done.
-
-        It draws a bar on a terminal, and nothing elsewhere.
-        """
-        done = 0
-
-        def advance(name: str) -> None:
-            nonlocal done
-            done += 1
-            if self.err.isatty():
-                filled = 30 * done // max(total, 1)
-                bar = "#" * filled + "." * (30 - filled)
-                text = f"{what} [{bar}] {done}/{total} {name}"
-                self.err.write(f"\r{text:<78.78}")
-                self.err.flush()
-
+    def progress(self, what: str, todo: Mapping[str, T]) -> Iterator[T]:
+        """Yield what is to be done, by its names; a bar says how far it is, on a terminal only."""
         try:
-            yield advance
+            for done, (name, one) in enumerate(todo.items(), 1):
+                yield one
+                if self.err.isatty():
+                    filled = 30 * done // len(todo)
+                    bar = "#" * filled + "." * (30 - filled)
+                    text = f"{what} [{bar}] {done}/{len(todo)} {name}"
+                    self.err.write(f"\r{text:<78.78}")
+                    self.err.flush()
         finally:
             if self.err.isatty():
                 self.err.write("\r" + " " * 78 + "\r")
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table; the first column is text, the others are figures."""
+    body = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    for row in (titles, ["-" * width for width in widths], *body[1:]):
+        first, *rest = row
+        cells = [f"{text:>{width}}" for text, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()
