@@ -46,14 +46,11 @@ def check_dropout(case: Case, plan: Plan, device: str, dtype: torch.dtype) -> li
     used = [w * k / (1 - case.dropout) for w, k in zip(weights, kept, strict=True)]
     values = _rows(case, leaves["value"], case.kv_heads, keys=True)
     product = _summed_product(used, values, _rows(case, given.grad.double(), case.heads))
-    exact = {"survivors": _flat(used).detach()}
-    for name, gradient in zip(
-        leaves, torch.autograd.grad(product, list(leaves.values())), strict=True
-    ):
-        exact[f"gradient of {name}"] = gradient
+    gradients = torch.autograd.grad(product, list(leaves.values()))
+    exact = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+    exact["survivors"], found["survivors"] = _flat(used).detach(), _flat(output)
     for name, wanted in exact.items():
-        tensor = _flat(output) if name == "survivors" else found[name]
-        checks += compare(name, tensor, wanted, wanted.to(dtype).double(), dtype)
+        checks += compare(name, found[name], wanted, wanted.to(dtype).double(), dtype)
     return [*checks, *_draws(plan, given, device)]
 
 
@@ -69,7 +66,7 @@ def _summed_product(weights: list[Tensor], values: list[Tensor], grads: list[Ten
 
 def _draws(plan: Plan, given: Inputs, device: str) -> list[Check]:
     """Check that the next call draws anew and that a seed repeats its draw."""
-    operands = Operands(given.query.to(device), given.key.to(device), given.value.to(device))
+    operands = Operands(*(tensor.to(device) for tensor in given.leaves[:3]))
     torch.manual_seed(_SEED)
     first, second = (run_plan(plan, operands).output.cpu() for _ in range(2))
     torch.manual_seed(_SEED)

@@ -77,10 +77,11 @@ def find_machine(device: str) -> Machine:
         if index >= count:
             raise NoNpu(f"{name} is not there; this machine has npu:0 to npu:{count - 1}")
         return Machine("ascend", name, f"{name}, {npu.get_device_name(torch.device(name))}")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device {device}: the emulator runs on cpu or an available cuda device")
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} of them")
+    gpus = torch.cuda.device_count()
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and index >= gpus):
+        raise UsageError(
+            f"--device {device}: the emulator runs on cpu or one of {gpus} cuda devices"
+        )
     return Machine("emulated", device, f"{EMULATOR} (on {device})")
 
 
@@ -121,12 +122,12 @@ def _cann_version() -> str | None:
 
 
 def _devices(has_npu: bool) -> list[dict[str, str]]:
-    found = []
-    npu: Any = getattr(torch, "npu", None)
-    for k in range(npu.device_count() if has_npu and npu is not None else 0):
-        found.append({"device": f"npu:{k}", "name": str(npu.get_device_name(k))})
-    for k in range(torch.cuda.device_count()):
-        found.append({"device": f"cuda:{k}", "name": torch.cuda.get_device_name(k)})
+    kinds: dict[str, Any] = {"npu": getattr(torch, "npu", None)} if has_npu else {}
+    found = [
+        {"device": f"{kind}:{k}", "name": str(module.get_device_name(k))}
+        for kind, module in (kinds | {"cuda": torch.cuda}).items()
+        for k in range(module.device_count())
+    ]
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return [*found, {"device": "cpu", "name": cpu}]
 
@@ -134,9 +135,7 @@ def _devices(has_npu: bool) -> list[dict[str, str]]:
 def _arguments(op: str) -> list[str] | None:
     """Return the arguments of an installed op; None where it is not installed."""
     found = getattr(torch.ops.npu, op, None)
-    if found is None:
-        return None
-    return [argument.name for argument in found.default._schema.arguments]
+    return found and [argument.name for argument in found.default._schema.arguments]
 
 
 def _backends(device: str) -> dict[str, list[dict[str, str]]]:

@@ -10,9 +10,8 @@
 from __future__ import annotations
 
 from attnkit.layouts.base import Layout, register
-from attnkit.layouts.names import LAYOUTS, get
+from attnkit.layouts.names import LAYOUTS, Sizes, get
 from attnkit.layouts.seqlens import SeqLens, check_lengths
-from attnkit.layouts.sizes import Sizes
 
 __all__ = [
     "BNSD",

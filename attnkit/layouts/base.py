@@ -17,9 +17,8 @@ from torch import Tensor
 from attnkit.arguments import check_int, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import names
-from attnkit.layouts.names import LAYOUTS, get
+from attnkit.layouts.names import LAYOUTS, Sizes, check_shape, check_sizes, get
 from attnkit.layouts.seqlens import check_lengths
-from attnkit.layouts.sizes import Sizes, check_shape, check_sizes
 
 __all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
 

@@ -1,22 +1,58 @@
-"""Which layout a name means, and which one a shape looks like."""
+"""Which layout a name means, which one a shape looks like, and `Sizes`, which no layout changes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attnkit.errors import CompositionTypeError, shown
-from attnkit.layouts.sizes import Sizes, check_sizes
 from attnkit.registry import Registry, suggestion
 
 if TYPE_CHECKING:
     from attnkit.layouts.base import Layout
 
-__all__ = ["LAYOUTS", "doubt", "get", "like", "meant", "of_rank", "twin"]
+__all__ = ["LAYOUTS", "Sizes", "doubt", "get", "like", "meant", "of_rank", "twin"]
 
 LAYOUTS: Registry[Layout] = Registry("layout", "attnkit.layouts")
 
 _APART = ("SBHD", "SBND")  # common elsewhere; the kernel has them with merged heads only
+_MOST_AXES = 64  # what a tensor can have
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The extents of one tensor, whatever its layout; a packed tensor counts as one batch row.
+
+    >>> Sizes(batch=2, length=16, heads=4, dim=8)
+    Sizes(batch=2, length=16, heads=4, dim=8)
+    """
+
+    batch: int
+    length: int
+    heads: int
+    dim: int
+
+
+def check_shape(shape: Sequence[int], what: str) -> None:
+    """Raise `CompositionTypeError` for anything but a list of extents."""
+    whole = isinstance(shape, Sequence) and not isinstance(shape, str | bytes)
+    if (
+        not whole
+        or len(shape) > _MOST_AXES
+        or any(type(extent) is not int or extent < 0 for extent in shape)
+    ):
+        raise CompositionTypeError(
+            f"{what}: a shape is a list of ints that are 0 or more, got {shown(shape)}"
+        )
+
+
+def check_sizes(method: str, sizes: Sizes) -> None:
+    """Raise `CompositionTypeError` for anything but `Sizes`."""
+    if not isinstance(sizes, Sizes):
+        raise CompositionTypeError(
+            f"{method} takes Sizes(batch=, length=, heads=, dim=), not {shown(sizes)}"
+        )
 
 
 def get(name: str) -> Layout:
