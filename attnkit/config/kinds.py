@@ -347,11 +347,9 @@ def _annotation(hint: Any, owner: type) -> Any:
 
 
 def _default(item: DataclassField[Any]) -> Any:
-    if item.default is not MISSING:
-        return item.default
     if item.default_factory is not MISSING:
         return Field(default_factory=item.default_factory)
-    return ...
+    return ... if item.default is MISSING else item.default
 
 
 def _construct(owner: type, value: Mapping[Any, Any], kind: str | None = None) -> Any:

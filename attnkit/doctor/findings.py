@@ -23,8 +23,6 @@ from attnkit.planner import Composition
 
 __all__ = ["Machine", "find_machine", "findings", "npu_absence"]
 
-EMULATOR = "emulator, not hardware"
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -82,7 +80,7 @@ def find_machine(device: str) -> Machine:
         raise UsageError(
             f"--device {device}: the emulator runs on cpu or one of {gpus} cuda devices"
         )
-    return Machine("emulated", device, f"{EMULATOR} (on {device})")
+    return Machine("emulated", device, f"emulator, not hardware (on {device})")
 
 
 def findings(machine: Machine) -> dict[str, Any]:

@@ -19,10 +19,7 @@ from attnkit.doctor.screen import UsageError, table
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Timing
 
-__all__ = ["FORMAT", "Report", "told_findings", "told_summary"]
-
-FORMAT = 1
-"""The version of the report's keys."""
+__all__ = ["Report", "told_findings", "told_summary"]
 
 _MOST_REASONS = 3
 
@@ -60,7 +57,7 @@ class Report:
         """Return the report as plain data."""
         note = "" if self.machine.is_hardware else "timings of an emulator; no weights follow"
         return {
-            "format": FORMAT,
+            "format": 1,  # the version of these keys
             "report": "attnkit doctor",
             "status": self.status,
             "target": self.machine.label,
@@ -102,22 +99,6 @@ class Report:
             reason = error.strerror if isinstance(error, OSError) else None
             raise UsageError(f"--out {self.out}: {reason or error}") from None
 
-    # -- in words ------------------------------------------------------------------------
-
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield the summary table: a group of cases and its counts."""
-        for group in dict.fromkeys(result.group for result in self.results):
-            found = Counter(r.status for r in self.results if r.group == group)
-            failed = found["failed"] + found["error"]
-            yield group, *(str(n) for n in (found["passed"], failed, found["refused"]))
-
-    def timing_rows(self) -> Iterator[tuple[str, ...]]:
-        """Yield the table of times: microseconds of the plan, and the others' as ratios."""
-        for timing in self.timings:
-            taken = "-" if timing.plan is None else f"{timing.plan / 1000:,.0f}"
-            others = (timing.dense, timing.sdpa)
-            yield timing.name, taken, *(_ratio(other, timing.plan) for other in others)
-
 
 def told_findings(report: Report) -> Iterator[str]:
     """Yield the lines about what was found."""
@@ -145,11 +126,11 @@ def told_summary(report: Report) -> Iterator[str]:
     label = report.machine.label
     if report.results:
         yield f"conformance, on {label}:"
-        yield from table(("cases", "passed", "failed", "refused"), report.rows())
+        yield from table(("cases", "passed", "failed", "refused"), _groups(report.results))
     if report.timings:
         yield f"forward pass, on {label}:"
         titles = ("composition", "plan, us", "dense mask", "torch SDPA")
-        yield from table(titles, report.timing_rows())
+        yield from table(titles, map(_times, report.timings))
     if report.fit is not None:
         yield from _fitted(report.fit)
     yield from _refusals(report.results)
@@ -198,5 +179,20 @@ def _refusals(results: Sequence[Result]) -> Iterator[str]:
         yield f"refused {', '.join(names[:_MOST_REASONS])}{more}: {reason}"
 
 
-def _ratio(other: float | None, own: float | None) -> str:
-    return "-" if other is None or not own else f"{other / own:.2f}x"
+def _groups(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
+    """Yield a row per group of cases, with its counts."""
+    for group in dict.fromkeys(result.group for result in results):
+        found = Counter(result.status for result in results if result.group == group)
+        failed = found["failed"] + found["error"]
+        yield group, *(str(n) for n in (found["passed"], failed, found["refused"]))
+
+
+def _times(timing: Timing) -> tuple[str, ...]:
+    """Return the row of microseconds of the plan, and the others' times as ratios."""
+    if not timing.plan:
+        return timing.name, "-", "-", "-"
+    ratios = (
+        "-" if other is None else f"{other / timing.plan:.2f}x"
+        for other in (timing.dense, timing.sdpa)
+    )
+    return timing.name, f"{timing.plan / 1000:,.0f}", *ratios

@@ -358,15 +358,12 @@ or num_heads
         return self.view(tensor, self.sizes(tensor.shape, num_heads).heads)
 
     def _need(self, packed: bool, method: str, remedy: str) -> None:
-        if self.packed and not packed:
-            raise CompositionError(
-                f"{method}: layout {self} is packed and its sequences may differ in length, "
-                f"so it has no [b, n, s, d] form; {remedy}"
-            )
-        if packed and not self.packed:
-            raise CompositionError(
-                f"{method}: layout {self} is not packed, its batch rows have one length; {remedy}"
-            )
+        if self.packed != packed:
+            why = "is not packed, its batch rows have one length"
+            if self.packed:
+                why = "is packed and its sequences may differ in length, so it has no "
+                why += "[b, n, s, d] form"
+            raise CompositionError(f"{method}: layout {self} {why}; {remedy}")
 
     def _given(self, shape: Sequence[int], what: str) -> str:
         return f"{what} {list(shape)} in layout {self}"

@@ -198,14 +198,13 @@ def _differences(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
             f"{where} starts with {shown(totals[0])}, but cumulative lengths start with 0; "
             "prepend the 0, or use SeqLens(...) if these are lengths"
         )
-    lengths = tuple(after - before for before, after in pairwise(totals))
-    if lengths and min(lengths) < 0:
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise CompositionError(
-            f"{where} falls from {shown(totals[at])} to {shown(totals[at + 1])} at index {at + 1}; "
-            "cumulative lengths never decrease (use SeqLens(...) if these are lengths)"
-        )
-    return lengths
+    for at, (before, after) in enumerate(pairwise(totals), 1):
+        if after < before:
+            raise CompositionError(
+                f"{where} falls from {shown(before)} to {shown(after)} at index {at}; cumulative "
+                "lengths never decrease (use SeqLens(...) if these are lengths)"
+            )
+    return tuple(after - before for before, after in pairwise(totals))
 
 
 def _host_ints(where: str, values: object) -> tuple[int, ...]:
