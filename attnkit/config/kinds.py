@@ -192,10 +192,9 @@ class Family(Record):
             kind: _model(family, kind).__pydantic_core_schema__
             for kind, family in self.classes().items()
         }
+        text = [core_schema.str_schema(min_length=1)] if handler.mode == "validation" else []
         union = core_schema.union_schema(
-            [core_schema.tagged_union_schema(choices, "kind"), core_schema.str_schema(min_length=1)]
-            if handler.mode == "validation"
-            else [core_schema.tagged_union_schema(choices, "kind")],
+            [core_schema.tagged_union_schema(choices, "kind"), *text],
             ref=name,
             metadata={"pydantic_js_updates": {"description": first_line(self.owner)}},
         )

@@ -91,10 +91,9 @@ class Report:
             try:
                 draft.write_text(f"{self.text()}\n", encoding="utf-8")
                 os.replace(draft, self.out)
-            except OSError:
+            finally:
                 with suppress(OSError):
                     draft.unlink(missing_ok=True)  # a full disk does not need half a report
-                raise
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL, or without a name
             reason = error.strerror if isinstance(error, OSError) else None
             raise UsageError(f"--out {self.out}: {reason or error}") from None
@@ -159,7 +158,7 @@ def _failure(result: Result, machine: Machine) -> Iterator[str]:
     yield f"{result.status.upper()} {result.name}"
     yield f"  composition: {result.composition}"
     for call in result.calls[:_MOST_REASONS]:
-        yield f"  call: {call[:200]}"
+        yield f"  call: {call}"
     for check in result.failures:
         yield f"  {check}"
     for reason in result.reasons[:_MOST_REASONS]:

@@ -93,7 +93,7 @@ def run_case(
     )
     try:
         plan = make_case_plan(case, case.inputs(dtype), backend, device)
-        result = replace(result, calls=tuple(map(_describe, plan.steps)))
+        result = replace(result, calls=tuple(f"{step.label}: {step.call}" for step in plan.steps))
         check = check_dropout if case.dropout else check_values
         checks = tuple(check(case, plan, device, dtype))
         status: Status = "passed" if all(c.passed for c in checks) else "failed"
@@ -166,12 +166,3 @@ def _in_parts(plan: Plan) -> Plan:
     merged = replace(plan, steps=parts, alternatives=())
     merged.verify()
     return merged
-
-
-def _describe(step: Launch) -> str:
-    given = step.call.non_default_arguments()
-    told = (f"{name}={value}" for name, value in given.items() if name not in _SHAPES)
-    return f"{step.label}: {', '.join(told)}"
-
-
-_SHAPES = ("query", "key", "value", "head_num", "scale")
