@@ -12,11 +12,10 @@ import torch
 
 from attnkit.doctor.cases import CASES, Case
 from attnkit.doctor.findings import find_machine, findings
-from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.report import Report, told_findings, told_summary
 from attnkit.doctor.screen import FAILED, GOOD, INTERRUPTED, Screen, UsageError
 from attnkit.doctor.suite import DTYPES, run_case
-from attnkit.doctor.timing import make_timing_cases, time_case
+from attnkit.doctor.timing import fit_weights, make_timing_cases, samples_of, time_case
 from attnkit.errors import shown
 from attnkit.registry import closest
 

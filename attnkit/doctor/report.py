@@ -14,10 +14,9 @@ from typing import Any, Literal
 from pydantic_core import to_json
 
 from attnkit.doctor.findings import Machine
-from attnkit.doctor.fit import Fit
 from attnkit.doctor.screen import UsageError, table
 from attnkit.doctor.suite import Result
-from attnkit.doctor.timing import Timing
+from attnkit.doctor.timing import Fit, Timing
 
 __all__ = ["Report", "told_findings", "told_summary"]
 

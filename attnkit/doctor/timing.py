@@ -2,12 +2,16 @@
 
 The contestants take turns, so that a machine that slows down slows all of them; the device is
 synchronised around each run, and medians are told.
+
+The planner's estimate is linear in what it counts: floating-point operations, bytes moved,
+launches and small launches. Its coefficients, turned over for the first two, are its weights;
+least squares fit them to measured times.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,10 +29,15 @@ from attnkit.errors import BackendRefused
 from attnkit.kernel import AttenMask
 from attnkit.masks import Causal, Columns, Documents, Full, Mask, PrefixLM, SlidingWindow
 from attnkit.planner.calls import Solution
+from attnkit.planner.price import chip
 
-__all__ = ["Timing", "make_timing_cases", "time_case"]
+__all__ = ["Fit", "Timing", "fit_weights", "make_timing_cases", "samples_of", "time_case"]
 
 _CAUSAL = Causal()
+_NAMES = ("flops_per_ns", "bytes_per_ns", "launch_ns", "small_launch_ns")
+_RATES = ("flops_per_ns", "bytes_per_ns")
+
+Sample = tuple[Mapping[str, float], float]
 
 
 @dataclass(frozen=True)
@@ -150,3 +159,69 @@ def _alternate(
             synchronize()
             taken.append(time.perf_counter_ns() - started)
     return {name: float(median(taken)) for name, taken in times.items()}, tuple(notes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights as the planner's chip table holds them, and how well they explain the times.
+
+    `kept` are the weights that these measurements do not tell, left as they were;
+    `median_error` and `worst_error` are relative.
+    """
+
+    weights: dict[str, float]
+    kept: tuple[str, ...]
+    samples: int
+    median_error: float
+    worst_error: float
+
+
+def samples_of(timings: Iterable[Timing]) -> list[Sample]:
+    """Return (counts, nanoseconds) of every form of the kernel that was timed."""
+    return [
+        (counts, taken)
+        for one in timings
+        for counts, taken in ((one.plan_counts, one.plan), (one.dense_counts, one.dense))
+        if taken
+    ]
+
+
+def fit_weights(samples: Sequence[Sample]) -> Fit | None:
+    """Return the weights that explain the samples best; None where there are too few.
+
+    Errors count relative to the measured time, so that short calls weigh as much as long ones.
+    A weight that comes out negative is one that the samples do not tell: it stays what it is.
+    """
+    if len(samples) < len(_NAMES) + 1:
+        return None
+    rows = torch.tensor([_features(counts) for counts, _ in samples], dtype=torch.float64)
+    times = torch.tensor([taken for _, taken in samples], dtype=torch.float64)
+    known = [_coefficient(name, float(getattr(chip(), name))) for name in _NAMES]
+    found = torch.tensor(known, dtype=torch.float64)
+    free = [k for k in range(len(_NAMES)) if bool(rows[:, k].any())]
+    while free:
+        fixed = [k for k in range(len(_NAMES)) if k not in free]
+        rest = times - rows[:, fixed] @ found[fixed]
+        scaled = rows[:, free] / times[:, None]
+        units = scaled.abs().amax(0)
+        wanted = (rest / times)[:, None]
+        solved = torch.linalg.lstsq(scaled / units, wanted, driver="gelsd").solution[:, 0] / units
+        negative = [k for k, value in zip(free, solved, strict=True) if value <= 0]
+        if not negative:
+            found[free] = solved
+            break
+        free = [k for k in free if k not in negative]
+    errors = ((rows @ found - times) / times).abs().tolist()
+    weights = {n: _coefficient(n, float(c)) for n, c in zip(_NAMES, found, strict=True)}
+    kept = tuple(name for k, name in enumerate(_NAMES) if k not in free)
+    return Fit(weights, kept, len(samples), float(median(errors)), max(errors))
+
+
+def _features(counts: Mapping[str, float]) -> list[float]:
+    moved = sum(counts[name] for name in ("mask_traffic", "bias_bytes", "copy_bytes"))
+    return [counts["flops"], moved, counts["launches"], counts["small_launches"]]
+
+
+def _coefficient(name: str, value: float) -> float:
+    """Turn a rate into a cost and back; other weights are costs already."""
+    return 1.0 / value if name in _RATES else value

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from attnkit.doctor.findings import Machine
-from attnkit.doctor.fit import fit_weights, samples_of
 from attnkit.doctor.suite import make_case_plan
-from attnkit.doctor.timing import make_timing_cases
+from attnkit.doctor.timing import fit_weights, make_timing_cases, samples_of
 from attnkit.planner.calls import Solution
 from attnkit.planner.price import chip
 
