@@ -12,8 +12,7 @@ import torch
 from attnkit import layouts
 from attnkit.backends import make_plan
 from attnkit.doctor.cases import CASES, Case, Inputs, Regions
-from attnkit.doctor.compare import Check, check_values
-from attnkit.doctor.dropout import check_dropout
+from attnkit.doctor.compare import Check, check_dropout, check_values
 from attnkit.errors import BackendRefused
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.planner import Composition, Launch, Plan, Request, read_request
