@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.num_kv_heads = _check_size("num_kv_heads", kv_heads)
         if num_heads % self.num_kv_heads:
             raise CompositionError(
-                f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}; each key "
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; each key "
                 "head serves an equal group of query heads"
             )
         note = "True for a learnable logit per head; ak.attention takes the logits themselves"

@@ -130,7 +130,7 @@ it more, or capacity=None to grow
         if self.sealed:
             raise CompositionError(
                 f"{self} holds the context of a cross-attention and takes no more tokens; "
-                "self-attention needs a cache of its own"
+                "self-attention needs another cache"
             )
         held_keys, held_values = self._held or (None, None)
         self._check("key", key, held_keys)

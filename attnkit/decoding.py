@@ -3,7 +3,7 @@
 A step that adds the tokens ``[start, stop)`` to a text computes these rows of the square score
 matrix, over the keys so far. Step by step equals all at once only if the mask never shows a
 token something that comes later, and neither mask nor bias ever changes its mind: that is
-checked, exactly, cell by cell where the mask is no region. What is built for some length says
+checked, exactly, cell by cell where the mask is not a region. What is built for some length says
 how long the text will be.
 """
 
@@ -18,14 +18,14 @@ __all__ = ["rows_of_context", "rows_of_text", "text_length"]
 
 Range = tuple[int, int]
 
-_CELLS_AT_ONCE = 1 << 20  # read together of a mask that is no region
+_CELLS_AT_ONCE = 1 << 20  # read together of a mask that is not a region
 
 
 def text_length(mask: Mask | None, pse: Pse | None, stop: int) -> int | None:
     """Return how long a text of `stop` tokens so far will be, where a part is built for a length.
 
     A text attends to itself, so it has as many queries as keys: one known axis is both. None
-    where no part says; then every step is the end of a text of its own.
+    where no part says; then every step is the end of its own text.
 
     >>> from attnkit import masks
     >>> text_length(masks.Causal(), None, 4), text_length(masks.Full()[:, :6], None, 4)

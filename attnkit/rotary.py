@@ -259,7 +259,7 @@ def positions(
 ) -> Tensor:
     """Return the position of every token: each sequence counts from `offset`.
 
-    Raises `CompositionError` for what is no length, offset or device.
+    Raises `CompositionError` for what is not a length, an offset or a device.
 
     >>> positions([2, 3]).tolist()
     [0, 1, 0, 1, 2]

@@ -65,7 +65,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "module heads that do not divide": (
         lambda: ak.Attention(4, 8, num_kv_heads=3),
         ak.CompositionError,
-        r"num_heads=4 is no multiple of num_kv_heads=3",
+        r"num_heads=4 is not a multiple of num_kv_heads=3",
     ),
     "merged heads that do not divide": (
         lambda: ak.attention(x(2, 6, 30), x(2, 6, 30), x(2, 6, 30), layout="BSH", num_heads=4),

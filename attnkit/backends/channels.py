@@ -3,7 +3,7 @@
 Everything here is differentiable, so the gradients of query and key that the kernel writes
 become those of the bias. Where a value is split into pieces of the query's dtype, its gradient
 comes through the first: all pieces meet the same positions, and it is the first's to move. Or
-it comes through channels of its own (anchors), of ``value - value.detach()``, which is 0.
+it comes through separate channels (anchors), of ``value - value.detach()``, which is 0.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def problem(message: str, *, of_a_key: bool = False) -> PydanticCustomError:
 
     `of_a_key`: its location ends with a key, even where the mapping has no such key.
     """
-    # The message goes in as a value: braces in it are no template.
+    # The message goes in as a value: braces in it are not a template.
     return PydanticCustomError(
         "attnkit_key" if of_a_key else "attnkit", "{message}", {"message": message}
     )

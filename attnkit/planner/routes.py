@@ -11,7 +11,7 @@ As *levels*: outside of the band such a bias is constant on each step of distanc
 of a step add nothing, and its constant is added to their log-sum-exp where parts merge.
 
 Both may differ from distance to distance, so a request is cut into *zones*: distances whose
-calls are given the same. A level is a zone of its own. ALiBi is ``-slope * (j - i')`` for keys
+calls are given the same. Each level is a zone. ALiBi is ``-slope * (j - i')`` for keys
 after their query, so where a mask allows keys on both sides there is a zone on each, and in
 the calls of one of them the channels of the query have the opposite sign.
 
@@ -78,7 +78,7 @@ _SCALES = {
     torch.float64: (1e-290, 1e290),
 }
 # The kernel sums channels in float32, so a score is rounded to 2**-24 of the largest product,
-# slope * position, where a distance of its own would be exact. For slopes up to 1/2 that is
+# slope * position, where the distance itself would be exact. For slopes up to 1/2 that is
 # 0.0001 at 4,096 positions, and here, 0.002, half a unit of a bfloat16 weight.
 _MOST_POSITIONS = 2**16
 

@@ -54,7 +54,7 @@ class ALiBi(Sloped):
     ) -> Any:
         """Return a `LearnableALiBi` where the slopes are to be learned.
 
-        It is a class of its own, so that nobody who takes slopes for constants can meet one.
+        It is a separate class, so that nobody who takes slopes for constants can meet one.
         """
         check_bool("ALiBi: learnable", learnable)
         if learnable:
@@ -89,7 +89,7 @@ class LearnableALiBi(ByDistance):
     ``bias[h, i, j] = -weight[h] * abs(i' - j)``; `weight` is an `nn.Parameter` [n] that starts at
     the slopes given. Its gradient reaches it on the fused kernel too: on each side of a query the
     bias is linear in positions, and becomes channels of query and key. Where a mask allows keys
-    on both sides, each side is computed by calls of its own.
+    on both sides, each side is computed by its own calls.
 
     Equality compares the weights' content; text and configurations hold where they started.
 

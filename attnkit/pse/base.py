@@ -51,7 +51,7 @@ class Pse(ABC):
     configurations and in `parse` comes by ``@PSE.register("kind")``.
 
     One object given to several layers is shared: they have one set of parameters. `copy` makes
-    another, with parameters of its own.
+    another, with its own parameters.
 
     >>> from attnkit import pse
     >>> bias = pse.ALiBi(2) + pse.ALiBi(2, align="top_left")
