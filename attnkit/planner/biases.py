@@ -28,9 +28,7 @@ __all__ = [
     "disprove_bias",
     "is_compressed",
     "lacking",
-    "matrix_arguments",
     "part_arguments",
-    "slope_arguments",
 ]
 
 Arguments = dict[str, Any]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any
 
 import torch
 
@@ -127,8 +126,16 @@ class Launch:
     copied_bytes: int = 0
     small_launches: int = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return state_of(self)
+    __getstate__ = state_of
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the cells of the call's mask are known only when it runs."""
+        return self.call.atten_mask is not None and self.call.atten_mask.is_opaque
+
+    def regions(self, head: int) -> tuple[Region, ...]:
+        """Return what the call computes for a head, block by block."""
+        return self.computed[head if len(self.computed) > 1 else 0]
 
     def packs(self, request: Request) -> bool:
         """Whether tensors are packed around the call, whose layout is not the request's."""
@@ -189,8 +196,7 @@ class Solution:
 
     launches: tuple[Launch, ...]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return state_of(self)
+    __getstate__ = state_of
 
     @property
     def label(self) -> str:

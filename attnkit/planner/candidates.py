@@ -16,20 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import UNBOUNDED, AttenMask
 from attnkit.kernel.modes import mode_region
 from attnkit.kernel.sizes import LAYOUTS
-from attnkit.planner.biases import bias_arguments
+from attnkit.planner.biases import Arguments, bias_arguments
 from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks, tile_whole
 from attnkit.planner.request import Request
 
 __all__ = ["candidates", "is_in_order", "opaque_shape", "whole_calls"]
-
-Arguments = dict[str, Any]
 
 _MOST_CELLS = 1024
 
@@ -75,16 +72,13 @@ def is_in_order(request: Request) -> bool:
 def _cells(block: Block, target: Region) -> Iterator[tuple[Block, Region]]:
     """Yield a block, or if it is a band of width 1 its cells, which fit any window."""
     rows = block.sizes[0]
-    if target.area != rows or rows not in range(2, _MOST_CELLS) or target != _diagonal(rows):
+    few = target.area == rows and rows in range(2, _MOST_CELLS)
+    if not few or target != Region.of(Slice(0, rows, 0, rows, 0, 0)):
         yield block, target
         return
     for n in range(rows):
         at = (block.i0 + n, block.i0 + n + 1, block.j0 + n, block.j0 + n + 1)
         yield Block(block.batch, *at), Region.full(1, 1)
-
-
-def _diagonal(rows: int) -> Region:
-    return Region.of(Slice(0, rows, 0, rows, 0, 0))
 
 
 def candidates(request: Request, bare: Launch, full_masks: bool) -> Iterator[Launch | Refusal]:
@@ -230,7 +224,12 @@ def _full_mask(request: Request, bare: Launch) -> _FullMask | Refusal:
     """Return the smallest full mask that holds every target, or why none does."""
     known = request.matrices
     if not known.exact:
-        return _opaque_mask(request, bare)
+        unknown = opaque_shape(request, bare)
+        if isinstance(unknown, Refusal):
+            return unknown
+        # Which rows are empty is not known without looking: make the kernel handle any.
+        mask = AttenMask.full(unknown)
+        return _FullMask(mask, known.over_heads(), True, ", a mask of unknown cells")
     if known.per_head:
         return _mask_per_head(request, bare)
     if not bare.call.is_packed:
@@ -272,14 +271,3 @@ def opaque_shape(request: Request, bare: Launch) -> tuple[int, ...] | Refusal:
     lengths = bare.blocks[0].sizes
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     return lengths if batch == heads == 1 else (batch, heads, *lengths)
-
-
-def _opaque_mask(request: Request, bare: Launch) -> _FullMask | Refusal:
-    """Describe the full mask that is built from the mask's own cells when the plan runs."""
-    shape = opaque_shape(request, bare)
-    if isinstance(shape, Refusal):
-        return shape
-    # Which rows are empty is not known without looking: make the kernel handle any.
-    return _FullMask(
-        AttenMask.full(shape), request.matrices.over_heads(), True, ", a mask of unknown cells"
-    )

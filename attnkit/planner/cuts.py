@@ -26,29 +26,23 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
     >>> sorted(len(cut) for cut in cuts(sink_and_window))[0]
     2
     """
-    plain = _stacked(region.slices)
-    yield plain
-    seen = {plain}
-    by_keys = tuple(part.transpose() for part in _stacked(region.transpose().slices))
-    for cut in (*_box_cuts(region), by_keys):
+    seen: set[tuple[Slice, ...]] = set()
+    for cut in _every_cut(region):
         if cut not in seen:
             seen.add(cut)
             yield cut
-    stairs = tuple(part for chain in _chains(region) for part in _peeled(chain))
-    if stairs not in seen:
-        seen.add(stairs)
-        yield stairs
+
+
+def _every_cut(region: Region) -> Iterator[tuple[Slice, ...]]:
+    yield _stacked(region.slices)
+    yield from _box_cuts(region)
+    yield tuple(part.transpose() for part in _stacked(region.transpose().slices))
+    yield tuple(part for chain in _chains(region) for part in _peeled(chain))
     for band in _bands(region):
         rest = region - Region.of(band)
-        cut = (band, *_stacked(rest.slices))
-        if cut not in seen:
-            seen.add(cut)
-            yield cut
+        yield (band, *_stacked(rest.slices))
         for second in _bands(rest):
-            cut = (band, second, *_stacked((rest - Region.of(second)).slices))
-            if cut not in seen:
-                seen.add(cut)
-                yield cut
+            yield (band, second, *_stacked((rest - Region.of(second)).slices))
 
 
 def _chains(region: Region) -> list[Region]:

@@ -51,11 +51,6 @@ class Search:
             self.regions[part] = Region.of(part)
         return self.regions[part]
 
-    def cut(self, region: Region, depth: int) -> tuple[Slice, ...]:
-        """Return the `depth`-th way to cut a region (the last one, where it has fewer)."""
-        known = self.all_cuts(region)
-        return known[min(depth, len(known) - 1)]
-
     def all_cuts(self, region: Region) -> tuple[tuple[Slice, ...], ...]:
         """Return the ways to cut a region, the first few."""
         if region not in self.cuts:
@@ -141,11 +136,11 @@ def _diagonal(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
 def _segments(
     search: Search, inside: tuple[tuple[Block, Region], ...], depth: int, cells: bool
 ) -> tuple[Segment, ...]:
-    """Cut every block in its `depth`-th way."""
+    """Cut every block in its `depth`-th way (the last one, where it has fewer)."""
     return tuple(
         Segment(block.batch, cell)
         for block, region in inside
-        for part in search.cut(region, depth)
+        for part in search.all_cuts(region)[: depth + 1][-1]
         for cell in _split(part.shift(block.i0, block.j0), cells)
     )
 

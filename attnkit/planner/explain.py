@@ -14,7 +14,7 @@ from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
 from attnkit.masks import naming
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.calls import Launch, Solution, diagonal_blocks
+from attnkit.planner.calls import Solution, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
@@ -33,7 +33,10 @@ _NAMED_SLICES = 2  # regions of more are searched for a name too long
 def explain(plan: Plan) -> str:
     """Return the report that `Plan.explain` documents, 80 columns wide."""
     request = plan.request
-    lines = [f"attention on backend '{plan.backend}': {_what_runs(plan)}"]
+    count = len(plan.steps)
+    calls_made = f"{count} fused call" + "s" * (count > 1)
+    runs = calls_made if count else "the composition itself, no fused call"
+    lines = [f"attention on backend '{plan.backend}': {runs}"]
     for label, text in _request_lines(request):
         lines += _entry(label, text)
     lines += _list("passed over", plan.passed_over)
@@ -42,7 +45,7 @@ def explain(plan: Plan) -> str:
         lines.append("on Ascend, the same composition is:")
     if calls.steps:
         lines += _solution_lines(calls)
-        lines += _cheaper(plan)
+        lines += _entry("cheaper", "; ".join(map(str, plan.savings)))
     if plan.steps or not calls.steps:
         lines += _list("refused", calls.refusals)
     return "\n".join(lines)
@@ -90,12 +93,6 @@ def _as_json(value: object) -> object:
     if isinstance(value, tuple):
         return [_as_json(item) for item in value]
     return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
-
-
-def _what_runs(plan: Plan) -> str:
-    if not plan.steps:
-        return "the composition itself, no fused call"
-    return f"{len(plan.steps)} fused call" + "s" * (len(plan.steps) > 1)
 
 
 def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
@@ -190,10 +187,6 @@ def _solution_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _cheaper(plan: Plan) -> list[str]:
-    return _entry("cheaper", "; ".join(map(str, plan.savings))) if plan.savings else []
-
-
 def _price_lines(price: Price, request: Request) -> list[str]:
     heads, size = request.num_heads, 2 * (request.head_dim + request.value_dim)
     whole = sum(q * kv for q, kv in request.sequences)
@@ -236,20 +229,15 @@ def _proof(plan: Plan) -> str:
     wrong = disprove_plan(plan.request, plan.steps, plan.in_order, plan.route)
     if wrong is not None:
         return f"NONE: {wrong.reason} [{wrong.code}]"
-    if any(_opaque(launch) for launch in plan.steps):
+    if any(launch.is_opaque for launch in plan.steps):
         return "the mask passed is the mask asked for, and the rest of the call what it asks for"
     if len(plan.steps) == 1:
         return "the call's set equals the mask's, cell for cell"
     return "the calls' sets are disjoint, and their union equals the mask's, cell for cell"
 
 
-def _opaque(launch: Launch) -> bool:
-    mask = launch.call.atten_mask
-    return mask is not None and mask.is_opaque
-
-
 def _rows(best: Solution) -> str:
-    if any(_opaque(launch) for launch in best.launches):
+    if any(launch.is_opaque for launch in best.launches):
         return "inner_precise=2, since rows may turn out to see no key"
     if best.launches[0].partial:
         return "no call sees one; rows that none answers are 0"
@@ -292,16 +280,13 @@ def _entry(label: str, text: str, indent: int = 0) -> list[str]:
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return ""
+    return f"{count:.0f} B" if count < 1000 else _amount(count, "B", "kMG")
 
 
 def _flops(count: float) -> str:
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
-        if count < 1000 or unit == "TFLOP":
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return ""
+    return _amount(count, "FLOP", "kMGT")
+
+
+def _amount(count: float, unit: str, prefixes: str) -> str:
+    power = max(n for n in range(len(prefixes) + 1) if n == 0 or count >= 1000**n)
+    return f"{count / 1000**power:.3g} {('', *prefixes)[power]}{unit}"

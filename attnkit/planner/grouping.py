@@ -9,7 +9,7 @@ rectangle of h rows and w keys, anchored bottom-right, a segment ``lo <= j - i <
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
@@ -147,7 +147,7 @@ def _greedily(
 ) -> list[list[tuple[Window, list[int]]]]:
     """Give segments to the window that computes most of them, until none is left."""
     left = dict(enumerate(shapes))
-    windows = list(dict.fromkeys((*windows, *map(_own_window, shapes))))
+    windows = list(dict.fromkeys((*windows, *(Window(4, *_wanted(one)) for one in shapes))))
     if not left or len(windows) > _MOST_ASKED:
         return []
     chosen: list[tuple[Window, frozenset[int]]] = []
@@ -157,12 +157,6 @@ def _greedily(
         chosen.append((window, frozenset(n for k in fits[window] for n in members[k])))
         left = {k: segment for k, segment in left.items() if k not in fits[window]}
     return [] if left else [_assign(chosen)]
-
-
-def _own_window(segment: Segment) -> Window:
-    """Return the window that a segment itself asks for."""
-    pre, next_ = _wanted(segment)
-    return Window(4, UNBOUNDED if pre is None else pre, UNBOUNDED if next_ is None else next_)
 
 
 def _assign(
@@ -181,37 +175,28 @@ def _assign(
 
 def _windows(segments: Sequence[Segment], count: int) -> list[Window]:
     """Return the windows worth considering: those that some segment asks for, commonest first."""
-    asked: dict[Window, int] = {}
-
-    def ask(window: Window, fits: Callable[[Segment], bool]) -> None:
-        fitting = sum(map(fits, segments))
-        if fitting:
-            asked[window] = fitting
-
-    for plain in (Window(None), Window(3, UNBOUNDED, 0), Window(2)):
-        ask(plain, plain.computes)
-    pairs = {_wanted(segment) for segment in segments} - {(None, None)}
+    tried = [Window(None), Window(3, UNBOUNDED, 0), Window(2)]
+    pairs = {_wanted(segment) for segment in segments} - {(UNBOUNDED, UNBOUNDED)}
     pres = _commonest(pre for pre, _ in pairs) | {UNBOUNDED}
     nexts = _commonest(next_ for _, next_ in pairs) | {UNBOUNDED}
-    for pre, next_ in product(pres, nexts):
-        if (pre, next_) != (UNBOUNDED, UNBOUNDED):
-            window = Window(4, pre, next_)
-            ask(window, window.computes)
-    if count <= _MOST_PREFIXES:
-        ask(Window(6), Window(6).computes)
-    best = sorted(asked, key=lambda window: -asked[window])
+    ends = product(pres, nexts)
+    tried += (Window(4, *pair) for pair in ends if pair != (UNBOUNDED, UNBOUNDED))
+    tried += [Window(6)] if count <= _MOST_PREFIXES else []
+    asked = Counter({window: sum(map(window.computes, segments)) for window in tried})
+    best = [window for window, fitting in asked.most_common() if fitting]
     must = [w for w in best if w.mode in (None, 2, 3, 6)]
     return must + [w for w in best if w.mode == 4][: max(_MOST_WINDOWS - len(must), 0)]
 
 
-def _commonest(ends: Iterable[int | None]) -> set[int]:
-    counts = Counter(end for end in ends if end is not None)
+def _commonest(ends: Iterable[int]) -> set[int]:
+    counts = Counter(end for end in ends if end != UNBOUNDED)
     return {end for end, _ in counts.most_common(_MOST_WINDOWS)}
 
 
-def _wanted(segment: Segment) -> tuple[int | None, int | None]:
+def _wanted(segment: Segment) -> tuple[int, int]:
+    """Return the (pre, next) that a segment itself asks for."""
     shift = segment.keys - segment.rows
     return (
-        None if segment.lo is None else shift - segment.lo,
-        None if segment.hi is None else segment.hi - shift,
+        UNBOUNDED if segment.lo is None else shift - segment.lo,
+        UNBOUNDED if segment.hi is None else segment.hi - shift,
     )

@@ -82,17 +82,13 @@ def _as_given(request: Request, search: Search) -> Plan:
         reason = "calls without a mask of one entry per cell compute the same"
         refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
     else:
-        rival = min(
-            (solution.price for solution in found),
-            key=lambda price: price.nanoseconds,
-            default=None,
-        )
+        best = min(found, key=_nanoseconds, default=None)
         for bare in bare_calls:
-            found += _with_full_mask(request, bare, refusals, rival)
+            found += _with_full_mask(request, bare, refusals, best.price if best else None)
     if len(found) > 1:  # a sort asks for the price of a single one, too
         found.sort(key=_nanoseconds)
-    best = found[0].launches if found else ()
-    return Plan("", request, best, tuple(found[1:]), tuple(refusals))
+    steps = found[0].launches if found else ()
+    return Plan("", request, steps, tuple(found[1:]), tuple(refusals))
 
 
 def _nanoseconds(solution: Solution) -> float:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from attnkit.geometry import Region, Strip
+from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask
+from attnkit.strips import Run
 
 __all__ = ["Matrices", "seen_spans"]
+
+
+Runs = tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Matrices:
         return cls(tuple(planes[:1] if all(plane == planes[0] for plane in planes) else planes))
 
 
-def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
-    """Return the keys that some row sees, as maximal ranges in order.
+def seen_spans(strips: Iterable[tuple[int, int, Runs]], gap: int = 0) -> list[tuple[int, int]]:
+    """Return the keys that some row sees, as maximal ranges in order; small gaps are closed.
 
     >>> from attnkit.masks import Causal
     >>> seen_spans(Causal(align="top_left").region(2, 4).strips)
@@ -73,7 +77,7 @@ def seen_spans(strips: Iterable[Strip]) -> list[tuple[int, int]]:
     runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
     spans: list[tuple[int, int]] = []
     for a, b in runs:
-        if spans and a <= spans[-1][1]:
+        if spans and a <= spans[-1][1] + gap:
             spans[-1] = (spans[-1][0], max(spans[-1][1], b))
         else:
             spans.append((a, b))

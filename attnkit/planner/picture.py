@@ -73,14 +73,10 @@ def _measured(known: Region, q_len: int, kv_len: int) -> str:
 
 def _launch_region(launch: Launch, batch: int, head: int) -> Region:
     """Return the cells that a call computes in one score matrix."""
-    if launch.heads is not None and head not in launch.heads:
+    if launch.is_opaque or (launch.heads is not None and head not in launch.heads):
         return Region.empty()
-    mask = launch.call.atten_mask
-    if mask is not None and mask.is_opaque:
-        return Region.empty()
-    regions = launch.computed[head if len(launch.computed) > 1 else 0]
     return Region.union(
         region.shift(block.i0, block.j0)
-        for block, region in zip(launch.blocks, regions, strict=True)
+        for block, region in zip(launch.blocks, launch.regions(head), strict=True)
         if block.batch == batch
     )

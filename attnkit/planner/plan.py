@@ -68,9 +68,8 @@ class Plan:
         # Plans are keys of caches on the call path, and a packed one has many blocks.
         return hash((self.backend, self.request, tuple(step.call for step in self.steps)))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
-        return state_of(self)
+    # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
+    __getstate__ = state_of
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:
@@ -301,10 +300,5 @@ def _routes(request: Request, in_several: bool) -> Iterator[Route]:
         if isinstance(found, Route):
             yield found
             if not in_several:
-                yield from _without_zones(found)
-
-
-def _without_zones(route: Route) -> Iterator[Route]:
-    """Yield the form of a route for a mask that allows nothing: zones differ in nothing then."""
-    if route.zones:
-        yield Route(route.request, route.channels)
+                # For a mask that allows nothing zones differ in nothing.
+                yield replace(found, zones=())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import UNBOUNDED, KernelCall, expressing_versions
 from attnkit.kernel.modes import MASK_DECIDES
-from attnkit.planner.biases import bias_arguments, disprove_bias, part_arguments
+from attnkit.planner.biases import Arguments, bias_arguments, disprove_bias, part_arguments
 from attnkit.planner.calls import Block, Launch, bare_call, tile_whole
 from attnkit.planner.candidates import opaque_shape
 from attnkit.planner.price import heads_of
@@ -27,15 +26,12 @@ from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
 
 __all__ = [
-    "broken_rules",
     "disprove",
     "disprove_calls",
     "disprove_cover",
     "disprove_places",
     "reasons_against",
 ]
-
-Arguments = dict[str, Any]
 
 _NO_BIAS: Arguments = {"pse": None, "pse_type": 1, "q_start_idx": None, "kv_start_idx": None}
 _OF_MASK = ("atten_mask", "sparse_mode", "pre_tokens", "next_tokens", "prefix", "inner_precise")
@@ -46,7 +42,7 @@ def reasons_against(request: Request, launch: Launch) -> list[Refusal]:
 
     The rest of a call follows from the request, and is checked with the plan that it gets into.
     """
-    if _is_opaque(launch.call):
+    if launch.is_opaque:
         wrong = _disprove_opaque(launch.call, request.matrices.over_heads())
     else:
         wrong = disprove(request, launch)
@@ -221,7 +217,7 @@ def disprove_calls(request: Request, launches: Sequence[Launch]) -> Refusal | No
             window != (UNBOUNDED, UNBOUNDED) and reads not in (0, 4, 7, 8)
         ):
             return Refusal("unread", "the call has a window or prefix that its mode does not read")
-        if not _is_opaque(call) and heads_of(call) == (None,):
+        if not launch.is_opaque and heads_of(call) == (None,):
             if launch.computed != (launch.targets,):
                 return Refusal("wrong-cells", "the targets are other cells than the call's")
             empty = any(target.empty_rows(q_len) for (q_len, _), target in launch.distinct)
@@ -266,7 +262,10 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
         for launch in launches:
             if launch.heads is not None and head not in launch.heads:
                 continue
-            regions = _regions(request, launch, head)
+            if launch.is_opaque:
+                regions = _bounds(launch, known.regions(head))
+            else:
+                regions = launch.regions(head)
             averaged = _averaged(launch.call, regions)
             if averaged is not None:
                 return averaged
@@ -283,7 +282,7 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
 def _other_mask(request: Request, launch: Launch) -> Refusal | None:
     """Check that a call reads a mask of unknown cells where the request has one, and its own."""
     call = launch.call
-    if not _is_opaque(call):
+    if not launch.is_opaque:
         reason = "a mask of unknown cells is not what the call reads"
         return None if request.matrices.exact else Refusal("cover", reason)
     shape = opaque_shape(request, launch)
@@ -321,17 +320,5 @@ def _disprove_opaque(call: KernelCall, outer: Sequence[Region]) -> Refusal | Non
     return None
 
 
-def _regions(request: Request, launch: Launch, head: int) -> tuple[Region, ...]:
-    """Return what a call computes for a head, block by block; bounds, where that is unknown."""
-    if _is_opaque(launch.call):
-        return _bounds(launch, request.matrices.regions(head))
-    return launch.computed[head if len(launch.computed) > 1 else 0]
-
-
 def _bounds(launch: Launch, outer: Sequence[Region]) -> tuple[Region, ...]:
     return tuple(outer[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in launch.blocks)
-
-
-def _is_opaque(call: KernelCall) -> bool:
-    """Whether the cells of a call's mask are known only when it runs."""
-    return call.atten_mask is not None and call.atten_mask.is_opaque

@@ -117,6 +117,11 @@ class Composition:
         check_number("dropout", self.dropout, lambda p: 0 <= p < 1, rule)
 
 
+def state_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a record: what it keeps beside them stays in this process."""
+    return {item.name: getattr(record, item.name) for item in fields(record)}
+
+
 @dataclass(frozen=True)
 class Request:
     """A composition with the shapes, dtype and device it is wanted for.
@@ -146,8 +151,7 @@ class Request:
     transformed: bool = False
     """Whether a transform of `torch.func` (grad, vmap, jvp) is at work on the tensors."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return state_of(self)
+    __getstate__ = state_of
 
     @property
     def layout_of(self) -> Layout:
@@ -194,11 +198,6 @@ class Request:
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.head_dim)),
             form.shape(Sizes(batch, self.kv_len, self.num_kv_heads, self.value_dim)),
         )
-
-
-def state_of(record: Any) -> dict[str, Any]:
-    """Return the fields of a record: what it keeps beside them stays in this process."""
-    return {item.name: getattr(record, item.name) for item in fields(record)}
 
 
 def is_transformed() -> bool:

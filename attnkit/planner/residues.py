@@ -37,7 +37,7 @@ class Resorted(Mask):
         step, parts, key = self.dilated.step, [], 0
         row = 0
         for i0, j0 in self._origins(q_len, kv_len):
-            rows, keys = _count(q_len, i0, step), _count(kv_len, j0, step)
+            rows, keys = len(range(i0, q_len, step)), len(range(j0, kv_len, step))
             for part in rest.slices:
                 own = _every(part, i0, j0, step)
                 inside = own & Slice(0, rows, 0, keys) if own else own
@@ -81,10 +81,6 @@ class Resorted(Mask):
 
     def __repr__(self) -> str:
         return f"{self.dilated!r} & {self.rest!r}, positions sorted by residue"
-
-
-def _count(length: int, first: int, step: int) -> int:
-    return len(range(first, length, step))
 
 
 def _every(part: Slice, i0: int, j0: int, step: int) -> Slice:

@@ -84,8 +84,8 @@ def _other_distances(
     request: Request, one: Channels, bands: list[Span], launch: Launch
 ) -> Refusal | None:
     """Check that the distances of a call's cells are among those that an addend serves in it."""
-    call, mask = launch.call, launch.call.atten_mask
-    if mask is not None and mask.is_opaque:
+    call = launch.call
+    if launch.is_opaque:
         return Refusal("cover", "the distances in a mask of unknown cells are unknown")
     align = one.structure.align if not isinstance(one.structure, PerKey) else "bottom_right"
     for block, region in zip(launch.blocks, call.regions(None), strict=True):

@@ -127,12 +127,6 @@ class Route:
     zones: tuple[Zone, ...] = ()
 
     @property
-    def plain_dim(self) -> int:
-        """The head size of calls without the channels of a stepped bias."""
-        stepped = sum(c.width for c in self.channels if isinstance(c.structure, Stepped))
-        return self.request.head_dim - stepped
-
-    @property
     def stepped(self) -> Channels:
         """The stepped bias that has levels."""
         return self.channels[-1]
@@ -143,9 +137,11 @@ class Route:
         return tuple(dict.fromkeys(zone.row for zone in self.zones if zone.row is not None))
 
     def dim_of(self, zone: Zone | None) -> int:
-        """Return the head size of the calls of a zone."""
-        levelled = zone is not None and zone.row is not None
-        return self.plain_dim if levelled else self.request.head_dim
+        """Return the head size of the calls of a zone: levels need no channels of steps."""
+        if zone is None or zone.row is None:
+            return self.request.head_dim
+        stepped = (c.width for c in self.channels if isinstance(c.structure, Stepped))
+        return self.request.head_dim - sum(stepped)
 
     def __str__(self) -> str:
         width = sum(channels.width for channels in self.channels)
@@ -162,33 +158,26 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
     Every addend that trains must take one. Constant slopes need not, and stay a bias unless
     `sloped` says otherwise: one call adds them for nothing, pieces of odd sizes cannot.
     """
+    ways = [
+        k for k, term in enumerate(request.bias) if term.low_rank and (sloped or not term.sloped)
+    ]
+    stepped = tuple(k for k in ways if isinstance(request.bias[k].structure, Stepped))
     found: list[Channels] = []
-    stepped: list[int] = []
-    for k, term in enumerate(request.bias):
-        if not term.low_rank or (term.sloped and not sloped):
-            continue
-        if isinstance(term.structure, Stepped):
-            stepped.append(k)
-            continue
-        one = _channels(request, (k,))
+    for parts in (*((k,) for k in ways if k not in stepped), *([stepped] if stepped else [])):
+        one = _channels(request, parts)
         if isinstance(one, Refusal):
             yield one
             return
         found.append(one)
-    if not (found or stepped):
-        return
-    if not stepped:
+    if found and not stepped:
         yield _fitting(request, tuple(found), {})
+    if not stepped:
         return
-    one = _channels(request, tuple(stepped))
-    if isinstance(one, Refusal):
-        yield one
-        return
-    align = one.structure.align  # type: ignore[union-attr]
-    hull = distances_of(request, align)
-    for span, levels in _splits(one.structure, hull):  # type: ignore[arg-type]
+    *others, last = found
+    align = last.structure.align  # type: ignore[union-attr]
+    for span, levels in _splits(last.structure, distances_of(request, align)):  # type: ignore[arg-type]
         near = [(*span, None)] if span is not None else []
-        yield _fitting(request, (*found, replace(one, span=span)), {align: (*near, *levels)})
+        yield _fitting(request, (*others, replace(last, span=span)), {align: (*near, *levels)})
 
 
 def in_parts(request: Request, route: Route) -> Route | Refusal:
