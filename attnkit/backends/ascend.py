@@ -88,13 +88,13 @@ class Ascend(Fused):
         )
         return Refusal("dearer", reason, self.name)
 
-    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+    def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Make one call; the op draws its own dropout seed and tells it."""
         out = launch(call, tensors, ops=self.ops)
         return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
 
     def backward(
-        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+        self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
     ) -> Gradients:
         """Make one grad call."""
         seed, offset, numels = merged.random

@@ -255,3 +255,9 @@ def untransformed(request: Request, name: str) -> list[Refusal]:
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which scores are computed and statistics are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def added(*parts: Tensor | None) -> Tensor | None:
+    """Return the sum of what there is."""
+    some = [part for part in parts if part is not None]
+    return sum(some[1:], some[0]) if some else None

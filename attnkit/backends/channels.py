@@ -54,6 +54,9 @@ def run_on_route(
             u, w = _channels(request, one, values / request.scale)
             query.append(u.to(request.dtype))
             key.append(w.to(request.dtype))
+    logits = None
+    if route.levels:  # nothing that is added at the merge must be -inf
+        logits = _finite(_values(parts, route.stepped, wide, operands.query.device), math.inf)
     batch = 1 if layout.packed else request.batch
     widened = Leveled(
         layout.from_tnd(torch.cat(query, -1), batch),
@@ -61,15 +64,9 @@ def run_on_route(
         operands.value,
         _rest(parts, route),
         operands.sink,
-        _logits(parts, route.stepped, wide) if route.levels else None,
+        logits,
     )
     return run(plan.inner, widened)
-
-
-def _logits(parts: tuple[Pse, ...], one: Channels, dtype: torch.dtype) -> Tensor:
-    """Return what levels add at the merge, where nothing must be -inf."""
-    table = _values(parts, one, dtype, parts[one.parts[0]].tensors[0].device)
-    return _finite(table, math.inf)
 
 
 def _values(

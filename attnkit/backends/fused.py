@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,8 +25,8 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, run_merged
-from attnkit.backends.single import run_single
+from attnkit.backends.merged import Answer, Merged
+from attnkit.backends.single import Single
 from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
 from attnkit.errors import Refusal
@@ -55,8 +56,7 @@ class Fused(Backend):
 
     def composition_refusals(self, composition: Composition) -> list[Refusal]:
         """Return what the kernel lacks for the composition, whatever the tensors are."""
-        bias = bias_terms(composition.pse)
-        reasons = lacking(composition.softcap, bias)
+        reasons = lacking(composition.softcap, bias_terms(composition.pse))
         return [replace(reason, subject=self.name) for reason in reasons]
 
     def plan(self, request: Request) -> Plan:
@@ -64,12 +64,12 @@ class Fused(Backend):
         return replace(lower(request), backend=self.name)
 
     @abstractmethod
-    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
+    def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Make one call."""
 
     @abstractmethod
     def backward(
-        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
+        self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
     ) -> Gradients:
         """Make one grad call, with the statistics and output of the whole softmax."""
 
@@ -91,7 +91,8 @@ class Fused(Backend):
         if first.partial:
             out, lse, peak = _run_parts(self, plan, operands)
         else:
-            out, lse, peak = run_single(first.call, self, _call_tensors(request, first, operands))
+            tensors = _call_tensors(request, first, operands)
+            out, lse, peak = Single.apply(first.call, self, *tensors)  # type: ignore[no-untyped-call]
         if packs:
             out = layout.from_tnd(out, 1 if layout.packed else request.batch)
             if not layout.packed:
@@ -150,20 +151,23 @@ def _run_heads(
         key, value = key.index_select(1, kv_own), value.index_select(1, kv_own)
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
-    return run_merged(backend, launches, biases, query, key, value, sink, logits)
+    out: tuple[Tensor, Tensor, Tensor] = Merged.apply(  # type: ignore[no-untyped-call]
+        backend, launches, biases, query, key, value, sink, logits
+    )
+    return out
 
 
-def _call_tensors(request: Request, step: Launch, operands: Operands) -> dict[str, Tensor | None]:
-    """Return the tensors that a call on all rows is given, in its layout and polarity."""
+def _call_tensors(request: Request, step: Launch, operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return mask, bias, query, key, value and sink of a call on all rows, as it takes them."""
     device, sink = operands.query.device, operands.sink
-    return {
-        "query": operands.query,
-        "key": operands.key,
-        "value": operands.value,
-        "atten_mask": _mask_tensor(request, step.call, device),
-        "pse": call_bias(request, step, operands.pse, device),
-        "sink": None if sink is None else sink.to(stats_dtype(request.dtype)),
-    }
+    return (
+        _mask_tensor(request, step.call, device),
+        call_bias(request, step, operands.pse, device),
+        operands.query,
+        operands.key,
+        operands.value,
+        None if sink is None else sink.to(stats_dtype(request.dtype)),
+    )
 
 
 def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Tensor | None:

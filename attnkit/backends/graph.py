@@ -31,7 +31,7 @@ from attnkit.planner import Plan
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
-__all__ = ["Held", "hold", "run_in_graph", "run_number", "stand_in"]
+__all__ = ["Held", "hold", "run_number", "stand_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,18 +96,12 @@ def stand_in(
     return cell.expand(tuple(shape))
 
 
-def run_in_graph(held: Held, operands: Operands, return_stats: bool) -> AttentionOutput:
-    """Run a plan as one operator of the graph that is being recorded.
-
-    Without `return_stats` there are none, since some backends compute them only where they are
-    looked at.
-    """
-    drops = held.plan.request.dropout > 0
-    return run_number(held.number, list(operands.leaves), drops, return_stats)
-
-
 def run_number(number: int, leaves: list[Any], drops: bool, return_stats: bool) -> AttentionOutput:
-    """Run the plan of a number on `Operands.leaves`, with dropout if it `drops`."""
+    """Run the plan of a number on `Operands.leaves`, as one operator of the graph being recorded.
+
+    It `drops` where it has dropout. Without `return_stats` there are none, since some backends
+    compute them only where they are looked at.
+    """
     # Drawn in the graph and on the host, which no device has to wait for.
     seed = torch.randint(2**63 - 1, (1,)) if drops else None
     tensors = [leaf for leaf in leaves if leaf is not None]

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -33,7 +33,10 @@ from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner import Launch
 from attnkit.planner.calls import Ranges, Tokens
 
-__all__ = ["Answer", "Launcher", "run_merged"]
+if TYPE_CHECKING:
+    from attnkit.backends.fused import Fused
+
+__all__ = ["Answer", "Merged"]
 
 Drawn = tuple[int, int, int]
 
@@ -46,18 +49,6 @@ class Answer:
     peak: Tensor
     total: Tensor
     random: Drawn = (0, 0, 0)
-
-
-class Launcher(Protocol):
-    """The two things a fused backend can do with a call on packed tensors."""
-
-    def forward(self, call: KernelCall, tensors: dict[str, Tensor | None]) -> Answer:
-        """Make the call."""
-
-    def backward(
-        self, call: KernelCall, tensors: dict[str, Tensor | None], dy: Tensor, merged: Answer
-    ) -> Gradients:
-        """Make the call's grad call, with statistics and output of the merged softmax."""
 
 
 # -- tokens ----------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def _level(launch: Launch, logits: Tensor | None) -> Tensor | None:
 
 def _tensors(
     launch: Launch, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Gather the tensors of a call."""
     call, dim = launch.call, launch.call.head_dim
     mask, queries, keys = call.atten_mask, launch.queries, launch.keys
@@ -163,13 +154,17 @@ def _by_call(call: KernelCall, out: Tensor, peak: Tensor, total: Tensor, random:
 # -- all calls ---------------------------------------------------------------------------------
 
 
-class _Merged(torch.autograd.Function):
-    """Merged attention over packed tensors ``[t n d]``: output, log-sum-exp and maximum."""
+class Merged(torch.autograd.Function):
+    """Attends packed tensors ``[t n d]``, with a bias per call: output, log-sum-exp, maximum.
+
+    The output is ``[t n d]``, the statistics are ``[t n]``. A row that no call answers has
+    output 0, log-sum-exp and maximum -inf (with a sink: the sink's).
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        launcher: Launcher,
+        launcher: Fused,
         launches: Sequence[Launch],
         biases: Sequence[Tensor | None],
         query: Tensor,
@@ -329,24 +324,3 @@ def _merge(
         _put(peak, rows, m)
         _put(total, rows, l_old * keep + weight)
         _put(out, rows, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))
-
-
-def run_merged(
-    launcher: Launcher,
-    launches: Sequence[Launch],
-    biases: Sequence[Tensor | None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend packed tensors ``[t n d]``, with a bias per call: output, log-sum-exp, maximum.
-
-    The output is ``[t n d]``, the statistics are ``[t n]``. A row that no call answers has
-    output 0, log-sum-exp and maximum -inf (with a sink: the sink's).
-    """
-    out: tuple[Tensor, Tensor, Tensor] = _Merged.apply(  # type: ignore[no-untyped-call]
-        launcher, launches, biases, query, key, value, sink, logits
-    )
-    return out

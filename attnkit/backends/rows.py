@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.base import Operands, stats_dtype
+from attnkit.backends.base import Operands, added, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
 from attnkit.geometry import Region
 from attnkit.planner import Request
@@ -121,13 +121,9 @@ def derivatives(
             arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]
             first = _gradients(zip((output, lse), arrived, strict=True), given, further=True)
             second = _gradients(zip(first, kept, strict=True), wanted, further)
-            total = [_sum(a, b) for a, b in zip(total, second, strict=True)]
+            total = [added(*pair) for pair in zip(total, second, strict=True)]
     found = iter(total)
     return [next(found) if t is not None and t.requires_grad else None for t in every]
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
 
 
 def _gradients(

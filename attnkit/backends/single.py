@@ -7,30 +7,36 @@ given is 0 and dy has dlse in that dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attnkit import layouts
-from attnkit.backends.merged import Answer, Launcher
+from attnkit.backends.base import added
+from attnkit.backends.merged import Answer
 from attnkit.first_order import first_order
 from attnkit.kernel import KernelCall, unpack_stats
 from attnkit.kernel.scores import MASKED
 
-__all__ = ["run_single"]
+if TYPE_CHECKING:
+    from attnkit.backends.fused import Fused
+
+__all__ = ["Single"]
 
 
-class _Single(torch.autograd.Function):
-    """One call that answers every row: output, log-sum-exp and maximum in the call's form."""
+class Single(torch.autograd.Function):
+    """One call that answers every row: output in its layout, log-sum-exp and maximum by row.
+
+    The statistics are ``[b n s]``, or ``[t n]`` of a packed call; -inf for a row without keys.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         call: KernelCall,
-        launcher: Launcher,
+        launcher: Fused,
         mask: Tensor | None,
         pse: Tensor | None,
         query: Tensor,
@@ -69,15 +75,15 @@ class _Single(torch.autograd.Function):
             if dlse is not None:
                 answer = Answer(out, peak, total)
                 found.append(_through_lse(launcher, call, tensors, dlse, answer, lse))
-            return tuple(_added(column) for column in zip(*found, strict=True)) or (None,) * 4
+            return tuple(added(*column) for column in zip(*found, strict=True)) or (None,) * 4
 
         return (None, None, None, None, *first_order(make, dy, dlse, query, key, value, sink))
 
 
 def _through_lse(
-    launcher: Launcher,
+    launcher: Fused,
     call: KernelCall,
-    tensors: dict[str, Tensor | None],
+    tensors: dict[str, Any],
     dlse: Tensor,
     answer: Answer,
     lse: Tensor,
@@ -97,23 +103,3 @@ def _through_lse(
     seen = lse if call.is_packed else lse.movedim(1, -1)
     share = (sink.to(lse.dtype) - seen).exp() * (dlse if call.is_packed else dlse.movedim(1, -1))
     return grads.query, grads.key, None, share.flatten(0, -2).sum(0).to(sink.dtype)
-
-
-def _added(column: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the sum of what there is."""
-    some = [t for t in column if t is not None]
-    return sum(some[1:], some[0]) if some else None
-
-
-def run_single(
-    call: KernelCall, launcher: Launcher, tensors: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Make one call on all rows: output in its layout, log-sum-exp and maximum by row.
-
-    The statistics are ``[b n s]``, or ``[t n]`` of a packed call; -inf for a row without keys.
-    """
-    names = ("atten_mask", "pse", "query", "key", "value", "sink")
-    out: tuple[Tensor, Tensor, Tensor] = _Single.apply(  # type: ignore[no-untyped-call]
-        call, launcher, *(tensors[name] for name in names)
-    )
-    return out

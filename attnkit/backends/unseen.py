@@ -21,7 +21,7 @@ from attnkit.masks import Rectangle
 from attnkit.planner import Request
 from attnkit.planner.matrices import seen_spans
 
-__all__ = ["cleared", "seen_spans", "unseen_keys", "without_unseen"]
+__all__ = ["cleared", "unseen_keys", "without_unseen"]
 
 # So many cells of a mask that is not a region are read at a time.
 _CELLS = 1 << 20
@@ -38,7 +38,9 @@ def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
 
 @constant
 def _unseen_keys(request: Request, device: torch.device) -> Tensor | None:
-    heads = _groups(request) if (request.mask.heads or 1) > 1 else [range(1)]
+    group, heads = request.num_heads // request.num_kv_heads, [range(1)]
+    if (request.mask.heads or 1) > 1:  # the query heads that share each key head
+        heads = [range(head, head + group) for head in range(0, request.num_heads, group)]
     alike = request.seqlens is None and request.mask.batches is None
     places = [[(b, own) for own in heads] for b in range(1 if alike else request.batch)]
     if request.matrices.exact:  # then it is known without a tensor, which may be a fake one
@@ -75,12 +77,6 @@ def cleared(request: Request, operands: Operands) -> Operands:
     views = (layout.view(tensor, count) for tensor in (operands.key, operands.value))
     key, value = (layout.restore(view.masked_fill(unseen, 0.0)) for view in views)
     return replace(operands, key=key, value=value)
-
-
-def _groups(request: Request) -> list[range]:
-    """Return the query heads that share each key head."""
-    group = request.num_heads // request.num_kv_heads
-    return [range(head * group, (head + 1) * group) for head in range(request.num_kv_heads)]
 
 
 def _seen(request: Request, batch: int, heads: range) -> NDArray[np.bool_]:

@@ -9,7 +9,6 @@ function and then quietly runs it uncompiled, so every kind is a separate functi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -35,12 +34,8 @@ _SMALLEST_HEAD = 16
 _NO_LSE = "FlexAttention's CPU kernel does not return the log-sum-exp of its softmax"
 
 
-@dataclass(frozen=True)
 class FlexPlan(Plan):
     """A plan with its block mask; a copy in another process makes it again."""
-
-    def __hash__(self) -> int:
-        return super().__hash__()
 
     @cached_property
     def tables(self) -> Tables:
@@ -176,10 +171,10 @@ class Flex(Backend):
             query, key, value = query.detach(), key.detach(), value.detach()
         key, value = without_unseen(request, key, value)
         with torch.set_grad_enabled(request.needs_grad):
-            scores = score_function(request, operands.pse, device)
-            kind = (request.layout, plan.tables.shape, scores.shape, request.scale)
+            scores, shape = score_function(request, operands.pse, device)
+            kind = (request.layout, plan.tables.shape, shape, request.scale)
             mask = plan.mask(device)
-            call = FlexCall(query, key, value, scores.fn, mask, request.scale, kind)
+            call = FlexCall(query, key, value, scores, mask, request.scale, kind)
             output, lse = self._kernel(call)
             if operands.sink is not None:
                 output, lse = _with_sink(output, lse, operands.sink)

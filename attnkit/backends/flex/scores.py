@@ -8,7 +8,6 @@ Tensors are captured, and gradients reach them where FlexAttention has a backwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,28 +19,25 @@ from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
 from attnkit.pse import Pse, Root
 
-__all__ = ["ScoreFunction", "ScoreMod", "score_function"]
+__all__ = ["ScoreMod", "score_function"]
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class ScoreFunction:
-    """A score function, and what decides its code (not the lengths, not the values)."""
+def score_function(
+    request: Request, pse: Pse | None, device: torch.device
+) -> tuple[ScoreMod | None, tuple[object, ...]]:
+    """Return the score function of a request, and what decides its code.
 
-    fn: ScoreMod | None = None
-    shape: tuple[object, ...] = ()
-
-
-def score_function(request: Request, pse: Pse | None, device: torch.device) -> ScoreFunction:
-    """Return the score function of a request; None where scores stay as they are."""
+    That is neither lengths nor values. The function is None where scores stay as they are.
+    """
     addends = zip(pse.parts if pse is not None else (), request.bias, strict=True)
     found = [_term(*addend, request, device) for addend in addends]
     terms, shapes = [term for term, _ in found], [shape for _, shape in found]
     cap = None if request.softcap is None else usable_cap(request.softcap, torch.float32)
     most = largest_bias(torch.float32)
     if not terms and cap is None:
-        return ScoreFunction()
+        return None, ()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
@@ -51,7 +47,7 @@ def score_function(request: Request, pse: Pse | None, device: torch.device) -> S
         first, *more = (term(b, h, i, j) for term in terms)
         return score + sum(more, first).clamp(-most, most)
 
-    return ScoreFunction(score_mod, (*shapes, cap))
+    return score_mod, (*shapes, cap)
 
 
 Cells = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -7,7 +7,6 @@ Both run a plan's `Job` here, and keep nothing but the operands, the output and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from attnkit.backends.base import (
     register,
     untransformed,
 )
-from attnkit.backends.graph import hold, run_in_graph
+from attnkit.backends.graph import hold, run_number
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.tiled.bias import bind, with_tensors
 from attnkit.backends.tiled.job import Job
@@ -43,12 +42,8 @@ __all__ = ["Tiled", "TiledPlan"]
 Grads = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
 class TiledPlan(Plan):
     """A plan with its schedule: which blocks of rows meet which runs of keys, and how."""
-
-    def __hash__(self) -> int:
-        return super().__hash__()
 
     @property
     def schedule(self) -> Schedule:
@@ -99,19 +94,20 @@ class Tiled(Backend):
         query = operands.query
         # A fake tensor has no memory to walk, and what is kept for later calls must be real.
         if isinstance(query, FakeTensor):
-            return run_in_graph(hold(plan, operands.pse), operands, return_stats=True)
+            number, drops = hold(plan, operands.pse).number, plan.request.dropout > 0
+            return run_number(number, list(operands.leaves), drops, return_stats=True)
         job, pse, leaves = _job(plan), operands.pse, operands.leaves
         seed = torch.randint(2**63 - 1, (1,), device=query.device) if job.request.dropout else None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
             output, lse = _Attend.apply(job, pse, seed, *leaves)  # type: ignore[no-untyped-call]
         else:
-            output, lse = _compute(job, _bound(job, pse, query.device), seed, *leaves[:4])
+            output, lse = _compute(job, bind(job.request, pse, query.device), seed, *leaves[:4])
         return _answer(plan, operands, output, lse)
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Walk the schedule without recording a graph."""
         job, leaves = _job(plan), operands.leaves[:4]
-        terms = _bound(job, operands.pse, operands.query.device)
+        terms = bind(job.request, operands.pse, operands.query.device)
         return _answer(plan, operands, *_compute(job, terms, seed, *leaves))
 
     def gradients(
@@ -134,10 +130,6 @@ class Tiled(Backend):
 
 def _job(plan: Plan) -> Job:
     return plan.job if isinstance(plan, TiledPlan) else Job(plan.request)
-
-
-def _bound(job: Job, pse: Pse | None, device: torch.device) -> tuple[Term, ...]:
-    return () if pse is None else bind(job.request, pse, device)
 
 
 def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> AttentionOutput:
@@ -245,10 +237,10 @@ class _Bound:
         self.leaves = [t.detach().requires_grad_(w) for t, w in zip(carried, wanted, strict=True)]
         self.made: list[Tensor | None] = []
         if pse is None or not any(wanted):
-            self.terms = _bound(job, pse, device)
+            self.terms = bind(job.request, pse, device)
             return
         with recorded():
-            terms = _bound(job, rebound(pse, self.leaves), device)
+            terms = bind(job.request, rebound(pse, self.leaves), device)
         made = [term.tensor for term in terms if isinstance(term, Carried)]
         self.terms = with_tensors(terms, [tensor.detach() for tensor in made])
         self.made = [tensor if tensor.requires_grad else None for tensor in made]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
 from attnkit.backends.tiled.schedule import KeyChunk, Patch, Pattern, Piece
+from attnkit.planner.matrices import seen_spans
 from attnkit.strips import Run
 
 __all__ = ["RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
@@ -33,7 +34,8 @@ def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyC
     `seen` are the ranges of keys that some row of the lane sees: runs grow inside of them only.
     """
     full = _full(pieces, rows)
-    runs = _widened(_touched(pieces), full, seen)
+    touched = seen_spans(((0, n, runs) for _, n, runs in pieces), GAP)
+    runs = _widened(touched, full, seen)
     chunks = []
     for spans in _chunked(runs):
         patches, column = [], 0
@@ -49,18 +51,6 @@ def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyC
 def pattern_of(pieces: RunsOfRows, rows: int, start: int, stop: int) -> Pattern:
     """Return the pattern of the pieces in key columns ``[start, stop)``."""
     return Pattern(rows, stop - start, _clipped(pieces, start, stop))
-
-
-def _touched(pieces: RunsOfRows) -> Spans:
-    """Return the union of the rows' runs; small gaps are closed."""
-    spans = sorted((a, b + db * (rows - 1)) for _, rows, runs in pieces for a, _, b, db in runs)
-    out: Spans = []
-    for a, b in spans:
-        if out and a <= out[-1][1] + GAP:
-            out[-1] = (out[-1][0], max(out[-1][1], b))
-        else:
-            out.append((a, b))
-    return out
 
 
 def _full(pieces: RunsOfRows, rows: int) -> Spans:

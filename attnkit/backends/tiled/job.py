@@ -21,11 +21,11 @@ from attnkit.backends.tiled.columns import Span, span_around
 from attnkit.backends.tiled.items import Traits, items_of
 from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whole
 from attnkit.backends.tiled.whole import WholeCall, sole_call
-from attnkit.backends.unseen import seen_spans
 from attnkit.geometry import Region
 from attnkit.layouts import Layout
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
+from attnkit.planner.matrices import seen_spans
 
 __all__ = ["Job", "schedule"]
 

@@ -280,7 +280,7 @@ class Backward(Walk):
         """Let torch's kernel make the gradients of a piece, and put them in place."""
         to_query, to_key, to_value = self.slopes
         for k, one in enumerate(call.calls):
-            dq, dk, dv = _backward_of(one, self.tensors, self.kept, self.scale)
+            dq, dk, dv = run_whole_backward(one, self.tensors, self.kept, self.scale)
             rows = one.rows(to_query)
             rows.add_(dq) if k else rows.copy_(dq)
             one.keys(to_key).add_(dk)
@@ -291,12 +291,6 @@ class Backward(Walk):
         self.slopes[0][rows] = 0.0
 
 
-def _backward_of(
-    call: WholeCall, tensors: tuple[Tensor, Tensor, Tensor], kept: Kept, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_whole_backward(call, tensors, kept.output, kept.lse, kept.arrived, scale)
-
-
 def backward_at_once(
     job: Job, tensors: tuple[Tensor, Tensor, Tensor], kept: Kept
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -304,7 +298,7 @@ def backward_at_once(
     call = job.sole
     if call is None or call.piece.before or not call.all_keys or kept.grad_lse is not None:
         return None
-    dq, dk, dv = _backward_of(call, tensors, kept, job.request.scale)
+    dq, dk, dv = run_whole_backward(call, tensors, kept, job.request.scale)
     return (dq, dk, dv) if call.times == 1 else (in_a_row(dq), in_a_row(dk), in_a_row(dv))
 
 

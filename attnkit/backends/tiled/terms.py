@@ -122,7 +122,9 @@ class Diagonals(Carried):
         rows, (q_len, _) = step.block.rows, step.lane.lengths
         lowest = first - (step.row + rows - 1)
         start = self.starts[step.lane.lengths] + q_len - 1 + lowest
-        return _own_heads(tensor, step).narrow(1, start, rows + count - 1)
+        if tensor.shape[0] > 1:
+            tensor = tensor.narrow(0, step.head, step.heads)
+        return tensor.narrow(1, start, rows + count - 1)
 
 
 Term = Distances | Carried
@@ -143,8 +145,3 @@ def _sums_of_diagonals(part: Tensor, work: Workspace) -> Tensor:
     for more in part[1:]:  # several times faster than sum(0) into rows that are not dense
         target.add_(more)
     return flat.as_strided((heads, rows, width), (rows * width, width + 1, 1), 0).sum(1)
-
-
-def _own_heads(tensor: Tensor, step: Step) -> Tensor:
-    """Return the rows of a ``[1 | n, d]`` tensor that belong to a tile's heads."""
-    return tensor if tensor.shape[0] == 1 else tensor.narrow(0, step.head, step.heads)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit.backends.base import Kept
 from attnkit.backends.tiled.schedule import Lane, Pattern, Schedule, Whole
 from attnkit.backends.tiled.tiles import head_tiles
 from attnkit.constants import constant
@@ -146,14 +147,12 @@ def run_whole(
 def run_whole_backward(
     call: WholeCall,
     operands: tuple[Tensor, Tensor, Tensor],
-    output: Tensor,
-    lse: Tensor,
-    grad: Tensor,
+    kept: Kept,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value for one call, as new tensors."""
-    out, slope = _dense_last(call.rows(output)), _dense_last(call.rows(grad))
-    stats = call.rows(lse[..., None])[..., 0]
+    out, slope = (_dense_last(call.rows(t)) for t in (kept.output, kept.arrived))
+    stats = call.rows(kept.lse[..., None])[..., 0]
     tensors, mask = _given_to_torch(call, *operands)
     dq, dk, dv = _backward(
         slope, *tensors, out, stats, 0.0, call.piece.causal, attn_mask=mask, scale=scale

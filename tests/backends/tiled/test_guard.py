@@ -12,8 +12,9 @@ from attnkit import masks
 from attnkit.backends.tiled.job import Job, schedule
 from attnkit.backends.tiled.schedule import Schedule
 from attnkit.backends.tiled.walk import guarded
-from attnkit.backends.unseen import seen_spans, unseen_keys
+from attnkit.backends.unseen import unseen_keys
 from attnkit.planner import Composition, Request, read_request
+from attnkit.planner.matrices import seen_spans
 
 LENGTHS = [(300, 300), (1100, 1100), (1, 700), (130, 777), (777, 130)]
 
