@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -189,16 +189,9 @@ class Backend(ABC):
         again = Operands.of(operands.pse, apart)
         with recorded(), _seeded(kept.seed, operands.query.device):
             output, stats = self.run(plan, again)
-            made = [] if kept.grad is None else [(output, kept.grad)]
+            made = [(output, kept.grad)]
             made += [] if kept.grad_lse is None else [(stats.lse, kept.grad_lse)]
-            # Without keys there is nothing that a result could depend on.
-            some = [(t, g) for t, g in made if t.requires_grad]
-            asked = [t for t in apart if t is not None and t.requires_grad]
-            if not some:
-                return (None,) * len(apart)
-            ends, slopes = zip(*some, strict=True)
-            found = iter(torch.autograd.grad(ends, asked, slopes, allow_unused=True))
-        return tuple(next(found) if t is not None and t.requires_grad else None for t in apart)
+            return gradients_of(made, apart)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -261,3 +254,26 @@ def added(*parts: Tensor | None) -> Tensor | None:
     """Return the sum of what there is."""
     some = [part for part in parts if part is not None]
     return sum(some[1:], some[0]) if some else None
+
+
+def gradients_of(
+    pairs: Iterable[tuple[Tensor | None, Tensor | None]],
+    leaves: Sequence[Tensor | None],
+    retain: bool | None = None,
+    further: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what gradients of some tensors, in pairs, give to those leaves that ask for one.
+
+    Without keys there is nothing that a result could depend on, and all of them get None.
+    """
+    some = [(t, g) for t, g in pairs if t is not None and g is not None and t.requires_grad]
+    if not some:
+        return (None,) * len(leaves)
+    ends, slopes = zip(*some, strict=True)
+    asked = [t for t in leaves if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            ends, asked, slopes, retain_graph=retain, create_graph=further, allow_unused=True
+        )
+    )
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in leaves)

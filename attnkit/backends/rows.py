@@ -7,14 +7,14 @@ over the keys that a block's rows may see, so that no whole score matrix is held
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.base import Operands, added, stats_dtype
+from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
 from attnkit.geometry import Region
 from attnkit.planner import Request
@@ -108,10 +108,7 @@ def derivatives(
     end to end. With `further`, the answer has derivatives again.
     """
     every = (*inputs, *grads)
-    wanted = [t for t in every if t is not None and t.requires_grad]
-    given = [t for t in inputs if t.requires_grad]
-    kept = [slope for t, slope in zip(inputs, slopes, strict=True) if t.requires_grad]
-    total: list[Tensor | None] = [None] * len(wanted)
+    total: list[Tensor | None] = [None] * len(every)
     with torch.enable_grad():
         to_output, to_lse = grads
         if to_output is not None:
@@ -119,22 +116,9 @@ def derivatives(
         for block in row_blocks(request, operands):
             output, lse, _ = attend(block.matrix)
             arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]
-            first = _gradients(zip((output, lse), arrived, strict=True), given, further=True)
-            second = _gradients(zip(first, kept, strict=True), wanted, further)
+            # The blocks share nodes where tensors were only seen in another form.
+            made = zip((output, lse), arrived, strict=True)
+            first = gradients_of(made, inputs, retain=True, further=True)
+            second = gradients_of(zip(first, slopes, strict=True), every, True, further)
             total = [added(*pair) for pair in zip(total, second, strict=True)]
-    found = iter(total)
-    return [next(found) if t is not None and t.requires_grad else None for t in every]
-
-
-def _gradients(
-    pairs: Iterable[tuple[Tensor | None, Tensor | None]], inputs: list[Tensor], further: bool
-) -> Sequence[Tensor | None]:
-    """Return what gradients of some tensors, in pairs, give to the inputs; None for nothing."""
-    some = [(t, g) for t, g in pairs if t is not None and g is not None and t.requires_grad]
-    if not some:
-        return [None] * len(inputs)
-    made, slopes = zip(*some, strict=True)
-    # The blocks share nodes where tensors were only seen in another form.
-    return torch.autograd.grad(
-        made, inputs, slopes, retain_graph=True, create_graph=further, allow_unused=True
-    )
+    return total

@@ -20,6 +20,7 @@ from attnkit.backends.base import (
     Kept,
     Operands,
     Stats,
+    gradients_of,
     recorded,
     register,
     untransformed,
@@ -248,15 +249,8 @@ class _Bound:
     def derivatives(self, operands: Sequence[Any], kept: Kept) -> Grads:
         """Return the gradients of query, key, value, sink and of the tensors of the bias."""
         found = _gradients(self.job, self.terms, operands, kept, self.made)
-        pairs = [(t, g) for t, g in zip(self.made, found[4:], strict=True) if t is not None]
-        to_leaves: Grads = (None,) * len(self.leaves)
-        if pairs:
-            ends, slopes = zip(*pairs, strict=True)
-            asked = [leaf for leaf in self.leaves if leaf.requires_grad]
-            back = torch.autograd.grad(ends, asked, slopes, retain_graph=True, allow_unused=True)
-            each = iter(back)
-            to_leaves = tuple(next(each) if t.requires_grad else None for t in self.leaves)
-        return (*found[:4], *to_leaves)
+        made = zip(self.made, found[4:], strict=True)
+        return (*found[:4], *gradients_of(made, self.leaves, retain=True))
 
 
 class _Attend(torch.autograd.Function):
