@@ -119,9 +119,7 @@ def _with_full_mask(
             refusals.append(_dearer(least, rival, "modes 0 and 1"))
             return []
         ordered = (_worth_proving(candidate, rival) for candidate in ordered)
-    found = _proven(request, ordered, refusals)
-    best = min(found, key=_nanoseconds, default=None)
-    return [] if best is None else [best]
+    return sorted(_proven(request, ordered, refusals), key=_nanoseconds)[:1]
 
 
 def _worth_proving(candidate: Launch | Refusal, rival: Price) -> Launch | Refusal:
