@@ -13,7 +13,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from attnkit.errors import (
@@ -24,15 +24,15 @@ from attnkit.errors import (
     clipped,
     shown,
 )
-from attnkit.registry import closest, suggestion
+from attnkit.registry import Registry, closest, suggestion
 
 __all__ = [
     "LONGEST_TEXT",
     "LONGEST_WORDS",
+    "Families",
     "arguments_text",
     "check_names",
     "evaluate",
-    "value_or_text",
 ]
 
 LONGEST_WORDS = 1 << 18
@@ -80,26 +80,68 @@ def evaluate(text: str, names: Mapping[str, Callable[..., Any]], what: str) -> A
         raise CompositionError(f"cannot read the {what} {shown(text)}: {told}") from None
 
 
-def value_or_text(
-    name: str,
-    given: object,
-    base: type,
-    read: Callable[[str], T],
-    hint: Callable[[object], str],
-) -> T:
-    """Return an argument that is an object of a family, or the text of one, as the object.
+class Families(Registry[type[T]]):
+    """The families of masks, or of biases: by the name in configs, and by class name in texts.
 
-    Raises `CompositionTypeError` for anything else; `hint` says what to do about it.
+    `base` is what each derives from, in the `module` of attnkit whose entry points add others.
     """
-    if isinstance(given, base):
-        return cast(T, given)
-    if isinstance(given, str):
-        return read(given)
-    if isinstance(given, type) and issubclass(given, base):
-        told = f"is the class; call it: {name}={given.__name__}(...)"
-    else:
-        told = f"is a {type(given).__name__}; {hint(given)}"
-    raise CompositionTypeError(f"{name}={shown(given)} {told}")
+
+    def __init__(self, what: str, base: type, module: str, example: str) -> None:
+        super().__init__(what, f"attnkit.{module}")
+        self.base, self.module, self.example = base, module, example
+
+    def add(self, name: str, entry: type[T]) -> type[T]:
+        """Register a family; its class name must be free too, for texts."""
+        for known, family in self._entries.items():
+            if family.__name__ == getattr(entry, "__name__", None) and known != name:
+                raise CompositionError(
+                    f"a {self.what} family named {entry.__name__} is registered already, as "
+                    f"{known!r}; choose another class name, for {self.module}.parse tells families "
+                    "apart by it"
+                )
+        derived = isinstance(entry, type) and issubclass(entry, self.base)
+        if not derived or not is_dataclass(entry):
+            raise CompositionTypeError(
+                f"{shown(entry)} is not a {self.what} family; one is a frozen dataclass that "
+                f"derives from {self.module}.{self.base.__name__} (put @dataclass(frozen=True) "
+                "below the line that registers it)"
+            )
+        if vars(entry).get("__hash__", True) is None:
+            raise CompositionTypeError(
+                f"{shown(entry)} has no hash, and a {self.what} is a value: declare it with "
+                "@dataclass(frozen=True)"
+            )
+        super().add(name, entry)
+        cast(Any, entry).kind = name
+        return entry
+
+    def parse(self, text: str, functions: Mapping[str, Callable[..., Any]]) -> T:
+        """Return the value that a text writes; `functions` may be called beside the families."""
+        families = {family.__name__: family for _, family in self.items()}
+        value = evaluate(text, {**functions, **families}, self.what)
+        if not isinstance(value, self.base):
+            raise CompositionError(
+                f"the text {shown(text)} gives {shown(value)}, not a {self.what}; write for "
+                f"instance {self.example!r}"
+            )
+        return cast(T, value)
+
+    def value(
+        self, name: str, given: object, read: Callable[[str], T], hint: Callable[[object], str]
+    ) -> T:
+        """Return an argument that is of a family, or the text of such a one, as the value.
+
+        Raises `CompositionTypeError` for anything else; `hint` says what to do about it.
+        """
+        if isinstance(given, self.base):
+            return cast(T, given)
+        if isinstance(given, str):
+            return read(given)
+        if isinstance(given, type) and issubclass(given, self.base):
+            told = f"is the class; call it: {name}={given.__name__}(...)"
+        else:
+            told = f"is a {type(given).__name__}; {hint(given)}"
+        raise CompositionTypeError(f"{name}={shown(given)} {told}")
 
 
 def _check_size(text: str, what: str) -> None:

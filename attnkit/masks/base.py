@@ -25,10 +25,10 @@ from attnkit.errors import CompositionError, CompositionTypeError, clipped, show
 from attnkit.geometry import Region
 from attnkit.masks import picture
 from attnkit.masks.cells import Enclosure, Rectangle, paint
-from attnkit.masks.operators import MASKS, Operators
+from attnkit.masks.operators import Operators
 from attnkit.masks.picture import Picture
 from attnkit.masks.trace import cells_of, row_blocks
-from attnkit.textform import arguments_text, check_names
+from attnkit.textform import Families, arguments_text, check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -385,6 +385,9 @@ class Mask(Operators, ABC):
 
     def __repr__(self) -> str:
         return clipped(f"{type(self).__name__}({arguments_text(self, short)})", LONGEST_REPR)
+
+
+MASKS = Families[Mask]("mask", Mask, "masks", "Causal() & SlidingWindow(64)")
 
 
 @MASKS.register("full")

@@ -1,56 +1,22 @@
-"""The operators of masks, and the registry where they find the families of what they make."""
+"""The operators of masks."""
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from attnkit.arguments import describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.registry import Registry
 
 if TYPE_CHECKING:
     from attnkit.masks.base import Mask
 
-__all__ = ["MASKS", "MaskRegistry", "Operators", "refuse_operand"]
-
-
-class MaskRegistry(Registry["type[Mask]"]):
-    """The mask families, by the name that a config gives them."""
-
-    def add(self, name: str, entry: type[Mask]) -> type[Mask]:
-        """Register a family; its class name must be free too, for `masks.parse`."""
-        _check_family(entry)
-        for known, family in self._entries.items():
-            if family.__name__ == entry.__name__ and known != name:
-                raise CompositionError(
-                    f"a mask family named {entry.__name__} is registered already, as {known!r}; "
-                    "choose another class name, for masks.parse tells families apart by it"
-                )
-        super().add(name, entry)
-        entry.kind = name
-        return entry
-
-
-def _check_family(entry: object) -> None:
-    family = isinstance(entry, type) and issubclass(entry, Operators)
-    if not family or not is_dataclass(entry):
-        raise CompositionTypeError(
-            f"{shown(entry)} is not a mask family; one is a frozen dataclass that derives from "
-            "masks.Mask (put @dataclass(frozen=True) below @masks.register)"
-        )
-    if vars(entry).get("__hash__", True) is None:
-        raise CompositionTypeError(
-            f"{shown(entry)} has no hash, and masks are values: declare it with "
-            "@dataclass(frozen=True)"
-        )
-
-
-MASKS = MaskRegistry("mask", "attnkit.masks")
+__all__ = ["Operators", "refuse_operand"]
 
 
 def _node(kind: str, *given: object) -> Mask:
     """Make a mask of masks; its family, above this file, is found by its name."""
+    from attnkit.masks.base import MASKS
+
     family = MASKS[kind]
     node: Mask = getattr(family, "of", family)(*given)
     return node

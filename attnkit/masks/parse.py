@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
 from attnkit.eager import MASK_IN_GRAPH, untraced
-from attnkit.errors import CompositionError, shown
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.rectangles import PrefixLM
-from attnkit.textform import evaluate, value_or_text
 
 __all__ = ["as_mask", "parse"]
 
@@ -33,15 +28,7 @@ def parse(text: str) -> Mask:
     attnkit.errors.CompositionError: cannot read the mask 'Causal() & SlidngWindow(64)': \
 unknown mask SlidngWindow; did you mean 'SlidingWindow'? Known: ...
     """
-    names: dict[str, Callable[..., Any]] = {"PrefixLM": PrefixLM}
-    names.update({family.__name__: family for _, family in MASKS.items()})
-    mask = evaluate(text, names, "mask")
-    if not isinstance(mask, Mask):
-        raise CompositionError(
-            f"the text {shown(text)} gives {shown(mask)}, not a mask; write for instance "
-            "'Causal() & SlidingWindow(64)'"
-        )
-    return mask
+    return MASKS.parse(text, {"PrefixLM": PrefixLM})
 
 
 def as_mask(given: object, name: str = "mask") -> Mask:
@@ -56,7 +43,7 @@ def as_mask(given: object, name: str = "mask") -> Mask:
     attnkit.errors.CompositionTypeError: mask=<class 'attnkit.masks.causal.Causal'> is the class; \
 call it: mask=Causal(...)
     """
-    return value_or_text(name, given, Mask, parse, _how)
+    return MASKS.value(name, given, parse, _how)
 
 
 def _how(given: object) -> str:

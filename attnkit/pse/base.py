@@ -22,8 +22,7 @@ from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks import Rectangle
 from attnkit.pse.structure import Align, OfDistance, Structure
-from attnkit.registry import Registry
-from attnkit.textform import check_names
+from attnkit.textform import Families, check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -422,28 +421,7 @@ give it one per query head
         )
 
 
-class PseRegistry(Registry[type[Pse]]):
-    """The families of biases, by the kind that a configuration gives them."""
-
-    def add(self, name: str, entry: type[Pse]) -> type[Pse]:
-        """Register a family; its class name must be free too, for `parse`."""
-        if not isinstance(entry, type) or not issubclass(entry, Pse):
-            raise CompositionTypeError(
-                f"{shown(entry)} is not a family of positional biases; one is a frozen dataclass "
-                "that derives from pse.Pse"
-            )
-        for kind, known in self._entries.items():
-            if known.__name__ == entry.__name__ and kind != name:
-                raise CompositionError(
-                    f"a positional bias named {entry.__name__} is registered already, "
-                    f"as {kind!r}; choose another class name"
-                )
-        super().add(name, entry)
-        entry.kind = name
-        return entry
-
-
-PSE = PseRegistry("positional bias", "attnkit.pse")
+PSE = Families[Pse]("positional bias", Pse, "pse", "ALiBi(8) + SqrtALiBi(8)")
 
 
 Some = TypeVar("Some", bound=Pse)

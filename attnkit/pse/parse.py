@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from attnkit.eager import BIAS_IN_GRAPH, untraced
-from attnkit.errors import CompositionError, shown
 from attnkit.pse.base import PSE, Pse
-from attnkit.textform import evaluate, value_or_text
 
 __all__ = ["as_pse", "parse"]
 
@@ -32,14 +30,7 @@ def parse(text: str) -> Pse:
 positional bias ALiBy; did you mean 'ALiBi'? Known: ALiBi, LearnableALiBi, SqrtALiBi, \
 T5Relative
     """
-    constructors = {family.__name__: family for _, family in PSE.items()}
-    bias = evaluate(text, constructors, "positional bias")
-    if not isinstance(bias, Pse):
-        raise CompositionError(
-            f"the text {shown(text)} gives {shown(bias)}, not a positional bias; write for "
-            "instance 'ALiBi(8) + SqrtALiBi(8)'"
-        )
-    return bias
+    return PSE.parse(text, {})
 
 
 def as_pse(given: object, name: str = "pse") -> Pse | None:
@@ -53,7 +44,7 @@ def as_pse(given: object, name: str = "pse") -> Pse | None:
     attnkit.errors.CompositionTypeError: pse=<tensor [4, 4] of torch.float32> is a Tensor; a \
 tensor of biases is pse.Dense(t)
     """
-    return None if given is None else value_or_text(name, given, Pse, parse, _how)
+    return None if given is None else PSE.value(name, given, parse, _how)
 
 
 def _how(given: object) -> str:

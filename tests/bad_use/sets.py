@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from attnkit import masks, pse
+from attnkit.textform import Families
 from tests.bad_use.values import (
     HUGE,
     NEGATIVE,
@@ -205,7 +206,9 @@ def families() -> Iterator[Case]:
         {"none": lambda: None},
     )
     yield from each(
-        "masks.register", type(masks.MASKS)("mask").register("bad"), without(NOT_A_MASK, "a family")
+        "masks.register",
+        Families("mask", masks.Mask, "masks", "Full()").register("bad"),
+        without(NOT_A_MASK, "a family"),
     )
     yield from each(
         "masks.register name",
