@@ -18,7 +18,7 @@ however they were built. Costs follow the number of strips and runs, never the c
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,9 +31,11 @@ from attnkit.strips import (
     XOR,
     Canonical,
     Strip,
+    Table,
     advance,
     close_bounds,
     combine,
+    gaps,
     strip_area,
     union_all,
 )
@@ -159,6 +161,17 @@ def _strips_of(part: Slice) -> list[Strip]:
     return strips
 
 
+def _operator(table: Table) -> Callable[[Region, Region], Region]:
+    """Return the operator of regions with a truth table."""
+
+    def combined(self: Region, other: Region) -> Region:
+        if not isinstance(other, Region):
+            return NotImplemented
+        return Region(combine(self.strips, other.strips, table))
+
+    return combined
+
+
 @dataclass(frozen=True, repr=False)
 class Region:
     """A finite union of slices: value-equal, hashable, closed under ``& | - ^``.
@@ -229,25 +242,10 @@ class Region:
 
     # -- algebra -------------------------------------------------------------------------
 
-    def __and__(self, other: Region) -> Region:
-        if not isinstance(other, Region):
-            return NotImplemented
-        return Region(combine(self.strips, other.strips, AND))
-
-    def __or__(self, other: Region) -> Region:
-        if not isinstance(other, Region):
-            return NotImplemented
-        return Region(combine(self.strips, other.strips, OR))
-
-    def __sub__(self, other: Region) -> Region:
-        if not isinstance(other, Region):
-            return NotImplemented
-        return Region(combine(self.strips, other.strips, SUB))
-
-    def __xor__(self, other: Region) -> Region:
-        if not isinstance(other, Region):
-            return NotImplemented
-        return Region(combine(self.strips, other.strips, XOR))
+    __and__ = _operator(AND)
+    __or__ = _operator(OR)
+    __sub__ = _operator(SUB)
+    __xor__ = _operator(XOR)
 
     def complement(self, q_len: int, kv_len: int) -> Region:
         """Return the cells of a `q_len` x `kv_len` score matrix that are not in this region."""
@@ -350,14 +348,7 @@ class Region:
 
     def empty_rows(self, q_len: int) -> tuple[tuple[int, int], ...]:
         """Return the ranges ``(start, stop)`` of rows below `q_len` with no allowed key."""
-        out, row = [], 0
-        for i0, i1, _ in self.strips:
-            if min(i0, q_len) > row:
-                out.append((row, min(i0, q_len)))
-            row = max(row, i1)
-        if row < q_len:
-            out.append((row, q_len))
-        return tuple(out)
+        return tuple(gaps(((i0, i1) for i0, i1, _ in self.strips), 0, q_len))
 
     def tiles(self, block_q: int, block_kv: int, q_len: int, kv_len: int) -> TileCount:
         """Count the tiles of a `q_len` x `kv_len` score matrix by what they hold.

@@ -7,7 +7,7 @@ greedily (`Canonical`) they are a function of the set alone.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -225,3 +225,72 @@ def union(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> tuple[Strip, ...]:
         if out.strips[-1] == strip:  # the seam has no further effect
             return (*out.strips, *b[k + 1 :])
     return tuple(out.strips)
+
+
+Ends = tuple[int, int, int, int]
+"""A block ``(i0, i1, j0, j1)``: rows i0 <= i < i1 and keys j0 <= j < j1."""
+
+
+def diagonal_chain(strips: tuple[Strip, ...], q_len: int, kv_len: int) -> list[Ends]:
+    """Return the finest chain of blocks down the diagonal that holds all cells of some strips.
+
+    Rows and keys are covered without gaps and in order: rows that hold nothing are a block
+    without keys, keys that no row has a block without rows.
+    """
+    out: list[Ends] = []
+    row = key = 0
+    for i0, i1, j0, j1 in (*_components(strips), (q_len, q_len, kv_len, kv_len)):
+        out += [(row, i0, key, key)] * (i0 > row) + [(i0, i0, key, j0)] * (j0 > key)
+        out += [(i0, i1, j0, j1)] * (i1 > i0)
+        row, key = i1, j1
+    return out
+
+
+def gaps(spans: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the maximal ranges of ``start <= x < stop`` that no span ``[a, b)`` touches.
+
+    >>> gaps([(4, 6), (1, 2)], 0, 9)
+    [(0, 1), (2, 4), (6, 9)]
+    """
+    out = []
+    for a, b in (*sorted(spans), (stop, stop)):
+        if min(a, stop) > start:
+            out.append((start, min(a, stop)))
+        start = max(start, b)
+    return out
+
+
+def _components(strips: tuple[Strip, ...]) -> list[Ends]:
+    """Return bounding rectangles of strips, joined until no two share a key or fall back.
+
+    A strip one key wide down the diagonal may have taken in the first row of the block below
+    it (a document of one token above a causal one), so its last row is tried apart.
+    """
+    chain: list[Ends] = []
+    apart: set[Ends] = set()
+    for i0, i1, runs in strips:
+        diagonal = len(runs) == 1 and runs[0] == (runs[0][0], 1, runs[0][0] + 1, 1)
+        cut = i1 - 1 if diagonal and i1 - i0 > 1 else i0
+        if cut > i0:
+            _append(chain, (i0, cut, runs[0][0], runs[0][0] + cut - i0))
+            key = runs[0][0] + cut - i0
+            tail = (cut, i1, key, key + 1)
+            _append(chain, tail)
+            if chain[-1] == tail:
+                apart.add(tail)
+            continue
+        ends = (runs[0][0], runs[-1][2] + runs[-1][3] * (i1 - i0 - 1))
+        _append(chain, (i0, i1, *ends))
+    for k in range(len(chain) - 1, 0, -1):
+        if chain[k] in apart:
+            tail, before = chain.pop(k), chain[k - 1]
+            chain[k - 1] = (before[0], tail[1], before[2], tail[3])
+    return chain
+
+
+def _append(chain: list[Ends], one: Ends) -> None:
+    i0, i1, j0, j1 = one
+    while chain and chain[-1][3] > j0:
+        before = chain.pop()
+        i0, j0, j1 = before[0], min(before[2], j0), max(before[3], j1)
+    chain.append((i0, i1, j0, j1))

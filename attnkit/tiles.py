@@ -58,7 +58,8 @@ def _one_tile_row(
             touched.append((a // bkv, -(-(b + db * n) // bkv)))
             stop = -(-b // bkv) if b >= kv_len else b // bkv
             here.append((-(-(a + da * n) // bkv), stop))
-        full = here if full is None else _intersect_intervals(full, here)
+        met = [(max(p, r), min(q, s)) for p, q in full or () for r, s in here]
+        full = here if full is None else [(p, q) for p, q in met if p < q]
     top = pieces[0].i0 // bq * bq
     whole = sum(p.i1 - p.i0 for p in pieces) == min(bq, q_len - top)
     covered, end = 0, -1
@@ -66,13 +67,6 @@ def _one_tile_row(
         covered += max(0, b - max(a, end))
         end = max(end, b)
     return covered, sum(max(0, b - a) for a, b in full or ()) if whole else 0
-
-
-def _intersect_intervals(
-    a: list[tuple[int, int]], b: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    out = [(max(p, r), min(q, s)) for p, q in a for r, s in b]
-    return [(p, q) for p, q in out if p < q]
 
 
 def _affine_rows(

@@ -19,7 +19,7 @@ from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, reg
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
-from attnkit.masks import Mask
+from attnkit.masks import Mask, Rectangle
 from attnkit.planner import Plan, Request
 from attnkit.pse import Pse
 
@@ -191,7 +191,8 @@ def _allowed(
     full = Region.full(q_len, kv_len)
     if all(mask.enclosure(q_len, kv_len, b, h).inner == full for b, h in planes):
         return None
-    cells = torch.stack([mask._plane(q_len, kv_len, b, h, device) for b, h in planes])
+    whole = (0, q_len), (0, kv_len), q_len, kv_len
+    cells = torch.stack([mask._read(Rectangle(*whole, *plane), device) for plane in planes])
     return rearrange(cells, "(b n) i j -> b n i j", b=len(batches))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from operator import and_, or_
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,9 @@ class _Joined(Composite):
             )
         object.__setattr__(self, "parts", parts + added)
         inside = [part._nesting for part in added]
-        depth, count = given[0]._nesting if chain is not None else _around(given[0]._nesting)
+        depth, count = given[0]._nesting
+        if chain is None:
+            depth, count = depth + 1, count + 1
         vars(self).update(
             _part_set=seen.union(added),
             _agreed=Agreement.of(given),
@@ -129,11 +132,6 @@ class _Joined(Composite):
 _CHAIN = 16
 
 
-def _around(nesting: tuple[int, int]) -> tuple[int, int]:
-    """Return the nesting of a mask that holds one of this nesting, and nothing else."""
-    return nesting[0] + 1, nesting[1] + 1
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class And(_Joined):
     """Cells that every part allows: ``m1 & m2``.
@@ -147,7 +145,7 @@ class And(_Joined):
     """
 
     _sign = "&"
-    _combine = Region.__and__
+    _combine = and_
     _combine_cells = torch.logical_and
 
 
@@ -166,7 +164,7 @@ class Or(_Joined):
     """
 
     _sign = "|"
-    _combine = Region.__or__
+    _combine = or_
     _combine_cells = torch.logical_or
 
 

@@ -24,10 +24,9 @@ from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
 from attnkit.masks import picture
-from attnkit.masks.cells import Enclosure, Rectangle, paint
 from attnkit.masks.operators import Operators
 from attnkit.masks.picture import Picture
-from attnkit.masks.trace import cells_of, row_blocks
+from attnkit.masks.trace import Enclosure, Rectangle, cells_of, paint, row_blocks
 from attnkit.textform import Families, arguments_text, check_names
 
 if TYPE_CHECKING:
@@ -213,12 +212,6 @@ class Mask(Operators, ABC):
                 )
         return self.enclosure(q_len, kv_len, batch, head)
 
-    def _plane(
-        self, q_len: int, kv_len: int, batch: int, head: int, device: torch.device | str | None
-    ) -> torch.Tensor:
-        """Return the cells of one score matrix, from whichever form the family knows."""
-        return self._read(Rectangle((0, q_len), (0, kv_len), q_len, kv_len, batch, head), device)
-
     def _read(self, at: Rectangle, device: torch.device | str | None = None) -> torch.Tensor:
         """Return the cells of a rectangle, from whichever form the family knows."""
         known = self.enclosure(at.q_len, at.kv_len, at.batch, at.head)
@@ -260,7 +253,8 @@ class Mask(Operators, ABC):
         """
         self.check(q_len, kv_len, check_int("batch", batch, 0), check_int("heads", heads, 0))
         check_device(device)
-        planes = [self._plane(q_len, kv_len, *place, device) for place in self._places]
+        whole = (0, q_len), (0, kv_len), q_len, kv_len
+        planes = [self._read(Rectangle(*whole, *place), device) for place in self._places]
         cells = torch.stack(planes).view(self.batches or 1, self.heads or 1, q_len, kv_len)
         return cells.expand(batch, heads, q_len, kv_len)
 

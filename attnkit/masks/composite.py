@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, reduce
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
 
 from attnkit.errors import CompositionError
 from attnkit.masks.base import Mask
 
-__all__ = ["MAX_DEPTH", "MAX_PARTS", "Agreement", "Composite", "Nested", "agree", "leaves"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_PARTS",
+    "Agreement",
+    "Composite",
+    "Nested",
+    "agree",
+    "all_but_one",
+    "leaves",
+]
+
+T = TypeVar("T")
 
 MAX_DEPTH = 64
 """How deep masks nest: everything that follows a mask's parts does it within Python's stack."""
@@ -142,3 +154,15 @@ def leaves(mask: Mask) -> Iterator[Mask]:
             yield from leaves(member)
     else:
         yield mask
+
+
+def all_but_one(values: Sequence[T], join: Callable[[T, T], T]) -> Iterator[T]:
+    """Yield for each of two or more values what the others join to.
+
+    >>> list(all_but_one([1, 2, 4], int.__or__))
+    [6, 5, 3]
+    """
+    before = list(accumulate(values, join))
+    after = list(accumulate(values[::-1], join))[::-1]
+    for k in range(len(values)):
+        yield reduce(join, [*(before[k - 1 : k] if k else ()), *after[k + 1 : k + 2]])

@@ -26,7 +26,6 @@ _MOST_CELLS = 1 << 33  # a GiB of bits
 _SHAPE = re.compile(r"(?:(\d{1,18})x)?(\d{1,18})x(\d{1,18})x(\d{1,18})")
 
 _Shape = tuple[int, int, int, int]
-_Cells = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @MASKS.register("dense")
@@ -78,7 +77,7 @@ class Dense(Mask):
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:
         """Build from a tensor where True marks an allowed cell."""
-        return cls(_pack(_held(boolean_cells(tensor, "keep"))))
+        return cls(_pack(boolean_cells(tensor, "keep"), True))
 
     @classmethod
     def drop(cls, tensor: torch.Tensor) -> Dense:
@@ -88,7 +87,7 @@ class Dense(Mask):
         >>> Dense.drop(torch.tensor([[False, True]])).region(1, 2).area
         1
         """
-        return cls(_pack(~_held(boolean_cells(tensor, "drop"))))
+        return cls(_pack(boolean_cells(tensor, "drop"), False))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
@@ -127,22 +126,17 @@ class Dense(Mask):
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         if device is None:
             device = torch.get_default_device()
-        array = self._array(*self._plane_index(at.batch, at.head), at.rows)
+        (_, n, q_len, kv_len), bits = self._content
+        batch, head = self._plane_index(at.batch, at.head)
+        start, stop = (((batch * n + head) * q_len + row) * kv_len for row in at.rows)
+        piece = np.frombuffer(bits, dtype=np.uint8)[start // 8 : -(-stop // 8)]
+        flat = np.unpackbits(piece)[start % 8 : start % 8 + stop - start]
+        array = flat.reshape(at.shape[0], kv_len).astype(bool)
         return torch.from_numpy(array[:, slice(*at.keys)]).to(device)
 
     def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
         b, n, _, _ = self._content[0]
         return (batch if b > 1 else 0, head if n > 1 else 0)
-
-    def _array(self, batch: int, head: int, rows: tuple[int, int] | None = None) -> _Cells:
-        """Unpack one score matrix, or some rows of it; everything else stays packed."""
-        (_, n, q_len, kv_len), bits = self._content
-        first, last = (0, q_len) if rows is None else rows
-        start = ((batch * n + head) * q_len + first) * kv_len
-        stop = start + (last - first) * kv_len
-        piece = np.frombuffer(bits, dtype=np.uint8)[start // 8 : -(-stop // 8)]
-        flat = np.unpackbits(piece)[start % 8 : start % 8 + stop - start]
-        return flat.reshape(last - first, kv_len).astype(bool)
 
     def _value(self) -> Hashable:
         # Not the text: another zlib packs the same cells differently.
@@ -199,20 +193,15 @@ def boolean_cells(tensor: object, name: str) -> torch.Tensor:
     return tensor
 
 
-def _held(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that a dense mask may hold; nothing is allocated before."""
-    if tensor.numel() > _MOST_CELLS:
+@untraced(MASK_IN_GRAPH)
+def _pack(tensor: torch.Tensor, keep: bool) -> str:
+    """Return ``BxNxSqxSkv:`` (without B of three axes) and the bits, deflated, in base 64."""
+    if tensor.numel() > _MOST_CELLS:  # nothing is allocated before
         raise CompositionError(
             f"a dense mask of shape {tuple(tensor.shape)} would have {tensor.numel()} cells; it "
             f"holds at most {_MOST_CELLS} (name its parts, or give masks.Predicate)"
         )
-    return tensor
-
-
-@untraced(MASK_IN_GRAPH)
-def _pack(tensor: torch.Tensor) -> str:
-    """Return ``BxNxSqxSkv:`` (without B of three axes) and the bits, deflated, in base 64."""
-    cells = tensor.detach().cpu().numpy()
+    cells = (tensor if keep else ~tensor).detach().cpu().numpy()
     # Only three axes leave open what the first one counts, if it counts anything.
     shape = cells.shape if cells.ndim == 3 < 2 + len(cells) else (1, 1, *cells.shape)[-4:]
     bits = zlib.compress(np.packbits(cells).tobytes(), level=1)

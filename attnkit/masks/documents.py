@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -30,6 +31,7 @@ from attnkit.masks.composite import Nested, agree
 __all__ = ["Documents"]
 
 Lengths = tuple[int, ...] | tuple[tuple[int, ...], ...]
+Range = tuple[int, int]
 
 
 def _lengths(name: str, values: object) -> Lengths:
@@ -154,10 +156,10 @@ class Documents(Nested):
         lengths = []
         for b, row in enumerate(per_batch):
             numbers, counts = row.unique_consecutive(return_counts=True)
-            again = _first_repeated(numbers.tolist())
-            if again is not None:
+            again = [number for number, times in Counter(numbers.tolist()).items() if times > 1]
+            if again:
                 raise CompositionError(
-                    f"from_ids: document {again} of batch element {b} comes back after another "
+                    f"from_ids: document {again[0]} of batch element {b} comes back after another "
                     "one; documents are contiguous (for scattered ids use masks.Predicate)"
                 )
             lengths.append(tuple(counts.tolist()))
@@ -197,10 +199,14 @@ class Documents(Nested):
         [(0, 2), (2, 5)]
         """
         check_int("Documents batch", batch, 0)
-        sizes = self.sizes(batch)
-        i, j = (list(accumulate(one, initial=0)) for one in zip(*sizes, strict=True))
-        parts = (Slice(i0, i1, j0, j1) for i0, i1, j0, j1 in zip(i, i[1:], j, j[1:], strict=False))
+        parts = (Slice(*rows, *keys) for rows, keys in self.places(batch))
         return tuple(part for part in parts if part)
+
+    def places(self, batch: int = 0) -> list[tuple[Range, Range]]:
+        """Return the queries and the keys of each document of a batch element, as ranges."""
+        sizes = zip(*self.sizes(batch), strict=True)
+        rows, keys = (pairwise(accumulate(one, initial=0)) for one in sizes)
+        return list(zip(rows, keys, strict=True))
 
     def sizes(self, batch: int = 0) -> list[tuple[int, int]]:
         """Return the number of queries and of keys of each document of a batch element."""
@@ -232,29 +238,26 @@ class Documents(Nested):
         each = {
             size: inside.enclosure(*size, batch, head) for size in dict.fromkeys(self.sizes(batch))
         }
-        inner, outer, at = [], [], (0, 0)
-        for rows, keys in self.sizes(batch):
-            found = each[rows, keys]
-            inner.append(found.inner.shift(*at))
-            outer.append(found.outer.shift(*at))
-            at = at[0] + rows, at[1] + keys
+        inner, outer = [], []
+        for size, ((row, _), (key, _)) in zip(self.sizes(batch), self.places(batch), strict=True):
+            inner.append(each[size].inner.shift(row, key))
+            outer.append(each[size].outer.shift(row, key))
         exact = all(found.exact for found in each.values())
         low = Region.union(inner)
         return Enclosure(low, low if exact else Region.union(outer))
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         cells = torch.zeros(at.shape, dtype=torch.bool, device=device)
-        (top, bottom), (left, right), i, j = at.rows, at.keys, 0, 0
-        for q_len, kv_len in self.sizes(at.batch):
-            rows = max(top, i), min(bottom, i + q_len)
-            keys = max(left, j), min(right, j + kv_len)
+        (top, bottom), (left, right) = at.rows, at.keys
+        for (i, i_end), (j, j_end) in self.places(at.batch):
+            rows = max(top, i), min(bottom, i_end)
+            keys = max(left, j), min(right, j_end)
             if rows[0] < rows[1] and keys[0] < keys[1]:
                 own = (rows[0] - i, rows[1] - i), (keys[0] - j, keys[1] - j)
-                inside = Rectangle(*own, q_len, kv_len, at.batch, at.head)
+                inside = Rectangle(*own, i_end - i, j_end - j, at.batch, at.head)
                 target = cells[rows[0] - top : rows[1] - top, keys[0] - left : keys[1] - left]
                 for mask in self.members:
                     target.copy_(mask._read(inside, device))
-            i, j = i + q_len, j + kv_len
         return cells
 
     @property
@@ -270,15 +273,6 @@ class Documents(Nested):
 
 def _per_batch(lengths: Lengths) -> tuple[tuple[int, ...], ...]:
     return lengths if isinstance(lengths[0], tuple) else (lengths,)
-
-
-def _first_repeated(numbers: list[int]) -> int | None:
-    seen: set[int] = set()
-    for number in numbers:
-        if number in seen:
-            return number
-        seen.add(number)
-    return None
 
 
 def _differences(name: str, values: object) -> tuple[int, ...]:

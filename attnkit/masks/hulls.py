@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from itertools import pairwise
+from operator import and_, or_, sub
 from typing import NamedTuple
 
 from attnkit.geometry import Region, Slice
@@ -20,6 +21,7 @@ from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.documents import Documents
 from attnkit.masks.padding import Padding
 from attnkit.masks.rectangles import Columns, Prefix, Rows
+from attnkit.strips import diagonal_chain, gaps
 
 __all__ = [
     "Cells",
@@ -55,29 +57,19 @@ class Cells(NamedTuple):
 
     def meet(self, other: Cells) -> Cells:
         """Return the cells in both."""
-        pairs = zip(self.regions, other.regions, strict=True)
-        return self._replace(regions=tuple(a & b for a, b in pairs))
+        return self._replace(regions=tuple(map(and_, self.regions, other.regions)))
 
     def join(self, other: Cells) -> Cells:
         """Return the cells in either."""
-        pairs = zip(self.regions, other.regions, strict=True)
-        return self._replace(regions=tuple(a | b for a, b in pairs))
+        return self._replace(regions=tuple(map(or_, self.regions, other.regions)))
 
     def without(self, other: Cells) -> Cells:
         """Return the cells that are not in the other."""
-        pairs = zip(self.regions, other.regions, strict=True)
-        return self._replace(regions=tuple(a - b for a, b in pairs))
+        return self._replace(regions=tuple(map(sub, self.regions, other.regions)))
 
     def inside(self, other: Cells) -> bool:
         """Whether every cell is in the other."""
         return all(a <= b for a, b in zip(self.regions, other.regions, strict=True))
-
-    @property
-    def flipped(self) -> Cells:
-        """The cells that are not in the set."""
-        return self._replace(
-            regions=tuple(r.complement(self.q_len, self.kv_len) for r in self.regions)
-        )
 
     @property
     def anywhere(self) -> Region:
@@ -85,9 +77,10 @@ class Cells(NamedTuple):
         return Region.union(dict.fromkeys(self.regions))
 
     @property
-    def everywhere(self) -> Region:
-        """The cells that every batch element has."""
-        return reduce(Region.__and__, dict.fromkeys(self.regions))
+    def missing(self) -> tuple[Slice, ...]:
+        """The cells that some batch element has not."""
+        everywhere = reduce(and_, dict.fromkeys(self.regions))
+        return everywhere.complement(self.q_len, self.kv_len).slices
 
     @property
     def aligns(self) -> tuple[Align, ...]:
@@ -102,15 +95,15 @@ class Cells(NamedTuple):
 # -- bands ---------------------------------------------------------------------------------
 
 
-def _best_band(left: int | None, right: int | None, align: Align) -> Mask | None:
-    """Return the band by its best name."""
-    if (left is None and right is None) or (
-        left is not None and right is not None and left < -right
-    ):
-        return None
-    if right == 0:
-        return Causal(align) if left is None else SlidingWindow(left + 1, align)
-    return Band(left, right, align)
+def _named(ends: Iterable[tuple[int | None, int | None]], align: Align) -> Iterator[Mask]:
+    """Return the bands with these ends by their best names; none that holds all or nothing."""
+    for left, right in ends:
+        if left is right is None:
+            continue
+        if right == 0 and (left is None or left >= 0):
+            yield Causal(align) if left is None else SlidingWindow(left + 1, align)
+        elif left is None or right is None or left >= -right:
+            yield Band(left, right, align)
 
 
 def bands(cells: Cells) -> Iterator[Mask]:
@@ -125,14 +118,13 @@ def bands(cells: Cells) -> Iterator[Mask]:
         ends = [(left, right), (left, None), (None, right)]
         if right is not None and right < 0:
             ends += [(left, 0), (None, 0)]
-        yield from _found(_best_band(*pair, align) for pair in ends)
+        yield from _named(ends, align)
 
 
 def full_bands(cells: Cells, frame: Cells) -> Iterator[Mask]:
     """Propose the maximal bands that lie inside: every cell of every diagonal."""
-    missing = Cells((cells.everywhere,), cells.q_len, cells.kv_len).flipped.regions[0]
     first, last = 1 - cells.q_len, cells.kv_len - 1
-    for lo, hi in _gaps(((s.lo, s.hi + 1) for s in missing.slices), first, last + 1):
+    for lo, hi in gaps(((s.lo, s.hi + 1) for s in cells.missing), first, last + 1):
         for align in cells.aligns:
             at = anchor(align, cells.q_len, cells.kv_len)
             left = at - lo if lo > first else None
@@ -140,21 +132,7 @@ def full_bands(cells: Cells, frame: Cells) -> Iterator[Mask]:
             ends = [(left, right)]
             if right != 0 and hi > at >= lo and frame.inside(cells.of(Causal(align))):
                 ends.append((left, 0))  # the frame ends there anyway
-            yield from _found(_best_band(*pair, align) for pair in ends)
-
-
-def _found(masks: Iterable[Mask | None]) -> Iterator[Mask]:
-    return (mask for mask in masks if mask is not None)
-
-
-def _gaps(spans: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the maximal ranges of ``start <= x < stop`` that no span ``[a, b)`` touches."""
-    out = []
-    for a, b in sorted(spans):
-        if a > start:
-            out.append((start, a))
-        start = max(start, b)
-    return [*out, (start, stop)] if start < stop else out
+            yield from _named(ends, align)
 
 
 # -- rectangles ----------------------------------------------------------------------------
@@ -193,21 +171,14 @@ def _columns(start: int, stop: int, kv_len: int) -> Mask:
 
 def lines(cells: Cells) -> Iterator[Mask]:
     """Propose the columns and the rows that lie inside, whole."""
-    missing = Cells((cells.everywhere,), cells.q_len, cells.kv_len).flipped.regions[0].slices
-    columns = _gaps(((s.j0, s.j1) for s in missing), 0, cells.kv_len)
+    missing = cells.missing
+    columns = gaps(((s.j0, s.j1) for s in missing), 0, cells.kv_len)
     for start, stop in columns[:_FEW]:
         yield _columns(start, stop, cells.kv_len)
-    for start, stop in _gaps(((s.i0, s.i1) for s in missing), 0, cells.q_len)[:_FEW]:
+    for start, stop in gaps(((s.i0, s.i1) for s in missing), 0, cells.q_len)[:_FEW]:
         yield Rows(start, None if stop == cells.q_len else stop)
-    if len(cells.regions) > 1:
-        yield from _prefixes(cells)
-
-
-def _prefixes(cells: Cells) -> Iterator[Mask]:
-    lengths = [
-        min((s.j0 for s in missing.slices), default=cells.kv_len)
-        for missing in cells.flipped.regions
-    ]
+    absent = [region.complement(cells.q_len, cells.kv_len).slices for region in cells.regions]
+    lengths = [min((s.j0 for s in parts), default=cells.kv_len) for parts in absent]
     if len(set(lengths)) > 1:
         yield Prefix(lengths)
 
@@ -258,13 +229,14 @@ def chunks(cells: Cells) -> Iterator[Mask]:
 def documents(cells: Cells, *, square: bool = False) -> Iterator[Documents]:
     """Propose the finest block diagonals that hold all cells; `square`: of square blocks only."""
     if cells.q_len == cells.kv_len:
-        finest = [_square_lengths(region, cells.q_len) for region in cells.regions]
-        for lengths in (finest, [_without_empty(*one) for one in finest]):
-            yield from _documents([one for one, _ in lengths], None)
+        each = [_square_lengths(region, cells.q_len) for region in cells.regions]
+        for lengths in zip(*each, strict=True):
+            yield from _documents(list(lengths), None)
     if square:
         return
-    chains = [_chain(region, cells.q_len, cells.kv_len) for region in cells.regions]
-    yield from _documents([rows for rows, _ in chains], [keys for _, keys in chains])
+    chains = [diagonal_chain(r.strips, cells.q_len, cells.kv_len) for r in cells.regions]
+    rows = [tuple(i1 - i0 for i0, i1, _, _ in chain) for chain in chains]
+    yield from _documents(rows, [tuple(j1 - j0 for _, _, j0, j1 in chain) for chain in chains])
 
 
 def _documents(
@@ -275,80 +247,26 @@ def _documents(
         yield Documents(rows[0] if same else rows, keys if keys is None or not same else keys[0])
 
 
-def _square_lengths(region: Region, length: int) -> tuple[tuple[int, ...], frozenset[int]]:
-    """Return the lengths of the finest documents, and which of them hold no cell at all.
+def _square_lengths(region: Region, length: int) -> Iterator[tuple[int, ...]]:
+    """Return the lengths of the finest documents; then with neighbours without a cell as one.
 
     A border at p is impossible where a cell has one index below p and the other not. In one
     slice, the cells to the right of the diagonal forbid one range of p, those to its left another.
     """
+    parts = region.slices
     spans: list[tuple[int, int]] = []
-    for s in region.slices:
+    for s in parts:
         right, left = s & _RIGHT, s & _LEFT
         spans += [(right.i0 + 1, right.j1)] if right else []
         spans += [(left.j0 + 1, left.i1)] if left else []
-    borders = [p for a, b in _gaps(spans, 1, length) for p in range(a, b)]
-    ends = [0, *borders, length]
-    used = _used(region, length)
-    empty = frozenset(
-        k for k, (a, b) in enumerate(pairwise(ends)) if any(u <= a and b <= v for u, v in used)
-    )
-    return tuple(b - a for a, b in pairwise(ends)), empty
+    borders = [p for a, b in gaps(spans, 1, length) for p in range(a, b)]
+    # The positions that neither ask nor are asked.
+    unused = gaps([(s.i0, s.i1) for s in parts] + [(s.j0, s.j1) for s in parts], 0, length)
+    needed = [p for p in borders if not any(a < p < b for a, b in unused)]
+    for ends in ([0, *borders, length], [0, *needed, length]):
+        yield tuple(b - a for a, b in pairwise(ends))
 
 
 _WIDE = 1 << 62
 _RIGHT = Slice(0, _WIDE, 0, _WIDE, lo=1)
 _LEFT = Slice(0, _WIDE, 0, _WIDE, hi=-1)
-
-
-def _used(region: Region, length: int) -> list[tuple[int, int]]:
-    """Return the ranges of positions that neither ask nor are asked."""
-    parts = region.slices
-    touched = [(s.i0, s.i1) for s in parts] + [(s.j0, s.j1) for s in parts]
-    return _gaps(touched, 0, length)
-
-
-def _without_empty(
-    lengths: tuple[int, ...], empty: frozenset[int]
-) -> tuple[tuple[int, ...], frozenset[int]]:
-    """Put neighbours that hold no cell into one document."""
-    out: list[int] = []
-    for k, length in enumerate(lengths):
-        if k in empty and k - 1 in empty:
-            out[-1] += length
-        else:
-            out.append(length)
-    return tuple(out), frozenset()
-
-
-def _chain(region: Region, q_len: int, kv_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the finest blocks along a falling chain, as lengths of rows and of keys."""
-    highest, reach = [], 0
-    for i0, i1, runs in region.strips:
-        reach = max(reach, runs[-1][2] + runs[-1][3] * (i1 - i0 - 1))
-        highest.append(reach)
-    lowest, least = [], kv_len
-    for strip in reversed(region.strips):
-        least = min(least, strip.runs[0][0])
-        lowest.append(least)
-    lowest.reverse()
-    rows, keys = [0], [0]
-    for k, (i0, i1, _) in enumerate(region.strips):
-        if i0 > rows[-1] and (k == 0 or highest[k - 1] <= lowest[k]):
-            _pad(rows, keys, i0, keys[-1])  # rows that see nothing
-        if k == 0 or highest[k - 1] <= lowest[k]:
-            _pad(rows, keys, rows[-1], lowest[k])  # keys that nobody sees
-        if k + 1 == len(region.strips) or highest[k] <= lowest[k + 1]:
-            _pad(rows, keys, i1, highest[k])
-    _pad(rows, keys, q_len, keys[-1])
-    _pad(rows, keys, q_len, kv_len)
-    return (
-        tuple(b - a for a, b in pairwise(rows)) or (0,),
-        tuple(b - a for a, b in pairwise(keys)) or (0,),
-    )
-
-
-def _pad(rows: list[int], keys: list[int], row: int, key: int) -> None:
-    """Append a block up to this row and key, unless it is nothing."""
-    if row > rows[-1] or key > keys[-1]:
-        rows.append(row)
-        keys.append(key)

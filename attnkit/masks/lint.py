@@ -29,6 +29,7 @@ from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.slices import Slices
 from attnkit.masks.trace import mask_rows, row_blocks
+from attnkit.strips import gaps
 
 __all__ = ["lint", "positive_leaves"]
 
@@ -64,8 +65,13 @@ def lint(
     wide = list(_too_wide(view))
     found += [finding for _, finding in wide]
     if view.regions is None:
-        found.append(_no_region(view))
-        return tuple(found)
+        opaque = Finding(
+            "not-a-region",
+            f"{mask!r} is not a small union of slices at {q_len} x {kv_len}: leaks, redundant "
+            "parts and cells ahead were not looked for",
+            "write its opaque parts as named masks where they have a name",
+        )
+        return (*found, opaque)
     found += _leaks(view)
     found += _shared_positions(view)
     found += _future(view)
@@ -90,15 +96,6 @@ def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
         for per_head in [found.regions[min(b, len(found.regions) - 1)]]
     }
     return view._replace(regions=regions, found=found)
-
-
-def _no_region(view: _View) -> Finding:
-    return Finding(
-        "not-a-region",
-        f"{view.mask!r} is not a small union of slices at {view.q_len} x {view.kv_len}: leaks, "
-        "redundant parts and cells ahead were not looked for",
-        "write its opaque parts as named masks where they have a name",
-    )
 
 
 # -- rows and keys -------------------------------------------------------------------------
@@ -156,7 +153,8 @@ def _unmatched(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
     """Return the rows without keys and the keys without rows, as ranges."""
     if view.regions is not None:
         region = view.regions[plane]
-        return region.empty_rows(view.q_len), _free_keys(region, view.kv_len)
+        seen = ((s.j0, s.j1) for s in region.slices)
+        return region.empty_rows(view.q_len), tuple(gaps(seen, 0, view.kv_len))
     read = mask_rows(view.mask, view.q_len, view.kv_len, *plane)
     rows = torch.zeros(view.q_len, dtype=torch.bool)
     keys = torch.zeros(view.kv_len, dtype=torch.bool)
@@ -164,17 +162,8 @@ def _unmatched(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
         cells = read(i0, i1)
         rows[i0:i1] = cells.any(dim=1)
         keys |= cells.any(dim=0)
-    return _false(rows), _false(keys)
-
-
-def _false(flags: torch.Tensor) -> Spans:
-    region = Region.of(*(Slice(0, 1, j, j + 1) for j in (~flags).nonzero().flatten().tolist()))
-    return region.row(0)
-
-
-def _free_keys(region: Region, kv_len: int) -> Spans:
-    seen = Region.of(*(Slice(0, 1, s.j0, s.j1) for s in region.slices))
-    return seen.complement(1, kv_len).row(0)
+    each = (((k, k + 1) for k in seen.nonzero().flatten().tolist()) for seen in (rows, keys))
+    return tuple(gaps(next(each), 0, view.q_len)), tuple(gaps(next(each), 0, view.kv_len))
 
 
 def _not_ruled_out(view: _View, plane: tuple[int, int], keys: Spans) -> Spans:
@@ -214,7 +203,8 @@ def _too_wide(view: _View) -> Iterator[tuple[Mask, Finding]]:
         return
     for part in dict.fromkeys(leaves(view.mask)):
         widest, wider = part, _without_limit(part)
-        while wider is not None and _alike(part, wider, view):
+        cells = part.enclosure(view.q_len, view.kv_len).inner
+        while wider is not None and wider.enclosure(view.q_len, view.kv_len).inner == cells:
             widest, wider = wider, _without_limit(wider)
         if widest is not part:
             yield (
@@ -225,11 +215,6 @@ def _too_wide(view: _View) -> Iterator[tuple[Mask, Finding]]:
                     f"write {widest!r}, or a smaller size if a limit was meant",
                 ),
             )
-
-
-def _alike(one: Mask, other: Mask, view: _View) -> bool:
-    a, b = (mask.enclosure(view.q_len, view.kv_len).inner for mask in (one, other))
-    return a == b
 
 
 def _without_limit(part: Mask) -> Mask | None:
@@ -333,19 +318,16 @@ def _intersections(mask: Mask) -> Iterator[And]:
 def _first_difference(view: _View, documents: Documents, part: Mask) -> str | None:
     """Say for which document a part beside is not the part inside; None where they agree."""
     for b in range(documents.batches or 1):
-        sizes = documents.sizes(b)
-        at = 0, 0
         beside = part.enclosure(view.q_len, view.kv_len, b)
-        for number, (rows, keys) in enumerate(sizes):
-            place = (at[0], at[0] + rows), (at[1], at[1] + keys)
+        places = documents.places(b)
+        for number, (rows, keys) in enumerate(documents.sizes(b)):
             inside = part.enclosure(rows, keys, b)
-            cut = beside.outer.cut(*place)
+            cut = beside.outer.cut(*places[number])
             if beside.exact and cut != inside.outer:
                 return (
                     f"document {number} of {rows} x {keys} has {counted(cut.area, 'cell')} of it "
                     f"and not {inside.outer.area}"
                 )
-            at = place[0][1], place[1][1]
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import accumulate, combinations, product
+from itertools import combinations, product
 from typing import NamedTuple
 
 from attnkit.geometry import Region
@@ -18,7 +18,7 @@ from attnkit.masks import hulls
 from attnkit.masks.algebra import And, Not, Or
 from attnkit.masks.base import Full, Mask
 from attnkit.masks.causal import Band
-from attnkit.masks.composite import leaves
+from attnkit.masks.composite import all_but_one, leaves
 from attnkit.masks.documents import Documents
 from attnkit.masks.hulls import Cells
 
@@ -195,16 +195,11 @@ def _cover(target: Cells, parts: list[_Named]) -> list[_Named]:
 
 def _needed(target: Cells, parts: list[_Named]) -> tuple[list[_Named], list[_Named]]:
     """Return the parts without which the others are not the target, and those parts without."""
-    cells = [one.cells for one in parts]
-    before = list(accumulate(cells, Cells.join))
-    after = list(accumulate(cells[::-1], Cells.join))[::-1]
-    needed: list[_Named] = []
-    free: list[_Named] = []
-    for k, one in enumerate(parts):
-        beside = [*(before[k - 1 : k] if k else ()), *after[k + 1 : k + 2]]
-        alone = not beside or reduce(Cells.join, beside) != target
-        (needed if alone else free).append(one)
-    return needed, free
+    if len(parts) == 1:
+        return parts, []
+    rests = list(all_but_one([one.cells for one in parts], Cells.join))
+    needed = [one for one, rest in zip(parts, rests, strict=True) if rest != target]
+    return needed, [one for one, rest in zip(parts, rests, strict=True) if rest == target]
 
 
 def _union(parts: list[_Named]) -> Cells:

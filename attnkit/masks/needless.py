@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
-from itertools import accumulate
+from functools import partial
 from typing import cast
 
 from attnkit.geometry import Region
 from attnkit.masks.algebra import Not, _Joined
 from attnkit.masks.base import Enclosure, Mask
+from attnkit.masks.composite import all_but_one
 
 __all__ = ["Path", "needless_parts", "without_part"]
 
 Path = tuple[int, ...]
+Bound = Callable[[Enclosure], Enclosure]
 
 
 def needless_parts(
     mask: Mask,
     plane: tuple[int, int, int, int],
     target: Region,
-    around: Callable[[Enclosure], Enclosure] = lambda bounds: bounds,
+    around: Bound = lambda bounds: bounds,
     path: Path = (),
 ) -> Iterator[Path]:
     """Yield the path to each part of intersections and unions that may as well not be there.
@@ -30,25 +31,23 @@ def needless_parts(
     """
     if isinstance(mask, Not):
         flip = partial(mask.flipped, q_len=plane[0], kv_len=plane[1])
-        yield from needless_parts(mask.part, plane, target, _after(around, flip), (*path, 0))
+        yield from needless_parts(
+            mask.part, plane, target, partial(_after, around, flip), (*path, 0)
+        )
     elif isinstance(mask, _Joined):
         each = [part.enclosure(*plane) for part in mask.parts]
-        before = list(accumulate(each, mask.met))
-        after = list(accumulate(each[::-1], mask.met))[::-1]
-        for k, part in enumerate(mask.parts):
-            beside = [*before[k - 1 : k], *after[k + 1 : k + 2]] if k else [after[1]]
-            rest = reduce(mask.met, beside)
+        for k, rest in enumerate(all_but_one(each, mask.met)):
             found = around(rest)
             if found.exact and found.inner == target:
                 yield (*path, k)
-            beside_rest = partial(mask.met, rest)
-            yield from needless_parts(part, plane, target, _after(around, beside_rest), (*path, k))
+            beside = partial(mask.met, rest)
+            yield from needless_parts(
+                mask.parts[k], plane, target, partial(_after, around, beside), (*path, k)
+            )
 
 
-def _after(
-    outer: Callable[[Enclosure], Enclosure], inner: Callable[[Enclosure], Enclosure]
-) -> Callable[[Enclosure], Enclosure]:
-    return lambda bounds: outer(inner(bounds))
+def _after(outer: Bound, inner: Bound, known: Enclosure) -> Enclosure:
+    return outer(inner(known))
 
 
 def without_part(mask: Mask, path: Path) -> tuple[Mask, Mask]:

@@ -13,11 +13,10 @@ from attnkit.arguments import check_int, check_readable, describe, holds_integer
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import Mask
-from attnkit.masks.cells import Rectangle
 from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
-from attnkit.masks.trace import RowReader, cells_of
+from attnkit.masks.trace import Rectangle, RowReader, cells_of
 
 __all__ = ["Source", "source_of"]
 

@@ -115,26 +115,28 @@ by themselves: 1
         mask.check(q_len, keys)
     batches = agree("batch sizes", masks, [m.batches for m in masks], "give all one entry each")
     layers = [_layers(masks, q_len, keys, b, residual) for b in range(batches or 1)]
-    reaches = [_reach(relations) for relations in layers]
+    # The last layer's outputs come first: it reads what the layers before it wrote.
+    reaches = [reduce(compose, reversed(relations)) for relations in layers]
     reach = Region.union(dict.fromkeys(reaches))
     hull = reach.bounds
-    report = StackReport(
-        (),
-        reach,
-        lookback=max(0, -hull.lo) if hull else 0,
-        lookahead=max(0, hull.hi) if hull else 0,
-        exact=all(m.is_region(q_len, keys) for m in masks),
-    )
+    lookback = max(0, -hull.lo) if hull else 0
+    step = Region.union(dict.fromkeys(chain.from_iterable(layers)))
     findings = [
-        *_ahead(report, layers, keys),
+        *_ahead(reach, layers, keys),
         *_leaking(masks, reaches, q_len, keys),
-        *_short_sighted(
-            report, Region.union(dict.fromkeys(chain.from_iterable(layers))), len(masks), keys
-        ),
+        *_short_sighted(compose(reach, step).bounds, lookback, len(masks), keys),
     ]
-    if not report.exact:
-        findings.append(_bounded(masks, q_len, keys))
-    return StackReport(tuple(findings), reach, report.lookback, report.lookahead, report.exact)
+    opaque = [mask for mask in masks if not mask.is_region(q_len, keys)]
+    if opaque:
+        bounded = Finding(
+            "stack-is-bounded",
+            f"{opaque[0]!r} is not a small union of slices, so its outer bound stood in: the stack "
+            "reaches no more than was said, perhaps less",
+            "write its opaque parts as named masks where they have a name",
+        )
+        findings.append(bounded)
+    lookahead = max(0, hull.hi) if hull else 0
+    return StackReport(tuple(findings), reach, lookback, lookahead, exact=not opaque)
 
 
 def _checked(stack: object, q_len: int, kv_len: int | None) -> tuple[Mask, ...]:
@@ -168,17 +170,12 @@ def _layers(
     return [known[mask] for mask in masks]
 
 
-def _reach(layers: list[Region]) -> Region:
-    # The last layer's outputs come first: it reads what the layers before it wrote.
-    return reduce(lambda reach, layer: compose(reach, layer), reversed(layers))
-
-
 def _future_of(region: Region, length: int) -> Region:
     return region & Region.of(Slice(0, length, 0, length, lo=1))
 
 
-def _ahead(report: StackReport, layers: list[list[Region]], length: int) -> Iterator[Finding]:
-    ahead = _future_of(report.reach, length)
+def _ahead(reach: Region, layers: list[list[Region]], length: int) -> Iterator[Finding]:
+    ahead = _future_of(reach, length)
     if not ahead:
         return
     i = ahead.slices[0].i0
@@ -217,24 +214,13 @@ def _leaking(
                 break
 
 
-def _short_sighted(report: StackReport, step: Region, depth: int, length: int) -> Iterator[Finding]:
-    hull = compose(report.reach, step).bounds
+def _short_sighted(hull: Slice | None, lookback: int, depth: int, length: int) -> Iterator[Finding]:
     # What stops at the border of a document does so by intent: no layer more would see further.
-    if hull is not None and -hull.lo > report.lookback:
+    if hull is not None and -hull.lo > lookback:
         yield Finding(
             "stack-is-short-sighted",
-            f"no output depends on an input more than {report.lookback} positions back: {depth} "
-            f"layers see {report.lookback + 1} of {length} positions, one more would see "
+            f"no output depends on an input more than {lookback} positions back: {depth} "
+            f"layers see {lookback + 1} of {length} positions, one more would see "
             f"{1 - hull.lo}",
             "widen a window, or let some layers (or a few global keys) see everything",
         )
-
-
-def _bounded(masks: tuple[Mask, ...], q_len: int, kv_len: int) -> Finding:
-    first = next(mask for mask in masks if not mask.is_region(q_len, kv_len))
-    return Finding(
-        "stack-is-bounded",
-        f"{first!r} is not a small union of slices, so its outer bound stood in: the stack reaches "
-        "no more than was said, perhaps less",
-        "write its opaque parts as named masks where they have a name",
-    )

@@ -1,4 +1,4 @@
-"""From rows of cells to a `Region`, a few rows at a time.
+"""Cells of one score matrix: a region as a tensor, and from rows of cells to a `Region`.
 
 Every cell is read once, in chunks of at most `CHUNK_CELLS`; what is kept of a chunk are the runs
 of its rows, as a region. So the result holds exactly the cells that were read, and the memory
@@ -15,19 +15,21 @@ import numpy as np
 import torch
 
 from attnkit.geometry import Region, Slice
-from attnkit.masks.cells import Enclosure, Rectangle, paint
 
 if TYPE_CHECKING:
     from attnkit.masks.base import Mask
 
 __all__ = [
     "CHUNK_CELLS",
+    "Enclosure",
     "Progress",
+    "Rectangle",
     "RowReader",
     "cells_of",
     "count_slices",
     "enclosed",
     "mask_rows",
+    "paint",
     "region_rows",
     "row_blocks",
     "trace",
@@ -43,6 +45,61 @@ RowReader = Callable[[int, int], torch.Tensor]
 Progress = Callable[[int, int], None]
 
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Rectangle(NamedTuple):
+    """Rows ``[start, stop)`` and keys ``[start, stop)`` of one score matrix.
+
+    >>> Rectangle((2, 4), (0, 3), 8, 8).shape
+    (2, 3)
+    """
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    q_len: int
+    kv_len: int
+    batch: int = 0
+    head: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and keys it has."""
+        return self.rows[1] - self.rows[0], self.keys[1] - self.keys[0]
+
+
+class Enclosure(NamedTuple):
+    """What is known of a mask as a region: ``inner <= mask <= outer``.
+
+    For a mask that is a region the two are equal, and are the mask.
+
+    >>> from attnkit import masks
+    >>> known = (masks.Dilated(2) & masks.SlidingWindow(3)).enclosure(6, 6)
+    >>> known.inner.area, known.outer.area, known.exact
+    (0, 15, False)
+    """
+
+    inner: Region
+    outer: Region
+
+    @property
+    def exact(self) -> bool:
+        """Whether the two bounds meet, so that the mask is a region."""
+        return self.inner == self.outer
+
+
+def paint(
+    region: Region, q_len: int, kv_len: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Return a region as a bool tensor [Sq, Skv], True inside."""
+    cells = torch.zeros(q_len, kv_len, dtype=torch.bool, device=device)
+    for s in region.slices:
+        block = cells[s.i0 : s.i1, s.j0 : s.j1]
+        if s.is_rectangle:
+            block.fill_(True)
+        else:
+            shift = s.i0 - s.j0
+            block |= torch.ones_like(block).tril(s.hi + shift).triu(s.lo + shift)
+    return cells
 
 
 class _Chunk(NamedTuple):
@@ -69,20 +126,18 @@ class _Chunk(NamedTuple):
         )  # fmt: skip
 
 
-def row_blocks(
-    start: int, stop: int, kv_len: int, cells: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Iterate over rows ``start <= i < stop``, so many at once as hold at most `cells` cells.
+def row_blocks(start: int, stop: int, kv_len: int) -> Iterator[tuple[int, int]]:
+    """Iterate over rows ``start <= i < stop``, so many at once as hold `CHUNK_CELLS` at most.
 
-    >>> list(row_blocks(0, 5, 10, 20))
+    >>> list(row_blocks(0, 5, CHUNK_CELLS // 2))
     [(0, 2), (2, 4), (4, 5)]
     """
-    height = max(1, (CHUNK_CELLS if cells is None else cells) // max(1, kv_len))
+    height = max(1, CHUNK_CELLS // max(1, kv_len))
     return ((i, min(i + height, stop)) for i in range(start, stop, height))
 
 
-def _chunks(rows: RowReader, q_len: int, kv_len: int, cells: int | None = None) -> Iterator[_Chunk]:
-    for i0, i1 in row_blocks(0, q_len, kv_len, cells):
+def _chunks(rows: RowReader, q_len: int, kv_len: int) -> Iterator[_Chunk]:
+    for i0, i1 in row_blocks(0, q_len, kv_len):
         # A column of False on either side makes every run begin and end inside its own row.
         framed = np.zeros((i1 - i0, kv_len + 2), dtype=np.bool_)
         framed[:, 1:-1] = rows(i0, i1).cpu().numpy()
@@ -96,7 +151,6 @@ def trace(
     q_len: int,
     kv_len: int,
     max_slices: int,
-    chunk_cells: int | None = None,
     progress: Progress | None = None,
 ) -> Region | str:
     """Read all rows and return the region they form; why not, if it has over `max_slices` slices.
@@ -107,7 +161,7 @@ def trace(
     """
     pending: list[Region] = []
     found = 0
-    for chunk in _chunks(rows, q_len, kv_len, chunk_cells):
+    for chunk in _chunks(rows, q_len, kv_len):
         pending.append(chunk.region())
         found += count_slices(pending[-1])
         if progress is not None:

@@ -21,6 +21,7 @@ from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.planner.price import Price, heads_of, price_call
 from attnkit.planner.request import Request, state_of
 from attnkit.pse import Align
+from attnkit.strips import diagonal_chain
 
 __all__ = [
     "Block",
@@ -274,53 +275,4 @@ def diagonal_blocks(region: Region, q_len: int, kv_len: int, batch: int) -> tupl
     >>> [block.sizes for block in diagonal_blocks(packed, 5, 5, 0)]
     [(2, 2), (3, 3)]
     """
-    out = []
-    row = key = 0
-    for i0, i1, j0, j1 in _components(region):
-        if i0 > row:
-            out.append(Block(batch, row, i0, key, key))
-        if j0 > key:
-            out.append(Block(batch, i0, i0, key, j0))
-        out.append(Block(batch, i0, i1, j0, j1))
-        row, key = i1, j1
-    if row < q_len:
-        out.append(Block(batch, row, q_len, key, key))
-    if key < kv_len:
-        out.append(Block(batch, q_len, q_len, key, kv_len))
-    return tuple(out)
-
-
-def _components(region: Region) -> list[tuple[int, int, int, int]]:
-    """Return bounding rectangles of strips, joined until no two share a key or fall back.
-
-    A strip one key wide down the diagonal may have taken in the first row of the block below
-    it (a document of one token above a causal one), so its last row is tried apart.
-    """
-    chain: list[tuple[int, int, int, int]] = []
-    apart: set[tuple[int, int, int, int]] = set()
-    for i0, i1, runs in region.rows():
-        diagonal = len(runs) == 1 and runs[0] == (runs[0][0], 1, runs[0][0] + 1, 1)
-        cut = i1 - 1 if diagonal and i1 - i0 > 1 else i0
-        if cut > i0:
-            _append(chain, (i0, cut, runs[0][0], runs[0][0] + cut - i0))
-            key = runs[0][0] + cut - i0
-            tail = (cut, i1, key, key + 1)
-            _append(chain, tail)
-            if chain[-1] == tail:
-                apart.add(tail)
-            continue
-        ends = (runs[0][0], runs[-1][2] + runs[-1][3] * (i1 - i0 - 1))
-        _append(chain, (i0, i1, *ends))
-    for k in range(len(chain) - 1, 0, -1):
-        if chain[k] in apart:
-            tail, before = chain.pop(k), chain[k - 1]
-            chain[k - 1] = (before[0], tail[1], before[2], tail[3])
-    return chain
-
-
-def _append(chain: list[tuple[int, int, int, int]], one: tuple[int, int, int, int]) -> None:
-    i0, i1, j0, j1 = one
-    while chain and chain[-1][3] > j0:
-        before = chain.pop()
-        i0, j0, j1 = before[0], min(before[2], j0), max(before[3], j1)
-    chain.append((i0, i1, j0, j1))
+    return tuple(Block(batch, *ends) for ends in diagonal_chain(region.strips, q_len, kv_len))

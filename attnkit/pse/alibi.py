@@ -1,4 +1,4 @@
-"""ALiBi: attention with linear biases, its slopes fixed or learnable."""
+"""ALiBi: attention with linear biases, its slopes fixed or learnable; and its square-root form."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from attnkit.arguments import check_bool
 from attnkit.pse.base import PSE, Align
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.sloped import Sloped, slopes_text
-from attnkit.pse.structure import Linear
+from attnkit.pse.structure import Linear, Root
 
-__all__ = ["ALiBi", "LearnableALiBi"]
+__all__ = ["ALiBi", "LearnableALiBi", "SqrtALiBi"]
 
 
 @PSE.register("alibi")
@@ -138,3 +138,25 @@ class LearnableALiBi(ByDistance):
 
     def __repr__(self) -> str:
         return f"ALiBi({slopes_text(self.slopes, self.align)}, learnable=True)"
+
+
+@PSE.register("sqrt_alibi")
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class SqrtALiBi(Sloped):
+    """Square-root ALiBi: ``bias[h, i, j] = -slope[h] * sqrt(abs(i' - j))``, after the scale.
+
+    The root is of the distance alone; slopes, `align`, shapes, dtypes and errors are those of
+    `ALiBi`. This is the fused kernel's inner bias of type 3.
+
+    >>> SqrtALiBi([0.5]).materialize(1, 5)
+    tensor([[[[-1.0000, -0.8660, -0.7071, -0.5000, -0.0000]]]])
+    """
+
+    @property
+    def structure(self) -> Root:
+        """A slope per head, times the root of the distance."""
+        return Root(self.align, self.slopes)
+
+    def curve(self, distance: Tensor) -> Tensor:
+        """Return the square root of the distance."""
+        return distance.sqrt()

@@ -19,8 +19,6 @@ __all__ = ["MOST_HEADS", "Sloped", "press_slopes", "slopes_text"]
 
 MOST_HEADS = 1 << 16
 """Heads that a bias by formula is made for, at most."""
-# What a subclass may define to have other cells.
-_CELLS = {"at", "before_scale", "curve", "cut", "materialize", "offset", "rectangle", "tensors"}
 
 
 def press_slopes(num_heads: int) -> tuple[float, ...]:

@@ -461,7 +461,7 @@ def biases() -> Iterator[Case]:
     yield from each("right Bias +", lambda bad: bad + pse.ALiBi(2), NOT_A_BIAS)
     yield from each(
         "PSE.register",
-        type(pse.PSE)("positional bias").register("bad"),
+        Families("positional bias", pse.Pse, "pse", "ALiBi(8)").register("bad"),
         without(NOT_A_BIAS, "a family"),
     )
     yield Case("biases of other heads", lambda: pse.ALiBi(2) + pse.ALiBi(3))

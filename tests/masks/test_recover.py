@@ -407,19 +407,21 @@ def test_64k_rows_are_read_in_chunks(one_thread):
 
 
 @pytest.mark.parametrize("height", [1, 2, 3, 7, 100])
-def test_the_height_of_a_chunk_does_not_matter(height):
+def test_the_height_of_a_chunk_does_not_matter(height, monkeypatch):
+    monkeypatch.setattr("attnkit.masks.trace.CHUNK_CELLS", 96 * height)
     for mask in NAMED[:20]:
         cells = drawn(mask, 96, 96)[0, 0]
-        traced = trace(lambda i0, i1, c=cells: c[i0:i1], 96, 96, 1000, chunk_cells=96 * height)
+        traced = trace(lambda i0, i1, c=cells: c[i0:i1], 96, 96, 1000)
         assert traced == mask.region(96, 96)
 
 
-def test_the_limit_counts_slices_not_chunks():
+def test_the_limit_counts_slices_not_chunks(monkeypatch):
+    monkeypatch.setattr("attnkit.masks.trace.CHUNK_CELLS", 64)
     rows = mask_rows(Predicate(lambda b, h, i, j: i >= j), 64, 64, 0, 0)
-    assert trace(rows, 64, 64, max_slices=1, chunk_cells=64) == C.region(64, 64)
+    assert trace(rows, 64, 64, max_slices=1) == C.region(64, 64)
     chunks = mask_rows(Predicate(lambda b, h, i, j: i // 2 == j // 2), 64, 64, 0, 0)
-    assert isinstance(trace(chunks, 64, 64, max_slices=32, chunk_cells=64), Region)
-    stopped = trace(chunks, 64, 64, max_slices=31, chunk_cells=64)
+    assert isinstance(trace(chunks, 64, 64, max_slices=32), Region)
+    stopped = trace(chunks, 64, 64, max_slices=31)
     assert isinstance(stopped, str)
     assert "max_slices=31" in stopped
 
