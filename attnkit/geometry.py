@@ -103,8 +103,6 @@ class Slice:
     def __and__(self, other: Slice) -> Slice:
         if not isinstance(other, Slice):
             return NotImplemented
-        if not self or not other:
-            return _EMPTY_SLICE
         return Slice(
             max(self.i0, other.i0),
             min(self.i1, other.i1),
@@ -142,9 +140,6 @@ class Slice:
     def is_rectangle(self) -> bool:
         """Whether neither diagonal takes a corner off the rectangle."""
         return self.lo == self.j0 - self.i1 + 1 and self.hi == self.j1 - 1 - self.i0
-
-
-_EMPTY_SLICE = Slice(0, 0, 0, 0)
 
 
 def _strips_of(part: Slice) -> list[Strip]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attnkit.arguments import check_align, check_int
 from attnkit.geometry import Region, Slice
@@ -15,15 +16,16 @@ __all__ = ["BlockCausal", "Chunked"]
 class _Blocks(Mask):
     size: int
     align: Align = "bottom_right"
+    _causal: ClassVar[bool]
 
     def __post_init__(self) -> None:
         check_int(f"{type(self).__name__} size", self.size, 1)
         check_align(type(self).__name__, self.align)
 
-    def _block_region(self, q_len: int, kv_len: int, causal: bool) -> Region:
+    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         at = anchor(self.align, q_len, kv_len)
         if self.size == 1:  # one diagonal, not a slice per token
-            lo = None if causal else at
+            lo = None if self._causal else at
             return Region.of(Slice(0, q_len, 0, kv_len, lo=lo, hi=at))
         first, last = at // self.size, (at + q_len - 1) // self.size
         return Region.of(
@@ -31,7 +33,7 @@ class _Blocks(Mask):
                 Slice(
                     max(0, c * self.size - at),
                     min(q_len, (c + 1) * self.size - at),
-                    0 if causal else max(0, c * self.size),
+                    0 if self._causal else max(0, c * self.size),
                     min(kv_len, (c + 1) * self.size),
                 )
                 for c in range(max(first, 0), last + 1)
@@ -51,8 +53,7 @@ class Chunked(_Blocks):
     ..##
     """
 
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        return self._block_region(q_len, kv_len, causal=False)
+    _causal = False
 
 
 @MASKS.register("block_causal")
@@ -67,5 +68,4 @@ class BlockCausal(_Blocks):
     ####
     """
 
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        return self._block_region(q_len, kv_len, causal=True)
+    _causal = True

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 
 from attnkit.geometry import Region, Slice
-from attnkit.masks.algebra import And, Not
+from attnkit.masks.algebra import And, Not, Path, needless_parts, without_part
 from attnkit.masks.base import Full, Mask
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
@@ -23,7 +23,6 @@ from attnkit.masks.composite import Composite, leaves
 from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding, counted, ranges
-from attnkit.masks.needless import Path, needless_parts, without_part
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover

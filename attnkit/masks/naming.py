@@ -91,7 +91,10 @@ def _frames(target: Cells, everything: Cells) -> list[_Named]:
         if sum(one is not None for one in choice) <= _PARTS
     )
     frames = [
-        _Named(_join(And, [one.mask for one in choice]), _meet(everything, choice))
+        _Named(
+            _join(And, [one.mask for one in choice]),
+            reduce(Cells.meet, (one.cells for one in choice), everything),
+        )
         for choice in chosen
     ]
     return sorted(frames, key=lambda frame: complexity(frame.mask))
@@ -108,10 +111,6 @@ def _distinct(masks: Iterable[Mask], target: Cells, *, holds: bool) -> list[_Nam
         if other is None or complexity(mask) < complexity(other.mask):
             found[cells.regions] = _Named(mask, cells)
     return sorted(found.values(), key=lambda one: complexity(one.mask))
-
-
-def _meet(everything: Cells, parts: list[_Named]) -> Cells:
-    return reduce(Cells.meet, (one.cells for one in parts), everything)
 
 
 def _join(kind: type[And | Or], parts: list[Mask]) -> Mask:

@@ -16,6 +16,7 @@ from attnkit.masks.algebra import Or
 from attnkit.masks.base import MASKS, Full, Mask
 from attnkit.masks.per_head import PerBatch
 from attnkit.masks.rectangles import Columns, Prefix
+from attnkit.strips import gaps
 
 __all__ = ["Padding"]
 
@@ -135,7 +136,6 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
 
 def _of_row(row: Cells) -> Mask:
     """Return the runs of keys that a text has; one that reaches the end has none."""
-    ends = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]]).astype(np.int8)))
-    pairs = ends.reshape(-1, 2).tolist()
+    pairs = gaps(((k, k + 1) for k in np.flatnonzero(~row).tolist()), 0, len(row))
     runs = [Columns(start, None if stop == len(row) else stop) for start, stop in pairs]
     return Or.of(*runs) if runs else ~Full()

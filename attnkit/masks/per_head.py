@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -48,9 +47,11 @@ class _Each(Composite):
         self._check_nesting()
         self._agreed  # noqa: B018 -- raises on disagreement
 
-    @abstractmethod
     def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
         """Return the mask of a score matrix, and the indices that it is asked with."""
+        if self._counts == "heads":
+            return self.masks[head], batch, 0
+        return self.masks[batch], 0, head
 
     @property
     def members(self) -> tuple[Mask, ...]:
@@ -90,9 +91,6 @@ class PerHead(_Each):
 
         def __init__(self, masks: Sequence[Mask]) -> None: ...
 
-    def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
-        return self.masks[head], batch, 0
-
     @property
     def heads(self) -> int | None:
         """One mask per head."""
@@ -116,9 +114,6 @@ class PerBatch(_Each):
     if TYPE_CHECKING:  # more is taken than is kept
 
         def __init__(self, masks: Sequence[Mask]) -> None: ...
-
-    def _chosen(self, batch: int, head: int) -> tuple[Mask, int, int]:
-        return self.masks[batch], 0, head
 
     @property
     def batches(self) -> int | None:

@@ -173,7 +173,11 @@ def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
     mask = masks[0] if len(masks) == 1 else PerHead(masks)
     if given.written and not _measure(mask) < _measure(given.mask):
         mask = given.mask
-    elif not _same(mask, regions, given):  # a fault of the search
+    elif any(
+        region != mask.region(given.q_len, given.kv_len, b, h)
+        for b, row in enumerate(regions)
+        for h, region in enumerate(row)
+    ):  # a fault of the search
         raise CompositionError(f"{mask!r} was found for a source, but its cells differ")
     size = sum(count_slices(region) for region in {r for row in regions for r in row})
     named = not _measure(mask)[0]
@@ -201,17 +205,3 @@ def _one_head(regions: tuple[Region, ...], given: Source) -> Mask:
     if named is None or (len(str(named)) > len(str(literal)) and not isinstance(named, Full)):
         return literal
     return named
-
-
-def _same(mask: Mask, regions: tuple[tuple[Region, ...], ...], given: Source) -> bool:
-    return all(
-        mask.region(
-            given.q_len,
-            given.kv_len,
-            b if mask.batches is not None else 0,
-            h if mask.heads is not None else 0,
-        )
-        == region
-        for b, row in enumerate(regions)
-        for h, region in enumerate(row)
-    )

@@ -12,7 +12,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Mask
 
-__all__ = ["Slices"]
+__all__ = ["Slices", "is_list"]
 
 Bounds = tuple[int, int, int, int, int, int]
 BoundsLists = tuple[Bounds, ...] | tuple[tuple[Bounds, ...], ...]
@@ -58,7 +58,7 @@ class Slices(Mask):
                 f"Slices takes a list of slices (i0, i1, j0, j1, lo, hi), got "
                 f"{describe(self.slices)}"
             )
-        many = any(_is_list(entry) for entry in self.slices)
+        many = any(is_list(entry) for entry in self.slices)
         lists = self.slices if many else [self.slices]
         regions = [_union(one, self.q_len, self.kv_len) for one in lists]
         kept = tuple(_bounds_of(region) for region in regions)
@@ -89,7 +89,7 @@ class Slices(Mask):
     @property
     def batches(self) -> int | None:
         """One list of slices per batch element, where they differ."""
-        many = bool(self.slices) and _is_list(self.slices[0])
+        many = bool(self.slices) and is_list(self.slices[0])
         return len(self.slices) if many else None
 
     @property
@@ -98,8 +98,8 @@ class Slices(Mask):
         return self.q_len, self.kv_len
 
 
-def _is_list(entry: object) -> bool:
-    """Whether an entry of `slices` is a list of slices rather than a slice."""
+def is_list(entry: object) -> bool:
+    """Whether an entry of a list of slices, or of spans, is such a list for a batch element."""
     return isinstance(entry, tuple | list) and (
         not entry or isinstance(entry[0], tuple | list | Slice)
     )

@@ -15,6 +15,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Align, Mask, anchor
 from attnkit.masks.causal import Causal
+from attnkit.masks.slices import is_list
 
 __all__ = ["Spans", "from_token_types"]
 
@@ -51,7 +52,7 @@ class Spans(Mask):
     def __post_init__(self) -> None:
         check_align("Spans", self.align)
         given: object = self.spans
-        many = isinstance(given, tuple | list) and any(_holds_pairs(entry) for entry in given)
+        many = isinstance(given, tuple | list) and any(is_list(entry) for entry in given)
         kept = tuple(_checked(one) for one in self.spans) if many else _checked(given)
         object.__setattr__(self, "spans", kept)
 
@@ -77,7 +78,7 @@ class Spans(Mask):
     @property
     def batches(self) -> int | None:
         """One list per batch element, where they differ."""
-        many = bool(self.spans) and _holds_pairs(self.spans[0])
+        many = bool(self.spans) and is_list(self.spans[0])
         return len(self.spans) if many else None
 
 
@@ -109,11 +110,6 @@ def _runs(row: torch.Tensor) -> SpanList:
     numbers, counts = (found.tolist() for found in runs(return_counts=True))
     spans = zip(pairwise(accumulate(counts, initial=0)), numbers, strict=True)
     return tuple(span for span, number in spans if number)
-
-
-def _holds_pairs(entry: object) -> bool:
-    """Whether an entry of `spans` is a list of spans rather than a span."""
-    return isinstance(entry, tuple | list) and (not entry or isinstance(entry[0], tuple | list))
 
 
 def _checked(spans: object) -> SpanList:

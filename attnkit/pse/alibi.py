@@ -1,21 +1,124 @@
-"""ALiBi: attention with linear biases, its slopes fixed or learnable; and its square-root form."""
+"""ALiBi: biases of a slope per head times a distance, or its root; slopes fixed or learnable."""
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnkit.arguments import check_bool
-from attnkit.pse.base import PSE, Align
-from attnkit.pse.by_distance import ByDistance
-from attnkit.pse.sloped import Sloped, slopes_text
+from attnkit.arguments import check_align, check_bool, check_int, check_number
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.pse.base import PSE, Align, Pse, Rectangle
+from attnkit.pse.by_distance import MOST_HEADS, ByDistance
 from attnkit.pse.structure import Linear, Root
 
-__all__ = ["ALiBi", "LearnableALiBi", "SqrtALiBi"]
+__all__ = ["ALiBi", "LearnableALiBi", "Sloped", "SqrtALiBi", "press_slopes"]
+
+
+def press_slopes(num_heads: int) -> tuple[float, ...]:
+    """Return the ALiBi slopes of Press et al.: ``2**(-8*(h+1)/n)`` for a power of two `n`.
+
+    Otherwise the slopes of the largest power of two below `num_heads`, then every other slope
+    of twice as many heads until there are enough: the interleaving of the authors' code.
+
+    Source: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear Biases
+    Enables Input Length Extrapolation" (ICLR 2022), and its published `get_slopes`.
+
+    >>> press_slopes(6)
+    (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
+    """
+    check_int("num_heads", num_heads, 1, MOST_HEADS)
+    power = 1 << (num_heads.bit_length() - 1)
+    extra = _geometric(2 * power)[0::2][: num_heads - power]
+    return _geometric(power) + extra
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Sloped(ByDistance):
+    """A bias ``-slope[h] * f(distance)``, where ``distance = abs(i' - j)``.
+
+    ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, so that the last query stands
+    on the last key; ``i' = i`` for ``"top_left"``. The two agree on square score matrices.
+
+    `num_heads` may be an int (slopes of `press_slopes`), or a sequence of floats, which
+    are the slopes; `slopes` gives them by name. A rank that holds some of the heads passes
+    the slopes of those heads: ``ALiBi(slopes=ALiBi(32).slopes[8:16])``.
+
+    >>> from attnkit.pse import ALiBi
+    >>> ALiBi(slopes=ALiBi(8).slopes[2:4])
+    ALiBi(slopes=(0.125, 0.0625))
+    """
+
+    num_heads: int | None = None
+    slopes: tuple[float, ...] = ()
+    align: Align = "bottom_right"
+
+    def __init__(
+        self,
+        num_heads: int | Sequence[float] | None = None,
+        slopes: Sequence[float] = (),
+        align: Align = "bottom_right",
+    ) -> None:
+        name = type(self).__name__
+        given = _slopes(name, slopes)
+        if num_heads is not None and not isinstance(num_heads, int):
+            if given:
+                raise CompositionError(
+                    f"{name}: slopes were given twice, as the first argument and as slopes="
+                )
+            given, num_heads = _slopes(name, num_heads), None
+        if not given:
+            if num_heads is None:
+                raise CompositionError(f"{name} needs a number of heads or one slope per head")
+            given = press_slopes(num_heads)
+        if num_heads is not None and num_heads != len(given):
+            raise CompositionError(
+                f"{name}: num_heads={shown(num_heads)} but {len(given)} slopes; give one slope per "
+                "query head, or num_heads alone for the slopes of Press et al."
+            )
+        check_align(name, align)
+        vars(self).update(num_heads=len(given), slopes=given, align=align)
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads: one slope each."""
+        return len(self.slopes)
+
+    def _bias_of(self, at: Rectangle) -> Pse:
+        """Return the same slopes with the anchor that the rectangle has, where it has one."""
+        shift = at.rows[0] + self.offset(at.q_len, at.kv_len) - at.keys[0]
+        rows, keys = at.shape
+        if shift == keys - rows:
+            return replace(self, align="bottom_right")
+        return replace(self, align="top_left") if shift == 0 else super()._bias_of(at)
+
+    @abstractmethod
+    def curve(self, distance: Tensor) -> Tensor:
+        """Return ``f(distance)`` for non-negative floating-point distances.
+
+        >>> from attnkit import pse
+        >>> pse.SqrtALiBi(2).curve(torch.tensor([4.0]))
+        tensor([2.])
+        """
+
+    def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``-slope[h] * f(abs(distance))``.
+
+        Computed in float32 (float64 when asked for that) and cast once, since half
+        precision cannot hold distances above a few hundred or thousand.
+        """
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        slopes = torch.tensor(self.slopes, dtype=exact, device=distance.device)
+        slopes = slopes.view(-1, *(1,) * distance.ndim)
+        return (-slopes * self.curve(distance.abs().to(exact))).to(dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_slopes_text(self.slopes, self.align)})"
 
 
 @PSE.register("alibi")
@@ -69,7 +172,6 @@ class ALiBi(Sloped):
         learnable: bool = False,
     ) -> None:
         super().__init__(num_heads, slopes, align)
-        object.__setattr__(self, "learnable", False)
 
     @property
     def structure(self) -> Linear:
@@ -137,7 +239,7 @@ class LearnableALiBi(ByDistance):
         return (-weight * distance.abs().to(exact)).to(dtype)
 
     def __repr__(self) -> str:
-        return f"ALiBi({slopes_text(self.slopes, self.align)}, learnable=True)"
+        return f"ALiBi({_slopes_text(self.slopes, self.align)}, learnable=True)"
 
 
 @PSE.register("sqrt_alibi")
@@ -160,3 +262,31 @@ class SqrtALiBi(Sloped):
     def curve(self, distance: Tensor) -> Tensor:
         """Return the square root of the distance."""
         return distance.sqrt()
+
+
+def _slopes_text(slopes: tuple[float, ...], align: Align) -> str:
+    """Return the arguments that say some slopes, in the shortest way."""
+    end = "" if align == "bottom_right" else f", align={align!r}"
+    computed = slopes == press_slopes(len(slopes))
+    return f"{len(slopes)}{end}" if computed else f"slopes={slopes!r}{end}"
+
+
+def _geometric(power: int) -> tuple[float, ...]:
+    return tuple(2.0 ** (-8.0 * (head + 1) / power) for head in range(power))
+
+
+def _slopes(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        raise CompositionTypeError(
+            f"{name}: slopes are constants of the composition and kept as floats; pass "
+            "tensor.tolist(), or pse.Dense for a bias with gradients"
+        )
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
+        raise CompositionTypeError(
+            f"{name} takes a number of heads or a sequence of slopes, not {shown(values)}"
+        )
+    if len(values) > MOST_HEADS:
+        raise CompositionError(
+            f"{name}: {len(values)} slopes; there are at most {MOST_HEADS} heads"
+        )
+    return tuple(check_number(f"{name} slope", v, math.isfinite, "finite") for v in values)

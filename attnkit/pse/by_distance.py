@@ -11,7 +11,10 @@ from attnkit.masks.base import anchor
 from attnkit.pse.base import Align, Pse, Rectangle
 from attnkit.pse.structure import Structure, Toeplitz
 
-__all__ = ["ByDistance"]
+__all__ = ["MOST_HEADS", "ByDistance"]
+
+MOST_HEADS = 1 << 16
+"""Heads that a bias by formula is made for, at most."""
 
 
 class ByDistance(Pse):

@@ -13,8 +13,7 @@ from attnkit.arguments import check_align, check_bool, check_floats, check_int
 from attnkit.constants import constant
 from attnkit.errors import CompositionError
 from attnkit.pse.base import PSE, Align
-from attnkit.pse.by_distance import ByDistance
-from attnkit.pse.sloped import MOST_HEADS
+from attnkit.pse.by_distance import MOST_HEADS, ByDistance
 from attnkit.pse.structure import Stepped
 
 __all__ = ["T5Relative", "t5_bucket"]
