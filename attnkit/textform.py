@@ -13,7 +13,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from attnkit.errors import (
@@ -164,10 +164,10 @@ def _where(error: Exception) -> str:
     return clipped(str(error), LONGEST)
 
 
+@dataclass(frozen=True)
 class _Reader:
-    def __init__(self, names: Mapping[str, Callable[..., Any]], what: str) -> None:
-        self.names = names
-        self.what = what
+    names: Mapping[str, Callable[..., Any]]
+    what: str
 
     def read(self, node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp):

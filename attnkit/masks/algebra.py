@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from operator import and_, or_
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -111,14 +111,13 @@ class _Joined(Composite):
     def _value(self) -> Hashable:
         return self._part_set
 
-    def __str__(self) -> str:
-        if len(self.parts) > _CHAIN:
-            return super().__str__()
-        return self._chain(str, self.parts)
+    def _text(self, show: Callable[[Any], str]) -> str:
+        whole = len(self.parts) > _CHAIN
+        return super()._text(show) if whole else self._chain(show, self.parts)
 
     def __repr__(self) -> str:
         if len(self.parts) <= _CHAIN:
-            return clipped(self._chain(repr, self.parts), LONGEST_REPR)
+            return super().__repr__()
         text = clipped(self._chain(repr, self.parts[:4]), LONGEST_REPR)
         return f"{text} {self._sign} ... {len(self.parts)} in all"
 
@@ -216,13 +215,7 @@ class Not(Composite):
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         return ~self.part._read(at, device)
 
-    def __str__(self) -> str:
-        return self._text(str)
-
-    def __repr__(self) -> str:
-        return clipped(self._text(repr), LONGEST_REPR)
-
-    def _text(self, show: Callable[[Mask], str]) -> str:
+    def _text(self, show: Callable[[Any], str]) -> str:
         if isinstance(self.part, Not):  # ``~~m`` would be read as m
             return f"Not({show(self.part)})"
         return f"~({show(self.part)})" if isinstance(self.part, _Joined) else f"~{show(self.part)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
@@ -374,11 +374,14 @@ class Mask(Operators, ABC):
 
     # -- text ----------------------------------------------------------------------------
 
+    def _text(self, show: Callable[[Any], str]) -> str:
+        return f"{type(self).__name__}({arguments_text(self, show)})"
+
     def __str__(self) -> str:
-        return f"{type(self).__name__}({arguments_text(self, full_text)})"
+        return self._text(full_text)
 
     def __repr__(self) -> str:
-        return clipped(f"{type(self).__name__}({arguments_text(self, short)})", LONGEST_REPR)
+        return clipped(self._text(short), LONGEST_REPR)
 
 
 MASKS = Families[Mask]("mask", Mask, "masks", "Causal() & SlidingWindow(64)")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from attnkit.arguments import check_int, describe
-from attnkit.errors import CompositionError, CompositionTypeError, clipped
+from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.masks.algebra import And, Not, Or
-from attnkit.masks.base import LONGEST_REPR, MASKS, Enclosure, Mask, Rectangle
+from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Nested
 
 __all__ = ["Cut"]
@@ -136,15 +136,9 @@ class Cut(Nested):
         whole = self._whole(at.q_len, at.kv_len)
         return self.mask._read(Rectangle(rows, keys, *whole, at.batch, at.head), device)
 
-    def __str__(self) -> str:
-        return self._text(str) or super().__str__()
-
-    def __repr__(self) -> str:
-        return clipped(self._text(repr) or super().__repr__(), LONGEST_REPR)
-
-    def _text(self, show: Callable[[Mask], str]) -> str | None:
+    def _text(self, show: Callable[[Any], str]) -> str:
         if self.q_len is not None or self.kv_len is not None:
-            return None
+            return super()._text(show)
         rows, keys = (
             f"{start or ''}:{'' if stop is None else stop}"
             for start, stop in (self.q_range, self.kv_range)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import combinations, product
+from itertools import combinations, compress, product
 from typing import NamedTuple
 
 from attnkit.geometry import Region
@@ -176,7 +176,12 @@ def _scattered(documents: Documents) -> bool:
 
 def _cover(target: Cells, parts: list[_Named]) -> list[_Named]:
     """Return the fewest parts that make up the target; all that are needed, if many are."""
-    needed, free = _needed(target, parts)
+    if len(parts) == 1:
+        return parts
+    rests = all_but_one([one.cells for one in parts], Cells.join)
+    spare = [rest == target for rest in rests]
+    needed = [one for one, without in zip(parts, spare, strict=True) if not without]
+    free = list(compress(parts, spare))
     if needed and _union(needed) == target:
         return needed
     for count in range(1, _PARTS - len(needed) + 1):
@@ -190,15 +195,6 @@ def _cover(target: Cells, parts: list[_Named]) -> list[_Named]:
         if _union(others) == target:
             parts = others
     return parts
-
-
-def _needed(target: Cells, parts: list[_Named]) -> tuple[list[_Named], list[_Named]]:
-    """Return the parts without which the others are not the target, and those parts without."""
-    if len(parts) == 1:
-        return parts, []
-    rests = list(all_but_one([one.cells for one in parts], Cells.join))
-    needed = [one for one, rest in zip(parts, rests, strict=True) if rest != target]
-    return needed, [one for one, rest in zip(parts, rests, strict=True) if rest == target]
 
 
 def _union(parts: list[_Named]) -> Cells:

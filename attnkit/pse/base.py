@@ -21,6 +21,7 @@ from attnkit.arguments import check_float_dtype, check_int, check_place, check_r
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks import Rectangle
+from attnkit.masks.trace import row_blocks
 from attnkit.pse.structure import Align, OfDistance, Structure
 from attnkit.textform import Families, check_names
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
 
 Range = tuple[int, int]
-
-_CELLS_AT_ONCE = 1 << 20  # read together where two matrices are compared
 
 
 class Pse(ABC):
@@ -365,16 +364,12 @@ give it one per query head
             return all(part._extends(shorter, longer) for part in self.members)
         if self.toeplitz:  # either anchor is the diagonal of a square matrix
             return True
-        height = max(1, _CELLS_AT_ONCE // max(1, shorter))
-        for i in range(0, shorter, height):
-            rows, keys = (i, min(i + height, shorter)), (0, shorter)
-            old, new = (
-                self.rectangle(rows, keys, q_len=n, kv_len=n, dtype=torch.float64)
-                for n in (shorter, longer)
-            )
-            if not torch.equal(old, new):
-                return False
-        return True
+
+        def read(rows: Range, n: int) -> Tensor:
+            return self.rectangle(rows, (0, shorter), q_len=n, kv_len=n, dtype=torch.float64)
+
+        blocks = row_blocks(0, shorter, shorter)
+        return all(torch.equal(read(rows, shorter), read(rows, longer)) for rows in blocks)
 
     # -- value ---------------------------------------------------------------------------
 

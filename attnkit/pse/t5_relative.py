@@ -119,20 +119,19 @@ class T5Relative(ByDistance):
     def structure(self) -> Stepped:
         """The distances at which buckets begin, and the bucket of each step."""
         with torch._C._DisableTorchDispatch():  # a plan may be made of fake tensors
-            buckets = self._buckets(None).tolist()
+            buckets = _buckets(
+                self.num_buckets, self.max_distance, self.bidirectional, None
+            ).tolist()
         begins = [k for k, row in enumerate(buckets) if k == 0 or row != buckets[k - 1]]
         starts = tuple(k - self.max_distance for k in begins)
         return Stepped(starts, tuple(buckets[k] for k in begins), self.align)
 
-    def _buckets(self, device: torch.device | None) -> Tensor:
-        """Return the buckets of all distances up to the largest in each direction."""
-        return _buckets(self.num_buckets, self.max_distance, self.bidirectional, device)
-
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """Return each distance's entry of the table."""
         most = self.max_distance
-        buckets = self._buckets(distance.device)[distance.clamp(-most, most) + most]
-        return self.table.to(dtype)[buckets].movedim(-1, 0)
+        buckets = _buckets(self.num_buckets, most, self.bidirectional, distance.device)
+        at = buckets[distance.clamp(-most, most) + most]
+        return self.table.to(dtype)[at].movedim(-1, 0)
 
     def __repr__(self) -> str:
         parts = [str(self.num_heads)]
