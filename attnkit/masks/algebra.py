@@ -32,8 +32,7 @@ class _Joined(Composite):
 
     parts: tuple[Mask, ...]
     _sign: ClassVar[str]
-    _combine: ClassVar[Callable[[Region, Region], Region]]
-    _combine_cells: ClassVar[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+    _combine: ClassVar[Callable[[Any, Any], Any]]  # of regions, and of tensors of cells
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
@@ -106,7 +105,7 @@ class _Joined(Composite):
         return Enclosure(inner, inner if a.exact and b.exact else cls._combine(a.outer, b.outer))
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
-        return reduce(type(self)._combine_cells, (part._read(at, device) for part in self.parts))
+        return reduce(type(self)._combine, (part._read(at, device) for part in self.parts))
 
     def _value(self) -> Hashable:
         return self._part_set
@@ -145,7 +144,6 @@ class And(_Joined):
 
     _sign = "&"
     _combine = and_
-    _combine_cells = torch.logical_and
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -164,7 +162,6 @@ class Or(_Joined):
 
     _sign = "|"
     _combine = or_
-    _combine_cells = torch.logical_or
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -236,33 +233,25 @@ def needless_parts(
     mask: Mask,
     plane: tuple[int, int, int, int],
     target: Region,
-    around: Bound = lambda bounds: bounds,
+    around: tuple[Bound, ...] = (),
     path: Path = (),
 ) -> Iterator[Path]:
     """Yield the path to each part of intersections and unions that may as well not be there.
 
-    `target` are the cells of the whole at ``plane`` (q_len, kv_len, batch, head); `around` makes
-    the cells of the whole of those of this mask.
+    `target` are the cells of the whole at ``plane`` (q_len, kv_len, batch, head); what is
+    `around` makes the cells of the whole of those of this mask, the first the innermost.
     """
     if isinstance(mask, Not):
         flip = partial(mask.flipped, q_len=plane[0], kv_len=plane[1])
-        yield from needless_parts(
-            mask.part, plane, target, partial(_after, around, flip), (*path, 0)
-        )
+        yield from needless_parts(mask.part, plane, target, (flip, *around), (*path, 0))
     elif isinstance(mask, _Joined):
         each = [part.enclosure(*plane) for part in mask.parts]
         for k, rest in enumerate(all_but_one(each, mask.met)):
-            found = around(rest)
+            found = reduce(lambda known, outer: outer(known), around, rest)
             if found.exact and found.inner == target:
                 yield (*path, k)
             beside = partial(mask.met, rest)
-            yield from needless_parts(
-                mask.parts[k], plane, target, partial(_after, around, beside), (*path, k)
-            )
-
-
-def _after(outer: Bound, inner: Bound, known: Enclosure) -> Enclosure:
-    return outer(inner(known))
+            yield from needless_parts(mask.parts[k], plane, target, (beside, *around), (*path, k))
 
 
 def without_part(mask: Mask, path: Path) -> tuple[Mask, Mask]:

@@ -218,7 +218,13 @@ def _unpack(packed: str) -> tuple[_Shape, bytes]:
         cells = b * n * q_len * kv_len
         if min(b, n) < 1 or cells > _MOST_CELLS:
             raise ValueError(f"a shape has 1 to {_MOST_CELLS} cells, or no rows or keys")
-        bits = _inflated(base64.b64decode(body, validate=True), -(-cells // 8))
+        deflated, size = base64.b64decode(body, validate=True), -(-cells // 8)
+        stream = zlib.decompressobj()
+        # No more than `size` is ever unpacked, and nothing is packed to less than a thousandth.
+        likely = size <= 1100 * len(deflated) + 64
+        bits = stream.decompress(deflated, size + 1) if likely else b""
+        if not likely or len(bits) != size or not stream.eof or stream.unused_data:
+            raise ValueError("the number of bits does not fit the shape")
         if cells % 8 and bits[-1] & (0xFF >> cells % 8):
             raise ValueError("bits are set beyond the last cell")
     except (ValueError, zlib.error) as error:
@@ -227,15 +233,3 @@ def _unpack(packed: str) -> tuple[_Shape, bytes]:
             "Dense.keep(tensor) or Dense.drop(tensor)"
         ) from None
     return (b, n, q_len, kv_len), bits
-
-
-def _inflated(deflated: bytes, size: int) -> bytes:
-    """Return what was packed, which has `size` bytes: no more than that is ever unpacked."""
-    # A thousandth of its size is as small as anything is packed.
-    if size > 1100 * len(deflated) + 64:
-        raise ValueError("the number of bits does not fit the shape")
-    stream = zlib.decompressobj()
-    bits = stream.decompress(deflated, size + 1)
-    if len(bits) != size or not stream.eof or stream.unused_data:
-        raise ValueError("the number of bits does not fit the shape")
-    return bits

@@ -47,13 +47,10 @@ class Cells(NamedTuple):
 
     def of(self, mask: Mask) -> Cells:
         """Return the cells of a mask, for the same batch and size."""
-        if mask.batches is None:
-            region = mask.enclosure(self.q_len, self.kv_len).inner
-            return self._replace(regions=(region,) * len(self.regions))
-        planes = range(len(self.regions))
-        return self._replace(
-            regions=tuple(mask.enclosure(self.q_len, self.kv_len, b).inner for b in planes)
-        )
+        batch = len(self.regions)
+        apart = 1 if mask.batches is None else batch
+        found = (mask.enclosure(self.q_len, self.kv_len, b).inner for b in range(apart))
+        return self._replace(regions=tuple(found) * (batch // apart))
 
     def meet(self, other: Cells) -> Cells:
         """Return the cells in both."""
@@ -185,9 +182,8 @@ def lines(cells: Cells) -> Iterator[Mask]:
 
 def rectangles(cells: Cells) -> Iterator[Mask]:
     """Propose the rectangles around the groups of rows that hold cells, if these are few."""
-    parts = cells.anywhere.slices
     groups: list[Slice] = []
-    for part in parts:
+    for part in cells.anywhere.slices:
         last = groups[-1] if groups else None
         if last is not None and part.i0 < last.i1 + (part.j0 < last.j1):
             low, high = min(last.j0, part.j0), max(last.j1, part.j1)

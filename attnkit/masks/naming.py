@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import reduce
-from itertools import combinations, compress, product
+from itertools import chain, combinations, compress, product
 from typing import NamedTuple
 
 from attnkit.geometry import Region
@@ -84,18 +84,15 @@ def _frames(target: Cells, everything: Cells) -> list[_Named]:
         hulls.key_ranges(target),
         hulls.row_ranges(target),
     ]
-    known = [[None, *_distinct(group, target, holds=True)] for group in groups]
-    chosen = (
-        [one for one in choice if one is not None]
-        for choice in product(*known)
-        if sum(one is not None for one in choice) <= _PARTS
-    )
+    known = [[(), *((one,) for one in _distinct(group, target, holds=True))] for group in groups]
+    chosen = (list(chain(*choice)) for choice in product(*known))
     frames = [
         _Named(
             _join(And, [one.mask for one in choice]),
             reduce(Cells.meet, (one.cells for one in choice), everything),
         )
         for choice in chosen
+        if len(choice) <= _PARTS
     ]
     return sorted(frames, key=lambda frame: complexity(frame.mask))
 

@@ -27,6 +27,10 @@ class _Each(Composite):
     _counts: ClassVar[str]
     masks: tuple[Mask, ...]
 
+    if TYPE_CHECKING:  # more is taken than is kept
+
+        def __init__(self, masks: Sequence[Mask]) -> None: ...
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not isinstance(self.masks, tuple | list):
@@ -74,7 +78,7 @@ class _Each(Composite):
 
 
 @MASKS.register("per_head")
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class PerHead(_Each):
     """Head h has the mask ``masks[h]``; one entry per query head.
 
@@ -87,10 +91,6 @@ class PerHead(_Each):
     what = "query head"
     _counts = "heads"
 
-    if TYPE_CHECKING:  # more is taken than is kept
-
-        def __init__(self, masks: Sequence[Mask]) -> None: ...
-
     @property
     def heads(self) -> int | None:
         """One mask per head."""
@@ -98,7 +98,7 @@ class PerHead(_Each):
 
 
 @MASKS.register("per_batch")
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class PerBatch(_Each):
     """Batch element (or packed sequence) b has the mask ``masks[b]``.
 
@@ -110,10 +110,6 @@ class PerBatch(_Each):
 
     what = "batch element"
     _counts = "batches"
-
-    if TYPE_CHECKING:  # more is taken than is kept
-
-        def __init__(self, masks: Sequence[Mask]) -> None: ...
 
     @property
     def batches(self) -> int | None:

@@ -193,9 +193,8 @@ def _write(given: Source, regions: tuple[tuple[Region, ...], ...]) -> Recovered:
 
 def _measure(mask: Mask) -> tuple[int, tuple[int, int]]:
     """Return a measure to choose the simpler mask by: first, how much of it has no name."""
-    return sum(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask)), complexity(
-        mask
-    )
+    nameless = sum(isinstance(part, Slices | Dense | Predicate) for part in leaves(mask))
+    return nameless, complexity(mask)
 
 
 def _one_head(regions: tuple[Region, ...], given: Source) -> Mask:

@@ -12,10 +12,9 @@ from __future__ import annotations
 from attnkit.pse.alibi import ALiBi, LearnableALiBi, Sloped, SqrtALiBi, press_slopes
 from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
-from attnkit.pse.cut import Cut
+from attnkit.pse.composite import Cut, Sum
 from attnkit.pse.parse import parse
 from attnkit.pse.structure import Linear, PerCell, PerKey, Root, Stepped, Structure, Toeplitz
-from attnkit.pse.sum import Sum
 from attnkit.pse.t5_relative import T5Relative, t5_bucket
 from attnkit.pse.tensors import Dense, KeyBias
 

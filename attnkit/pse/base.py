@@ -28,7 +28,7 @@ from attnkit.textform import Families, check_names
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from attnkit.pse.sum import Sum
+    from attnkit.pse.composite import Sum
 
 __all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
 
@@ -354,7 +354,7 @@ give it one per query head
 
     def _bias_of(self, at: Rectangle) -> Pse:
         """Return the bias of a rectangle's cells; a family may know a closer form."""
-        from attnkit.pse.cut import Cut
+        from attnkit.pse.composite import Cut
 
         return Cut(self, *at[:4])
 
@@ -405,7 +405,7 @@ give it one per query head
                 f"a positional bias adds to another one, not to {type(other).__name__}; "
                 "wrap a tensor as pse.Dense(tensor)"
             )
-        from attnkit.pse.sum import Sum
+        from attnkit.pse.composite import Sum
 
         return Sum((self, other))
 

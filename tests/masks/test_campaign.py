@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import and_
+
 import pytest
 
 from attnkit import masks
@@ -38,7 +40,7 @@ PLANTED = {
         "_cells",
         lambda self, q, k, *more: self.mask._cells(*self._whole(q, k), *more)[:q, :k],
     ),
-    "an or that is an and": (algebra.Or, "_combine", Region.__and__),
+    "an or that is an and": (algebra.Or, "_combine", and_),
     "a prefix of one more": (
         masks.Prefix,
         "_region",

@@ -1,4 +1,4 @@
-"""`Sum`: several biases, each of which may reach a kernel in its own way."""
+"""Biases made of others: `Sum` of several, and `Cut`, the part of one inside a rectangle."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from operator import add
 import torch
 from torch import Tensor
 
+from attnkit.arguments import check_range
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.pse.base import Pse, Rectangle
+from attnkit.pse.base import Pse, Range, Rectangle
+from attnkit.pse.structure import Structure, Toeplitz
 
-__all__ = ["Sum"]
+__all__ = ["Cut", "Sum"]
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -105,3 +107,85 @@ def _agree(what: str, claims: list[tuple[Pse, int | None]]) -> None:
                 f"cannot add {first}, made for {expected} {what}, and {part}, made for {count}; "
                 "both describe the same score matrices"
             )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Cut(Pse):
+    """Rows and keys of another bias: ``bias[h, i, j] = part[h, i + q0, j + kv0]``.
+
+    The whole score matrix has the lengths `q_len` x `kv_len`. Made by `Pse.cut` where a bias
+    has no closer form. No cell outside of it is ever made.
+
+    Raises `CompositionError` for ranges outside the matrix, and at use for other lengths.
+
+    >>> from attnkit.pse import ALiBi
+    >>> part = ALiBi([1.0]).cut((0, 1), (0, 3), q_len=3, kv_len=4)
+    >>> part
+    ALiBi(slopes=(1.0,)).cut((0, 1), (0, 3), q_len=3, kv_len=4)
+    >>> part.materialize(1, 3)
+    tensor([[[[-1., -0., -1.]]]])
+    """
+
+    part: Pse
+    q_range: Range
+    kv_range: Range
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, Pse):
+            raise CompositionTypeError(f"pse.Cut cuts a positional bias, not {shown(self.part)}")
+        check_range("q_range", self.q_range, self.q_len)
+        check_range("kv_range", self.kv_range, self.kv_len)
+        vars(self).update(q_range=tuple(self.q_range), kv_range=tuple(self.kv_range))
+        inner = self.part
+        if not isinstance(inner, Cut):
+            self.part.check(self.q_len, self.kv_len)
+            return
+        if (self.q_len, self.kv_len) != inner.extent:
+            raise CompositionError(
+                f"pse.{inner} is for score matrices of {inner.extent[0]} x {inner.extent[1]}, but "
+                f"is cut as one of {self.q_len} x {self.kv_len}"
+            )
+        # A cut of a cut is one cut, however often it is cut.
+        place = inner._whole(Rectangle(self.q_range, self.kv_range, self.q_len, self.kv_len))
+        vars(self).update(part=inner.part, q_range=place.rows, kv_range=place.keys)
+        vars(self).update(q_len=place.q_len, kv_len=place.kv_len)
+
+    def _whole(self, at: Rectangle) -> Rectangle:
+        """Return where a rectangle of the cut lies in the whole score matrix."""
+        q0, kv0 = self.q_range[0], self.kv_range[0]
+        rows, keys = (at.rows[0] + q0, at.rows[1] + q0), (at.keys[0] + kv0, at.keys[1] + kv0)
+        return Rectangle(rows, keys, self.q_len, self.kv_len)
+
+    @property
+    def members(self) -> tuple[Pse, ...]:
+        """The bias that is cut."""
+        return (self.part,)
+
+    @property
+    def before_scale(self) -> bool:
+        """As the bias that is cut."""
+        return self.part.before_scale
+
+    @property
+    def structure(self) -> Structure | None:
+        """A shift leaves distances as they differ, and forgets where they are 0."""
+        return Toeplitz("bottom_right") if self.part.toeplitz else None
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The lengths of the two ranges."""
+        return self.q_range[1] - self.q_range[0], self.kv_range[1] - self.kv_range[0]
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """As the bias that is cut names them."""
+        return self.part.tensor_names
+
+    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        return self.part._values(self._whole(at), dtype, device)
+
+    def __repr__(self) -> str:
+        where = f"{self.q_range}, {self.kv_range}, q_len={self.q_len}, kv_len={self.kv_len}"
+        return f"{self.part!r}.cut({where})"
