@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from attnkit.arguments import check_int, check_readable, describe, holds_integers
 from attnkit.errors import CompositionError, CompositionTypeError, shown
@@ -169,16 +170,9 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for value in _flat((*args, *(kwargs or {}).values())):
+        for value in tree_flatten((args, kwargs))[0]:
             self.used |= {name for name, one in self.watched.items() if value is one}
         return func(*args, **(kwargs or {}))
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    out = []
-    for value in values:
-        out += _flat(value) if isinstance(value, tuple | list) else [value]
-    return out
 
 
 def _check_uses(

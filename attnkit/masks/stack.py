@@ -170,19 +170,14 @@ def _layers(
     return [known[mask] for mask in masks]
 
 
-def _future_of(region: Region, length: int) -> Region:
-    return region & Region.of(Slice(0, length, 0, length, lo=1))
-
-
 def _ahead(reach: Region, layers: list[list[Region]], length: int) -> Iterator[Finding]:
-    ahead = _future_of(reach, length)
+    future = Region.of(Slice(0, length, 0, length, lo=1))
+    ahead = reach & future
     if not ahead:
         return
     i = ahead.slices[0].i0
     k = ahead.row(i)[-1][1] - 1
-    alone = sorted(
-        {n for one in layers for n, layer in enumerate(one) if _future_of(layer, length)}
-    )
+    alone = sorted({n for one in layers for n, layer in enumerate(one) if layer & future})
     yield Finding(
         "stack-sees-the-future",
         f"the stack lets the future in: output {i} depends on input {k}, {k - i} ahead; layers "
