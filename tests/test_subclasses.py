@@ -100,10 +100,10 @@ def test_flex_takes_slopes_for_what_they_compute():
     ):
         bias = kind([0.5, 0.25])
         request = read_request(Composition(masks.Full(), bias, "BSND", None, 0.0, None), x, x, x)
-        scores = score_function(request, bias, torch.device("cpu"))
-        assert scores.shape[0] == shape
+        score_mod, shapes = score_function(request, bias, torch.device("cpu"))
+        assert shapes[0] == shape
         i, j = torch.tensor(1), torch.tensor(4)
-        got = scores.fn(torch.tensor(0.0), torch.tensor(0), torch.tensor(1), i, j)
+        got = score_mod(torch.tensor(0.0), torch.tensor(0), torch.tensor(1), i, j)
         torch.testing.assert_close(got, bias.materialize(6, 6)[0, 1, 1, 4])
 
 

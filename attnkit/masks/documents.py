@@ -203,7 +203,11 @@ class Documents(Nested):
         return tuple(part for part in parts if part)
 
     def places(self, batch: int = 0) -> list[tuple[Range, Range]]:
-        """Return the queries and the keys of each document of a batch element, as ranges."""
+        """Return the queries and the keys of each document of a batch element, as ranges.
+
+        >>> Documents((2, 3)).places()
+        [((0, 2), (0, 2)), ((2, 5), (2, 5))]
+        """
         sizes = zip(*self.sizes(batch), strict=True)
         rows, keys = (pairwise(accumulate(one, initial=0)) for one in sizes)
         return list(zip(rows, keys, strict=True))

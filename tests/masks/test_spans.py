@@ -10,7 +10,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.decoding import rows_of_mask
+from attnkit.decoding import rows_of_text
 from attnkit.masks import Spans, from_token_types
 
 
@@ -69,10 +69,10 @@ def test_text_is_decoded_after_images_that_came_at_once() -> None:
     mask = from_token_types([0, 1, 1, 0])
     whole = mask.region(7, 7)
     for start, stop in ((0, 4), (4, 5), (5, 7)):
-        rows = rows_of_mask(mask, start, stop)
+        rows, _ = rows_of_text(mask, None, start, stop)
         assert rows.region(stop - start, stop) == whole.cut((start, stop), (0, stop))
     with pytest.raises(ak.CompositionError, match="first 2 tokens see"):
-        rows_of_mask(mask, 2, 3)
+        rows_of_text(mask, None, 2, 3)
 
 
 @pytest.mark.parametrize("spans", [(), ((0, 2),), ((), ()), (((0, 2),), ())])
