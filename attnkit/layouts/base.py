@@ -322,7 +322,9 @@ or num_heads
         >>> get("TND").view(torch.zeros(48, 4, 8), 4).shape
         torch.Size([1, 4, 48, 8])
         """
-        order, _, merged = self._strides
+        order, _, merged, turned = self._strides
+        if turned:  # the axes are there; tiny calls feel every further question
+            return tensor.permute(order)
         if merged is not None:
             shape = tensor.shape
             apart = heads, shape[merged] // heads
@@ -337,21 +339,24 @@ or num_heads
         >>> get("TND").restore(torch.zeros(1, 4, 48, 8)).shape
         torch.Size([48, 4, 8])
         """
-        _, inverse, merged = self._strides
+        _, inverse, merged, turned = self._strides
+        if turned:
+            return heads.permute(inverse)
         tensor = heads if inverse == _IN_ORDER else heads.permute(inverse)
         if self.packed:
             tensor = tensor[0]
         return tensor if merged is None else tensor.flatten(merged, merged + 1)
 
     @cached_property
-    def _strides(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
-        """How to permute from and to ``[b n s d]``, and which axis is the merged one."""
+    def _strides(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None, bool]:
+        """How to permute from and to ``[b n s d]``, the merged axis, and if that permutes alone."""
         letters = " ".join(self.axes).split()
         if self.packed:
             letters = ["b", *("s" if letter == "t" else letter for letter in letters)]
         order = tuple(letters.index(letter) for letter in "bnsd")
         inverse = tuple(order.index(axis) for axis in range(4))
-        return order, inverse, self.axes.index("n d") if self.merges_heads else None
+        merged = self.axes.index("n d") if self.merges_heads else None
+        return order, inverse, merged, merged is None and not self.packed and order != _IN_ORDER
 
     def _by_head(self, tensor: Tensor, num_heads: int | None) -> Tensor:
         check_tensor("the tensor of a layout", tensor)

@@ -282,16 +282,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
         check_tensor(name, tensor)
-    told = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in named)
     if query.dtype not in FLOATS:
         raise CompositionTypeError(
             f"query has dtype {query.dtype}; attention computes in "
             f"{', '.join(str(d).removeprefix('torch.') for d in FLOATS)}: cast the inputs"
         )
-    if not query.dtype == key.dtype == value.dtype:
+    same_dtype = query.dtype == key.dtype == value.dtype
+    if same_dtype and query.device == key.device == value.device:
+        return
+    told = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in named)
+    if not same_dtype:
         raise CompositionTypeError(f"{told}: the dtypes differ; cast them to one dtype first")
-    if not query.device == key.device == value.device:
-        raise CompositionError(f"{told}: the devices differ; move them to one device first")
+    raise CompositionError(f"{told}: the devices differ; move them to one device first")
 
 
 def _check_carried(
@@ -329,33 +331,27 @@ def _check_carried(
 
 
 def _check_sizes(layout: Layout, q: Sizes, k: Sizes, v: Sizes) -> None:
-    def told(name: str, sizes: Sizes) -> str:
-        return f"{name} {list(layout.shape(sizes))}"
-
-    shapes = f"{told('query', q)}, {told('key', k)}, {told('value', v)} in layout {layout}"
+    wrong = None
     if q.dim != k.dim:
-        raise CompositionError(
-            f"{shapes}: query and key have heads of {q.dim} and {k.dim} dimensions; q.k needs "
-            "them equal"
+        wrong = f"query and key have heads of {q.dim} and {k.dim} dimensions; q.k needs them equal"
+    elif k.heads != v.heads:
+        wrong = f"key has {k.heads} heads and value {v.heads}; give both the same"
+    elif q.heads % k.heads:
+        wrong = (
+            f"{q.heads} query heads do not divide into groups over {k.heads} key heads; the number "
+            "of query heads must be a multiple of it"
         )
-    if k.heads != v.heads:
-        raise CompositionError(
-            f"{shapes}: key has {k.heads} heads and value {v.heads}; give both the same"
+    elif k.length != v.length:
+        wrong = f"key has {k.length} positions and value {v.length}; each key needs a value"
+    elif not q.batch == k.batch == v.batch:
+        wrong = (
+            f"the batch sizes are {q.batch}, {k.batch}, {v.batch}; nothing is broadcast, expand "
+            "the tensors first"
         )
-    if q.heads % k.heads:
-        raise CompositionError(
-            f"{shapes}: {q.heads} query heads do not divide into groups over {k.heads} key "
-            "heads; the number of query heads must be a multiple of it"
-        )
-    if k.length != v.length:
-        raise CompositionError(
-            f"{shapes}: key has {k.length} positions and value {v.length}; each key needs a value"
-        )
-    if not q.batch == k.batch == v.batch:
-        raise CompositionError(
-            f"{shapes}: the batch sizes are {q.batch}, {k.batch}, {v.batch}; nothing is "
-            "broadcast, expand the tensors first"
-        )
+    if wrong is not None:
+        named = (("query", q), ("key", k), ("value", v))
+        shapes = ", ".join(f"{name} {list(layout.shape(sizes))}" for name, sizes in named)
+        raise CompositionError(f"{shapes} in layout {layout}: {wrong}")
 
 
 def _check_seqlens(layout: Layout, seqlens: SeqLens | None, q: Sizes, k: Sizes) -> None:

@@ -31,10 +31,10 @@ KEPT = 4
 
 def bind(request: Request, pse: Pse | None, device: torch.device) -> tuple[Term, ...]:
     """Return the addends of a bias in the forms that tiles can be read from."""
-    parts = pse.parts if pse is not None else ()
-    return tuple(
-        _term(request, part, known, device) for part, known in zip(parts, request.bias, strict=True)
-    )
+    if pse is None:
+        return ()
+    addends = zip(pse.parts, request.bias, strict=True)
+    return tuple(_term(request, *addend, device) for addend in addends)
 
 
 def with_tensors(terms: Sequence[Term], given: Sequence[Tensor]) -> tuple[Term, ...]:

@@ -177,10 +177,10 @@ def _given_to_torch(
     call: WholeCall, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Return a call's rows, keys and values, and its mask."""
-    views = (call.rows(query), call.keys(key), call.keys(value))
+    rows, keys, values = call.rows(query), call.keys(key), call.keys(value)
     pattern = call.piece.pattern
     mask = None if pattern is None else pattern_mask(pattern, query.dtype, query.device, 0.0)
-    return tuple(_dense_last(view) for view in views), mask
+    return (_dense_last(rows), _dense_last(keys), _dense_last(values)), mask
 
 
 def _dense_last(tensor: Tensor) -> Tensor:
