@@ -30,29 +30,29 @@ class Store:
         self.most = most
         self.bytes = bytes
         self._lock = Lock()
-        self._values: dict[Hashable, Any] = {}
+        self.values: dict[Hashable, Any] = {}
         self._sizes: dict[Hashable, int] = {}
 
     def get(self, key: Hashable, make: Callable[..., T], *args: Any) -> T:
         """Return what is kept under a key, or what is made now, and keep that."""
-        found = self._values.get(key, self)  # one look, without the lock: it is on hot paths
+        found = self.values.get(key, self)
         if found is not self:
             return cast(T, found)
         made = make(*args)  # not under the lock: what is made may be made of other kept values
         size = _size(made)
         if size <= self.bytes:
             with self._lock:
-                self._values[key], self._sizes[key] = made, size
+                self.values[key], self._sizes[key] = made, size
                 while len(self._sizes) > self.most or sum(self._sizes.values()) > self.bytes:
                     oldest = next(iter(self._sizes))
-                    del self._values[oldest], self._sizes[oldest]
+                    del self.values[oldest], self._sizes[oldest]
         return made
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._sizes.clear()
-            self._values.clear()
+            self.values.clear()
 
     def __iter__(self) -> Any:
         return iter(tuple(self._sizes))
@@ -100,6 +100,7 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
             return cast(Any, make)(*args)  # type: ignore[no-any-return]
         if torch._C._len_torch_dispatch_stack():
             return made(*args)
-        return KEPT.get((make, args), made, *args)
+        found = KEPT.values.get((make, args), KEPT)  # one look: it is on hot paths
+        return KEPT.get((make, args), made, *args) if found is KEPT else cast(T, found)
 
     return cast(Callable[P, T], get)

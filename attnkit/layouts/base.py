@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = ["LAYOUTS", "Layout", "Sizes", "get", "register"]
 _AXES = {"b": "batch", "s": "length", "n": "heads", "d": "dim", "t": "tokens"}
 _DENSE = frozenset("bsnd")
 _PACKED = frozenset("tnd")
+_Strides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int | None, tuple[int, int] | None]
 _IN_ORDER = (0, 1, 2, 3)
 
 
@@ -322,9 +324,9 @@ or num_heads
         >>> get("TND").view(torch.zeros(48, 4, 8), 4).shape
         torch.Size([1, 4, 48, 8])
         """
-        order, _, merged, turned = self._strides
-        if turned:  # the axes are there; tiny calls feel every further question
-            return tensor.permute(order)
+        order, _, merged, swapped = self._strides
+        if swapped is not None:  # and no more: tiny calls feel every further question
+            return tensor.transpose(*swapped)
         if merged is not None:
             shape = tensor.shape
             apart = heads, shape[merged] // heads
@@ -339,24 +341,26 @@ or num_heads
         >>> get("TND").restore(torch.zeros(1, 4, 48, 8)).shape
         torch.Size([48, 4, 8])
         """
-        _, inverse, merged, turned = self._strides
-        if turned:
-            return heads.permute(inverse)
+        _, inverse, merged, swapped = self._strides
+        if swapped is not None:
+            return heads.transpose(*swapped)
         tensor = heads if inverse == _IN_ORDER else heads.permute(inverse)
         if self.packed:
             tensor = tensor[0]
         return tensor if merged is None else tensor.flatten(merged, merged + 1)
 
     @cached_property
-    def _strides(self) -> tuple[tuple[int, ...], tuple[int, ...], int | None, bool]:
-        """How to permute from and to ``[b n s d]``, the merged axis, and if that permutes alone."""
+    def _strides(self) -> _Strides:
+        """How to permute from and to ``[b n s d]``, the merged axis, and the only two that move."""
         letters = " ".join(self.axes).split()
         if self.packed:
             letters = ["b", *("s" if letter == "t" else letter for letter in letters)]
         order = tuple(letters.index(letter) for letter in "bnsd")
         inverse = tuple(order.index(axis) for axis in range(4))
         merged = self.axes.index("n d") if self.merges_heads else None
-        return order, inverse, merged, merged is None and not self.packed and order != _IN_ORDER
+        moved = [axis for axis in range(4) if order[axis] != axis]
+        alone = len(moved) == 2 and merged is None and not self.packed
+        return order, inverse, merged, (moved[0], moved[1]) if alone else None
 
     def _by_head(self, tensor: Tensor, num_heads: int | None) -> Tensor:
         check_tensor("the tensor of a layout", tensor)
