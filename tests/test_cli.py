@@ -246,6 +246,14 @@ def test_a_plan_of_a_mask_alone_and_of_a_file_with_other_values(config: Path, ca
         assert "2 heads of 16" in out
 
 
+def test_a_plan_of_a_layer_whose_values_have_another_size(capsys: Any):
+    text = "{dim: 64, num_heads: 4, head_dim: 32, v_head_dim: 16, mask: Causal()}"
+    Path("model.yaml").write_text(text)
+    assert main(["plan", "--config", "model.yaml", "--q-len", "64", "--backend", "emulated"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "key bfloat16[1, 64, 4, 32], value bfloat16[1, 64, 4, 16]" in out
+
+
 def test_a_plan_of_a_configuration_somewhere_in_a_file(capsys: Any):
     Path("model.yaml").write_text(
         "model:\n"

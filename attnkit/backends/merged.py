@@ -173,6 +173,7 @@ class Merged(torch.autograd.Function):
         sink: Tensor | None,
         logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the calls in order, and merge each into the softmax of the rows that it answers."""
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         rows, heads = query.shape[:2]
         out = query.new_zeros(rows, heads, value.shape[-1], dtype=wide)
@@ -204,6 +205,7 @@ class Merged(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Give every call's own backward the merged maximum, denominator and output."""
         saved = ctx.saved_tensors
 
         def make() -> tuple[Tensor | None, ...]:

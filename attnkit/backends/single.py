@@ -44,6 +44,7 @@ class Single(torch.autograd.Function):
         value: Tensor,
         sink: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch the call; rows that see no key get log-sum-exp and maximum -inf."""
         tensors = {"query": query, "key": key, "value": value}
         answer = launcher.forward(call, {**tensors, "atten_mask": mask, "pse": pse, "sink": sink})
         ctx.call, ctx.launcher, ctx.random = call, launcher, answer.random
@@ -61,6 +62,7 @@ class Single(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Launch the call's backward on what the forward kept, with the same random numbers."""
         query, key, value, sink, mask, pse, out, peak, total, lse = ctx.saved_tensors
         call, launcher = ctx.call, ctx.launcher
         tensors = {"query": query, "key": key, "value": value}

@@ -201,6 +201,7 @@ class Family(Record):
         return handler(core_schema.definitions_schema(reference, [union]))
 
     def keys(self, kind: object = None) -> tuple[str, ...]:
+        """Return the keys that a mapping of this kind may have."""
         family = self.classes().get(kind) if isinstance(kind, str) else None
         names = () if family is None else tuple(item.name for item in _arguments(family))
         return ("kind", *names)

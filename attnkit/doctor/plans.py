@@ -108,16 +108,18 @@ def _request(config: Config, arguments: argparse.Namespace) -> Request:
     with torch.device("meta"):  # the projections of a large module take no memory
         built = config.model_copy(update={"backend": "auto"}).build()
     module = built.attention if isinstance(built, MultiHeadAttention) else built
+    value_dim = built.v_head_dim if isinstance(built, MultiHeadAttention) else built.head_dim
     largest = batch * max(q_len, kv_len) * module.num_heads * module.head_dim
     if largest > _MOST_NUMBERS:
         raise UsageError(
             f"a tensor of {largest:,} numbers (batch {batch}, {max(q_len, kv_len)} tokens, "
             f"{module.num_heads} heads of {module.head_dim}) is more than any device addresses"
         )
+    query = Sizes(batch, q_len, module.num_heads, module.head_dim)
     key = Sizes(batch, kv_len, module.num_kv_heads, module.head_dim)
     return make_request(
         module.composition,
-        (Sizes(batch, q_len, module.num_heads, module.head_dim), key, key),
+        (query, key, replace(key, dim=value_dim)),
         getattr(torch, arguments.dtype),
         "meta",
         seqlens,

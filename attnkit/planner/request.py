@@ -230,19 +230,7 @@ def read_request(
     """
     layout = layouts.get(composition.layout)
     _check_tensors(query, key, value)
-    counts = (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
-    for name, count in counts:
-        if count is not None:
-            check_int(name, count, 1)
-    q = layout.sizes(query.shape, num_heads, what="query")
-    merged_dim = q.dim if layout.merges_heads and num_kv_heads is None else None
-    k = layout.sizes(key.shape, num_kv_heads, head_dim=merged_dim, what="key")
-    v = layout.sizes(value.shape, k.heads if layout.merges_heads else None, what="value")
-    if head_dim is not None and q.dim != head_dim:
-        raise CompositionError(
-            f"query {list(query.shape)} has heads of {q.dim} dimensions; this module was built "
-            f"with head_dim={head_dim}"
-        )
+    q, k, v = _read_sizes(layout, (query, key, value), num_heads, num_kv_heads, head_dim)
     _check_sizes(layout, q, k, v)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch
@@ -276,6 +264,31 @@ def read_request(
         if pse is not None:
             pse.check(q_len, kv_len, batch, q.heads)
     return request
+
+
+def _read_sizes(
+    layout: Layout,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+) -> tuple[Sizes, Sizes, Sizes]:
+    """Return the sizes of query, key and value, and check them against what is said of heads."""
+    counts = (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+    for name, count in counts:
+        if count is not None:
+            check_int(name, count, 1)
+    query, key, value = (tensor.shape for tensor in tensors)
+    q = layout.sizes(query, num_heads, what="query")
+    merged_dim = q.dim if layout.merges_heads and num_kv_heads is None else None
+    k = layout.sizes(key, num_kv_heads, head_dim=merged_dim, what="key")
+    v = layout.sizes(value, k.heads if layout.merges_heads else None, what="value")
+    if head_dim is not None and q.dim != head_dim:
+        raise CompositionError(
+            f"query {list(query)} has heads of {q.dim} dimensions; this module was built "
+            f"with head_dim={head_dim}"
+        )
+    return q, k, v
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

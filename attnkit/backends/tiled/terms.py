@@ -66,9 +66,11 @@ class Stored(Carried):
     starts: tuple[int, ...] = ()
 
     def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        """Return the tile's window of the tensor."""
         return self._window(self.tensor, step, first, count)
 
     def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        """Add to the tile's window, summed over the axes that the tensor shares."""
         target = self._window(grad, step, first, part.shape[3])
         shared = [axis for axis in (0, 1, 2) if target.shape[axis] == 1 < part.shape[axis]]
         part = part.sum(shared, keepdim=True) if shared else part
@@ -101,6 +103,7 @@ class Diagonals(Carried):
     starts: Mapping[Lengths, int]
 
     def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
+        """Return the tile's diagonals, spread over its cells."""
         values = self._stretch(self.tensor, step, first, count)
         (heads, width), rows = values.shape, step.block.rows
         # Torch has no negative strides, which rows that move left would take. So each row gets
@@ -111,6 +114,7 @@ class Diagonals(Carried):
         return skew.as_strided((1, heads, rows, count), strides, rows - 1)
 
     def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        """Add the sums of the tile's diagonals."""
         target = self._stretch(grad, step, first, part.shape[3])
         sums = _sums_of_diagonals(part, work)
         if target.shape[0] == 1 < sums.shape[0]:
