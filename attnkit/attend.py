@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import index
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from attnkit import layouts
 from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
 from attnkit.backends.graph import hold, run_number, stand_in
 from attnkit.layouts import SeqLens
@@ -29,7 +30,7 @@ from attnkit.planner.request import is_transformed
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
-__all__ = ["Asked", "attend", "interned", "is_tracing", "key_of", "plan_of"]
+__all__ = ["Asked", "any_length", "attend", "interned", "is_tracing", "key_of", "plan_of"]
 
 is_tracing = torch.compiler.is_dynamo_compiling
 
@@ -143,6 +144,24 @@ def key_of(
         torch.is_grad_enabled(),
         is_transformed(),
     )
+
+
+def any_length(known: Hashable, layout: str) -> Hashable:
+    """Return of a `key_of` what a plan for every mask and number of keys depends on.
+
+    None where key and value differ in length, or the layout is packed.
+    """
+    if known is None:
+        return None
+    (query, key, value, *carried), _, _, *rest = cast("tuple[Any, ...]", known)
+    axes = layouts.get(layout).axes
+    if "s" not in axes:
+        return None
+    at = axes.index("s")
+    if key[0][at : at + 1] != value[0][at : at + 1]:
+        return None
+    sides = tuple((shape[:at], shape[at + 1 :], *facts) for shape, *facts in (key, value))
+    return (query, sides, tuple(facts[2:] for facts in carried), *rest)
 
 
 def attend(

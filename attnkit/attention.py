@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from attnkit import layouts
 from attnkit.arguments import check_bool, check_int
-from attnkit.attend import Asked, attend, interned, is_tracing, key_of, plan_of
+from attnkit.attend import Asked, any_length, attend, interned, is_tracing, key_of, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
@@ -242,12 +243,21 @@ class Attention(nn.Module):
     ) -> Plan:
         known = key_of(asked, query, key, value, sink, seqlens)
         found = self._plans.get(known)
+        if found is not None:
+            return found
+        # A decoding step has one key more than the last: such plans are for any number of them.
+        step = any_length(known, asked.layout)
+        plan = None if step is None else self._plans.get(step)
+        if plan is not None:
+            length = layouts.get(asked.layout).extents(key.shape, "key")["s"]
+            found = plan.at(asked.mask, asked.pse, length)
         if found is None:
             found = plan_of(asked, query, key, value, sink, seqlens)
-            if known is not None:
+            kept = step if step is not None and found.of_any_length else known
+            if kept is not None:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.pop(next(iter(self._plans)), None)  # the oldest
-                self._plans[known] = found
+                self._plans[kept] = found
         return found
 
     def _attend(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnkit import layouts
 from attnkit.attend import Asked, attend, is_tracing
 from attnkit.attention import Attention
-from attnkit.backends import AttentionOutput
+from attnkit.backends import AttentionOutput, Operands, run_plan
 from attnkit.cache import KVCache
 from attnkit.decoding import rows_of_context, rows_of_text
 from attnkit.errors import CompositionError
@@ -322,9 +322,14 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, pse: Pse | None
     ) -> AttentionOutput:
         """Attend with another mask and bias than the module's."""
-        asked = self.attention._asked(None, None)
-        asked = asked._replace(masks=(mask, None), biases=(pse, None), layout="BSND")
-        return attend(asked, query, key, value, self.attention.sink, None)
+        core = self.attention
+        asked = core._asked(None, None)._replace(layout="BSND")
+        if is_tracing():
+            asked = asked._replace(masks=(mask, None), biases=(pse, None))
+            return attend(asked, query, key, value, core.sink, None)
+        asked = asked._replace(masks=(None, mask), biases=(None, pse))
+        plan = core._plan(asked, query, key, value, core.sink, None)
+        return run_plan(plan, Operands(query, key, value, pse, core.sink))
 
     # -- parts ---------------------------------------------------------------------------
 

@@ -130,12 +130,12 @@ def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:
         cap = usable_cap(request.softcap, wide)
         scores = cap * torch.tanh(scores / cap)
     if one.pse is not None:
-        scores = scores + _bias(one.pse, request, one.sequence, scores)
+        scores = scores + bias_of(one.pse, request, one.sequence, scores)
     return (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)), value
 
 
-def _bias(pse: Pse, request: Request, sequence: int | None, scores: Tensor) -> Tensor:
-    """Return what is added to the scores, cut off where sums of it would not be finite."""
+def bias_of(pse: Pse, request: Request, sequence: int | None, scores: Tensor) -> Tensor:
+    """Return what is added to scores ``[b n i j]``, cut off where sums would not be finite."""
     q_len, kv_len = scores.shape[-2:]
     most = largest_bias(scores.dtype)
     terms = [

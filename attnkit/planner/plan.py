@@ -22,7 +22,9 @@ from attnkit.registry import Registry
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from attnkit.masks import Mask
     from attnkit.planner.nearby import Saving
+    from attnkit.pse import Pse
 
 __all__ = ["RUNNERS", "Plan", "Runner", "disprove_plan"]
 
@@ -70,6 +72,18 @@ class Plan:
 
     # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
     __getstate__ = state_of
+
+    @property
+    def of_any_length(self) -> bool:
+        """Whether it is a plan for other masks, biases and numbers of keys, too: see `at`."""
+        return False
+
+    def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
+        """Return the plan with another mask, bias and number of keys, where nothing is planned.
+
+        Checks that they fit the queries. None where such a mask needs a plan of its own.
+        """
+        return None
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:

@@ -7,6 +7,7 @@ Both run a plan's `Job` here, and keep nothing but the operands, the output and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,13 +29,16 @@ from attnkit.backends.base import (
 from attnkit.backends.graph import hold, run_number
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.tiled.bias import bind, with_tensors
+from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import Job
 from attnkit.backends.tiled.passes import Backward, Forward, backward_at_once, sink_gradient
 from attnkit.backends.tiled.schedule import Schedule
 from attnkit.backends.tiled.terms import Carried, Term
 from attnkit.backends.tiled.whole import in_a_row, run_whole
 from attnkit.errors import BackendRefused, Refusal
+from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
+from attnkit.planner.request import bias_terms
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
@@ -50,6 +54,33 @@ class TiledPlan(Plan):
     def schedule(self) -> Schedule:
         """The blocks, as data."""
         return self.job.schedule
+
+    @cached_property
+    def few(self) -> Few | None:
+        """The same without a schedule, where it has few rows that see runs of keys."""
+        found = Few(self.request) if is_few(self.request) else None
+        return found if found is not None and found.sights is not None else None
+
+    @property
+    def of_any_length(self) -> bool:
+        """Whether nothing of it was laid out for a mask."""
+        return self.few is not None
+
+    def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
+        """Return the plan of as many rows with another mask, bias and number of keys."""
+        if self.few is None:
+            return None
+        step: tuple[Mask, object, int] = (mask, None if pse is None else pse.key(), kv_len)
+        latest: tuple[object, TiledPlan] | None = self.__dict__.get("_latest")
+        if latest is None or latest[0] != step:
+            asked, few = self.request, (self.request.q_len, kv_len)
+            mask.check(*few, asked.batch, asked.num_heads)
+            if pse is not None:
+                pse.check(*few, asked.batch, asked.num_heads)
+            request = replace(asked, mask=mask, bias=bias_terms(pse), kv_len=kv_len)
+            latest = step, replace(self, request=request)
+            self.__dict__["_latest"] = latest  # the siblings of a layer take the same step
+        return latest[1] if latest[1].few is not None else None
 
     @cached_property
     def job(self) -> Job:
@@ -87,7 +118,8 @@ class Tiled(Backend):
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
         plan = TiledPlan(self.name, request)
-        _ = plan.schedule
+        if plan.few is None:
+            _ = plan.schedule
         return plan
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
@@ -97,6 +129,9 @@ class Tiled(Backend):
         if isinstance(query, FakeTensor):
             number, drops = hold(plan, operands.pse).number, plan.request.dropout > 0
             return run_number(number, list(operands.leaves), drops, return_stats=True)
+        few = plan.few if isinstance(plan, TiledPlan) else None
+        if few is not None:
+            return _of_few(few, operands)
         job, pse, leaves = _job(plan), operands.pse, operands.leaves
         seed = torch.randint(2**63 - 1, (1,), device=query.device) if job.request.dropout else None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
@@ -107,6 +142,8 @@ class Tiled(Backend):
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Walk the schedule without recording a graph."""
+        if isinstance(plan, TiledPlan) and plan.few is not None:
+            return _of_few(plan.few, operands)
         job, leaves = _job(plan), operands.leaves[:4]
         terms = bind(job.request, operands.pse, operands.query.device)
         return _answer(plan, operands, *_compute(job, terms, seed, *leaves))
@@ -131,6 +168,13 @@ class Tiled(Backend):
 
 def _job(plan: Plan) -> Job:
     return plan.job if isinstance(plan, TiledPlan) else Job(plan.request)
+
+
+def _of_few(few: Few, operands: Operands) -> AttentionOutput:
+    by_head = operands.by_head(few.request)
+    with torch.no_grad():
+        output, stats = few.run(*by_head, operands.pse, operands.sink)
+    return AttentionOutput(few.request.layout_of.restore(output), stats)
 
 
 def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> AttentionOutput:
