@@ -1,10 +1,14 @@
 """attnkit: attention as a value, lowered onto fused kernels with a proof."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from attnkit import layouts, masks, pse
 from attnkit.attention import Attention, attention, plan
 from attnkit.backends import AttentionOutput, Stats
 from attnkit.cache import KVCache
-from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.errors import (
     AttnkitError,
     BackendRefused,
@@ -18,6 +22,9 @@ from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
 from attnkit.planner import Plan
 from attnkit.rotary import Rotary
+
+if TYPE_CHECKING:
+    from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 
 __version__ = "0.1.0"
 
@@ -46,3 +53,19 @@ __all__ = [
     "plan",
     "pse",
 ]
+
+# pydantic and a YAML parser cost about as much to import as everything else here together, and
+# who builds a model in Python needs neither.
+_OF_CONFIG = ("AttentionConfig", "MultiHeadAttentionConfig")
+
+
+def __getattr__(name: str) -> object:
+    """Import the configurations when they are first asked for."""
+    if name != "config" and name not in _OF_CONFIG:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config = import_module("attnkit.config")
+    return config if name == "config" else getattr(config, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "config"})

@@ -18,6 +18,7 @@ TABLES = {
     "training": "steps per second of the example, on the reference and on tiled",
     "flex": "FlexAttention's block masks from regions and from cells",
     "overhead": "a call beside its operators",
+    "imports": "what importing attnkit adds to importing torch",
     "planner": "first plans and cached calls",
     "emulator": "the fused kernel's emulator: time and memory",
     "regions": "geometry at a million tokens",
