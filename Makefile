@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-npu lint format bench clean clean-venv
+.PHONY: help venv demo test test-fast test-npu test-gpu lint format bench clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -44,6 +44,10 @@ test-fast: $(READY) ## the tests without the exhaustive sweeps
 
 test-npu: $(READY) ## the ascend backend through the real torch_npu, its kernels emulated (Linux, gcc)
 	$(BIN)/python tests/npu/rig.py
+
+# Exit code 3 is the doctor's word for a device that is not there: a line says so, nothing failed.
+test-gpu: $(READY) ## the doctor's suite on a CUDA device (backends cuda, flex, tiled, reference)
+	@$(BIN)/python -m attnkit doctor --device cuda || test $$? -eq 3
 
 lint: $(READY) ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.doctor import command, plans
-from attnkit.doctor.screen import GOOD, INTERRUPTED, NO_NPU, WRONG, NoNpu, Parser, Screen
+from attnkit.doctor.screen import GOOD, INTERRUPTED, NO_DEVICE, WRONG, NoDevice, Parser, Screen
 from attnkit.errors import AttnkitError
 
 __all__ = ["main"]
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return GOOD
     except AttnkitError as error:
         screen.error(str(error))
-        return NO_NPU if isinstance(error, NoNpu) else WRONG
+        return NO_DEVICE if isinstance(error, NoDevice) else WRONG
     except OSError as error:  # files are told by the commands: this is standard output
         _close(screen)
         if isinstance(error, BrokenPipeError):  # `| head`: whoever read has seen enough

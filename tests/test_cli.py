@@ -18,7 +18,7 @@ from attnkit.__main__ import main
 from attnkit.backends import emulated
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.doctor import CASES, Result, command
-from attnkit.doctor.cases import Case
+from attnkit.doctor.cases import OTHER_CASES, Case
 from attnkit.doctor.screen import Screen
 
 FEW = ("--only", "mode-3@float32", "--only", "alibi@float32")
@@ -185,7 +185,7 @@ def test_a_refused_case_is_told_and_is_no_failure(monkeypatch: pytest.MonkeyPatc
 def test_cases_are_listed(capsys: Any):
     assert main(["doctor", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [case.name for case in CASES]
+    assert [line.split()[0] for line in lines] == [case.name for case in (*CASES, *OTHER_CASES)]
 
 
 def test_tables_are_plain(capsys: Any):
@@ -325,7 +325,8 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
         (["doctor", "--device", "cpu", "--out", "no/such/folder.json"], "No such file"),
         (["plan"], "say what to plan: --config FILE, or --mask TEXT"),
         (["doctor", "--only", "x" * 100_000], "no case has this name; --list shows them"),
-        (["doctor", "--device", "cuda:99"], "--device cuda:99: "),
+        (["doctor", "--device", "meta"], "the doctor runs on npu, cuda and cpu"),
+        (["doctor", "--device", "cpu", "--backend", "flax"], "did you mean 'flex'?"),
         (["doctor", "--out", "folder"], "--out folder: Is a directory"),
         (["doctor", "--out", ""], "has an empty name"),
         (["doctor", "--out", "a\0b"], "embedded null byte"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from attnkit import layouts, masks, pse
-from attnkit.backends import Operands
+from attnkit.backends import BACKENDS, Operands
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.masks import Mask
 from attnkit.pse import Pse
 
-__all__ = ["CASES", "Case", "Inputs", "Regions"]
+__all__ = ["CASES", "OTHER_CASES", "Case", "Inputs", "Regions", "cases_of"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,6 +34,7 @@ class Case:
     - `pse` is a bias without tensors, `matrix` the shape of a random bias matrix beside it.
     - `call` forces arguments of the kernel call, by name, where the planner would take others;
       the composition is then whatever the kernel's contract says that this call computes.
+    - `learned` lets the bias matrix want a gradient.
     - `merges` asks for several calls where one that reads a full mask would be cheaper.
     - `dropout` above 0 makes it a case about dropout: its statistics and its backward.
     - `quick` cases are those of the quick suite.
@@ -43,6 +45,7 @@ class Case:
     pse: Pse | None = None
     matrix: tuple[int, ...] = ()
     before_scale: bool = False
+    learned: bool = False
     layout: str = "BSND"
     batch: int = 2
     q_len: int = 24
@@ -54,6 +57,7 @@ class Case:
     seqlens: SeqLens | None = None
     sink: bool = False
     scale: float | None = None
+    softcap: float | None = None
     call: tuple[tuple[str, Any], ...] = ()
     merges: bool = False
     dropout: float = 0.0
@@ -68,9 +72,11 @@ class Case:
         parts += [repr(self.pse)] if self.pse is not None else []
         if self.matrix:
             when = " before the scale" if self.before_scale else ""
-            parts.append(f"bias matrix {list(self.matrix)}{when}")
+            learned = "learned " if self.learned else ""
+            parts.append(f"{learned}bias matrix {list(self.matrix)}{when}")
         parts += ["sink"] if self.sink else []
         parts += [f"scale {self.scale:g}"] if self.scale is not None else []
+        parts += [f"soft-cap {self.softcap:g}"] if self.softcap is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         sizes = f"batch {self.batch}, {self.q_len} x {self.kv_len}"
         if self.seqlens is not None:
@@ -99,7 +105,8 @@ class Case:
         query, key, value, grad = (draw(*shape(sizes)) for sizes in (*self.sizes, output))
         bias = self.pse
         if self.matrix:
-            matrix = pse.Dense(draw(*self.matrix), before_scale=self.before_scale)
+            numbers = draw(*self.matrix).requires_grad_(self.learned)
+            matrix = pse.Dense(numbers, before_scale=self.before_scale)
             bias = matrix if bias is None else bias + matrix
         sink = draw(self.heads) if self.sink else None
         return Inputs(query, key, value, bias, sink, grad=grad)
@@ -248,5 +255,41 @@ _CASES = {
     ),
 }
 
-CASES = tuple(replace(case, group=group) for group, cases in _CASES.items() for case in cases)
-"""Every case of the suite, in the order in which it runs."""
+# Sizes that no tile divides, with heads as models have them.
+_ODD: dict[str, Any] = {"batch": 1, "q_len": 200, "kv_len": 333, "heads": 4, "kv_heads": 2}
+_ODD |= {"dim": 64, "value_dim": 64}
+_LONG = SeqLens([130, 1, 257])
+
+_OTHER_CASES = {
+    "other kernels": (
+        Case("softcap", _CAUSAL, softcap=2.0),
+        Case("softcap-alibi", _WINDOW, pse.ALiBi(4), softcap=2.0),
+        Case("softcap-sink", _CAUSAL, softcap=2.0, sink=True, kv_heads=2),
+        Case("learned-matrix", _CAUSAL, matrix=(4, 24, 24), learned=True),
+        Case("learned-matrix-shared", matrix=(1, 4, 24, 24), learned=True, before_scale=True),
+        Case("odd-full", **_ODD),
+        Case("odd-causal", masks.Causal(align="top_left"), **_ODD),
+        Case("odd-window", _CAUSAL & masks.SlidingWindow(150), **_ODD),
+        Case("odd-sink", _CAUSAL & (masks.SlidingWindow(70) | masks.Prefix(4)), sink=True, **_ODD),
+        Case("odd-alibi", _CAUSAL, pse.ALiBi(4), **_ODD),
+        Case("odd-packed", _CAUSAL, layout="TND", seqlens=_LONG, kv_heads=2, dim=64, value_dim=64),
+        Case("heads-of-128", _CAUSAL, kv_heads=1, dim=128, value_dim=128),
+        Case("heads-of-80", _CAUSAL, dim=80, value_dim=80),
+    ),
+}
+
+
+def _grouped(groups: Mapping[str, tuple[Case, ...]]) -> tuple[Case, ...]:
+    return tuple(replace(case, group=group) for group, cases in groups.items() for case in cases)
+
+
+CASES = _grouped(_CASES)
+"""Every case of the fused kernel's suite, in the order in which it runs."""
+
+OTHER_CASES = _grouped(_OTHER_CASES)
+"""What backends without calls of the fused kernel are asked beside it."""
+
+
+def cases_of(backend: str) -> tuple[Case, ...]:
+    """Return the cases of a backend's suite."""
+    return CASES if BACKENDS[backend].by_calls else (*CASES, *OTHER_CASES)

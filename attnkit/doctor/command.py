@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from attnkit.doctor.cases import CASES, Case
+from attnkit.doctor.cases import CASES, OTHER_CASES, Case, cases_of
 from attnkit.doctor.findings import find_machine, findings
 from attnkit.doctor.report import Report, told_findings, told_summary
 from attnkit.doctor.screen import FAILED, GOOD, INTERRUPTED, Screen, UsageError
@@ -23,7 +23,8 @@ __all__ = ["add_arguments", "run"]
 
 DEFAULT_FILE = "attnkit-doctor.json"
 _LONGEST_NAME = 1_000
-Job = tuple[Case, torch.dtype]
+Job = tuple[str, Case, torch.dtype]
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
-        "--quick", action="store_true", help="small cases, float32 only (default without an NPU)"
+        "--quick", action="store_true", help="small cases, float32 only (default on the CPU)"
     )
     level.add_argument(
-        "--full", action="store_true", help="all cases in all dtypes (default on an NPU)"
+        "--full", action="store_true", help="all cases in all dtypes (default on an NPU or GPU)"
     )
     parser.add_argument(
         "--device", default="auto", metavar="DEV",
-        help="npu, npu:1: that device or exit code 3; cpu, cuda: the emulator there; "
-        "default: an NPU if there is one",
+        help="npu, npu:1, cuda, cuda:1: that device or exit code 3; cpu: the emulator there; "
+        "default: an NPU if there is one, else cpu",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", default=[],
+        help="what is tested there; repeatable; default: ascend on an NPU, cuda, flex, tiled and "
+        "reference on a GPU, emulated on the CPU",
     )  # fmt: skip
     parser.add_argument(
         "--only", action="append", metavar="NAME", default=[],
@@ -57,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run the command and return its exit code."""
     if arguments.list:
-        for case in CASES:
+        for case in (*CASES, *OTHER_CASES):
             screen.line(f"{case.name:<24} {case.composition}")
         return GOOD
-    machine = find_machine(arguments.device)
+    machine = find_machine(arguments.device, arguments.backend)
     quick = arguments.quick or not (arguments.full or machine.is_hardware)
-    jobs = _jobs(quick, arguments.only)
+    jobs = _jobs(machine.backends, quick, arguments.only)
     out = arguments.out or (None if arguments.json else Path(DEFAULT_FILE))
     level = "selected" if arguments.only else "quick" if quick else "full"
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -94,39 +100,42 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return FAILED if report.failures else GOOD
 
 
-def _jobs(quick: bool, only: Sequence[str]) -> dict[str, Job]:
+def _jobs(backends: Sequence[str], quick: bool, only: Sequence[str]) -> dict[str, Job]:
     """Return what to run, by name: the level's cases, or those whose names are given."""
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    jobs = {f"{case.name}@{name}": (case, d) for case in CASES for name, d in dtypes.items()}
-    if not only:
-        return {
-            name: (case, dtype)
-            for name, (case, dtype) in jobs.items()
-            if not quick or (case.quick and dtype == DTYPES[0])
-        }
-    chosen: dict[str, Job] = {}
-    for wanted in only:
-        name, _, dtype = wanted.partition("@")
-        # A pattern of a megabyte matches nothing, and is long in being read.
-        known = CASES if len(name) <= _LONGEST_NAME else ()
-        if not any(fnmatchcase(case.name, name) for case in known):
-            close = closest(name, [case.name for case in CASES])
-            hint = "" if close is None else f"did you mean {close!r}? "
-            raise UsageError(
-                f"--only {shown(wanted)}: no case has this name; {hint}--list shows them"
-            )
-        if dtype and dtype not in dtypes:
-            raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(dtypes)}")
-        pattern = f"{name}@{dtype or '*'}"
-        chosen |= {name: job for name, job in jobs.items() if fnmatchcase(name, pattern)}
-    return chosen
+    patterns, jobs = [_pattern(wanted) for wanted in only], {}
+    for backend in backends:
+        for case in (*CASES, *OTHER_CASES) if only else cases_of(backend):
+            for told, dtype in _DTYPES.items():
+                name = f"{case.name}@{told}"
+                chosen = (
+                    any(fnmatchcase(name, pattern) for pattern in patterns)
+                    if only
+                    else not quick or (case.quick and dtype == DTYPES[0])
+                )
+                if chosen:
+                    jobs[name if len(backends) == 1 else f"{backend} {name}"] = backend, case, dtype
+    return jobs
+
+
+def _pattern(wanted: str) -> str:
+    """Return the pattern of names ``CASE@DTYPE`` that is wanted; one that fits nothing is told."""
+    name, _, dtype = wanted.partition("@")
+    # A pattern of a megabyte matches nothing, and is long in being read.
+    known = [case.name for case in (*CASES, *OTHER_CASES)] if len(name) <= _LONGEST_NAME else []
+    if not any(fnmatchcase(one, name) for one in known):
+        close = closest(name, known)
+        hint = "" if close is None else f"did you mean {close!r}? "
+        raise UsageError(f"--only {shown(wanted)}: no case has this name; {hint}--list shows them")
+    if dtype and dtype not in _DTYPES:
+        raise UsageError(f"--only {wanted}: the dtype is one of {', '.join(_DTYPES)}")
+    return f"{name}@{dtype or '*'}"
 
 
 def _examine(report: Report, jobs: Mapping[str, Job], screen: Screen) -> None:
     """Run the cases; whoever interrupts this keeps what is in the report."""
     machine = report.machine
-    for case, dtype in screen.progress("conformance", jobs):
-        result = run_case(case, backend=machine.backend, device=machine.device, dtype=dtype)
+    for backend, case, dtype in screen.progress("conformance", jobs):
+        result = run_case(case, backend=backend, device=machine.device, dtype=dtype)
         report.results.append(result)
         report.save()  # a device that takes the process down leaves this much
 
@@ -135,5 +144,5 @@ def _time(report: Report, cases: Iterable[Case], screen: Screen) -> None:
     for case in screen.progress("timing", {case.name: case for case in cases}):
         report.timings.append(time_case(case, report.machine))
         report.save()
-    if report.machine.is_hardware:
+    if "ascend" in report.machine.backends:
         report.fit = fit_weights(samples_of(report.timings))

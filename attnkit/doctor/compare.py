@@ -68,7 +68,9 @@ def evaluate(plan: Plan, given: Inputs, device: str, dtype: torch.dtype) -> dict
         return tensor.detach().to(dtype).to(device, copy=True)
 
     leaves = [tensor if tensor is None else moved(tensor) for tensor in given.leaves]
-    named = dict(zip(("query", "key", "value", "sink"), leaves, strict=False))
+    bias = (f"bias tensor {k}" if t.requires_grad else "" for k, t in enumerate(given.leaves[4:]))
+    named = dict(zip(("query", "key", "value", "sink", *bias), leaves, strict=True))
+    named.pop("", None)  # a bias that is given and not learned
     for leaf in filter(torch.is_tensor, named.values()):
         leaf.requires_grad_()
     output, stats = run_plan(plan, Operands.of(given.pse, leaves))

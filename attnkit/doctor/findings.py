@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import attnkit
 from attnkit.backends import BACKENDS
-from attnkit.doctor.screen import NoNpu, UsageError
+from attnkit.doctor.screen import NoDevice, UsageError
 from attnkit.doctor.suite import make_request
 from attnkit.errors import Refusal
 from attnkit.kernel import OP_VERSIONS
@@ -21,21 +22,25 @@ from attnkit.layouts import Sizes
 from attnkit.masks import Causal, SlidingWindow
 from attnkit.planner import Composition
 
-__all__ = ["Machine", "find_machine", "findings", "npu_absence"]
+__all__ = ["GPU_BACKENDS", "Machine", "backends_of", "find_machine", "findings", "npu_absence"]
+
+
+GPU_BACKENDS = ("cuda", "flex", "tiled", "reference")
+"""What is tested on a CUDA device unless backends are named."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the suite runs on: a backend, a device, and a name that says whether it is real."""
+    """What the suite runs on: backends, a device, and a name that says whether it is real."""
 
-    backend: str
+    backends: tuple[str, ...]
     device: str
     label: str
 
     @property
     def is_hardware(self) -> bool:
-        """Whether an NPU computes, and not the emulator."""
-        return self.backend == "ascend"
+        """Whether an NPU or a GPU computes, and no emulator."""
+        return self.device.partition(":")[0] != "cpu" and "emulated" not in self.backends
 
 
 def npu_absence() -> str | None:
@@ -55,32 +60,51 @@ def npu_absence() -> str | None:
     return None
 
 
-def find_machine(device: str) -> Machine:
-    """Return what a device is tested with: an NPU is tested, everything else emulates one.
+def backends_of(device: str) -> tuple[str, ...]:
+    """Return the backends that a device is tested with, unless some are named."""
+    kind = device.partition(":")[0]
+    return {"npu": ("ascend",), "cuda": GPU_BACKENDS}.get(kind, ("emulated",))
 
-    "auto" takes an NPU if there is one. Raises `NoNpu` or `UsageError` for what is not there.
+
+def find_machine(device: str, named: Sequence[str] = ()) -> Machine:
+    """Return what is tested: the backends of a device, or those that are named, there.
+
+    "auto" takes an NPU if there is one, else the CPU. Raises `NoDevice` or `UsageError` for a
+    device that is not there.
     """
     absence = npu_absence()
     if device == "auto":
         device = "cpu" if absence else "npu"
     if device.partition(":")[0] == "npu" and absence:
-        raise NoNpu(f"--device {device}: {absence}")
+        raise NoDevice(f"--device {device}: {absence}")
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        raise UsageError(f"--device {device}: no such device; try npu, npu:1, cpu") from None
-    if kind == "npu":
-        npu: Any = getattr(torch, "npu", None)
-        name, count = f"npu:{index}", npu.device_count()
-        if index >= count:
-            raise NoNpu(f"{name} is not there; this machine has npu:0 to npu:{count - 1}")
-        return Machine("ascend", name, f"{name}, {npu.get_device_name(torch.device(name))}")
-    gpus = torch.cuda.device_count()
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and index >= gpus):
-        raise UsageError(
-            f"--device {device}: the emulator runs on cpu or one of {gpus} cuda devices"
-        )
-    return Machine("emulated", device, f"emulator, not hardware (on {device})")
+        raise UsageError(f"--device {device}: no such device; try npu, npu:1, cuda, cpu") from None
+    for name in named:
+        _ = BACKENDS[name]  # or the error that says what names there are
+    backends = tuple(dict.fromkeys(named)) or backends_of(kind)
+    if kind not in ("cpu", "cuda", "npu"):
+        raise UsageError(f"--device {device}: the doctor runs on npu, cuda and cpu")
+    name = kind if kind == "cpu" else f"{kind}:{index}"
+    told = "this machine" if kind == "cpu" else f"{name}, {_device_name(kind, index)}"
+    if backends == ("emulated",):
+        told = f"emulator, not hardware (on {device})"
+    elif backends != backends_of(kind):
+        told = f"{', '.join(backends)} on {told}"
+    return Machine(backends, device if kind == "cpu" else name, told)
+
+
+def _device_name(kind: str, index: int) -> str:
+    """Return what a device calls itself; `NoDevice` where it is not there."""
+    module: Any = getattr(torch, kind, None)
+    count = module.device_count()
+    if not count:
+        raise NoDevice(f"--device {kind}: torch {torch.__version__} sees no {kind} device")
+    if index >= count:
+        there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise NoDevice(f"--device {kind}:{index} is not there; this machine has {there}")
+    return str(module.get_device_name(torch.device(f"{kind}:{index}")))
 
 
 def findings(machine: Machine) -> dict[str, Any]:
@@ -92,6 +116,7 @@ def findings(machine: Machine) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "torch_npu": _version("torch_npu"),
+        "cuda": torch.version.cuda,
         "cann": None if absence else _cann_version(),
         "npu": absence or "usable",
         "devices": _devices(absence is None),

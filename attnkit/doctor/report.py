@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_json
 
-from attnkit.doctor.findings import Machine
+from attnkit.doctor.findings import Machine, backends_of
 from attnkit.doctor.screen import UsageError, table
 from attnkit.doctor.suite import Result
 from attnkit.doctor.timing import Fit, Timing
@@ -54,14 +54,15 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        note = "" if self.machine.is_hardware else "timings of an emulator; no weights follow"
+        emulated = "emulated" in self.machine.backends
+        note = "timings of an emulator; no weights follow" if emulated else ""
         return {
             "format": 1,  # the version of these keys
             "report": "attnkit doctor",
             "status": self.status,
             "target": self.machine.label,
             "hardware": self.machine.is_hardware,
-            "backend": self.machine.backend,
+            "backend": ", ".join(self.machine.backends),
             "device": self.machine.device,
             "level": self.level,
             "started": self.started,
@@ -106,7 +107,7 @@ def told_findings(report: Report) -> Iterator[str]:
 
 
 def _findings(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("attnkit", "python", "torch", "torch_npu", "cann", "npu"):
+    for name in ("attnkit", "python", "torch", "cuda", "torch_npu", "cann", "npu"):
         yield name, str(found[name] or "not found")
     for device in found["devices"]:
         yield device["device"], device["name"]
@@ -124,7 +125,8 @@ def told_summary(report: Report) -> Iterator[str]:
     label = report.machine.label
     if report.results:
         yield f"conformance, on {label}:"
-        yield from table(("cases", "passed", "failed", "refused"), _groups(report.results))
+        rows = _groups(report.results, several=len(report.machine.backends) > 1)
+        yield from table(("cases", "passed", "failed", "refused"), rows)
     if report.timings:
         yield f"forward pass, on {label}:"
         titles = ("composition", "plan, us", "dense mask", "torch SDPA")
@@ -154,7 +156,8 @@ def _fitted(fit: Fit) -> Iterator[str]:
 
 
 def _failure(result: Result, machine: Machine) -> Iterator[str]:
-    yield f"{result.status.upper()} {result.name}"
+    on = f" on {result.backend}" if len(machine.backends) > 1 else ""
+    yield f"{result.status.upper()} {result.name}{on}"
     yield f"  composition: {result.composition}"
     for call in result.calls[:_MOST_REASONS]:
         yield f"  call: {call}"
@@ -163,7 +166,9 @@ def _failure(result: Result, machine: Machine) -> Iterator[str]:
     for reason in result.reasons[:_MOST_REASONS]:
         yield f"  {reason}"
     name = shlex.quote(result.name)
-    yield f"  rerun: python -m attnkit doctor --device {machine.device} --only {name}"
+    named = backends_of(machine.device) != (result.backend,)
+    backend = f" --backend {shlex.quote(result.backend)}" if named else ""
+    yield f"  rerun: python -m attnkit doctor --device {machine.device}{backend} --only {name}"
 
 
 def _refusals(results: Sequence[Result]) -> Iterator[str]:
@@ -177,12 +182,12 @@ def _refusals(results: Sequence[Result]) -> Iterator[str]:
         yield f"refused {', '.join(names[:_MOST_REASONS])}{more}: {reason}"
 
 
-def _groups(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
-    """Yield a row per group of cases, with its counts."""
-    for group in dict.fromkeys(result.group for result in results):
-        found = Counter(result.status for result in results if result.group == group)
-        failed = found["failed"] + found["error"]
-        yield group, *(str(n) for n in (found["passed"], failed, found["refused"]))
+def _groups(results: Sequence[Result], several: bool) -> Iterator[tuple[str, ...]]:
+    """Yield a row per group of cases and, where there are several, backend, with its counts."""
+    for own in dict.fromkeys((result.backend, result.group) for result in results):
+        found = Counter(r.status for r in results if (r.backend, r.group) == own)
+        counts = found["passed"], found["failed"] + found["error"], found["refused"]
+        yield ", ".join(own if several else own[1:]), *map(str, counts)
 
 
 def _times(timing: Timing) -> tuple[str, ...]:

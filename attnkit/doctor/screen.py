@@ -13,9 +13,9 @@ __all__ = [
     "FAILED",
     "GOOD",
     "INTERRUPTED",
-    "NO_NPU",
+    "NO_DEVICE",
     "WRONG",
-    "NoNpu",
+    "NoDevice",
     "Parser",
     "Screen",
     "UsageError",
@@ -24,16 +24,17 @@ __all__ = [
 
 T = TypeVar("T")
 
-GOOD, FAILED, WRONG, NO_NPU, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: all good; some case failed; wrong usage; no NPU where one was asked for; Ctrl-C."""
+GOOD, FAILED, WRONG, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: all good; some case failed; wrong usage; no NPU or GPU where one was asked for;
+Ctrl-C."""
 
 
 class UsageError(AttnkitError):
     """A command line that asks for something that does not exist or cannot be."""
 
 
-class NoNpu(AttnkitError):
-    """An NPU was asked for, and there is none."""
+class NoDevice(AttnkitError):
+    """An NPU or a GPU was asked for, and there is none."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -39,6 +39,7 @@ class Result:
     calls: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     seconds: float = 0.0
+    backend: str = ""
 
     @property
     def name(self) -> str:
@@ -88,7 +89,12 @@ def run_case(
     """Run one case and compare it with the reference in float64."""
     started = time.perf_counter()
     result = Result(
-        case.name, case.group, str(dtype).removeprefix("torch."), case.composition, "passed"
+        case.name,
+        case.group,
+        str(dtype).removeprefix("torch."),
+        case.composition,
+        "passed",
+        backend=backend,
     )
     try:
         plan = make_case_plan(case, case.inputs(dtype), backend, device)
@@ -135,11 +141,13 @@ def make_request(
 
 def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Plan:
     """Return the plan of a case on a backend, with the call that it forces, if it does."""
-    composed = Composition(case.mask, inputs.pse, case.layout, case.scale, case.dropout)
+    composed = Composition(
+        case.mask, inputs.pse, case.layout, case.scale, case.dropout, case.softcap
+    )
     dtype = inputs.query.dtype
     request = make_request(composed, case.sizes, dtype, device, case.seqlens, inputs.sink)
     plan = make_plan(request, backend)
-    if case.merges:
+    if case.merges and plan.calls:
         plan = _in_parts(plan)
     if not case.call:
         return plan
@@ -150,7 +158,7 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     mask = Regions(parts if len(set(parts)) > 1 else parts[:1])
     request = replace(request, mask=mask)
     if not plan.calls:
-        return replace(plan, request=request)
+        return make_plan(request, backend)
     blocks = tile_whole(request.batch, request.sequences)
     step = Launch(f"mode {call.sparse_mode}, forced", call, blocks, parts, request.token_starts)
     forced = replace(plan, request=request, steps=(step,), alternatives=())

@@ -10,7 +10,6 @@ least squares fit them to measured times.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from attnkit.backends import Operands, run_plan
 from attnkit.doctor.cases import Case
+from attnkit.doctor.clock import Clock, alternate
 from attnkit.doctor.findings import Machine
 from attnkit.doctor.suite import make_case_plan
 from attnkit.errors import BackendRefused
@@ -103,21 +103,24 @@ def _time(case: Case, machine: Machine) -> Timing:
     given, device = case.inputs(dtype), machine.device
     q, k, v = (t.to(device) for t in (given.query, given.key, given.value))
     allowed = case.mask.materialize(case.q_len, case.kv_len).to(device)
-    plans = {"plan": make_case_plan(case, given, machine.backend, device)}
-    with suppress(BackendRefused):
-        plans["dense"] = make_case_plan(_densely(case), given, machine.backend, device)
+    plans = {"plan": make_case_plan(case, given, machine.backends[0], device)}
+    if plans["plan"].calls:  # where the kernel takes a mask of one entry per cell as well
+        with suppress(BackendRefused):
+            plans["dense"] = make_case_plan(_densely(case), given, machine.backends[0], device)
     forms: dict[str, Callable[[], object]] = {
         name: partial(run_plan, plan, Operands(q, k, v)) for name, plan in plans.items()
     }
     forms["sdpa"] = partial(_sdpa, q, k, v, allowed)
-    times, notes = _alternate(forms, device, rounds)
-    counts = {name: Solution(plan.steps).price.to_dict() for name, plan in plans.items()}
+    with torch.no_grad():
+        times, notes = alternate(forms, Clock(torch.device(device)), rounds)
+    # A plan without calls of the fused kernel has nothing that its price counts.
+    counts = {n: Solution(p.steps).price.to_dict() for n, p in plans.items() if p.steps}
     return Timing(
         case.name,
         case.q_len,
         rounds,
         *(times.get("plan"), times.get("dense"), times.get("sdpa")),
-        *(counts["plan"], counts.get("dense", {})),
+        *(counts.get("plan", {}), counts.get("dense", {})),
         tuple(step.label for step in plans["plan"].steps),
         notes,
     )
@@ -134,31 +137,6 @@ def _densely(case: Case) -> Case:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-
-
-@torch.no_grad()
-def _alternate(
-    forms: dict[str, Callable[[], object]], device: str, rounds: int
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Return medians in nanoseconds, after one run each to warm up, and what did not run."""
-    times: dict[str, list[int]] = {}
-    notes = []
-    synchronize = torch.get_device_module(torch.device(device)).synchronize
-    for name, form in forms.items():
-        try:
-            form()
-            synchronize()
-            times[name] = []
-        except RuntimeError as error:
-            notes.append(f"{name} did not run: {str(error).splitlines()[0]}")
-    for _ in range(rounds):
-        for name, taken in times.items():
-            synchronize()
-            started = time.perf_counter_ns()
-            forms[name]()
-            synchronize()
-            taken.append(time.perf_counter_ns() - started)
-    return {name: float(median(taken)) for name, taken in times.items()}, tuple(notes)
 
 
 @dataclass(frozen=True)

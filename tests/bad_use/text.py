@@ -433,7 +433,7 @@ def command_lines() -> Iterator[Case]:
         "a report under a file": lambda: ["doctor", "--out", "/dev/null/report.json"],
         "no such device": lambda: ["doctor", "--device", "abacus"],
         "a device of meta": lambda: ["doctor", "--device", "meta"],
-        "no such GPU": lambda: ["doctor", "--device", "cuda:99"],
+        "no such backend to test": lambda: ["doctor", "--device", "cpu", "--backend", "nope"],
     }
     counts = [
         "0",

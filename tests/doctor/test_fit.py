@@ -76,7 +76,7 @@ def test_too_few_times_give_no_weights():
 
 
 def test_the_timing_cases_of_a_device_tell_every_weight():
-    device = Machine("ascend", "npu:0", "npu:0, a name")
+    device = Machine(("ascend",), "npu:0", "npu:0, a name")
     samples = []
     for case in make_timing_cases(device, quick=False):
         if case.q_len > 1024:
