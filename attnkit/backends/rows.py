@@ -7,7 +7,7 @@ over the keys that a block's rows may see, so that no whole score matrix is held
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
-from attnkit.geometry import Region
+from attnkit.masks.trace import blocks_around
 from attnkit.planner import Request
 
 __all__ = ["derivatives", "maxima"]
@@ -50,24 +50,9 @@ def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
         row = request.token_starts[0][b] if b is not None else 0
         count = whole.query.shape[0] * request.num_heads
         rows, kv_len = whole.query.shape[2], whole.key.shape[2]
-        start = 0
-        while start < rows:
-            height = max(1, _CELLS // max(1, kv_len * count))
-            keys = _keys_seen(outers, (start, min(start + height, rows)), kv_len)
-            while start + height < rows:  # few keys are seen: more rows go together
-                more = _keys_seen(outers, (start, min(start + 2 * height, rows)), kv_len)
-                if 2 * height * (more[1] - more[0]) * count > _CELLS:
-                    break
-                height, keys = 2 * height, more
-            stop = min(start + height, rows)
-            yield SomeRows(whole.rectangle((start, stop), keys), row, start, stop)
-            start = stop
-
-
-def _keys_seen(outers: Set[Region], rows: tuple[int, int], kv_len: int) -> tuple[int, int]:
-    """Return the range of keys that some of the rows see."""
-    boxes = [box for o in outers if (box := o.cut(rows, (0, kv_len)).bounds) is not None]
-    return min((k.j0 for k in boxes), default=0), max((k.j1 for k in boxes), default=0)
+        most = _CELLS // max(1, count)
+        for some, keys in blocks_around(outers, rows, kv_len, most):
+            yield SomeRows(whole.rectangle(some, keys), row, *some)
 
 
 def maxima(request: Request, operands: Operands) -> Tensor:

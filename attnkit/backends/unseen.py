@@ -18,13 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnkit.backends.base import Operands
 from attnkit.constants import constant
 from attnkit.masks import Rectangle
+from attnkit.masks.trace import blocks_around
 from attnkit.planner import Request
 from attnkit.planner.matrices import seen_spans
 
 __all__ = ["cleared", "unseen_keys", "without_unseen"]
-
-# So many cells of a mask that is not a region are read at a time.
-_CELLS = 1 << 20
 
 
 def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
@@ -91,16 +89,18 @@ def _seen(request: Request, batch: int, heads: range) -> NDArray[np.bool_]:
 
 
 def _seen_cells(request: Request, batch: int, heads: range, device: torch.device) -> Tensor:
-    """Return the same by the mask's cells, a block of rows at a time."""
+    """Return the same by the mask's cells, a block of rows and the keys around them at a time."""
     q_len, kv_len = request.sequences[batch]
     number = batch if request.mask.batches is not None else 0
     found = torch.zeros(kv_len, dtype=torch.bool, device=device)
-    height = max(1, _CELLS // max(1, kv_len))
+    planes = request.matrices.planes
     for head in heads:
-        for stop in range(q_len, 0, -height):  # from below, where most masks see most of the keys
-            rows = (max(0, stop - height), stop)
-            at = Rectangle(rows, (0, kv_len), q_len, kv_len, number, head)
-            found |= request.mask._read(at, device).any(0)
+        outer = planes[head if len(planes) > 1 else 0][batch].outer
+        # From below, where most masks see most of the keys.
+        for rows, _ in reversed(list(blocks_around([outer], q_len, kv_len))):
+            for keys in seen_spans(outer.cut(rows, (0, kv_len)).strips):
+                at = Rectangle(rows, keys, q_len, kv_len, number, head)
+                found[slice(*keys)] |= request.mask._read(at, device).any(0)
             if not isinstance(found, FakeTensor) and bool(found.all()):
                 return found
     return found

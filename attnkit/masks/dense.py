@@ -128,11 +128,16 @@ class Dense(Mask):
             device = torch.get_default_device()
         (_, n, q_len, kv_len), bits = self._content
         batch, head = self._plane_index(at.batch, at.head)
-        start, stop = (((batch * n + head) * q_len + row) * kv_len for row in at.rows)
-        piece = np.frombuffer(bits, dtype=np.uint8)[start // 8 : -(-stop // 8)]
-        flat = np.unpackbits(piece)[start % 8 : start % 8 + stop - start]
-        array = flat.reshape(at.shape[0], kv_len).astype(bool)
-        return torch.from_numpy(array[:, slice(*at.keys)]).to(device)
+        # The bit where each row begins, and the bytes around its keys: no others are unpacked.
+        first = ((batch * n + head) * q_len + np.arange(*at.rows)) * kv_len + at.keys[0]
+        around = first[:, None] // 8 + np.arange(-(-(at.shape[1] + 7) // 8))
+        cells = np.zeros(at.shape, dtype=np.bool_)
+        if cells.size:
+            read = np.unpackbits(np.frombuffer(bits, np.uint8).take(around, mode="clip"), axis=1)
+            for start in np.unique(first % 8).tolist():
+                own = first % 8 == start
+                cells[own] = read[own, start : start + at.shape[1]]
+        return torch.from_numpy(cells).to(device)
 
     def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
         b, n, _, _ = self._content[0]

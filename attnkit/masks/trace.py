@@ -7,7 +7,7 @@ needed follows the slices found, not the score matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "Rectangle",
     "RowReader",
+    "blocks_around",
     "cells_of",
     "count_slices",
     "enclosed",
@@ -134,6 +135,37 @@ def row_blocks(start: int, stop: int, kv_len: int) -> Iterator[tuple[int, int]]:
     """
     height = max(1, CHUNK_CELLS // max(1, kv_len))
     return ((i, min(i + height, stop)) for i in range(start, stop, height))
+
+
+def blocks_around(
+    outers: Collection[Region], q_len: int, kv_len: int, cells: int = CHUNK_CELLS
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield blocks of rows, each with the range of keys that some region has in them.
+
+    A block and its keys are `cells` at most, or one row: where few keys are seen, more rows go
+    together, so that what is read of a mask follows its bounds and not the score matrix.
+
+    >>> from attnkit.masks import SlidingWindow
+    >>> list(blocks_around([SlidingWindow(2).region(8, 8)], 8, 8, cells=20))
+    [((0, 4), (0, 4)), ((4, 8), (3, 8))]
+    """
+
+    def seen(rows: tuple[int, int]) -> tuple[int, int]:
+        boxes = [box for o in outers if (box := o.cut(rows, (0, kv_len)).bounds) is not None]
+        return min((k.j0 for k in boxes), default=0), max((k.j1 for k in boxes), default=0)
+
+    start = 0
+    while start < q_len:
+        height = max(1, cells // max(1, kv_len))
+        keys = seen((start, min(start + height, q_len)))
+        while start + height < q_len:
+            more = seen((start, min(start + 2 * height, q_len)))
+            if 2 * height * (more[1] - more[0]) > cells:
+                break
+            height, keys = 2 * height, more
+        stop = min(start + height, q_len)
+        yield (start, stop), keys
+        start = stop
 
 
 def _chunks(rows: RowReader, q_len: int, kv_len: int) -> Iterator[_Chunk]:

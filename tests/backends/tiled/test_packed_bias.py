@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
 import attnkit.backends.tiled
@@ -19,6 +18,7 @@ from attnkit import masks, pse
 from attnkit.backends import BACKENDS
 from attnkit.backends.tiled import terms
 from tests.agreement import agreement
+from tests.backends.memory import Allocated
 
 HEADS = 4
 RAGGED = {
@@ -273,29 +273,11 @@ def test_one_graph(bias: str) -> None:
 # -- memory ------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that any operator gave back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.numbers = max(self.numbers, size)
-        return out
-
-
 def largest(backend: str, rows: int, made: pse.Pse, mask: masks.Mask, **how: Any) -> int:
     """The largest tensor of a forward and a backward pass."""
     x = noise(rows, HEADS, 8, dtype=torch.float32).requires_grad_()
     operands = x if how else x[None]
-    with Largest() as seen:
+    with Allocated() as seen:
         out = ak.attention(
             operands, operands, operands, mask=mask, pse=made, backend=backend, **how
         )
