@@ -31,10 +31,16 @@ from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.tiled.bias import bind, with_tensors
 from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import Job
-from attnkit.backends.tiled.passes import Backward, Forward, backward_at_once, sink_gradient
+from attnkit.backends.tiled.passes import (
+    Backward,
+    Forward,
+    backward_at_once,
+    forward_at_once,
+    sink_gradient,
+)
 from attnkit.backends.tiled.schedule import Schedule
 from attnkit.backends.tiled.terms import Carried, Term
-from attnkit.backends.tiled.whole import in_a_row, run_whole
+from attnkit.backends.tiled.whole import is_sound
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
@@ -203,10 +209,11 @@ def _compute(
         return made.to(query.dtype), lse
     request, shape = job.request, job.layout
     views = _views(job, query, key, value)
-    if job.sole is not None:
-        made, lse = run_whole(job.sole, *views, request.scale)
-        if job.sole.times > 1:
-            made, lse = in_a_row(made), in_a_row(lse)
+    at_once = forward_at_once(job, terms, views)
+    if at_once is not None:
+        made, lse, sound = at_once
+        if not sound:
+            return _compute(job.by_blocks, terms, seed, query, key, value, sink)
         return shape.restore(made), lse
     if request.head_dim == request.value_dim:
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -216,6 +223,8 @@ def _compute(
         output = query.new_empty(sizes)
     forward = Forward(job, terms, views, sink, seed, shape.view(output, request.num_heads))
     forward.go()
+    if not forward.sound:
+        return _compute(job.by_blocks, terms, seed, query, key, value, sink)
     return output, forward.lse
 
 
@@ -228,6 +237,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, sink and of bias tensors that ask for some."""
     query, key, value, sink = operands
+    if job.schedule.fused and not _fits_torch(kept, made, bool(terms)):
+        job = job.by_blocks
     if job.raised is not None:
         wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
         raised = (query.float(), key.float(), value.float(), sink)
@@ -237,11 +248,9 @@ def _gradients(
     seen = kept._replace(
         output=shape.view(kept.output, heads), grad=shape.view(kept.arrived, heads)
     )
-    at_once = None if made else backward_at_once(job, views, seen)
+    at_once = backward_at_once(job, terms, views, seen)
     if at_once is not None:
         return (*(shape.restore(grad) for grad in at_once), None)
-    if kept.grad_lse is not None:
-        job = job.by_blocks  # torch's kernel knows no gradient through the statistics
     to_sink = None if sink is None else sink_gradient(seen, sink)
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     to_key, to_value = (
@@ -255,6 +264,13 @@ def _gradients(
         g if g is None or t is None else g.to(t.dtype) for g, t in zip(to_bias, made, strict=True)
     )
     return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *typed)
+
+
+def _fits_torch(kept: Kept, made: Sequence[Tensor | None], biased: bool) -> bool:
+    """Whether torch's kernel makes the gradients that are asked for, and well."""
+    if made or kept.grad_lse is not None:  # it knows none of biases, none through the statistics
+        return False
+    return not biased or is_sound(kept.lse.masked_fill(kept.lse == -torch.inf, 1.0))
 
 
 def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -13,8 +14,8 @@ from torch import Tensor
 from attnkit.backends.base import stats_dtype
 from attnkit.backends.biases import by_diagonal, stored
 from attnkit.backends.numbers import bounded, largest_bias
-from attnkit.backends.tiled.schedule import KeyChunk
-from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Stored, Term
+from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
+from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Ends, Lengths, Stored, Term
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
@@ -71,56 +72,115 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
 # -- tiles -------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class Bias:
-    """The addends of one call. `unit` is what one unit of score is in the tiles.
+    """The addends of one call, read tile by tile.
 
-    Their sum is cut off where it would not be finite, as in every backend.
+    Their sum is cut off where it would not be finite, as in every backend. With `lengths` all
+    score matrices are of these and share one bias ``[1 | n, i, j]``: it is made once, and tiles
+    are windows of it, as those of its gradient are.
     """
 
-    terms: Sequence[Term]
-    unit: float
-    dtype: torch.dtype
-    work: Workspace
-    _slopes: dict[int, Tensor] = field(default_factory=dict)
-    _known: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        dtype: torch.dtype,
+        work: Workspace,
+        heads: int,
+        lengths: Lengths | None,
+    ) -> None:
+        self.terms, self.dtype, self.work = terms, dtype, work
+        self.all: Step | None = None
+        if lengths is not None:
+            lane = Lane((0, 1), (0, heads), 0, (0, 0), lengths)
+            self.all = Step(lane, RowBlock(0, lengths[0], 1, 0, ()), 0, 1, 0, 1, 0, heads, 0, 1, 1)
+        self._made: dict[float, Tensor] = {}
+        self._slope: Tensor | None = None
+        self._slopes: dict[tuple[int, float], Tensor] = {}
+        self._known: dict[tuple[bool, int, int, int], Tensor] = {}
 
-    def put(self, scores: Tensor, step: Step, chunk: KeyChunk, more: bool = False) -> None:
-        """Overwrite ``[b h i j]`` scores with the bias of their cells, or add it to them."""
-        most = largest_bias(self.dtype) * self.unit
+    def put(
+        self, scores: Tensor, step: Step, chunk: KeyChunk, unit: float, more: bool = False
+    ) -> None:
+        """Overwrite ``[b h i j]`` scores with the bias of their cells, or add it to them.
+
+        In them one unit of score is `unit`.
+        """
         for column, first, count in step.runs(chunk):
             target = scores[..., column : column + count]
-            for k, term in enumerate(self.terms):
-                if isinstance(term, Carried):
-                    cells = term.cells(step, first, count, self.work).expand(target.shape)
-                    factor = bounded(term.factor * self.unit, self.dtype)
-                    _put(target, cells, factor, more=more or k > 0)
-                    target.clamp_(-most, most)
-                    continue
-                base = step.row + term.anchor(step.lane) - first
-                distance = self._distance(term.root, base, step.block.rows, count)
-                slopes = self._slope(k, term.slopes)[step.head : step.head + step.heads]
-                if more or k:
-                    target.addcmul_(distance, slopes)
-                else:
-                    torch.mul(distance.expand(target.shape), slopes, out=target)
+            if self.all is None:
+                self._put(target, step, first, unit, more)
+            elif more:
+                target.add_(_window(self._whole(unit), step, first, count))
+            else:
+                target.copy_(_window(self._whole(unit), step, first, count))
+
+    def mask(self, step: Step, first: int, count: int) -> Tensor:
+        """Return the bias as torch's kernel takes it: ``[1 | b, 1 | h, 1 | i, j]``, a view.
+
+        What is not made once is one tensor, which is not cut off.
+        """
+        if self.all is not None:
+            return _window(self._whole(1.0), step, first, count)[None]
+        (term,) = self.terms
+        if not isinstance(term, Stored):
+            raise ArithmeticError("a bias of several addends is no view of one of them")
+        return term.window(term.tensor, step, first, count)
 
     def add_gradient(
         self, grads: Sequence[Tensor | None], slope: Tensor, step: Step, chunk: KeyChunk
     ) -> None:
         """Add ``[b h i j]`` gradients of the scores to those of the carried tensors, in order."""
+        for column, first, count in step.runs(chunk):
+            part = slope[..., column : column + count]
+            if self.all is None:
+                self._add(grads, part, step, first)
+                continue
+            if self._slope is None:
+                heads, lengths = self.all.heads, self.all.lane.lengths
+                self._slope = self.work.take("bias slope", self.dtype, heads, *lengths).zero_()
+            part = part[0] if len(part) == 1 else part.sum(0)
+            _window(self._slope, step, first, count).add_(part)
+
+    def hand_on(self, grads: Sequence[Tensor | None]) -> None:
+        """Hand what was added up for all score matrices on to the carried tensors."""
+        if self._slope is not None and self.all is not None:
+            self._add(grads, self._slope[None], self.all, 0)
+
+    def _add(self, grads: Sequence[Tensor | None], part: Tensor, step: Step, first: int) -> None:
         carried = [term for term in self.terms if isinstance(term, Carried)]
         for term, grad in zip(carried, grads, strict=True):
-            if grad is None:
-                continue
-            for column, first, count in step.runs(chunk):
-                term.add(grad, slope[..., column : column + count], step, first, self.work)
+            if grad is not None:
+                term.add(grad, part, step, first, self.work)
 
-    def _slope(self, k: int, slopes: tuple[float, ...]) -> Tensor:
-        if k not in self._slopes:
+    def _whole(self, unit: float) -> Tensor:
+        """Return the bias ``[n i j]`` that all score matrices share."""
+        if unit not in self._made:
+            step = cast(Step, self.all)
+            sizes = (step.heads, *step.lane.lengths)
+            self._made[unit] = self.work.take(f"bias times {unit}", self.dtype, *sizes)
+            self._put(self._made[unit][None], step, 0, unit, False)
+        return self._made[unit]
+
+    def _put(self, target: Tensor, step: Step, first: int, unit: float, more: bool) -> None:
+        most = largest_bias(self.dtype) * unit
+        for k, term in enumerate(self.terms):
+            if isinstance(term, Carried):
+                ends = Ends(bounded(term.factor * unit, self.dtype), most)
+                term.put(target, step, first, self.work, ends, more=more or k > 0)
+                continue
+            base = step.row + term.anchor(step.lane) - first
+            distance = self._distance(term.root, base, step.block.rows, target.shape[3])
+            slopes = self._slopes_of(k, term.slopes, unit)[step.head : step.head + step.heads]
+            if more or k:
+                target.addcmul_(distance, slopes)
+            else:
+                torch.mul(distance.expand(target.shape), slopes, out=target)
+
+    def _slopes_of(self, k: int, slopes: tuple[float, ...], unit: float) -> Tensor:
+        if (k, unit) not in self._slopes:
             own = torch.tensor(slopes, dtype=self.dtype, device=self.work.device)
-            self._slopes[k] = (-self.unit * own)[:, None, None]
-        return self._slopes[k]
+            self._slopes[k, unit] = (-unit * own)[:, None, None]
+        return self._slopes[k, unit]
 
     def _distance(self, root: bool, base: int, rows: int, keys: int) -> Tensor:
         """Return ``abs(base + r - c)``, or its root, for rows r and columns c."""
@@ -136,11 +196,10 @@ class Bias:
         return self._known[key]
 
 
-def _put(target: Tensor, cells: Tensor, factor: float, *, more: bool) -> None:
-    """Write cells times a factor, or add them if there is `more` in the target already."""
-    if more:
-        target.add_(cells, alpha=factor)
-    elif cells.dtype == target.dtype:
-        torch.mul(cells, factor, out=target)
-    else:  # a product of 16-bit cells would be rounded to 16 bits
-        target.copy_(cells).mul_(factor)
+def _window(cells: Tensor, step: Step, first: int, count: int) -> Tensor:
+    """Return the part of ``[n i j]`` that a tile reads, as a view."""
+    heads, rows = (
+        slice(step.head, step.head + step.heads),
+        slice(step.row, step.row + step.block.rows),
+    )
+    return cells[heads, rows, first : first + count]

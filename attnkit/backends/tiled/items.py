@@ -36,13 +36,14 @@ class Traits(NamedTuple):
     """What of a request and a lane, beside its region, shapes the blocks.
 
     Where `alike` is False, what is done to the scores differs from one repetition of a block to
-    the next. `wholes` allows pieces on torch's fused kernel, `merges` the sum of two of its
-    outputs, `causal` its causal squares. `seen` are the ranges of keys that some row sees;
-    `matrices` counts the score matrices that share the blocks.
+    the next. `wholes` allows pieces on torch's fused kernel, `patterns` small masks there,
+    `merges` the sum of two of its outputs, `causal` its causal squares. `seen` are the ranges of
+    keys that some row sees; `matrices` counts the score matrices that share the blocks.
     """
 
     alike: bool
     wholes: bool = False
+    patterns: bool = True
     merges: bool = False
     causal: bool = False
     q_len: int = 0
@@ -55,7 +56,7 @@ def items_of(strips: tuple[Strip, ...], traits: Traits) -> tuple[RowBlock | Whol
     items: list[RowBlock | Whole] = []
     for segment in _segments(strips):
         items += _wholes(segment, traits) or _even_blocks(segment, traits)
-    return tuple(_merge_small(_repeat(items), strips, traits))
+    return tuple(_merge_small(_repeat(items, traits.alike), strips, traits))
 
 
 def _segments(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
@@ -143,7 +144,7 @@ def _rounds_more(rows: int, traits: Traits) -> bool:
 
 def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> Whole | None:
     """Return rows over all of their keys as one small masked call, if they are few."""
-    if not traits.wholes or rows > SMALL or _rounds_more(rows, traits):
+    if not (traits.wholes and traits.patterns) or rows > SMALL or _rounds_more(rows, traits):
         return None
     if any(map(_lonely, strips)):
         return None
@@ -239,11 +240,12 @@ def _runs_of_rows(strips: Sequence[Strip], row: int, rows: int) -> RunsOfRows:
 # -- sharing -----------------------------------------------------------------------------------
 
 
-def _repeat(items: Iterable[RowBlock | Whole]) -> list[RowBlock | Whole]:
+def _repeat(items: Iterable[RowBlock | Whole], alike: bool) -> list[RowBlock | Whole]:
     """Join neighbours that are equal but for a shift, such as documents of one length."""
     out: list[RowBlock | Whole] = []
     for item in items:
-        joined = _as_one(out[-1], item) if out else None
+        apart = not out or (isinstance(item, Whole) and not alike)
+        joined = None if apart else _as_one(out[-1], item)
         if joined is None:
             out.append(item)
         else:

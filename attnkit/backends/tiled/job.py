@@ -26,6 +26,7 @@ from attnkit.layouts import Layout
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
 from attnkit.planner.matrices import seen_spans
+from attnkit.pse import PerCell, PerKey
 
 __all__ = ["Job", "schedule"]
 
@@ -34,6 +35,8 @@ T = TypeVar("T")
 # Measured on two AVX-512 cores, see benchmarks/attention.py: a score tile is at most this large,
 # with repetitions of a block, whose operands are copied, at most that.
 TILE_CELLS, REPEATED_CELLS = 1280 * 1024, 512 * 1024
+# A bias that score matrices share is made whole up to this size, as few tiles as it is.
+MADE_CELLS = 4 * 1024 * 1024
 # From this scale on torch's fused kernel is left alone.
 HUGE_SCALE = 1024.0
 # Keys per row up to which blocks cast 16 bits in their tiles: a window of 1,024 and its edges.
@@ -68,6 +71,14 @@ class Job:
         request = self.request
         batch = 1 if request.seqlens is not None else request.batch
         return batch, request.num_heads, request.q_len, request.kv_len
+
+    @cached_property
+    def one_bias(self) -> tuple[int, int] | None:
+        """The lengths of the one bias that score matrices share and that is made whole, if any."""
+        request = self.request
+        if _form(request) != "made" or (request.batch < 2 and not self.schedule.fused):
+            return None
+        return request.sequences[0]
 
     @cached_property
     def layout(self) -> Layout:
@@ -115,6 +126,7 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
     """Return the schedule of a request; see `Job` for what may be asked of it."""
     traits = Traits(
         alike=not (request.bias or request.dropout),
+        patterns=_form(request) != "view",
         wholes=wholes and _fused_fits(request),
         merges=request.dtype in (torch.float32, torch.float64),
         causal=masks_before_scale(request.scale, torch.float32),
@@ -135,11 +147,26 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
 
 def _fused_fits(request: Request) -> bool:
     """Whether torch's fused CPU kernel computes plain pieces of this request, and well."""
-    plain = not (request.bias or request.dropout or request.softcap)
+    plain = not (request.dropout or request.softcap)
+    if request.bias:  # its sums of 16 bits are further off than those of blocks
+        plain = plain and _form(request) != "tiles" and request.dtype.itemsize > 2
     even = request.head_dim == request.value_dim
     # Its products, which it scales before it adds them up, overflow at huge scales.
     tame = abs(request.scale) <= HUGE_SCALE
     return plain and even and tame and request.dtype != torch.float16  # a hundredfold slower there
+
+
+def _form(request: Request) -> str:
+    """Return how a bias is read: "made" as one for all score matrices, a "view", or "tiles"."""
+    if not request.bias:
+        return "none"
+    shared = len(set(request.sequences)) == 1 and all(t.batch is None for t in request.bias)
+    q_len, kv_len = request.sequences[0] if request.sequences else (0, 0)
+    if shared and 0 < request.num_heads * q_len * kv_len <= MADE_CELLS:
+        return "made"
+    first, *others = request.bias
+    given = isinstance(first.structure, PerCell | PerKey) and not (others or first.before_scale)
+    return "view" if given and first.dtype == stats_dtype(request.dtype) else "tiles"
 
 
 # -- lanes -------------------------------------------------------------------------------------

@@ -24,11 +24,25 @@ from attnkit.backends.base import Kept
 from attnkit.backends.tiled.job import Job
 from attnkit.backends.tiled.schedule import KeyChunk, RowBlock
 from attnkit.backends.tiled.terms import Term
-from attnkit.backends.tiled.tiles import Step, Strided, add_to_keys, key_tile, query_tile
-from attnkit.backends.tiled.walk import LN2, LOG2E, Walk
-from attnkit.backends.tiled.whole import WholeCall, in_a_row, run_whole, run_whole_backward
+from attnkit.backends.tiled.tiles import (
+    Step,
+    Strided,
+    Workspace,
+    add_to_keys,
+    key_tile,
+    query_tile,
+)
+from attnkit.backends.tiled.walk import LN2, LOG2E, Walk, bias_of
+from attnkit.backends.tiled.whole import (
+    LARGE,
+    WholeCall,
+    in_a_row,
+    is_sound,
+    run_whole,
+    run_whole_backward,
+)
 
-__all__ = ["Backward", "Forward", "backward_at_once", "sink_gradient"]
+__all__ = ["Backward", "Forward", "backward_at_once", "forward_at_once", "sink_gradient"]
 
 # A row without a key has no maximum. This part of the lowest number is taken for one: finite, and
 # below every score, those of biases that are cut off included. Statistics below the other part
@@ -38,8 +52,6 @@ FLOOR, EMPTY = 0.25, 0.15
 LEAST = 1e-30
 # Rows of so few keys are cheap to put right, and may be many for each of their keys.
 FEW = 64
-# Beside a maximum of this size the log of a sum loses digits that weights need.
-LARGE = 512.0
 
 
 class Softmax:
@@ -99,6 +111,7 @@ class Forward(Walk):
         self.output = output
         self.lse = torch.empty(job.sizes[:3], dtype=job.wide, device=output.device)
         self.to_output, self.to_lse = Strided(output), Strided(self.lse[..., None])
+        self.sound = True
 
     def step(self, step: Step, block: RowBlock) -> None:
         """Compute one tile of rows against all of their keys."""
@@ -134,7 +147,8 @@ class Forward(Walk):
 
     def whole(self, call: WholeCall) -> None:
         """Run a piece on torch's kernel and put its results in place."""
-        out, stats = run_whole(call, *self.tensors, self.scale)
+        out, stats = run_whole(call, *self.tensors, self.scale, self.bias)
+        self.sound = self.sound and (self.bias is None or is_sound(stats))
         if self.sink is not None:
             total = torch.logaddexp(stats, self.sink[call.heads, None])
             out, stats = out.mul_(torch.exp(stats - total)[..., None]), total
@@ -280,26 +294,61 @@ class Backward(Walk):
         """Let torch's kernel make the gradients of a piece, and put them in place."""
         to_query, to_key, to_value = self.slopes
         for k, one in enumerate(call.calls):
-            dq, dk, dv = run_whole_backward(one, self.tensors, self.kept, self.scale)
+            dq, dk, dv = run_whole_backward(one, self.tensors, self.kept, self.scale, self.bias)
             rows = one.rows(to_query)
             rows.add_(dq) if k else rows.copy_(dq)
             one.keys(to_key).add_(dk)
             one.keys(to_value).add_(dv)
+
+    def go(self) -> None:
+        """Walk the schedule, and hand on what it gave to the bias."""
+        super().go()
+        if self.bias is not None:
+            self.bias.hand_on(self.to_bias)
 
     def blank(self, rows: tuple[slice, slice, slice]) -> None:
         """Queries that see nothing have no gradient."""
         self.slopes[0][rows] = 0.0
 
 
+def forward_at_once(
+    job: Job, terms: tuple[Term, ...], tensors: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, bool] | None:
+    """Return output and statistics as torch's kernel makes them in one call, if there is one.
+
+    And whether they are sound.
+    """
+    call = job.sole
+    if call is None:
+        return None
+    if not terms:
+        out, lse = _in_order(call, *run_whole(call, *tensors, job.request.scale, None))
+        return out, lse, True
+    work = Workspace.lent(tensors[0])
+    out, lse = run_whole(call, *tensors, job.request.scale, bias_of(job, terms, work))
+    work.give_back()
+    return out, lse, is_sound(lse)
+
+
 def backward_at_once(
-    job: Job, tensors: tuple[Tensor, Tensor, Tensor], kept: Kept
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    job: Job, terms: tuple[Term, ...], tensors: tuple[Tensor, Tensor, Tensor], kept: Kept
+) -> tuple[Tensor, ...] | None:
     """Return the gradients as torch's kernel made them, where it makes all of them in one call."""
     call = job.sole
     if call is None or call.piece.before or not call.all_keys or kept.grad_lse is not None:
         return None
-    dq, dk, dv = run_whole_backward(call, tensors, kept, job.request.scale)
-    return (dq, dk, dv) if call.times == 1 else (in_a_row(dq), in_a_row(dk), in_a_row(dv))
+    if not terms:
+        return _in_order(call, *run_whole_backward(call, tensors, kept, job.request.scale, None))
+    work = Workspace.lent(tensors[0])
+    bias = bias_of(job, terms, work)
+    grads = run_whole_backward(call, tensors, kept, job.request.scale, bias)
+    work.give_back()
+    return grads
+
+
+def _in_order(call: WholeCall, *made: Tensor) -> tuple[Tensor, ...]:
+    """Put repetitions, which were a batch, in a row."""
+    return made if call.times == 1 else tuple(map(in_a_row, made))
 
 
 def sink_gradient(kept: Kept, sink: Tensor) -> Tensor:
@@ -316,4 +365,5 @@ def sink_gradient(kept: Kept, sink: Tensor) -> Tensor:
 
 def _swallows(lse: Tensor) -> bool:
     """Whether some row's statistics are so large that they swallow the log of its sum."""
-    return not bool(torch.linalg.vector_norm(lse, torch.inf) < LARGE)
+    low, high = torch.aminmax(lse)  # several times faster than a norm
+    return not bool((low > -LARGE) & (high < LARGE))

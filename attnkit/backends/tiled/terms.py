@@ -8,9 +8,11 @@ what the operator takes, and what gets a gradient, which is added up tile by til
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -18,9 +20,19 @@ from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.masks.base import Align, anchor
 
-__all__ = ["Carried", "Diagonals", "Distances", "Lengths", "Stored", "Term"]
+__all__ = ["Carried", "Diagonals", "Distances", "Ends", "Lengths", "Stored", "Term"]
 
 Lengths = tuple[int, int]
+
+# A number per diagonal is spread over so many rows at a time: their copies stay in a near cache.
+SKEW = 32
+
+
+class Ends(NamedTuple):
+    """What cells are multiplied by, and where they are cut off then, above and below."""
+
+    factor: float
+    most: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +56,12 @@ class Carried(ABC):
     factor: float
 
     @abstractmethod
-    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
-        """Return the cells of a tile's rows and of `count` keys from `first` on.
+    def put(
+        self, target: Tensor, step: Step, first: int, work: Workspace, ends: Ends, *, more: bool
+    ) -> None:
+        """Overwrite ``[b h i j]`` scores with a tile's cells, the keys from `first` on.
 
-        They are ``[1 | b, 1 | h, 1 | i, j]``, and hold until a buffer of `work` is next taken.
+        Or add them, if there is `more` in the target already. What is there then is cut off.
         """
 
     @abstractmethod
@@ -65,18 +79,28 @@ class Stored(Carried):
 
     starts: tuple[int, ...] = ()
 
-    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
-        """Return the tile's window of the tensor."""
-        return self._window(self.tensor, step, first, count)
+    def put(
+        self, target: Tensor, step: Step, first: int, work: Workspace, ends: Ends, *, more: bool
+    ) -> None:
+        """Put the tile's window of the tensor."""
+        factor, most = ends
+        cells = self.window(self.tensor, step, first, target.shape[3])
+        if more:
+            target.add_(cells, alpha=factor)
+        elif cells.dtype == target.dtype:
+            torch.mul(cells.expand(target.shape), factor, out=target)
+        else:  # a product of 16-bit cells would be rounded to 16 bits
+            target.copy_(cells).mul_(factor)
+        target.clamp_(-most, most)
 
     def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
         """Add to the tile's window, summed over the axes that the tensor shares."""
-        target = self._window(grad, step, first, part.shape[3])
+        target = self.window(grad, step, first, part.shape[3])
         shared = [axis for axis in (0, 1, 2) if target.shape[axis] == 1 < part.shape[axis]]
         part = part.sum(shared, keepdim=True) if shared else part
         target.add_(part, alpha=self.factor)
 
-    def _window(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
+    def window(self, tensor: Tensor, step: Step, first: int, count: int) -> Tensor:
         """Return the part of such a tensor that a tile reads, as a view."""
         number = step.lane.matrix + step.batch - step.lane.batches[0]
         if self.starts:
@@ -102,16 +126,20 @@ class Diagonals(Carried):
 
     starts: Mapping[Lengths, int]
 
-    def cells(self, step: Step, first: int, count: int, work: Workspace) -> Tensor:
-        """Return the tile's diagonals, spread over its cells."""
-        values = self._stretch(self.tensor, step, first, count)
-        (heads, width), rows = values.shape, step.block.rows
-        # Torch has no negative strides, which rows that move left would take. So each row gets
-        # a copy of all numbers, and strides that are one short of a row move over the copies.
-        skew = work.take("diagonals", values.dtype, heads, rows, width)
+    def put(
+        self, target: Tensor, step: Step, first: int, work: Workspace, ends: Ends, *, more: bool
+    ) -> None:
+        """Put the tile's diagonals, spread over its cells."""
+        factor, most = ends
+        rows, count = target.shape[2:]
+        values = (self._stretch(self.tensor, step, first, count) * factor).clamp_(-most, most)
+        skew = work.take("diagonals", values.dtype, len(values), min(SKEW, rows), values.shape[1])
         skew.copy_(values[:, None])
-        strides = (0, rows * width, width - 1, 1)
-        return skew.as_strided((1, heads, rows, count), strides, rows - 1)
+        for row, cells in _rows_of(skew, rows, count):
+            part = target[:, :, row : row + cells.shape[1]]
+            part.add_(cells) if more else part.copy_(cells)
+        if more:
+            target.clamp_(-most, most)
 
     def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
         """Add the sums of the tile's diagonals."""
@@ -137,15 +165,22 @@ Term = Distances | Carried
 def _sums_of_diagonals(part: Tensor, work: Workspace) -> Tensor:
     """Return the sums of ``[b h i j]`` over b and over each diagonal, the lowest left one first."""
     _, heads, rows, count = part.shape
-    width = rows + count - 1
-    # Zeros before every row, and strides one longer than a row: cells of one diagonal come to
-    # lie in one column, and what a row's last columns meet are the zeros of the next row.
-    flat = work.take("diagonals", part.dtype, heads * rows * width + rows - 1)
-    skew = flat[: heads * rows * width].view(heads, rows, width)
-    skew[:, :, : rows - 1] = 0.0
-    flat[heads * rows * width :] = 0.0
-    target = skew[:, :, rows - 1 :]
-    target.copy_(part[0])
-    for more in part[1:]:  # several times faster than sum(0) into rows that are not dense
-        target.add_(more)
-    return flat.as_strided((heads, rows, width), (rows * width, width + 1, 1), 0).sum(1)
+    skew = work.take("diagonals", part.dtype, heads, min(SKEW, rows), rows + count - 1).zero_()
+    for row, sums in _rows_of(skew, rows, count):
+        for one in part[:, :, row : row + sums.shape[1]]:
+            sums.add_(one)
+    return skew.sum(1)
+
+
+def _rows_of(skew: Tensor, rows: int, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (row, ``[h r j]``) for a tile's rows: what a number per diagonal is to its cells.
+
+    `skew` are a few copies ``[h r diagonals]`` of the numbers, the lowest left diagonal first.
+    Torch has no negative strides, which rows that move left would take. So each row has a copy,
+    and strides that are one short of a row move over the copies; the rows below see the same
+    ones further left.
+    """
+    heads, height, width = skew.shape
+    for row in range(0, rows, height):
+        sizes = (heads, min(height, rows - row), count)
+        yield row, skew.as_strided(sizes, (height * width, width - 1, 1), rows - 1 - row)

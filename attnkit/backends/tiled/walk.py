@@ -24,7 +24,7 @@ from attnkit.backends.tiled.whole import WholeCall, calls_of, pattern_mask
 from attnkit.backends.unseen import without_unseen
 from attnkit.masks import Rectangle
 
-__all__ = ["LN2", "LOG2E", "Walk", "guarded"]
+__all__ = ["LN2", "LOG2E", "Walk", "bias_of", "guarded"]
 
 # From this on a factor is kept out of matrix products.
 HUGE = 1024.0
@@ -58,7 +58,7 @@ class Walk(ABC):
         # Products that are multiplied by a huge number before they are added up may overflow.
         self.unit = unit if unit > HUGE else None
         self.alpha = bounded(request.scale * (1.0 if self.unit else unit), self.wide)
-        self.bias = Bias(terms, LOG2E, self.wide, self.work) if terms else None
+        self.bias = bias_of(job, terms, self.work)
         self.dropout: Dropout | None = None
         if request.dropout and seed is not None:
             self.dropout = Dropout(request.dropout, seed, job.sizes)
@@ -106,7 +106,7 @@ class Walk(ABC):
         tile = self.work.take("scores", self.wide, group, rows, chunk.width)
         joined = self.bias is not None and self.cap is None
         if self.bias is not None and joined:
-            self.bias.put(self.by_head(tile, step, chunk), step, chunk)
+            self.bias.put(self.by_head(tile, step, chunk), step, chunk, LOG2E)
         beta = 1.0 if joined else 0.0
         tile.baddbmm_(query, key.transpose(1, 2), beta=beta, alpha=self.alpha)
         if self.unit is not None:
@@ -118,7 +118,7 @@ class Walk(ABC):
         if self.cap is not None:
             tile.mul_(self.cap * LOG2E)
             if self.bias is not None:
-                self.bias.put(self.by_head(tile, step, chunk), step, chunk, more=True)
+                self.bias.put(self.by_head(tile, step, chunk), step, chunk, LOG2E, more=True)
         if step.lane.opaque:
             self._mask_cells(self.by_head(tile, step, chunk), step, chunk)
             return
@@ -157,6 +157,13 @@ class Walk(ABC):
         for column, first, count in step.runs(chunk):
             allowed = cells[:, :, first - left : first - left + count]
             tile[..., column : column + count].masked_fill_(~allowed, -torch.inf)
+
+
+def bias_of(job: Job, terms: tuple[Term, ...], work: Workspace) -> Bias | None:
+    """Return what a call adds to its scores, if anything."""
+    if not terms:
+        return None
+    return Bias(terms, job.wide, work, job.request.num_heads, job.one_bias)
 
 
 def guarded(job: Job, key: Tensor, value: Tensor) -> tuple[Job, Tensor, Tensor]:

@@ -15,19 +15,25 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import Kept
-from attnkit.backends.tiled.schedule import Lane, Pattern, Schedule, Whole
-from attnkit.backends.tiled.tiles import head_tiles
+from attnkit.backends.tiled.bias import Bias
+from attnkit.backends.tiled.schedule import Lane, Pattern, RowBlock, Schedule, Whole
+from attnkit.backends.tiled.tiles import Step, head_tiles
 from attnkit.constants import constant
 
 __all__ = [
+    "LARGE",
     "WholeCall",
     "calls_of",
     "in_a_row",
+    "is_sound",
     "pattern_mask",
     "run_whole",
     "run_whole_backward",
     "sole_call",
 ]
+
+# Beside a maximum of this size the log of a sum loses digits that weights need.
+LARGE = 512.0
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -54,6 +60,7 @@ def pattern_mask(
 class WholeCall(NamedTuple):
     """One call of the kernel on a piece: for which batch elements (or repetitions) and heads."""
 
+    lane: Lane
     piece: Whole
     batches: slice
     heads: slice
@@ -73,6 +80,21 @@ class WholeCall(NamedTuple):
             return (own,)
         left = piece._replace(keys=before, causal=False)
         return self._replace(piece=left, key=self.key - before), own
+
+    def mask(self, bias: Bias | None, query: Tensor) -> Tensor | None:
+        """Return what the call adds to its scores: 0 and -inf of its pattern, and its bias."""
+        piece, pattern, mask = self.piece, self.piece.pattern, None
+        if bias is not None:
+            block = RowBlock(self.row - self.lane.origin[0], piece.rows, 1, 0, ())
+            batch, batches = self.batches.start, self.batches.stop - self.batches.start
+            head, heads = self.heads.start, self.heads.stop - self.heads.start
+            step = Step(self.lane, block, batch, batches, 0, 1, head, heads, 0, 1, 1)
+            mask = bias.mask(step, self.key - self.lane.origin[1], piece.keys)
+        if pattern is None:
+            return mask
+        dtype = query.dtype if mask is None else mask.dtype
+        cells = pattern_mask(pattern, dtype, query.device, 0.0)
+        return cells if mask is None else mask + cells
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the call's rows of a ``[b n s d]`` tensor, a view."""
@@ -108,7 +130,7 @@ def calls_of(lane: Lane, piece: Whole, group: int) -> Iterator[WholeCall]:
         shared = slice(key_head, key_head + key_heads)
         for repeat in range(apart):
             move, batches = repeat * piece.step, slice(*lane.batches)
-            yield WholeCall(piece, batches, heads, shared, row + move, key + move, times)
+            yield WholeCall(lane, piece, batches, heads, shared, row + move, key + move, times)
 
 
 def sole_call(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) -> WholeCall | None:
@@ -133,13 +155,13 @@ def sole_call(schedule: Schedule, sizes: tuple[int, int, int, int], group: int) 
 
 
 def run_whole(
-    call: WholeCall, query: Tensor, key: Tensor, value: Tensor, scale: float
+    call: WholeCall, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Bias | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log denominators of a call's rows, as new tensors."""
     if call.piece.before:
-        left, right = (run_whole(one, query, key, value, scale) for one in call.calls)
+        left, right = (run_whole(one, query, key, value, scale, bias) for one in call.calls)
         return _merged(left, right)
-    tensors, mask = _given_to_torch(call, query, key, value)
+    tensors, mask = _given_to_torch(call, query, key, value), call.mask(bias, query)
     out, lse = _forward(*tensors, 0.0, call.piece.causal, attn_mask=mask, scale=scale)
     return out, lse
 
@@ -149,11 +171,12 @@ def run_whole_backward(
     operands: tuple[Tensor, Tensor, Tensor],
     kept: Kept,
     scale: float,
+    bias: Bias | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value for one call, as new tensors."""
     out, slope = (_dense_last(call.rows(t)) for t in (kept.output, kept.arrived))
     stats = call.rows(kept.lse[..., None])[..., 0]
-    tensors, mask = _given_to_torch(call, *operands)
+    tensors, mask = _given_to_torch(call, *operands), call.mask(bias, operands[0])
     dq, dk, dv = _backward(
         slope, *tensors, out, stats, 0.0, call.piece.causal, attn_mask=mask, scale=scale
     )
@@ -173,14 +196,23 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
     return left.add_(right), lse
 
 
+def is_sound(lse: Tensor) -> bool:
+    """Whether the statistics of torch's kernel, where it was given a bias, tell of sound results.
+
+    A bias is not cut off there. Wherever that matters, as where a row's numbers are all -inf
+    (whose statistics are 0), infinite or NaN, or so large that they swallow the log of the row's
+    sum, the statistics show it.
+    """
+    low, high = lse.abs().aminmax()
+    return bool((low > 0.0) & (high < LARGE))
+
+
 def _given_to_torch(
     call: WholeCall, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Return a call's rows, keys and values, and its mask."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a call's rows, keys and values."""
     rows, keys, values = call.rows(query), call.keys(key), call.keys(value)
-    pattern = call.piece.pattern
-    mask = None if pattern is None else pattern_mask(pattern, query.dtype, query.device, 0.0)
-    return (_dense_last(rows), _dense_last(keys), _dense_last(values)), mask
+    return _dense_last(rows), _dense_last(keys), _dense_last(values)
 
 
 def _dense_last(tensor: Tensor) -> Tensor:

@@ -329,11 +329,11 @@ def test_a_wrong_order_is_seen(
 
 
 def test_matrices_of_other_sequences_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(self: terms.Stored, step: Any, first: int, count: int, work: Any) -> Tensor:
-        cells: Tensor = self.tensor[:, : step.block.rows * count]
+    def first(self: Any, tensor: Tensor, step: Any, first: int, count: int) -> Tensor:
+        cells = tensor[:, : step.block.rows * count]
         return cells.view(1, -1, step.block.rows, count)
 
-    monkeypatch.setattr(terms.Stored, "cells", first)
+    monkeypatch.setattr(terms.Stored, "window", first)
     with pytest.raises(AssertionError, match="out"):
         check_packed(RAGGED["square"], Cells())
 
