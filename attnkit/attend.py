@@ -23,10 +23,12 @@ from torch import Tensor
 from attnkit import layouts
 from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
 from attnkit.backends.graph import hold, run_number, stand_in
+from attnkit.errors import CompositionError
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.planner import Composition, Plan, read_request
 from attnkit.planner.request import is_transformed
+from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
@@ -66,6 +68,7 @@ class Asked(NamedTuple):
     head_dim: int | None = None
     training: bool = True
     backend: str = "auto"
+    score_fn: ScoreFunction | None = None
 
     @property
     def mask(self) -> Mask:
@@ -98,8 +101,9 @@ def plan_of(
     seqlens: SeqLens | None,
 ) -> Plan:
     """Return the plan of what is asked for these tensors; nothing of their content is read."""
+    numbers = (asked.scale, asked.dropout, asked.softcap)
     request = read_request(
-        Composition(asked.mask, asked.pse, asked.layout, asked.scale, asked.dropout, asked.softcap),
+        Composition(asked.mask, asked.pse, asked.layout, *numbers, asked.score_fn),
         query,
         key,
         value,
@@ -143,6 +147,7 @@ def key_of(
         asked.training,
         torch.is_grad_enabled(),
         is_transformed(),
+        trains(asked.score_fn, query),
     )
 
 
@@ -189,6 +194,7 @@ def attend(
             (asked.num_heads, asked.num_kv_heads, asked.head_dim),
             (asked.training, torch.is_grad_enabled()),
             asked.backend,
+            asked.score_fn,
             (_facts(query), _facts(key), _facts(value)),
             None if sink is None else _facts(sink),
             tuple(_facts(t) for t in now),
@@ -221,6 +227,7 @@ def _planned(
     heads: tuple[int | None, int | None, int | None],
     modes: tuple[bool, bool],
     backend: str,
+    score_fn: ScoreFunction | None,
     tensors: tuple[Facts, Facts, Facts],
     sink: Facts | None,
     carried: tuple[Facts, ...],
@@ -236,12 +243,12 @@ def _planned(
     with torch.set_grad_enabled(grad):
         bias = asked.pse
         bias = None if bias is None else rebound(bias, [stand_in(*known) for known in carried])
-        asked = Asked(
-            asked.masks, (bias, None), *asked[2:6], *heads, training=training, backend=backend
-        )
+        asked = Asked(asked.masks, (bias, None), *asked[2:6], *heads, training, backend, score_fn)
         query, key, value = (stand_in(*known) for known in tensors)
         logits = None if sink is None else stand_in(*sink)
         found = plan_of(asked, query, key, value, logits, seqlens)
+    if found.request.score_trains:
+        raise CompositionError(SCORE_IN_GRAPH)
     # A graph knows its plan by a number. It is guarded on these objects, and dies with any of
     # them: whichever is there keeps the plan, the ones that change most often first.
     keepers: tuple[object, ...] = (seqlens, call_mask, mask, _WHOLE)

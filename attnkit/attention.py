@@ -17,7 +17,9 @@ from attnkit.errors import BackendRefused, CompositionError, CompositionTypeErro
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
+from attnkit.masks.predicate import function_name
 from attnkit.planner import Composition, Plan
+from attnkit.planner.scoring import ScoreFunction
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 from attnkit.pse.parse import as_pse
@@ -50,6 +52,16 @@ class Attention(nn.Module):
       is another one.
     - `scale`: default ``head_dim ** -0.5``. `softcap`: ``c * tanh(scale * q.k / c)``
       in place of ``scale * q.k``; the bias is added after it, as in flash-attention.
+    - `score_fn`: FlexAttention's `score_mod`, ``fn(score, b, h, q_idx, kv_idx)``, on what
+      scale, soft-cap and bias have made of a score, before the mask: ``softmax(fn(scale * q.k +
+      bias, ...))`` over the allowed keys. It is asked for one cell: five tensors without axes,
+      the score in float32 (float64), the batch element or packed sequence, the query head, and
+      the positions in this call's tensors, of a packed batch inside of the own sequence. Many
+      cells are asked for at once by `torch.vmap`, so write it with torch operators, without `if`
+      and `.item()`. It may return -inf, for a cell that takes no part; plans know masks only, so
+      what is masked belongs there. Plans and graphs are kept by the function object: make it
+      once. Backends reference, tiled and flex call it. Where it reads a tensor that trains, that
+      is recorded by reference and, on CUDA, flex; a bias that trains does so on every backend.
     - `dropout`: on the softmax weights, in training mode, from torch's generator.
     - `sink`: a learnable logit per head that joins the softmax's denominator, initially 0.
       It is computed with in float32 (float64), whatever dtype the module is cast to.
@@ -84,6 +96,7 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         sink: bool = False,
         softcap: float | None = None,
+        score_fn: ScoreFunction | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -101,7 +114,7 @@ class Attention(nn.Module):
         if scale is None:
             scale = head_dim**-0.5
         whole = Full() if mask is None else as_mask(mask)
-        composed = Composition(whole, pse, layout, scale, dropout, softcap)
+        composed = Composition(whole, pse, layout, scale, dropout, softcap, score_fn)
         self._composition = replace(composed, mask=interned(composed.mask))
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
@@ -230,6 +243,7 @@ class Attention(nn.Module):
             self.head_dim,
             self.training,
             self.backend,
+            own.score_fn,
         )
 
     def _plan(
@@ -294,6 +308,8 @@ class Attention(nn.Module):
         parts += [f"scale={composed.scale}"] if composed.scale != self.head_dim**-0.5 else []
         parts += [f"dropout={composed.dropout}"] if composed.dropout else []
         parts += [f"softcap={composed.softcap}"] if composed.softcap else []
+        if composed.score_fn is not None:
+            parts.append(f"score_fn={function_name(composed.score_fn)}")
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
@@ -365,6 +381,7 @@ def attention(
     dropout: float = ...,
     sink: Tensor | None = ...,
     softcap: float | None = ...,
+    score_fn: ScoreFunction | None = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
@@ -386,6 +403,7 @@ def attention(
     dropout: float = ...,
     sink: Tensor | None = ...,
     softcap: float | None = ...,
+    score_fn: ScoreFunction | None = ...,
     backend: str = ...,
     return_stats: Literal[True],
 ) -> AttentionOutput: ...
@@ -406,6 +424,7 @@ def attention(
     dropout: float = 0.0,
     sink: Tensor | None = None,
     softcap: float | None = None,
+    score_fn: ScoreFunction | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | AttentionOutput:
@@ -431,6 +450,7 @@ def attention(
         num_heads,
         num_kv_heads,
         backend=backend,
+        score_fn=score_fn,
     )
     result = attend(asked, query, key, value, sink, seqlens, return_stats=return_stats)
     return result if return_stats else result.output
@@ -451,6 +471,7 @@ def plan(
     dropout: float = 0.0,
     sink: Tensor | None = None,
     softcap: float | None = None,
+    score_fn: ScoreFunction | None = None,
     backend: str = "auto",
 ) -> Plan:
     """Return the plan that `attention` would run; meta tensors will do.
@@ -473,5 +494,6 @@ def plan(
         num_heads,
         num_kv_heads,
         backend=backend,
+        score_fn=score_fn,
     )
     return plan_of(asked, query, key, value, sink, seqlens)

@@ -19,6 +19,7 @@ from attnkit.inputs import LayerInputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Plan
+from attnkit.planner.scoring import SCORE_WITH_CACHE, ScoreFunction
 from attnkit.projections import (
     Norm,
     Projections,
@@ -44,7 +45,7 @@ class MultiHeadAttention(nn.Module):
     ``x`` is ``[b s dim]``, or packed ``[t dim]`` with `seqlens`; `context` is the same with
     `kv_dim` (default `dim`) and makes it cross-attention; the output has the form of ``x``.
     Any dtype of `Attention`, which also documents `mask`, `pse`, `dropout`, `scale`,
-    `softcap`, `sink` and `backend`.
+    `softcap`, `score_fn`, `sink` and `backend`.
 
     - `num_kv_heads`: fewer key heads than query heads (GQA; 1 is MQA).
     - `head_dim`: default ``dim / num_heads``. `v_head_dim`: of values, where it differs (MLA).
@@ -102,6 +103,7 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         softcap: float | None = None,
+        score_fn: ScoreFunction | None = None,
         sink: bool = False,
         backend: str = "auto",
         layout: str = "BSND",
@@ -129,6 +131,7 @@ class MultiHeadAttention(nn.Module):
             dropout=dropout,
             sink=sink,
             softcap=softcap,
+            score_fn=score_fn,
             backend=backend,
         ).to(device=device)
         self.rotary = rotary_of(rotary, self.attention.head_dim)
@@ -384,3 +387,5 @@ class MultiHeadAttention(nn.Module):
             )
         given.check_forms()
         given.check_rotary(self.rotary)
+        if given.cache is not None and self.attention._composition.score_fn is not None:
+            raise CompositionError(SCORE_WITH_CACHE)

@@ -33,6 +33,10 @@ def compiled(function: Callable[..., Any], backend: Any = "aot_eager") -> Callab
     return made
 
 
+def bent(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return torch.where(IDS[i] == IDS[j], score, torch.sin(score) - h)
+
+
 IDS = torch.arange(32) // 5
 WINDOW = masks.Causal() & masks.SlidingWindow(9)
 LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -43,11 +47,12 @@ LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
     "alibi": lambda: {"mask": WINDOW, "pse": pse.ALiBi(4)},
     "slopes that train": lambda: {"mask": WINDOW, "pse": pse.ALiBi(4, learnable=True)},
     "buckets": lambda: {"mask": masks.Causal(), "pse": pse.T5Relative(4)},
+    "a score function": lambda: {"mask": WINDOW, "score_fn": bent},
     "a matrix that trains": lambda: {"pse": pse.Dense(nn.Parameter(inputs(4, 32, 32)))},
 }
 
 
-UNKNOWN_TO_THE_KERNEL = ("sink and soft-cap", "a matrix that trains")
+UNKNOWN_TO_THE_KERNEL = ("sink and soft-cap", "a matrix that trains", "a score function")
 
 
 @pytest.mark.parametrize("name", UNKNOWN_TO_THE_KERNEL)

@@ -145,10 +145,11 @@ def test_the_backend_works_everywhere(contribute: Contribute) -> None:
         "{num_heads: 4, num_kv_heads: 2, head_dim: 8, mask: Causal(), backend: eager}"
     )
     assert "eager" in AttentionConfig.model_json_schema()["properties"]["backend"]["enum"]
-    layer = Attention(4, 8, layout="TND", sink=True, softcap=2.0, backend="eager")
+    how = {"sink": True, "softcap": 2.0, "score_fn": lambda score, *cell: 2 * score}
+    layer = Attention(4, 8, layout="TND", backend="eager", **how)
     with pytest.raises(BackendRefused, match="softcap") as caught:
         layer(*qkv(6, 4, 8), seqlens=SeqLens([2, 4]))
-    assert {one.code for one in caught.value.refusals} == {"packed", "sink", "softcap"}
+    assert {one.code for one in caught.value.refusals} == {*how, "packed"}
     assert config.build().plan(*qkv(1, 6, 4, 8)[:1], *qkv(1, 6, 2, 8)[1:]).backend == "eager"
 
 

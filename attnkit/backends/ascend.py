@@ -64,7 +64,7 @@ class Ascend(Fused):
             reason = "the kernel computes float16, bfloat16 and float32, not float64"
             reasons.append(Refusal("dtype", reason, self.name))
         if reasons:  # searching for calls that cannot be made would cost every plan on a CPU
-            lacks = lacking(request.softcap, request.bias)
+            lacks = lacking(request, request.bias)
             return reasons + [replace(reason, subject=self.name) for reason in lacks]
         reasons += super().refusals(request)
         if not reasons:

@@ -115,6 +115,8 @@ def _lacks(request: Request) -> Iterator[str]:
         yield "fused attention takes a bias only as a matrix of all scores"
     if request.softcap is not None:
         yield "fused attention has no soft-cap"
+    if request.score_fn is not None:
+        yield "fused attention calls no score function"
     if request.sink:
         yield "fused attention has no sink"
     if not masks_before_scale(request.scale, torch.float32):

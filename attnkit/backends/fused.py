@@ -56,7 +56,7 @@ class Fused(Backend):
 
     def composition_refusals(self, composition: Composition) -> list[Refusal]:
         """Return what the kernel lacks for the composition, whatever the tensors are."""
-        reasons = lacking(composition.softcap, bias_terms(composition.pse))
+        reasons = lacking(composition, bias_terms(composition.pse))
         return [replace(reason, subject=self.name) for reason in reasons]
 
     def plan(self, request: Request) -> Plan:

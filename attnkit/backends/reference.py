@@ -1,6 +1,7 @@
 """The reference backend: what every composition means, in einops. Runs anything, anywhere.
 
-    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias;  masked: -inf
+    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias
+    score = score_fn(score, b, h, i, j), where there is one;  masked: -inf
     output = softmax(score) @ v, over the allowed keys (and the sink, which has no value)
 
 A row without any allowed key gives 0. A key that no query of its sequence may see counts for
@@ -21,6 +22,7 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
 from attnkit.planner import Plan, Request
+from attnkit.planner.scoring import modified
 from attnkit.pse import Pse
 
 __all__ = ["Matrix", "Reference", "attend", "matrix_of", "scores_of"]
@@ -54,7 +56,8 @@ class Reference(Backend):
 class Matrix:
     """What one attention is made of: tensors ``[b n s d]``, and what holds for their cells.
 
-    `sequence` says which one of a packed batch they are; None where the batch is theirs.
+    `sequence` says which one of a packed batch they are; None where the batch is theirs. The first
+    cell is `corner` of the score matrix, row and key.
     """
 
     request: Request
@@ -65,6 +68,7 @@ class Matrix:
     mask: Mask
     pse: Pse | None
     sink: Tensor | None
+    corner: tuple[int, int] = (0, 0)
 
     def rectangle(self, rows: tuple[int, int], keys: tuple[int, int]) -> Matrix:
         """Return some rows over some keys, with the lengths of the whole in mind."""
@@ -76,6 +80,7 @@ class Matrix:
             value=self.value[:, :, slice(*keys)],
             mask=self.mask.cut(rows, keys, **whole),
             pse=None if self.pse is None else self.pse.cut(rows, keys, **whole),
+            corner=(self.corner[0] + rows[0], self.corner[1] + keys[0]),
         )
 
 
@@ -131,6 +136,15 @@ def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:
         scores = cap * torch.tanh(scores / cap)
     if one.pse is not None:
         scores = scores + bias_of(one.pse, request, one.sequence, scores)
+    if request.score_fn is not None:
+        if allowed is not None:  # a slope of the function where a cell is masked counts for nothing
+            scores = torch.where(allowed, scores, scores.detach())
+        first = (one.sequence or 0, 0, *one.corner)
+        index = (
+            torch.arange(start, start + size, device=scores.device)
+            for start, size in zip(first, scores.shape, strict=True)
+        )
+        scores = modified(request.score_fn, scores, *index)
     return (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)), value
 
 

@@ -198,6 +198,12 @@ class _Config(BaseModel):
                 f"a configuration is a mapping with at least the keys {', '.join(cls._required())}"
                 f"{file if isinstance(data, str) else ''}"
             )
+        if "score_fn" in data:
+            told = (
+                "is a function, which no file holds; build the layer itself, "
+                "ak.Attention(..., score_fn=...), or write what the function says as a pse"
+            )
+            raise problems_at({"score_fn": told}, data)
         version = data.get("version", _READS[-1])
         if type(version) is not int or version not in _READS:
             # Nothing else is worth saying: another version may have other keys.

@@ -125,7 +125,7 @@ def evaluate(
         ) from error
 
 
-def function_name(fn: MaskFunction) -> str:
+def function_name(fn: Callable[..., torch.Tensor]) -> str:
     """Return the name by which messages call a function."""
     name = getattr(fn, "__qualname__", None)
     return clipped(name, LONGEST) if isinstance(name, str) else shown(fn)

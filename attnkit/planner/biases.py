@@ -16,8 +16,9 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.masks.base import anchor
+from attnkit.masks.predicate import function_name
 from attnkit.planner.calls import Block
-from attnkit.planner.request import BiasTerm, Request
+from attnkit.planner.request import BiasTerm, Composition, Request
 from attnkit.pse import Linear
 
 __all__ = [
@@ -85,12 +86,18 @@ def part_arguments(
     return matrix_arguments(request, (batch, heads, *blocks[0].sizes))
 
 
-def lacking(softcap: float | None, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
+def lacking(composed: Request | Composition, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
     """Return the terms of a composition that no call of the fused kernel computes."""
     reasons = []
-    if softcap is not None:
-        reason = f"softcap={softcap} is a term the fused kernel does not have"
+    if composed.softcap is not None:
+        reason = f"softcap={composed.softcap} is a term the fused kernel does not have"
         reasons.append(Refusal("softcap", reason))
+    if composed.score_fn is not None:
+        reason = (
+            f"score_fn={function_name(composed.score_fn)} is a function of yours, and the fused "
+            "kernel runs no code but its own; a bias (pse=) that says the same can be planned"
+        )
+        reasons.append(Refusal("score-function", reason))
     learnable = [term.text for term in bias if term.requires_grad and not term.low_rank]
     if learnable:
         reason = (

@@ -13,6 +13,7 @@ from attnkit.kernel import KernelCall
 from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
 from attnkit.masks import naming
+from attnkit.masks.predicate import function_name
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Solution, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
@@ -118,6 +119,8 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
     extras = [str(request.dtype).removeprefix("torch."), f"scale {request.scale:.6g}"]
     extras += [f"dropout {request.dropout:g}"] if request.dropout else []
     extras += [f"softcap {request.softcap:g}"] if request.softcap else []
+    if request.score_fn is not None:
+        extras.append(f"score_fn {function_name(request.score_fn)}")
     extras += ["a learnable sink per head"] if request.sink else []
     yield "numbers", ", ".join(extras)
 

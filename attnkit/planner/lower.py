@@ -52,7 +52,7 @@ def search_for(request: Request, search: Search) -> Plan:
     that are merged. One with such a mask is weighed beside them, up to `MOST_MASK_CELLS`; a
     larger one is for requests that nothing else computes.
     """
-    lacks = lacking(request.softcap, request.bias)
+    lacks = lacking(request, request.bias)
     if lacks:
         return Plan("", request, refusals=tuple(lacks))
     if not request.batch:

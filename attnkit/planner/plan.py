@@ -263,7 +263,7 @@ def _other_request(
         for term in request.bias:
             if any(n not in (None, size) for n, size in zip(term.extent, sizes, strict=True)):
                 return Refusal("other-request", f"{term.text} is not for score matrices of {sizes}")
-    lacks = lacking(request.softcap, request.bias)
+    lacks = lacking(request, request.bias)
     if lacks:
         return lacks[0]
     if in_order is not None and in_order != resort(route.request if route else request):

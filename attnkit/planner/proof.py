@@ -225,10 +225,17 @@ def disprove_calls(request: Request, launches: Sequence[Launch]) -> Refusal | No
                 return Refusal("mean-of-values", "a part has rows that allow no key")
         elif launch.partial:
             return Refusal("misplaced", "a part reads a mask of one entry per cell")
+        if any(region != Region.of(*region.slices) for region in _drawn(call)):
+            return Refusal("wrong-cells", "the mask's cells are not written in their one order")
         illegal = broken_rules(request, call)
         if illegal:
             return illegal[0]
     return None
+
+
+def _drawn(call: KernelCall) -> tuple[Region, ...]:
+    """Return the regions that a mask of one entry per cell is drawn from."""
+    return (call.atten_mask.regions or ()) if call.atten_mask is not None else ()
 
 
 def broken_rules(request: Request, call: KernelCall) -> list[Refusal]:

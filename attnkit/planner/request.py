@@ -22,6 +22,7 @@ from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
 from attnkit.planner.matrices import Matrices, seen_spans
+from attnkit.planner.scoring import ScoreFunction, check_score_fn, trains
 from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
@@ -102,6 +103,7 @@ class Composition:
     scale: float | None = None
     dropout: float = 0.0
     softcap: float | None = None
+    score_fn: ScoreFunction | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", as_mask(self.mask))
@@ -115,6 +117,7 @@ class Composition:
             check_number("softcap", self.softcap, lambda c: 0 < c < math.inf, rule)
         rule = "at least 0 and below 1: the share that is dropped"
         check_number("dropout", self.dropout, lambda p: 0 <= p < 1, rule)
+        check_score_fn(self.score_fn)
 
 
 def state_of(record: Any) -> dict[str, Any]:
@@ -150,6 +153,9 @@ class Request:
     needs_grad: bool = False
     transformed: bool = False
     """Whether a transform of `torch.func` (grad, vmap, jvp) is at work on the tensors."""
+    score_fn: ScoreFunction | None = None
+    score_trains: bool = False
+    """Whether a tensor that the score function reads asks for a gradient."""
 
     __getstate__ = state_of
 
@@ -234,9 +240,10 @@ def read_request(
     _check_sizes(layout, q, k, v)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch
-    carried = _check_carried(composition.pse, sink, query, q.heads)
+    given = (query, key, value, *_check_carried(composition.pse, sink, query, q.heads))
     scale = composition.scale if composition.scale is not None else q.dim**-0.5
-    pse = composition.pse
+    pse, score_fn = composition.pse, composition.score_fn
+    score_trains = trains(score_fn, query)
     request = Request(
         mask=composition.mask,
         bias=bias_terms(pse),
@@ -255,9 +262,11 @@ def read_request(
         sink=sink is not None,
         softcap=composition.softcap,
         seqlens=seqlens,
-        needs_grad=torch.is_grad_enabled()
-        and any(t.requires_grad for t in (query, key, value, *carried)),
+        needs_grad=score_trains
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in given)),
         transformed=is_transformed(),
+        score_fn=score_fn,
+        score_trains=score_trains,
     )
     for q_len, kv_len in sorted(set(request.sequences)):
         composition.mask.check(q_len, kv_len, batch, q.heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ def define(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    score_fn: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[b s n d]`` and lse ``[b n s]``; `cells` and `bias` are ``[b n i j]``.
 
-    A key that a row does not see is not even read.
+    A key that a row does not see is not even read, and a score function is not asked for it.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[2] // key.shape[2]
@@ -34,6 +36,10 @@ def define(
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias[b, h, i, keys]
+        if score_fn is not None and len(keys):
+            at = [torch.tensor(n) for n in (b, h, i)]
+            cells_of_row = zip(scores, keys, strict=True)
+            scores = torch.stack([score_fn(score, *at, j) for score, j in cells_of_row])
         out.append(scores.softmax(-1) @ value[b, keys, h // group])
         lse.append(scores.logsumexp(-1))
     batch, heads, rows = cells.shape[:3]

@@ -1,7 +1,7 @@
-"""A bias and a soft-cap as the function that FlexAttention calls per score.
+"""A bias, a soft-cap and a score function as the one that FlexAttention calls per score.
 
 FlexAttention hands over ``scale * q.k``: the soft-cap bends that, and a bias is added after. A
-bias before the scale is multiplied by it here.
+bias before the scale is multiplied by it here. The author's function gets what has become of it.
 Tensors are captured, and gradients reach them where FlexAttention has a backward.
 """
 
@@ -36,18 +36,22 @@ def score_function(
     terms, shapes = [term for term, _ in found], [shape for _, shape in found]
     cap = None if request.softcap is None else usable_cap(request.softcap, torch.float32)
     most = largest_bias(torch.float32)
-    if not terms and cap is None:
+    fn, place = request.score_fn, _place_in_sequence(request, device)
+    if not terms and cap is None and fn is None:
         return None, ()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
             score = cap * torch.tanh(score / cap)
-        if not terms:
+        if terms:
+            first, *more = (term(b, h, i, j) for term in terms)
+            score = score + sum(more, first).clamp(-most, most)
+        if fn is None:
             return score
-        first, *more = (term(b, h, i, j) for term in terms)
-        return score + sum(more, first).clamp(-most, most)
+        at = (b, h, i, j) if place is None else place(h, i, j)
+        return fn(score, *at).to(score.dtype)
 
-    return score_mod, (*shapes, cap)
+    return score_mod, (*shapes, cap, fn)
 
 
 Cells = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,6 +74,27 @@ def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) ->
         per_head = (factor * numbers).expand(request.num_heads, -1)
         return _looked_up(per_head, _key_positions(request, firsts).to(device))
     return _read_off(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
+
+
+def _place_in_sequence(
+    request: Request, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None:
+    """Return what finds a cell of a packed batch in its own sequence; None if it is not packed."""
+    if request.seqlens is None or request.score_fn is None:
+        return None
+    lengths = torch.tensor([q for q, _ in request.sequences])
+    rows, keys = (torch.tensor(starts[:-1]) for starts in request.token_starts)
+    last = torch.tensor([max(kv - 1, 0) for _, kv in request.sequences])
+    number = torch.arange(request.batch).repeat_interleave(lengths)
+    per_query = (number, *(each[number] for each in (rows, keys, last)))
+    number, row, key, last = (each.to(torch.int32).to(device) for each in per_query)
+
+    def place(h: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, ...]:
+        # Cells of no sequence are masked, but the function is asked for them: at a key it knows.
+        inside = (j - key[i]).clamp(min=0).minimum(last[i])
+        return number[i], h, i - row[i], inside
+
+    return place
 
 
 def _key_positions(request: Request, offsets: Sequence[int]) -> Tensor:

@@ -119,6 +119,12 @@ class Tiled(Backend):
                 "for the CPU"
             )
             reasons.append(Refusal("tiled-device", reason, self.name))
+        if request.score_trains:
+            reason = (
+                "score_fn reads a tensor that asks for a gradient, and tiles pass on gradients of "
+                "scores alone; what trains as a bias (pse=) trains here"
+            )
+            reasons.append(Refusal("score-gradient", reason, self.name))
         return reasons
 
     def plan(self, request: Request) -> TiledPlan:

@@ -125,7 +125,7 @@ class Job:
 def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Schedule:
     """Return the schedule of a request; see `Job` for what may be asked of it."""
     traits = Traits(
-        alike=not (request.bias or request.dropout),
+        alike=not (request.bias or request.dropout or request.score_fn),
         patterns=_form(request) != "view",
         wholes=wholes and _fused_fits(request),
         merges=request.dtype in (torch.float32, torch.float64),
@@ -141,13 +141,15 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         if key not in known:
             known[key] = items_of(*key)
         tiled = (_shared(item, own, heads, batch, mask.exact) for item in known[key])
+        if request.score_fn is not None:  # it may return -inf wherever it likes
+            tiled = (_bare(item) for item in tiled)
         lanes.append(_judged(lane._replace(items=tuple(tiled)), request, mask, seen))
     return Schedule(tuple(lanes))
 
 
 def _fused_fits(request: Request) -> bool:
     """Whether torch's fused CPU kernel computes plain pieces of this request, and well."""
-    plain = not (request.dropout or request.softcap)
+    plain = not (request.dropout or request.softcap or request.score_fn)
     if request.bias:  # its sums of 16 bits are further off than those of blocks
         plain = plain and _form(request) != "tiles" and request.dtype.itemsize > 2
     even = request.head_dim == request.value_dim
@@ -188,7 +190,7 @@ def _lanes(request: Request, apart: bool) -> Iterator[tuple[Lane, Enclosure, tup
             continue
         origins = list(zip(*request.token_starts, strict=True))[: request.batch]
         each = list(zip(origins, plane, strict=True))
-        if apart or request.bias or not all(mask.exact for mask in set(plane)):
+        if apart or request.bias or request.score_fn or not all(mask.exact for mask in set(plane)):
             for b, (origin, mask) in enumerate(each):
                 lane = Lane((0, 1), heads, b, origin, request.sequences[b])
                 yield lane, mask, tuple(seen_spans(mask.outer.strips))
@@ -218,6 +220,13 @@ def _shared(
         item = item._replace(chunks=chunks)
     tile = _tile(item, heads, batch if exact else 1)
     return item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
+
+
+def _bare(item: RowBlock | Whole) -> RowBlock | Whole:
+    """Say that any row may be without a key in any chunk."""
+    if isinstance(item, Whole):
+        return item
+    return item._replace(chunks=tuple(chunk._replace(bare=True) for chunk in item.chunks))
 
 
 def _tile(block: RowBlock, heads: int, batch: int) -> Tile:

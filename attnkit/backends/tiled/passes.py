@@ -8,7 +8,7 @@ Backward, probabilities are made again, tile by tile, from the statistics:
 
     p = exp(score - lse);  dp = do @ v^T;  ds = p * (dp - delta)
     dq = scale * ds @ k;  dk = scale * ds^T @ q;  dv = p^T @ do
-    with a soft-cap, ds * (1 - tanh**2) in dq and dk
+    with a score function, ds times its slope; with a soft-cap, ds * (1 - tanh**2) in dq and dk
 
 where ``delta = sum(do * o) - dlse`` per row. With dropout, `keep` scales both p in dv and dp.
 """
@@ -178,6 +178,8 @@ class Backward(Walk):
         to_bias: Sequence[Tensor | None],
     ) -> None:
         super().__init__(job, terms, tensors, kept.seed)
+        if self.modify is not None:
+            self.modify.records = True
         self.kept, self.slopes, self.to_bias = kept, slopes, to_bias
         self.output, self.grad = Strided(kept.output), Strided(kept.arrived)
         self.lse = Strided(kept.lse[..., None])
@@ -237,6 +239,9 @@ class Backward(Walk):
             # over all rows that see one key and nothing else, and a huge scale magnifies it.
             left = torch.sum(ds, -1, keepdim=True, out=work.take("left", wide, *p.shape[:2], 1))
             ds.addcmul_(p, left, value=-1.0)
+        if self.modify is not None:
+            self.modify.pull(self.by_head(ds, step, chunk))
+            ds.masked_fill_(p == 0.0, 0.0)  # whatever the slope of the function is there
         if self.bias is not None and any(slope is not None for slope in self.to_bias):
             self.bias.add_gradient(self.to_bias, self.by_head(ds, step, chunk), step, chunk)
         if bend is not None:

@@ -1,8 +1,10 @@
 """The walk over a schedule, and the score tiles that forward and backward make on it.
 
-    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias;  masked: -inf
+    score = scale * q.k, with a soft-cap c * tanh(score / c);  + bias
+    score = score_fn(score, b, h, i, j), where there is one;  masked: -inf
 
-Tiles hold ``score * log2(e)``: powers of two are several times cheaper than powers of e.
+Tiles hold ``score * log2(e)``: powers of two are several times cheaper than powers of e. A score
+function is given the score itself.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.dropout import Dropout
 from attnkit.backends.tiled.job import Job
+from attnkit.backends.tiled.modify import Modify
 from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
 from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace, steps
@@ -54,10 +57,13 @@ class Walk(ABC):
         self.wide, self.scale = job.wide, request.scale
         self.work = Workspace.lent(tensors[0])
         self.cap = None if request.softcap is None else usable_cap(request.softcap, self.wide)
-        unit = LOG2E if self.cap is None else 1.0 / self.cap
+        self.modify = None if request.score_fn is None else Modify(request.score_fn)
+        per_score = LOG2E if self.modify is None else 1.0
+        unit = per_score if self.cap is None else 1.0 / self.cap
         # Products that are multiplied by a huge number before they are added up may overflow.
         self.unit = unit if unit > HUGE else None
         self.alpha = bounded(request.scale * (1.0 if self.unit else unit), self.wide)
+        self.per_score = per_score
         self.bias = bias_of(job, terms, self.work)
         self.dropout: Dropout | None = None
         if request.dropout and seed is not None:
@@ -106,7 +112,7 @@ class Walk(ABC):
         tile = self.work.take("scores", self.wide, group, rows, chunk.width)
         joined = self.bias is not None and self.cap is None
         if self.bias is not None and joined:
-            self.bias.put(self.by_head(tile, step, chunk), step, chunk, LOG2E)
+            self.bias.put(self.by_head(tile, step, chunk), step, chunk, self.per_score)
         beta = 1.0 if joined else 0.0
         tile.baddbmm_(query, key.transpose(1, 2), beta=beta, alpha=self.alpha)
         if self.unit is not None:
@@ -116,9 +122,13 @@ class Walk(ABC):
     def finish(self, tile: Tensor, step: Step, chunk: KeyChunk) -> None:
         """Make the masked scores of a tile from what `bent` returned."""
         if self.cap is not None:
-            tile.mul_(self.cap * LOG2E)
+            tile.mul_(self.cap * self.per_score)
             if self.bias is not None:
-                self.bias.put(self.by_head(tile, step, chunk), step, chunk, LOG2E, more=True)
+                cells = self.by_head(tile, step, chunk)
+                self.bias.put(cells, step, chunk, self.per_score, more=True)
+        if self.modify is not None:
+            self.modify.put(self.by_head(tile, step, chunk), step, chunk)
+            tile.mul_(LOG2E)
         if step.lane.opaque:
             self._mask_cells(self.by_head(tile, step, chunk), step, chunk)
             return
@@ -130,7 +140,11 @@ class Walk(ABC):
             # times faster than filling by a boolean mask.
             if id(pattern) not in self._edges:
                 self._edges[id(pattern)] = pattern_mask(pattern, tile.dtype, tile.device, torch.inf)
-            edge.clamp_(max=self._edges[id(pattern)])
+            known = self._edges[id(pattern)]
+            if self.modify is None:
+                edge.clamp_(max=known)
+            else:  # a function may return NaN where it is masked, and so would a minimum with it
+                edge.masked_fill_(known < 0, -torch.inf)
 
     def by_head(self, tile: Tensor, step: Step, chunk: KeyChunk) -> Tensor:
         """View a ``[g r w]`` tile as ``[b h i j]``; its block is not repeated."""
