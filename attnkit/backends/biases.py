@@ -14,7 +14,7 @@ from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Block
 from attnkit.pse import PerCell, PerKey, Pse
 
-__all__ = ["by_diagonal", "call_bias", "numbers_of", "stored"]
+__all__ = ["by_diagonal", "call_bias", "constants", "numbers_of", "stored"]
 
 
 def call_bias(
@@ -81,12 +81,13 @@ def _piece(
 def numbers_of(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the small tensor that a bias's cells follow from: constant slopes, or its own."""
     slopes = getattr(part.structure, "slopes", None)
-    return part.tensors[0].to(dtype) if slopes is None else _constants(slopes, dtype, device)
+    return part.tensors[0].to(dtype) if slopes is None else constants(slopes, dtype, device)
 
 
 @constant
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, copied to a device once."""
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -49,7 +49,7 @@ def _unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     else:
         rows = [torch.stack([_seen_cells(request, *p, device) for p in row]) for row in places]
     found = torch.stack(rows) if request.seqlens is None else torch.cat(rows, -1)[None]
-    if not isinstance(found, FakeTensor) and bool(found.all()):
+    if _is_at_hand(found) and bool(found.all()):
         return None
     return found.logical_not()[..., None]
 
@@ -101,6 +101,11 @@ def _seen_cells(request: Request, batch: int, heads: range, device: torch.device
             for keys in seen_spans(outer.cut(rows, (0, kv_len)).strips):
                 at = Rectangle(rows, keys, q_len, kv_len, number, head)
                 found[slice(*keys)] |= request.mask._read(at, device).any(0)
-            if not isinstance(found, FakeTensor) and bool(found.all()):
+            if _is_at_hand(found) and bool(found.all()):
                 return found
     return found
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)

@@ -64,7 +64,9 @@ class Predicate(Mask):
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         (top, bottom), j = at.rows, torch.arange(*at.keys, device=device)
         cells = torch.empty(at.shape, dtype=torch.bool, device=device)
-        b, h = (torch.tensor(value, device=device) for value in (at.batch, at.head))
+        # Filled: a tensor of a number is copied from the host, which waits for a device.
+        places = (at.batch, at.head)
+        b, h = (torch.full((), one, dtype=torch.int64, device=device) for one in places)
         for start, stop in row_blocks(top, bottom, len(j)):
             i = torch.arange(start, stop, device=device)
             cells[start - top : stop - top] = evaluate(self.fn, b, h, i, j)

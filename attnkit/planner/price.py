@@ -21,6 +21,7 @@ __all__ = [
     "heads_of",
     "least_with_full_mask",
     "price_call",
+    "time_in_tiles",
     "time_of_definition",
 ]
 
@@ -159,6 +160,12 @@ def time_of_definition(request: Request) -> float:
     cells = request.num_heads * sum(q_len * kv_len for q_len, kv_len in request.sequences)
     flops = 2 * cells * (request.head_dim + request.value_dim)
     return chip().nanoseconds(flops, 2 * _PASSES * 4 * cells, 2 * runs, _PASSES * runs)
+
+
+def time_in_tiles(request: Request, cells: int, tiles: int) -> float:
+    """Return what the same passes cost over so many cells in so many tiles, in nanoseconds."""
+    flops = 2 * cells * (request.head_dim + request.value_dim)
+    return chip().nanoseconds(flops, 2 * _PASSES * 4 * cells, 2 * tiles, _PASSES * tiles)
 
 
 def _matrices(

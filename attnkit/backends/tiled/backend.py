@@ -38,12 +38,14 @@ from attnkit.backends.tiled.passes import (
     forward_at_once,
     sink_gradient,
 )
-from attnkit.backends.tiled.schedule import Schedule
+from attnkit.backends.tiled.schedule import RowBlock, Schedule
 from attnkit.backends.tiled.terms import Carried, Term
+from attnkit.backends.tiled.tiles import steps
 from attnkit.backends.tiled.whole import is_sound
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
+from attnkit.planner.price import time_in_tiles, time_of_definition
 from attnkit.planner.request import bias_terms
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
@@ -101,8 +103,11 @@ class Tiled(Backend):
     length, unless the bias is of a family that is nothing but its matrix. In 16 bits, masks whose
     rows see many keys are computed on float32 copies of the operands. Derivatives of derivatives,
     and the largest score of each row where somebody asks for it, come from the definition, a
-    block of rows at a time. Dropout draws one number from torch's generator per call. Runs on the
-    CPU.
+    block of rows at a time. Dropout draws one number from torch's generator per call.
+
+    Tuned for the CPU, whose fused kernel of torch it takes for plain pieces. On other devices it
+    is torch's operators alone, and none that waits for the device. There it looks at no number, so
+    what the CPU does for huge ones only where there are some is done always.
     """
 
     name = "tiled"
@@ -113,12 +118,6 @@ class Tiled(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
         reasons = untransformed(request, self.name)
-        if request.device not in ("cpu", "meta"):
-            reason = (
-                f"the tensors are on device {request.device!r}, and the tiled backend is written "
-                "for the CPU"
-            )
-            reasons.append(Refusal("tiled-device", reason, self.name))
         if request.score_trains:
             reason = (
                 "score_fn reads a tensor that asks for a gradient, and tiles pass on gradients of "
@@ -133,6 +132,33 @@ class Tiled(Backend):
         if plan.few is None:
             _ = plan.schedule
         return plan
+
+    def yields(self, plan: Plan) -> Refusal | None:
+        """Return why whole score matrices are cheaper, on a device where each operator is launched.
+
+        They are, where they are small: tiles save memory and masked cells, and cost launches.
+        """
+        request, job = plan.request, _job(plan)
+        if request.device in ("cpu", "meta"):
+            return None
+        tiles = sum(
+            len(item.chunks)
+            for lane in job.schedule.lanes
+            for item in lane.items
+            if isinstance(item, RowBlock)
+            for _ in steps(lane, item, job.group)
+        )
+        ours, plainly = (
+            time_in_tiles(request, job.schedule.computed, tiles),
+            time_of_definition(request),
+        )
+        if ours <= plainly:
+            return None
+        reason = (
+            f"{tiles:,} tiles would take {ours / 1e3:,.0f} microseconds by estimate, and whole "
+            f"score matrices {plainly / 1e3:,.0f}; backend='tiled' makes them all the same"
+        )
+        return Refusal("dearer", reason, self.name)
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Walk the plan's schedule; autograd records it as one function."""
@@ -166,7 +192,7 @@ class Tiled(Backend):
         """Walk the schedule again, on the statistics of the forward pass."""
         lse, grad_lse = kept.lse, kept.grad_lse
         # A graph sends zeros where nothing arrived, and the fastest ways know no such gradient.
-        if grad_lse is not None and not grad_lse.any():
+        if grad_lse is not None and grad_lse.device.type == "cpu" and not grad_lse.any():
             grad_lse = None
         if kept.grad is None and grad_lse is None:
             return (None,) * len(wanted)

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import stats_dtype
-from attnkit.backends.biases import by_diagonal, stored
+from attnkit.backends.biases import by_diagonal, constants, stored
 from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
 from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Ends, Lengths, Stored, Term
@@ -178,7 +178,7 @@ class Bias:
 
     def _slopes_of(self, k: int, slopes: tuple[float, ...], unit: float) -> Tensor:
         if (k, unit) not in self._slopes:
-            own = torch.tensor(slopes, dtype=self.dtype, device=self.work.device)
+            own = constants(slopes, self.dtype, self.work.device)
             self._slopes[k, unit] = (-unit * own)[:, None, None]
         return self._slopes[k, unit]
 

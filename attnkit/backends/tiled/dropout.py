@@ -25,13 +25,19 @@ _LEVELS = 1 << 16
 class Dropout:
     """Which weights of one call survive, as tiles of 0 and 1."""
 
-    def __init__(self, probability: float, seed: Tensor, sizes: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self,
+        probability: float,
+        seed: Tensor,
+        sizes: tuple[int, int, int, int],
+        device: torch.device,
+    ) -> None:
         batch, heads, rows, keys = sizes
         self.kept = 1.0 - probability
         level, part = divmod(probability * _LEVELS, 1.0)
         # Levels go from 0 to 65,536 and 16 bits do not: "more than one less" saves the last one.
         self.survives, first = (torch.ge, 0) if level == 0 else (torch.gt, -1)
-        device = seed.device
+        seed = seed.to(device, non_blocking=True)  # a graph draws it on the host
         count = torch.arange(batch * heads * rows, device=device)
         keys_of_rows = _mixed(count * _ROW + seed)
         above = _mixed(keys_of_rows ^ _MIX) < round((part - 0.5) * 2.0**64)

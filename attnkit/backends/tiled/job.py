@@ -37,6 +37,8 @@ T = TypeVar("T")
 TILE_CELLS, REPEATED_CELLS = 1280 * 1024, 512 * 1024
 # A bias that score matrices share is made whole up to this size, as few tiles as it is.
 MADE_CELLS = 4 * 1024 * 1024
+# On other devices every tile is a row of launches, and 64 MB of scores are not much. Not measured.
+DEVICE_CELLS = 16 * 1024 * 1024
 # From this scale on torch's fused kernel is left alone.
 HUGE_SCALE = 1024.0
 # Keys per row up to which blocks cast 16 bits in their tiles: a window of 1,024 and its edges.
@@ -140,7 +142,10 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         key = (mask.outer.strips, own)
         if key not in known:
             known[key] = items_of(*key)
-        tiled = (_shared(item, own, heads, batch, mask.exact) for item in known[key])
+        most = (TILE_CELLS, REPEATED_CELLS)
+        if request.device not in ("cpu", "meta"):
+            most = (DEVICE_CELLS, DEVICE_CELLS)
+        tiled = (_shared(item, own, heads, batch, mask.exact, most) for item in known[key])
         if request.score_fn is not None:  # it may return -inf wherever it likes
             tiled = (_bare(item) for item in tiled)
         lanes.append(_judged(lane._replace(items=tuple(tiled)), request, mask, seen))
@@ -149,6 +154,8 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
 
 def _fused_fits(request: Request) -> bool:
     """Whether torch's fused CPU kernel computes plain pieces of this request, and well."""
+    if request.device not in ("cpu", "meta"):
+        return False
     plain = not (request.dropout or request.softcap or request.score_fn)
     if request.bias:  # its sums of 16 bits are further off than those of blocks
         plain = plain and _form(request) != "tiles" and request.dtype.itemsize > 2
@@ -210,7 +217,12 @@ def _equal_stretches(values: Sequence[T]) -> Iterator[tuple[int, int]]:
 
 
 def _shared(
-    item: RowBlock | Whole, traits: Traits, heads: int, batch: int, exact: bool
+    item: RowBlock | Whole,
+    traits: Traits,
+    heads: int,
+    batch: int,
+    exact: bool,
+    most: tuple[int, int],
 ) -> RowBlock | Whole:
     """Say what shares the products of a block; without an exact mask, its cells are asked for."""
     if isinstance(item, Whole):
@@ -218,7 +230,7 @@ def _shared(
     if not exact:
         chunks = tuple(c._replace(patches=(), bare=True) for c in item.chunks)
         item = item._replace(chunks=chunks)
-    tile = _tile(item, heads, batch if exact else 1)
+    tile = _tile(item, heads, batch if exact else 1, most)
     return item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
 
 
@@ -229,17 +241,20 @@ def _bare(item: RowBlock | Whole) -> RowBlock | Whole:
     return item._replace(chunks=tuple(chunk._replace(bare=True) for chunk in item.chunks))
 
 
-def _tile(block: RowBlock, heads: int, batch: int) -> Tile:
-    """Share products between heads first, then batch elements, then repetitions of the block."""
+def _tile(block: RowBlock, heads: int, batch: int, most: tuple[int, int]) -> Tile:
+    """Share products between heads first, then batch elements, then repetitions of the block.
+
+    Tiles are of so many cells at `most`, and those of repetitions of so many.
+    """
     cells = block.rows * max(chunk.width for chunk in block.chunks)
-    room = max(2, TILE_CELLS // cells)
+    room = max(2, most[0] // cells)
     if room < heads:
         share = _even_share(heads, room)
         return Tile(1, 1, share + share % 2)  # matrices are dealt out to an even number of cores
     room //= heads
     if room < batch:
         return Tile(_even_share(batch, room), 1, heads)
-    repeats = REPEATED_CELLS // (cells * heads * batch)
+    repeats = most[1] // (cells * heads * batch)
     return Tile(batch, min(block.times, max(1, repeats)), heads)
 
 

@@ -369,6 +369,11 @@ def sink_gradient(kept: Kept, sink: Tensor) -> Tensor:
 
 
 def _swallows(lse: Tensor) -> bool:
-    """Whether some row's statistics are so large that they swallow the log of its sum."""
+    """Whether some row's statistics are so large that they swallow the log of its sum.
+
+    A device is not asked, which would wait for it: there the sums are always made again.
+    """
+    if lse.device.type != "cpu":
+        return True
     low, high = torch.aminmax(lse)  # several times faster than a norm
     return not bool((low > -LARGE) & (high < LARGE))

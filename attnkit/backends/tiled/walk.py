@@ -67,7 +67,7 @@ class Walk(ABC):
         self.bias = bias_of(job, terms, self.work)
         self.dropout: Dropout | None = None
         if request.dropout and seed is not None:
-            self.dropout = Dropout(request.dropout, seed, job.sizes)
+            self.dropout = Dropout(request.dropout, seed, job.sizes, key.device)
         self._edges: dict[int, Tensor] = {}
         self._cells: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -185,7 +185,8 @@ def guarded(job: Job, key: Tensor, value: Tensor) -> tuple[Job, Tensor, Tensor]:
 
     A masked weight is 0, and 0 times NaN is NaN. Keys that nobody sees are put to 0, where tiles
     reach them at all. Tiles with keys of another packed sequence give way to others, if any
-    number there is not finite, or nearly so large that products with it are not.
+    number there is not finite, or nearly so large that products with it are not; and on a device
+    that would have to be waited for.
     """
     if job.schedule.mixes and not (_is_tame(key, job.wide) and _is_tame(value, job.wide)):
         job = job.by_sequence
@@ -195,6 +196,8 @@ def guarded(job: Job, key: Tensor, value: Tensor) -> tuple[Job, Tensor, Tensor]:
 
 
 def _is_tame(tensor: Tensor, wide: torch.dtype) -> bool:
+    if tensor.device.type != "cpu":
+        return False
     if not tensor.numel():
         return True
     largest = torch.linalg.vector_norm(tensor.detach(), torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -212,14 +212,6 @@ def test_what_is_planned() -> None:
     assert whole.times == 4
     blocks = schedule(request(masks.Causal(), 4096), wholes=False).lanes[0].items
     assert {type(item) for item in blocks} == {RowBlock}
-
-
-def test_refuses_other_devices() -> None:
-    asked = request(masks.Causal(), 16)
-    moved = replace(asked, device="cuda")
-    (reason,) = ak.backends.BACKENDS["tiled"].refusals(moved)
-    assert reason.code == "tiled-device"
-    assert ak.backends.BACKENDS["tiled"].refusals(asked) == []
 
 
 @pytest.mark.parametrize("rows", [150, 900], ids=["torch's calls", "blocks"])
