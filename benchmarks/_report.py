@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 TABLES = {
     "attention": "tiled against torch's ways to run the same mask: times, rates, growth, memory",
+    "models": "attention in the shapes of models beside the best call of torch; decoding",
     "sixteen_bits": "bfloat16 beside float32, in turns",
     "training": "steps per second of the example, on the reference and on tiled",
     "flex": "FlexAttention's block masks from regions and from cells",

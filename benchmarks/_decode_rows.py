@@ -1,0 +1,241 @@
+"""The rows of `models.py` that decode: loops of steps, each with one more key than the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from random import Random
+
+import _forms as forms
+import torch
+from _model_rows import Row, Sides, Way
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import attnkit as ak
+from attnkit import masks
+
+Loop = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def reading(keys: Tensor, values: Tensor) -> dict[str, Callable[[int], object]]:
+    """Return ways to read keys and values ``[b n s d]`` up to a length once."""
+    held = keys.new_empty(keys.numel())
+
+    def copied(length: int) -> None:
+        for one in (keys, values):
+            part = one[:, :, :length]
+            held[: part.numel()].view(part.shape).copy_(part)
+
+    return {
+        "sum": lambda length: (keys[:, :, :length].sum(), values[:, :, :length].sum()),
+        "max": lambda length: (keys[:, :, :length].amax(), values[:, :, :length].amax()),
+        "copy": copied,
+    }
+
+
+def caches(dtype: torch.dtype, b: int, n: int, length: int, d: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values with room for a length."""
+    return torch.randn(b, n, length, d).to(dtype), torch.randn(b, n, length, d).to(dtype)
+
+
+def decode(
+    batch: int, length: int, heads: int = 32, kv_heads: int = 8, dim: int = 128
+) -> Callable[[torch.dtype], Sides]:
+    """Steps of one token each; a step's length comes back after hundreds of others."""
+
+    def make(dtype: torch.dtype) -> Sides:
+        steps = 16 if batch * length <= 40_000 else 2
+        span = min(256, length // 4)
+        keys, values = caches(dtype, batch, kv_heads, length + steps, dim)
+        queries = torch.randn(steps, batch, heads, 1, dim).to(dtype)
+        ours = ak.Attention(
+            heads, dim, num_kv_heads=kv_heads, mask=masks.Causal(), layout="BNSD"
+        ).eval()
+
+        def loop(step: Loop) -> Way:
+            def run(start: int) -> Tensor:
+                for k, query in enumerate(queries):
+                    stop = start + k + 1
+                    found = step(query, keys[:, :, :stop], values[:, :, :stop])
+                return found
+
+            return run
+
+        ways: dict[str, Loop] = {
+            "plain": sdpa,
+            "enable_gqa": lambda q, k, v: sdpa(q, k, v, enable_gqa=True),
+            "rows of groups": forms.by_groups,
+            "rows of groups, written out": forms.by_groups_eager,
+        }
+        if heads == kv_heads:
+            ways = {"plain": sdpa, "written out": forms.eager}
+        else:
+            del ways["plain"]
+        return Sides(
+            [],
+            loop(ours),
+            {name: loop(step) for name, step in ways.items()},
+            lambda rng: length - rng.randrange(span),
+            steps=steps,
+            reads=reading(keys, values),
+        )
+
+    return make
+
+
+def tree(dtype: torch.dtype) -> Sides:
+    """A speculative step: 25 drafted tokens, each of which sees the text and its ancestors."""
+    count, steps = 25, 8
+    draw = Random(0)
+    ancestors = torch.eye(count, dtype=torch.bool)
+    for k in range(1, count):
+        ancestors[k] |= ancestors[draw.randrange(k)]
+    keys, values = caches(dtype, 1, 8, 2048 + 5 * steps + count, 128)
+    queries = torch.randn(steps, 1, 32, count, 128).to(dtype)
+    ours = ak.Attention(32, 128, num_kv_heads=8, layout="BNSD").eval()
+
+    def loop(step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Way:
+        def run(start: int) -> Tensor:
+            for k, query in enumerate(queries):
+                text = start + 5 * k  # as many drafts are taken
+                stop = text + count
+                allowed = torch.cat([torch.ones(count, text, dtype=torch.bool), ancestors], 1)
+                found = step(query, keys[:, :, :stop], values[:, :, :stop], allowed)
+            return found
+
+        return run
+
+    return Sides(
+        [],
+        loop(lambda q, k, v, allowed: ours(q, k, v, mask=masks.Dense.keep(allowed))),
+        {
+            "bool mask, enable_gqa": loop(
+                lambda q, k, v, allowed: sdpa(q, k, v, attn_mask=allowed, enable_gqa=True)
+            ),
+            "rows of groups": loop(
+                lambda q, k, v, allowed: forms.by_groups(q, k, v, forms.floats(allowed, dtype))
+            ),
+            "rows of groups, written out": loop(
+                lambda q, k, v, allowed: forms.by_groups_eager(
+                    q, k, v, forms.floats(allowed, dtype)
+                )
+            ),
+        },
+        lambda rng: 2048 - rng.randrange(256),
+        steps=steps,
+        reads=reading(keys, values),
+    )
+
+
+def unequal(dtype: torch.dtype) -> Sides:
+    """Eight texts of their own lengths, padded on the right in one cache."""
+    batch, steps, most = 8, 8, 4096
+    keys, values = caches(dtype, batch, 8, most + steps, 128)
+    queries = torch.randn(steps, batch, 32, 1, 128).to(dtype)
+    ours = ak.Attention(32, 128, num_kv_heads=8, layout="BNSD").eval()
+
+    def loop(step: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]) -> Way:
+        def run(lengths: list[int]) -> Tensor:
+            for k, query in enumerate(queries):
+                now = [n + k + 1 for n in lengths]
+                stop = max(now)
+                found = step(query, keys[:, :, :stop], values[:, :, :stop], now)
+            return found
+
+        return run
+
+    def exists(k: Tensor, now: list[int]) -> Tensor:
+        return torch.arange(k.shape[2]) < torch.tensor(now)[:, None, None, None]
+
+    def each(q: Tensor, k: Tensor, v: Tensor, now: list[int]) -> Tensor:
+        parts = [
+            forms.by_groups(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n])
+            for b, n in enumerate(now)
+        ]
+        return torch.cat(parts)
+
+    def read(lengths: list[int]) -> None:
+        for one in (keys, values):
+            for b, n in enumerate(lengths):
+                one[b, :, :n].sum()
+
+    return Sides(
+        [],
+        loop(lambda q, k, v, now: ours(q, k, v, mask=masks.Padding(now))),
+        {
+            "bool mask, enable_gqa": loop(
+                lambda q, k, v, now: sdpa(q, k, v, attn_mask=exists(k, now), enable_gqa=True)
+            ),
+            "rows of groups": loop(
+                lambda q, k, v, now: forms.by_groups(q, k, v, forms.floats(exists(k, now), dtype))
+            ),
+            "a call per text, rows of groups": loop(each),
+        },
+        lambda rng: [rng.randint(512, 4000) for _ in range(batch)],
+        steps=steps,
+        reads={"sum": read},
+    )
+
+
+def whole_layer(dtype: torch.dtype) -> Sides:
+    """Steps of `MultiHeadAttention` with its cache, and of a hand-written layer with the same."""
+    dim, heads, length, steps = 512, 8, 512, 16
+    ours = ak.MultiHeadAttention(dim, heads, mask=masks.Causal(), dtype=dtype).eval()
+    q, k, v, out = (p.weight for p in (ours.q_proj, ours.k_proj, ours.v_proj, ours.out_proj))  # type: ignore[union-attr]
+    text = torch.randn(1, length + steps, dim).to(dtype)
+    cache = ak.KVCache(capacity=length + steps)
+    keys, values = caches(dtype, 1, heads, length + steps, dim // heads)
+    with torch.no_grad():
+        ours(text, cache=cache)
+        for held, found in zip((keys, values), cache.read(), strict=True):
+            held.copy_(found.transpose(1, 2))
+
+    starts = cycle(range(length - 8 * steps, length + 1, steps))
+
+    def layer(start: int) -> Tensor:
+        if cache.length < start:  # a turn that ours did not take part in
+            ours(text[:, cache.length : start], cache=cache)
+        cache.truncate(start)
+        for p in range(start, start + steps):
+            found = ours(text[:, p : p + 1], cache=cache)
+        return found
+
+    def split(x: Tensor) -> Tensor:
+        return x.view(1, 1, heads, dim // heads).transpose(1, 2)
+
+    def by_hand(start: int) -> Tensor:
+        for p in range(start, start + steps):
+            x = text[:, p : p + 1]
+            keys[:, :, p : p + 1] = split(linear(x, k))
+            values[:, :, p : p + 1] = split(linear(x, v))
+            found = sdpa(split(linear(x, q)), keys[:, :, : p + 1], values[:, :, : p + 1])
+            found = linear(found.transpose(1, 2).reshape(1, 1, dim), out)
+        return found
+
+    return Sides(
+        [],
+        layer,
+        {"by hand, the same projections": by_hand},
+        lambda _: next(starts),
+        steps=steps,
+    )
+
+
+DECODING = (
+    *(
+        Row(
+            f"decode: {count} sequence{'s'[: count > 1]}, {length:,} keys, 32/8 heads of 128",
+            decode(count, length),
+            sixteen=(count, length) == (1, 4096),
+            trains=False,
+        )
+        for count in (1, 8)
+        for length in (1024, 4096, 32768)
+    ),
+    Row("decode: 512 keys, 8 heads of 64", decode(1, 512, 8, 8, 64), trains=False),
+    Row("decode: 512 keys, 8 heads of 64, MultiHeadAttention", whole_layer, trains=False),
+    Row("decode: 8 sequences of unequal lengths to 4,096", unequal, trains=False),
+    Row("speculative: a tree of 25 tokens on 2,048", tree, trains=False),
+)
