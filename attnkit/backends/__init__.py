@@ -10,6 +10,7 @@ from attnkit.backends.base import (
     register,
 )
 from attnkit.backends.choose import auto_order, make_plan, run_plan
+from attnkit.backends.compiled import Compiled
 from attnkit.backends.cuda import Cuda
 from attnkit.backends.emulated import Emulated
 from attnkit.backends.flex import Flex
@@ -21,6 +22,7 @@ __all__ = [
     "Ascend",
     "AttentionOutput",
     "Backend",
+    "Compiled",
     "Cuda",
     "Emulated",
     "Flex",
