@@ -163,18 +163,36 @@ inline const T* at(const void* tensor, const int64_t* by, int64_t b, int64_t n, 
   return (const T*)tensor + b * by[0] + n * by[1] + s * by[2];
 }
 
-// Rows as lanes, [width][ROWS], times a number; lanes without a row are 0.
+// Rows as lanes, [padded width][ROWS], times a number; lanes without a row are 0.
 template <class T>
 void turn(const T* x, int64_t by, int rows, int64_t width, float times, float* to) {
-  for (int64_t d = 0; d < width; d++)
-    for (int i = 0; i < ROWS; i++) to[d * ROWS + i] = i < rows ? float(x[i * by + d]) * times : 0.0f;
+  for (int64_t d = 0; d < width; d += LANES)
+    for (int i = 0; i < ROWS; i += LANES) {
+      Vec block[LANES];
+      for (int k = 0; k < LANES; k++) block[k] = i + k < rows ? read_some(x + (i + k) * by + d, width - d) * times : Vec{};
+      transpose(block);
+      for (int k = 0; k < LANES; k++) store(to + (d + k) * ROWS + i, block[k]);
+    }
 }
 
-// Rows as rows, [ROWS][padded], times a number; what lies beyond them is 0.
+// Lanes as rows again, each times a number of its own.
+template <class T>
+void turn_back(const float* x, const float* times, T* to, int64_t by, int rows, int64_t width) {
+  for (int64_t d = 0; d < width; d += LANES)
+    for (int i = 0; i < rows; i += LANES) {
+      Vec block[LANES];
+      for (int k = 0; k < LANES; k++) block[k] = load(x + (d + k) * ROWS + i) * load(times + i);
+      transpose(block);
+      for (int k = 0; k < LANES && i + k < rows; k++) write_some(to + (i + k) * by + d, block[k], width - d);
+    }
+}
+
+// Rows as rows, [ROWS][padded width], times a number; what lies beyond them is 0.
 template <class T>
 void spread(const T* x, int64_t by, int rows, int64_t width, int64_t padded, float times, float* to) {
   for (int i = 0; i < ROWS; i++)
-    for (int64_t d = 0; d < padded; d++) to[i * padded + d] = i < rows && d < width ? float(x[i * by + d]) * times : 0.0f;
+    for (int64_t d = 0; d < padded; d += LANES)
+      store(to + i * padded + d, i < rows ? read_some(x + i * by + d, width - d) * times : Vec{});
 }
 
 // Keys as float32, with their stride: where they lie, or a copy of them.
@@ -184,9 +202,9 @@ inline const float* floats(const float* x, int64_t by, int64_t, int64_t, float*,
 }
 template <class T>
 const float* floats(const T* x, int64_t by, int64_t count, int64_t width, float* room, int64_t& stride) {
-  stride = width;
+  stride = (width + LANES - 1) / LANES * LANES;
   for (int64_t j = 0; j < count; j++)
-    for (int64_t d = 0; d < width; d++) room[j * width + d] = float(x[j * by + d]);
+    for (int64_t d = 0; d < width; d += LANES) store(room + j * stride + d, read_some(x + j * by + d, width - d));
   return room;
 }
 
@@ -249,7 +267,7 @@ void forward_tile(const Problem& g, Room& w, const Tile& tile, int64_t b, int64_
     products<true>(value, 1, value_by, w.scores, w.output, value_width, count);
     first = false;
   });
-  T* output = at<T>(g.output, g.output_by, b, h, tile.row);
+  float times[ROWS] = {};
   float* lse = g.lse + (b * g.heads + h) * g.rows + tile.row;
   for (int i = 0; i < tile.rows; i++) {
     float peak = peaks[i], total = totals[i], share = 1.0f;
@@ -259,11 +277,10 @@ void forward_tile(const Problem& g, Room& w, const Tile& tile, int64_t b, int64_
       total = total * share + std::exp2(logit - top);
       peak = top;
     }
-    const bool empty = totals[i] == 0.0f;
-    const float times = empty ? 0.0f : share / total;
-    for (int64_t d = 0; d < value_width; d++) output[i * g.output_by[2] + d] = T(empty ? 0.0f : w.output[d * ROWS + i] * times);
+    times[i] = totals[i] == 0.0f ? 0.0f : share / total;
     lse[i] = total == 0.0f ? -INFINITE : (peak + std::log2(total)) * LN2;
   }
+  turn_back(w.output, times, at<T>(g.output, g.output_by, b, h, tile.row), g.output_by[2], tile.rows, value_width);
 }
 
 template <class T>
@@ -308,9 +325,9 @@ void backward_tile(const Problem& g, Room& w, const Tile& tile, int64_t b, int64
     outers(w.slopes, w.by_row, to_key + j * g.padded, g.padded, count);
     products<true>(key, 1, by, w.slopes, w.output, width, count);
   });
-  T* to_query = at<T>(g.to_query, g.to_query_by, b, h, tile.row);
-  for (int i = 0; i < tile.rows; i++)
-    for (int64_t d = 0; d < width; d++) to_query[i * g.to_query_by[2] + d] = T(w.output[d * ROWS + i] * float(g.scale));
+  float times[ROWS];
+  std::fill_n(times, ROWS, float(g.scale));
+  turn_back(w.output, times, at<T>(g.to_query, g.to_query_by, b, h, tile.row), g.to_query_by[2], tile.rows, width);
 }
 
 template <class T>
