@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from attnkit.arguments import check_int, check_tensor
-from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.arguments import check_bool, check_int, check_ints
+from attnkit.errors import CompositionError, shown
+from attnkit.memory import Memory, check_pair, room_for, with_room
+from attnkit.texts import Runs, Text, alike, paired
 
 __all__ = ["KVCache"]
-
-_FIRST_CAPACITY = 16
 
 
 class KVCache:
@@ -22,6 +22,13 @@ class KVCache:
     without, it grows by doubling, so that each token costs amortised constant time. Batch,
     heads, dtype and device are those of the first call. One cache serves one layer and one
     batch of texts; `reset` makes it ready for the next.
+
+    `rolling`: when memory is full, the layer forgets the tokens that its mask can never show
+    again. The memory of a window is then bounded by twice the window, its sinks and the largest
+    step, however long the text grows; with a mask that shows everything nothing is forgotten.
+
+    Texts may be of unlike `lengths`: prompts come packed, ``t n d``, and each has its own place
+    for what comes next. `reorder` and `expand` serve beams and several continuations.
 
     In self-attention every call appends. In cross-attention the first call stores the keys and
     values of the whole context and seals the cache; later calls read them.
@@ -44,10 +51,11 @@ class KVCache:
 it more, or capacity=None to grow
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, *, rolling: bool = False) -> None:
         if capacity is not None:
             check_int("KVCache: capacity", capacity, 1)
         self._limit = capacity
+        self._rolling = check_bool("KVCache: rolling", rolling, "True forgets what no mask shows")
         self.reset()
 
     def reset(self) -> None:
@@ -59,20 +67,52 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=0, capacity=0)
         """
-        self._held: tuple[Tensor, Tensor] | None = None
-        self._length = 0
+        self._memory: Memory | None = None
+        self._texts: tuple[Text, ...] = (Text(),)
         self._answered: int | None = None  # the queries, once it holds a context
 
     @property
     def length(self) -> int:
-        """The number of tokens whose keys and values it holds.
+        """The number of tokens so far, of the longest text; a rolling cache has forgotten some.
 
         >>> cache = KVCache()
         >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
         >>> cache.length
         3
         """
-        return self._length
+        return max(text.length for text in self._texts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of tokens so far of each text; empty before the first call.
+
+        >>> cache, token = KVCache(), torch.zeros(5, 2, 8)
+        >>> _ = cache.append(token, token, [2, 3])
+        >>> cache.lengths
+        (2, 3)
+        """
+        lengths = tuple(text.length for text in self._texts)
+        return lengths * self.batch if len(lengths) == 1 else lengths
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """Which tokens of each text it holds; one entry where all are alike.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(9, 3, 2, 8), torch.zeros(9, 3, 2, 8))
+        >>> cache.texts
+        (Text(length=3, runs=((0, 3),), since=0),)
+        """
+        return self._texts
+
+    @property
+    def batch(self) -> int:
+        """The number of texts; 0 before the first call.
+
+        >>> KVCache().batch
+        0
+        """
+        return 0 if self._memory is None else self._memory.batch
 
     @property
     def queries(self) -> int:
@@ -83,7 +123,7 @@ it more, or capacity=None to grow
         >>> cache.queries
         3
         """
-        return self._length if self._answered is None else self._answered
+        return self.length if self._answered is None else self._answered
 
     @property
     def sealed(self) -> bool:
@@ -105,7 +145,7 @@ it more, or capacity=None to grow
         >>> cache.capacity
         16
         """
-        return 0 if self._held is None else self._held[0].shape[1]
+        return 0 if self._memory is None else self._memory.room
 
     @property
     def nbytes(self) -> int:
@@ -116,10 +156,15 @@ it more, or capacity=None to grow
         >>> cache.nbytes == 2 * 16 * 2 * 8 * 4  # float32
         True
         """
-        return sum(tensor.nbytes for tensor in self._held or ())
+        return 0 if self._memory is None else sum(tensor.nbytes for tensor in self._memory.pair)
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the tokens ``b s n d``; return all keys and values so far, as views.
+    def append(
+        self, key: Tensor, value: Tensor, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the tokens ``b s n d``; return all keys and values it holds, as views.
+
+        With `counts` tokens are packed ``t n d``: so many of each text, one text after the other.
+        Where texts are of unlike lengths, what lies behind the shorter ones has no meaning.
 
         >>> cache, token = KVCache(), torch.zeros(1, 1, 2, 8)
         >>> _ = cache.append(token, token)
@@ -132,28 +177,63 @@ it more, or capacity=None to grow
                 f"{self} holds the context of a cross-attention and takes no more tokens; "
                 "self-attention needs another cache"
             )
-        held_keys, held_values = self._held or (None, None)
-        self._check("key", key, held_keys)
-        self._check("value", value, held_values)
-        if key.shape[:3] != value.shape[:3]:
-            raise CompositionError(
-                f"KVCache: key {list(key.shape)} and value {list(value.shape)}; each token "
-                "has one of each in every head"
-            )
-        if (key.dtype, key.device) != (value.dtype, value.device):
-            raise CompositionTypeError(
-                f"KVCache: key {key.dtype} on {key.device}, value {value.dtype} on {value.device}; "
-                "cast or move one of them, for attention takes both alike"
-            )
-        start, stop = self._length, self._length + key.shape[1]
+        new = None if counts is None else check_ints("KVCache: counts", counts, 0)
+        check_pair(key, value, self._memory, new)
+        new = (key.shape[1],) if new is None else new
+        firsts, texts = [text.held for text in self._texts], self.grown(new)
+        stop = max(text.held for text in texts)
         if self._limit is not None and stop > self._limit:
             raise CompositionError(
-                f"KVCache: {start} tokens and {stop - start} more exceed its capacity of "
-                f"{self._limit}; give it more, or capacity=None to grow"
+                f"KVCache: {max(firsts)} tokens and {stop - max(firsts)} more exceed its capacity "
+                f"of {self._limit}; give it more, or capacity=None to grow"
             )
-        self._held = self._write(held_keys, key, stop), self._write(held_values, value, stop)
-        self._length = stop
+        batch = len(new) if key.ndim == 3 else key.shape[0]
+        self._memory = with_room(self._memory, (key, value), batch, stop, self._limit)
+        self._memory.write((key, value), firsts, new)
+        self._texts = texts
         return self.read()
+
+    def grown(self, counts: Sequence[int]) -> tuple[Text, ...]:
+        """Return what the texts would be with `counts` tokens more: of each, or one for all.
+
+        >>> KVCache().grown([2, 3])[1]
+        Text(length=3, runs=((0, 3),), since=0)
+        """
+        return alike(text.grown(count) for text, count in paired(self._texts, counts))
+
+    def is_full(self, counts: Sequence[int]) -> bool:
+        """Whether a rolling cache must forget before it takes `counts` tokens more.
+
+        >>> cache = KVCache(rolling=True)
+        >>> _ = cache.append(torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8))
+        >>> cache.is_full([0]), cache.is_full([1])
+        (False, True)
+        """
+        most = max(text.held for text in self.grown(counts))
+        return self._rolling and self.length > 0 and most > self.capacity
+
+    def keep(self, runs: Sequence[Runs]) -> None:
+        """Forget all tokens but those at some positions of each text, or at the same of all.
+
+        The memory of a cache without a capacity shrinks to twice of what it holds.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(1, 40, 2, 8), torch.zeros(1, 40, 2, 8))
+        >>> cache.keep([((0, 2), (30, 40))])
+        >>> cache
+        KVCache(length=40, held=12, capacity=24)
+        """
+        if len(runs) not in (1, len(self._texts)):
+            raise CompositionError(
+                f"{self}.keep got positions of {len(runs)} texts; give those of each text, or one "
+                "entry for all"
+            )
+        both = paired(self._texts, runs)
+        kept = [text.keeping(some) for text, some in both]
+        spans = [text.spans(some) for text, some in both]
+        room = self._limit or room_for(max(text.held for text in kept))
+        self._rows.keep(spans, room)
+        self._texts = alike(kept)
 
     def seal(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of a whole context, once.
@@ -163,7 +243,7 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=6, capacity=16, sealed)
         """
-        if self._length or self.sealed:
+        if self.length or self.sealed:
             raise CompositionError(
                 f"{self} is in use already; a context goes into an empty cache (reset() empties it)"
             )
@@ -172,17 +252,14 @@ it more, or capacity=None to grow
         return views
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values so far, as views.
+        """Return all keys and values it holds, as views.
 
         >>> cache = KVCache()
         >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
         >>> cache.read()[0].shape
         torch.Size([1, 3, 2, 8])
         """
-        if self._held is None:
-            raise CompositionError("KVCache: read before the first append")
-        keys, values = self._held
-        return keys[:, : self._length], values[:, : self._length]
+        return self._rows.read(self._used)
 
     def answered(self, queries: int) -> None:
         """Count queries answered from a sealed context: the next one has the next position.
@@ -200,8 +277,11 @@ it more, or capacity=None to grow
             )
         self._answered += queries
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int | Sequence[int]) -> None:
         """Drop the tokens from `length` on: the way back from a rejected draft.
+
+        One length for all texts, or one for each. What was forgotten does not come back: a rolling
+        cache can always be truncated to where its last call began.
 
         >>> cache = KVCache()
         >>> _ = cache.append(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8))
@@ -209,68 +289,105 @@ it more, or capacity=None to grow
         >>> cache
         KVCache(length=1, capacity=16)
         """
-        check_int("KVCache.truncate: length", length, 0)
+        if isinstance(length, list | tuple):
+            lengths = check_ints("KVCache.truncate: length", length, 0)
+        else:
+            lengths = (check_int("KVCache.truncate: length", length, 0),)
         if self.sealed:
             raise CompositionError(f"{self} holds a context, which is whole; reset() empties it")
-        if length > self._length:
-            raise CompositionError(f"{self} cannot be truncated to {shown(length)} tokens")
-        self._length = length
+        if len(lengths) not in (1, self.batch):
+            raise CompositionError(
+                f"{self}.truncate got {len(lengths)} lengths; give one for all texts, or one for "
+                f"each of the {self.batch}"
+            )
+        both = paired(self._texts, lengths)
+        for text, shorter in both:
+            if shorter > text.length:
+                raise CompositionError(f"{self} cannot be truncated to {shown(shorter)} tokens")
+            if shorter < text.since:
+                raise CompositionError(
+                    f"{self} cannot be truncated to {shorter} tokens: keys that token {shorter} "
+                    f"may see were forgotten at {text.since}; add a draft in one call, or use a "
+                    "cache that is not rolling"
+                )
+        self._texts = alike(text.shortened(shorter) for text, shorter in both)
+
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """Make text k what text ``indices[k]`` was: for beams, or to drop texts and add copies.
+
+        The memory stays in its place where the number of texts does. The indices may lie on the
+        device; then only texts of unlike lengths make the host wait, and a wrong index is torch's
+        error.
+
+        >>> cache, token = KVCache(), torch.arange(2.0).view(2, 1, 1, 1)
+        >>> keys, _ = cache.append(token, token)
+        >>> cache.reorder([1, 1, 0])
+        >>> cache.read()[0].flatten()
+        tensor([1., 1., 0.])
+        """
+        rows = self._rows
+        if not isinstance(indices, Tensor) or indices.device.type == "cpu":
+            chosen = check_ints("KVCache.reorder: indices", indices, 0)
+            if max(chosen) >= rows.batch:
+                raise CompositionError(
+                    f"KVCache.reorder: index {max(chosen)}, but there are {rows.batch} texts, "
+                    "counted from 0"
+                )
+            indices = torch.tensor(chosen)
+        rows.pick(
+            indices.to(rows.pair[0].device, non_blocking=True),
+            self._used,
+        )
+        if len(self._texts) > 1:
+            self._texts = alike(self._texts[k] for k in indices.tolist())
+
+    def expand(self, copies: int) -> None:
+        """Make each text `copies` texts, one after the other: several continuations of a prompt.
+
+        >>> cache = KVCache()
+        >>> _ = cache.append(torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))
+        >>> cache.expand(4)
+        >>> cache.batch
+        8
+        """
+        check_int("KVCache.expand: copies", copies, 1)
+        self.reorder(torch.arange(self._rows.batch).repeat_interleave(copies))
+
+    def explain(self) -> str:
+        """Return what it holds, and what the next step reads of it.
+
+        >>> cache = KVCache(capacity=1024)
+        >>> _ = cache.append(torch.zeros(1, 256, 2, 64), torch.zeros(1, 256, 2, 64))
+        >>> print(cache.explain())
+        KVCache(length=256, capacity=1024)
+        holds 256 of 256 tokens, has room for 1024: 1,048,576 bytes
+        a step reads 262,144 bytes of keys and values, or those that its mask shows of them
+        """
+        read = 0 if self._memory is None else sum(tensor.nbytes for tensor in self.read())
+        return (
+            f"{self}\n"
+            f"holds {self._used} of {self.length} tokens, has room for {self.capacity}: "
+            f"{self.nbytes:,} bytes\n"
+            f"a step reads {read:,} bytes of keys and values, or those that its mask shows of them"
+        )
 
     def __repr__(self) -> str:
-        sealed = ", sealed" if self.sealed else ""
-        return f"KVCache(length={self._length}, capacity={self._limit or self.capacity}{sealed})"
+        unlike, less = len(self._texts) > 1, any(text.forgotten for text in self._texts)
+        told = [
+            f"lengths={shown(self.lengths)}" if unlike else f"length={self.length}",
+            *([f"held={self._used}"] if less else []),
+            f"capacity={self._limit or self.capacity}",
+            *(["rolling=True"] if self._rolling else []),
+            *(["sealed"] if self.sealed else []),
+        ]
+        return f"KVCache({', '.join(told)})"
 
-    def _check(self, name: str, new: Tensor, held: Tensor | None) -> None:
-        check_tensor(f"KVCache: {name}", new)
-        if new.ndim != 4:
-            raise CompositionError(f"KVCache: {name} {list(new.shape)}; give it as [b, s, n, d]")
-        if not new.is_floating_point():
-            raise CompositionTypeError(
-                f"KVCache: {name} is {new.dtype}; keys and values are floating-point numbers"
-            )
-        if new.requires_grad and torch.is_grad_enabled():
-            raise CompositionError(
-                f"KVCache: {name} needs a gradient, which a cache would cut off silently; decode "
-                "under torch.no_grad() or torch.inference_mode()"
-            )
-        if held is None:
-            return
-        for what, was, now in (
-            ("batch", held.shape[0], new.shape[0]),
-            ("heads", held.shape[2], new.shape[2]),
-            ("head dim", held.shape[3], new.shape[3]),
-            ("dtype", held.dtype, new.dtype),
-            ("device", held.device, new.device),
-        ):
-            if was != now:
-                raise CompositionError(
-                    f"KVCache: it holds {name}s of {what} {was}, the new {name} has {now}; a cache "
-                    "serves one layer and one batch (reset() makes it ready for another)"
-                )
+    @property
+    def _used(self) -> int:
+        return max(text.held for text in self._texts)
 
-    def _write(self, held: Tensor | None, new: Tensor, stop: int) -> Tensor:
-        if held is None or stop > held.shape[1]:
-            held = self._enlarge(held, new, stop)
-        held[:, stop - new.shape[1] : stop] = new.detach()
-        return held
-
-    def _enlarge(self, held: Tensor | None, new: Tensor, stop: int) -> Tensor:
-        grown = _FIRST_CAPACITY if held is None else 2 * held.shape[1]
-        room = self._limit or max(stop, grown)
-        # A tensor made in inference mode could not be written outside of it later.
-        shape = (new.shape[0], room, *new.shape[2:])
-        try:
-            with torch.inference_mode(False):
-                larger = new.new_empty(shape)
-        except RuntimeError as error:
-            if self._limit is None:
-                raise  # the memory is full, and no number of ours is the reason
-            size = math.prod(shape) * new.element_size()
-            raise CompositionError(
-                f"KVCache: its capacity of {self._limit} tokens takes {size:.3g} bytes for keys "
-                f"{list(shape)} of {new.dtype}, which {new.device} does not give; ask for fewer, "
-                "or capacity=None to grow"
-            ) from error
-        if held is not None:
-            larger[:, : self._length] = held[:, : self._length]
-        return larger
+    @property
+    def _rows(self) -> Memory:
+        if self._memory is None:
+            raise CompositionError("KVCache: read before the first append")
+        return self._memory

@@ -5,18 +5,42 @@ matrix, over the keys so far. Step by step equals all at once only if the mask n
 token something that comes later, and neither mask nor bias ever changes its mind: that is
 checked, exactly, cell by cell where the mask is not a region. What is built for some length says
 how long the text will be.
+
+What is kept of the text may be less: the tokens that no later row can ever see are a set, too
+(`seen_later`), and a rolling cache forgets them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from attnkit.backends import AttentionOutput, Stats
+from attnkit.cache import KVCache
 from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import Rectangle
 from attnkit.pse import Pse
+from attnkit.seen import NewRows, Seen, bias_seen
+from attnkit.strips import gaps
+from attnkit.texts import Runs, Text, paired
 
-__all__ = ["rows_of_context", "rows_of_text", "text_length"]
+__all__ = [
+    "next_positions",
+    "next_rows",
+    "rows_of_context",
+    "rows_of_text",
+    "seen_later",
+    "text_length",
+    "unpadded",
+]
 
 Range = tuple[int, int]
+T = TypeVar("T")
 
 _CELLS_AT_ONCE = 1 << 20  # read together of a mask that is not a region
 
@@ -68,32 +92,94 @@ def rows_of_text(mask: Mask, pse: Pse | None, start: int, stop: int) -> tuple[Ma
 they were computed, so decoding step by step cannot equal the full forward; intersect it with \
 masks.Causal(), or give all tokens that see each other in one call
     """
-    known, rows, keys = text_length(mask, pse, stop), (start, stop), (0, stop)
-    length = stop if known is None else known
-    mask.check(length, length)
-    for batch in range(mask.batches or 1):
-        for head in range(mask.heads or 1):
-            _check_ahead(mask, start, stop, length, batch, head)
-            # A mask of a known length was this very matrix in the steps before.
-            if known is None and not mask._extends(start, stop, batch, head):
-                raise CompositionError(
-                    f"{mask!r} shows the first {start} tokens other keys in a text of {stop} than "
-                    f"in one of {start}: it moves as the text grows, so decoding step by step "
-                    "cannot equal the full forward; anchor it at the first key (align='top_left'; "
-                    "for padding on the left ~masks.Prefix(its lengths), as masks.Padding.of says)"
-                )
-    whole = rows == (0, length)
-    seen = mask if whole else mask.cut(rows, keys, q_len=length, kv_len=length)
-    if pse is None:
-        return seen, None
-    pse.check(length, length)
-    if known is None and not pse._extends(start, stop):
-        raise CompositionError(
-            f"{pse!r} gives the first {start} tokens other numbers in a text of {stop} than in one "
-            f"of {start}, so decoding step by step cannot equal the full forward; use a bias of "
-            "distances, or one that is built for the whole text"
-        )
-    return seen, pse.cut(rows, keys, q_len=length, kv_len=length)
+    new = NewRows(Text().grown(stop), stop - start)
+    return _cut(mask, pse, new, _checked(mask, pse, (new,)))
+
+
+def next_rows(
+    cache: KVCache, mask: Mask, pse: Pse | None, counts: Sequence[int], like: Tensor
+) -> tuple[Mask, Pse | None]:
+    """Return what the next tokens see, `counts` of each text, of the keys that a cache will hold.
+
+    A cache that is full forgets first what no row can see from now on. `like` has the dtype and
+    device of the heads.
+
+    >>> import torch
+    >>> from attnkit import masks
+    >>> cache, tokens = KVCache(rolling=True), torch.zeros(1, 16, 2, 8)
+    >>> _ = cache.append(tokens, tokens)
+    >>> rows, _ = next_rows(cache, masks.SlidingWindow(4), None, [1], tokens)
+    >>> rows.region(1, 4).area, cache.texts
+    (4, (Text(length=16, runs=((13, 16),), since=16),))
+    """
+    texts = _new_rows(cache, counts)
+    known = _checked(mask, pse, texts)
+    if cache.is_full(counts):
+        places = _places(mask, cache.texts)
+        cache.keep([seen_later(mask, t, max(counts), b, known) for t, b in places])
+        texts = _new_rows(cache, counts)
+    if len(texts) == 1 and len(texts[0].text.runs) < 2:
+        return _cut(mask, pse, texts[0], known)
+    return Seen(mask, texts, known), pse and bias_seen(pse, texts, known, like)
+
+
+def next_positions(cache: KVCache, counts: Sequence[int], x: Tensor) -> Tensor:
+    """Return the positions of the next tokens of texts of unlike lengths, ``[b s]`` or ``[t]``.
+
+    >>> import torch
+    >>> cache, tokens = KVCache(), torch.zeros(5, 2, 8)
+    >>> _ = cache.append(tokens, tokens, [2, 3])
+    >>> next_positions(cache, [1], torch.zeros(2, 1, 16))
+    tensor([[2],
+            [3]])
+    """
+    each = (range(t.length, t.length + count) for t, count in paired(cache.texts, counts))
+    return torch.tensor([*chain(*each)]).view(x.shape[:-1]).to(x.device, non_blocking=True)
+
+
+def unpadded(found: AttentionOutput, counts: Sequence[int]) -> AttentionOutput:
+    """Return results ``[b s n d]`` of texts as packed ones ``[t n d]``; see `memory.padded`.
+
+    >>> import torch
+    >>> from attnkit.backends import Stats
+    >>> found = AttentionOutput(torch.zeros(2, 3, 4, 8), Stats(torch.zeros(2, 4, 3), torch.ones(1)))
+    >>> unpadded(found, [3, 1]).output.shape
+    torch.Size([4, 4, 8])
+    """
+
+    def packed(tensor: Tensor) -> Tensor:
+        if min(counts) == max(counts):
+            return tensor.flatten(0, 1)
+        return torch.cat([row[:count] for row, count in zip(tensor, counts, strict=True)])
+
+    def of_rows(made: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: packed(made().transpose(1, 2))
+
+    stats = found.stats
+    later = Stats(of_rows(lambda: stats.lse), of_rows(lambda: stats.max))
+    return AttentionOutput(packed(found.output), later)
+
+
+def seen_later(
+    mask: Mask, text: Text, count: int, batches: Sequence[int] = (0,), known: int | None = None
+) -> Runs:
+    """Return which tokens of a text later rows can see: in some head, of some element of a batch.
+
+    The set says it: it is asked for the next `count` rows, and on to twice the length of the text,
+    or to its end where that is known. Rows that see again what was forgotten are refused when they
+    come.
+
+    >>> from attnkit import masks
+    >>> mask = masks.Causal() & (masks.SlidingWindow(4) | masks.Columns(0, 2))
+    >>> seen_later(mask, Text().grown(100), 1)
+    ((0, 2), (97, 100))
+    """
+    stop = text.length
+    end = max(2 * stop, stop + count) if known is None else known
+    planes = (mask.enclosure(end, end, b, h) for b in batches for h in range(mask.heads or 1))
+    later = (plane.outer.cut((stop, end), (0, stop)) for plane in planes)
+    unseen = gaps(((part.j0, part.j1) for region in later for part in region.slices), 0, stop)
+    return tuple(gaps(unseen, 0, stop))
 
 
 def rows_of_context(
@@ -123,17 +209,82 @@ def _any(length: int | None) -> str:
     return "any number of" if length is None else str(length)
 
 
-def _check_ahead(mask: Mask, start: int, stop: int, length: int, batch: int, head: int) -> None:
-    """Raise where a row would see a key that comes after the step that computes it."""
+def _new_rows(cache: KVCache, counts: Sequence[int]) -> tuple[NewRows, ...]:
+    """Return the rows that `counts` tokens more are of each text, one entry where all are alike."""
+    texts = tuple(NewRows(text.grown(n), n) for text, n in paired(cache.texts, counts))
+    return texts[:1] if len(set(texts)) == 1 else texts
+
+
+def _places(mask: Mask, texts: Sequence[T]) -> Iterator[tuple[T, Sequence[int]]]:
+    """Yield each entry of texts, and the batch elements of the mask that it stands for."""
+    every = range(mask.batches or 1)
+    for k, text in enumerate(texts):
+        yield text, every if len(texts) == 1 or mask.batches is None else (k,)
+
+
+def _checked(mask: Mask, pse: Pse | None, texts: Sequence[NewRows]) -> int | None:
+    """Return the length that the texts will have, where it is known.
+
+    Raises where new rows could not equal those of the full forward.
+    """
+    known = text_length(mask, pse, max(new.text.length for new in texts))
+    for new, batches in _places(mask, texts):
+        length = new.text.length if known is None else known
+        mask.check(length, length, len(texts) if len(texts) > 1 else None)
+        for place in product(batches, range(mask.heads or 1)):
+            _check_rows(mask, new, known, *place)
+        if pse is not None:
+            pse.check(length, length)
+            start, stop = new.rows
+            if known is None and not pse._extends(start, stop):
+                raise CompositionError(
+                    f"{pse!r} gives the first {start} tokens other numbers in a text of {stop} "
+                    f"than in one of {start}, so decoding step by step cannot equal the full "
+                    "forward; use a bias of distances, or one that is built for the whole text"
+                )
+    return known
+
+
+def _cut(mask: Mask, pse: Pse | None, new: NewRows, known: int | None) -> tuple[Mask, Pse | None]:
+    """Return the rows of one text, of which one run of keys is held."""
+    length = new.text.length if known is None else known
+    keys = new.text.runs[0] if new.text.runs else (0, 0)
+    whole = (new.rows, keys) == ((0, length), (0, length))
+    seen = mask if whole else mask.cut(new.rows, keys, q_len=length, kv_len=length)
+    return seen, None if pse is None else pse.cut(new.rows, keys, q_len=length, kv_len=length)
+
+
+def _check_rows(mask: Mask, new: NewRows, known: int | None, batch: int, head: int) -> None:
+    """Raise where rows see what they cannot, or the mask has changed its mind."""
+    (start, stop), length = new.rows, new.text.length if known is None else known
+
+    def sees(rows: Range, keys: Range) -> bool:
+        return _any_cell(mask, rows, keys, length, batch, head)
+
     told = None
-    if _any_cell(mask, (start, stop), (stop, length), length, batch, head):
+    if sees((start, stop), (stop, length)):
         told = f"tokens {start} to {stop - 1} see keys that come later"
-    elif _any_cell(mask, (0, start), (start, stop), length, batch, head):
+    elif sees((0, start), (start, stop)):
         told = f"the first {start} tokens see keys that came after they were computed"
     if told is not None:
         raise CompositionError(
             f"{mask!r} lets {told}, so decoding step by step cannot equal the full forward; "
             "intersect it with masks.Causal(), or give all tokens that see each other in one call"
+        )
+    for keys in new.text.forgotten:
+        if sees((start, stop), keys):
+            raise CompositionError(
+                f"{mask!r} lets tokens {start} to {stop - 1} see some of the keys {keys[0]} to "
+                f"{keys[1] - 1}, which the cache has forgotten: the rows before them saw none; "
+                "give the same mask in every call, or use a cache that is not rolling"
+            )
+    # A mask of a known length was this very matrix in the steps before.
+    if known is None and not mask._extends(start, stop, batch, head):
+        raise CompositionError(
+            f"{mask!r} shows the first {start} tokens other keys in a text of {stop} than "
+            f"in one of {start}: it moves as the text grows, so decoding step by step "
+            "cannot equal the full forward; anchor it at the first key (align='top_left'; "
+            "for padding on the left ~masks.Prefix(its lengths), as masks.Padding.of says)"
         )
 
 

@@ -64,10 +64,10 @@ class LayerInputs(NamedTuple):
                 f"x {list(x.shape)} and context {list(context.shape)}: give both as [b, s, ...] "
                 "with one batch size, or both packed"
             )
-        if cache is not None and x.ndim == 2:
+        if x.ndim == 2 and cache is not None and (cache.sealed or context is not None):
             raise CompositionError(
-                f"x {list(x.shape)} is packed, and a cache keeps one row per text; decode with "
-                f"[b, s, {x.shape[-1]}]"
+                f"x {list(x.shape)} is packed, and a cache holds a context of one length for all "
+                f"texts; give [b, s, {x.shape[-1]}]"
             )
         held = cache.length if cache is not None and cache.sealed else None
         if context is not None and held not in (None, context.shape[1]):

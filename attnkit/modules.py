@@ -13,11 +13,12 @@ from attnkit.attend import Asked, attend, is_tracing
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput, Operands, run_plan
 from attnkit.cache import KVCache
-from attnkit.decoding import rows_of_context, rows_of_text
+from attnkit.decoding import next_positions, next_rows, rows_of_context, unpadded
 from attnkit.errors import CompositionError
 from attnkit.inputs import LayerInputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
+from attnkit.memory import padded
 from attnkit.planner import Plan
 from attnkit.planner.scoring import SCORE_WITH_CACHE, ScoreFunction
 from attnkit.projections import (
@@ -294,15 +295,20 @@ class MultiHeadAttention(nn.Module):
         return AttentionOutput(output, found.stats)
 
     def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
-        start, stop = cache.length, cache.length + given.x.shape[1]
-        rows = rows_of_text(*self._composed(given), start, stop)
-        query, key, value = self._project(given, start)
-        keys, values = cache.append(key, value)
+        packed = given.seqlens
+        counts, before = (given.x.shape[1],) if packed is None else packed.q, cache.lengths
+        rows = next_rows(cache, *self._composed(given), counts, given.x)
+        if len(cache.texts) > 1 and given.positions is None:
+            given = given._replace(positions=next_positions(cache, counts, given.x))
+        query, key, value = self._project(given, cache.length)
+        keys, values = cache.append(key, value, None if packed is None else counts)
         try:
-            return self._call(query, keys, values, *rows)
+            query = query if packed is None else padded(query, counts)
+            found = self._call(query, keys, values, *rows)
         except BaseException:
-            cache.truncate(start)  # a step that failed has not happened
+            cache.truncate(before or 0)  # a step that failed has not happened
             raise
+        return found if packed is None else unpadded(found, counts)
 
     def _decode_context(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         query, source = self._heads("q", given.x), given.source

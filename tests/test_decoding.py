@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from attnkit import masks, pse
+from attnkit import masks, memory, pse
 from attnkit.cache import KVCache
 from attnkit.decoding import rows_of_text, text_length
 from attnkit.errors import BackendRefused, CompositionError
@@ -180,7 +180,7 @@ def settled(mask: Mask, n: int, stops: list[int]) -> bool:
     return True
 
 
-def one_decoding(seed: int, backend: str = "auto") -> str:
+def one_decoding(seed: int, backend: str = "auto", rolling: bool = False) -> str:
     """Decode what the seed stands for; return what came of it, raise if it is a difference."""
     draw = Draw(seed)
     try:
@@ -210,13 +210,16 @@ def one_decoding(seed: int, backend: str = "auto") -> str:
             whole = layer(x, **given)
     except (CompositionError, BackendRefused):
         return "no forward"
-    cuts, cache = draw.cuts(), KVCache(draw.choice([None, draw.n]))
+    cuts, capacity = draw.cuts(), draw.choice([None, draw.n])
+    cache = KVCache(rolling=True) if rolling else KVCache(capacity)
     try:
         with torch.no_grad():
             steps = [layer(part, cache=cache, **given) for part in x.tensor_split(cuts, dim=1)]
     except BackendRefused:
         return "no backend"
     except CompositionError as error:
+        if rolling and "forgotten" in str(error):
+            return "forgot"
         stops = [*cuts, draw.n]
         if bias is None and settled(mask, draw.n, stops):
             raise AssertionError(f"seed {seed}: {mask!r} could be decoded, but {error}") from error
@@ -263,6 +266,13 @@ def test_random_steps_are_the_whole_or_refused(first: int, backend: str):
     found = Counter(one_decoding(seed, backend) for seed in range(first, first + 60))
     assert found["equal"] > 20
     assert found["refused"] > 2
+
+
+def test_random_steps_of_a_rolling_cache_are_the_whole_or_refused(monkeypatch):
+    monkeypatch.setattr(memory, "_FIRST_ROOM", 1)
+    found = Counter(one_decoding(seed, rolling=True) for seed in range(3000, 3120))
+    assert found["equal"] > 40
+    assert found["forgot"] < 10
 
 
 def test_random_queries_of_a_context_are_the_whole_or_refused():

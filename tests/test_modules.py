@@ -443,7 +443,11 @@ X = noise(1, 3, DIM)
         (lambda: call(X[0], seqlens=SeqLens([3], [2])), ["as many keys as queries"]),
         (lambda: call(X[0], X[0], seqlens=SeqLens([3], [2])), ["sum to 2", "3 tokens"]),
         (lambda: call(X, cache=[]), ["cache=[]"]),
-        (lambda: call(X[0], seqlens=SeqLens([3]), cache=KVCache()), ["packed", "one row per text"]),
+        (
+            lambda: call(X[0], X[0], seqlens=SeqLens([3]), cache=KVCache()),
+            ["packed", "one length for all"],
+        ),
+        (lambda: call(X[0], cache=KVCache()), ["packed", "seqlens"]),
         (lambda: call(X, cache=full_cache()), ["capacity of 4"]),
         (lambda: call(noise(2, 1, DIM), cache=full_cache()), ["batch 1", "has 2"]),
         (lambda: call(X, X, cache=full_cache()), ["in use already"]),
