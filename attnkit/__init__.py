@@ -22,6 +22,7 @@ from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
 from attnkit.planner import Plan
 from attnkit.rotary import Rotary
+from attnkit.static import StaticCache
 
 if TYPE_CHECKING:
     from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
@@ -44,6 +45,7 @@ __all__ = [
     "Refusal",
     "Rotary",
     "SeqLens",
+    "StaticCache",
     "Stats",
     "attention",
     "fusion_attention",

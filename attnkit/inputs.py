@@ -17,6 +17,7 @@ from attnkit.masks.parse import as_mask
 from attnkit.pse import Pse
 from attnkit.pse.parse import as_pse
 from attnkit.rotary import Dynamic, Rotary
+from attnkit.static import StaticCache
 
 __all__ = ["LayerInputs", "check_tokens"]
 
@@ -29,7 +30,7 @@ class LayerInputs(NamedTuple):
     mask: Mask | None = None
     pse: Pse | None = None
     seqlens: SeqLens | None = None
-    cache: KVCache | None = None
+    cache: KVCache | StaticCache | None = None
     positions: Tensor | None = None
 
     @property
@@ -47,7 +48,7 @@ class LayerInputs(NamedTuple):
 
         Raises for what is neither, and for a cache that is something else.
         """
-        if not isinstance(self.cache, KVCache | None):
+        if not isinstance(self.cache, KVCache | StaticCache | None):
             raise CompositionTypeError(
                 f"cache={shown(self.cache)}; give a KVCache(), one per layer"
             )
@@ -63,6 +64,11 @@ class LayerInputs(NamedTuple):
             raise CompositionError(
                 f"x {list(x.shape)} and context {list(context.shape)}: give both as [b, s, ...] "
                 "with one batch size, or both packed"
+            )
+        if isinstance(cache, StaticCache) and (x.ndim == 2 or context is not None):
+            raise CompositionError(
+                f"x {list(x.shape)} with {cache}, which takes [b, s, {x.shape[-1]}] of the texts "
+                "themselves; packed tokens and contexts go with a KVCache"
             )
         if x.ndim == 2 and cache is not None and (cache.sealed or context is not None):
             raise CompositionError(
@@ -125,8 +131,11 @@ class LayerInputs(NamedTuple):
                 f"{rotary} turns by several axes; say where tokens stand along each, "
                 "positions=[a, s] or [a, b, s]"
             )
-        start, scaling = 0 if self.cache is None else self.cache.length, rotary.scaling
-        if start and isinstance(scaling, Dynamic):
+        scaling = rotary.scaling
+        if self.cache is None or not isinstance(scaling, Dynamic):
+            return
+        start = self.cache.length
+        if start:
             known = scaling.original_max_position_embeddings
             if self.positions is not None or start + self.x.shape[1] > known:
                 raise CompositionError(

@@ -34,6 +34,7 @@ from attnkit.projections import (
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary
 from attnkit.rotary import positions as counted
+from attnkit.static import StaticCache, static_step
 
 __all__ = ["MultiHeadAttention"]
 
@@ -154,7 +155,7 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
@@ -168,7 +169,7 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[True],
     ) -> AttentionOutput: ...
@@ -181,7 +182,7 @@ class MultiHeadAttention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | AttentionOutput:
@@ -224,7 +225,7 @@ class MultiHeadAttention(nn.Module):
         self._check(given)
         if cache is None:
             found = self._attend(given)
-        elif context is None and not cache.sealed:
+        elif isinstance(cache, StaticCache) or (context is None and not cache.sealed):
             found = self._decode(given, cache)
         else:
             found = self._decode_context(given, cache)
@@ -294,7 +295,11 @@ class MultiHeadAttention(nn.Module):
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
         return AttentionOutput(output, found.stats)
 
-    def _decode(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
+    def _decode(self, given: LayerInputs, cache: KVCache | StaticCache) -> AttentionOutput:
+        if isinstance(cache, StaticCache):
+            where = cache.positions(given.x) if given.positions is None else given.positions
+            heads = self._project(given._replace(positions=where), 0)
+            return static_step(self.attention, cache, self._composed(given), heads)
         packed = given.seqlens
         counts, before = (given.x.shape[1],) if packed is None else packed.q, cache.lengths
         rows = next_rows(cache, *self._composed(given), counts, given.x)

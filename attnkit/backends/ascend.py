@@ -91,7 +91,8 @@ class Ascend(Fused):
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Make one call; the op draws its own dropout seed and tells it."""
         out = launch(call, tensors, ops=self.ops)
-        return Answer(out[0], out[1], out[2], (out[4], out[5], out[6]))
+        numels = out[6] if len(out) > 6 else 0  # which v3 does not tell
+        return Answer(out[0], out[1], out[2], (out[4], out[5], numels))
 
     def backward(
         self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer

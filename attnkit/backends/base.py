@@ -90,6 +90,8 @@ class Operands:
     value: Tensor
     pse: Pse | None = None
     sink: Tensor | None = None
+    cells: Tensor | None = None
+    """The allowed cells ``[1 | b, 1 | n, q_len, kv_len]``, where the mask comes with the call."""
 
     @property
     def leaves(self) -> tuple[Any, ...]:
@@ -243,6 +245,14 @@ def untransformed(request: Request, name: str) -> list[Refusal]:
         "operators only; backend='reference' is made of them"
     )
     return [Refusal("transform", reason, name)]
+
+
+def without_cells(request: Request, name: str) -> list[Refusal]:
+    """Return why a backend that lays out a mask cannot run one whose cells come with the call."""
+    if not request.mask.comes_with_call:
+        return []
+    reason = "the cells of the mask come with each call, and this backend plans by what they are"
+    return [Refusal("mask-given", reason, name)]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -47,6 +47,11 @@ class Fused(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
         found, reasons = lower(request), untransformed(request, self.name)
+        if request.mask.comes_with_call and request.needs_grad:
+            reason = (
+                "a mask whose cells come with each call is for inference, and a gradient is asked"
+            )
+            return [*reasons, Refusal("mask-given", reason, self.name)]
         if found.steps:
             return reasons
         return reasons + [
@@ -161,7 +166,7 @@ def _call_tensors(request: Request, step: Launch, operands: Operands) -> tuple[T
     """Return mask, bias, query, key, value and sink of a call on all rows, as it takes them."""
     device, sink = operands.query.device, operands.sink
     return (
-        _mask_tensor(request, step.call, device),
+        _mask_tensor(request, step.call, operands),
         call_bias(request, step, operands.pse, device),
         operands.query,
         operands.key,
@@ -170,10 +175,12 @@ def _call_tensors(request: Request, step: Launch, operands: Operands) -> tuple[T
     )
 
 
-def _mask_tensor(request: Request, call: KernelCall, device: torch.device) -> Tensor | None:
-    mask = call.atten_mask
+def _mask_tensor(request: Request, call: KernelCall, operands: Operands) -> Tensor | None:
+    mask, device = call.atten_mask, operands.query.device
     if mask is None:
         return None
+    if operands.cells is not None:
+        return operands.cells.logical_not().view(mask.shape)
     if not mask.is_opaque:
         return mask.build(device)
     batch, heads = request.mask.batches or 1, request.mask.heads or 1

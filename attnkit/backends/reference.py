@@ -21,6 +21,7 @@ from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
+from attnkit.masks.given import GivenCells
 from attnkit.planner import Plan, Request
 from attnkit.planner.scoring import modified
 from attnkit.pse import Pse
@@ -90,7 +91,9 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
     if sequence is not None:
         rows, keys = (slice(cu[sequence], cu[sequence + 1]) for cu in request.token_starts)
         q, k, v = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-    return Matrix(request, sequence, q, k, v, request.mask, operands.pse, operands.sink)
+    cells = operands.cells
+    mask = request.mask if cells is None else GivenCells.of(cells).bound(cells)
+    return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink)
 
 
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,9 +29,11 @@ def unseen_keys(request: Request, device: torch.device) -> Tensor | None:
     """Return True where no query may see a key, ``[1 | b, 1 | n, kv_len, 1]`` (packed: b is 1).
 
     `n` counts key heads: one is unseen where none of the query heads that share it sees it.
-    None where every key is seen.
+    None where every key is seen, or where only the call says which are.
     """
-    return None if request.sees_all_keys else _unseen_keys(request, device)
+    if request.mask.comes_with_call or request.sees_all_keys:
+        return None
+    return _unseen_keys(request, device)
 
 
 @constant

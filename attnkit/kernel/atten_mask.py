@@ -53,6 +53,8 @@ class AttenMask:
     shape: tuple[int, ...]
     regions: tuple[Region, ...] | None = None
     dtype: torch.dtype = torch.bool
+    with_call: bool = False
+    """Whether the tensor is data of each call, so that the same call serves any cells."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("causal", "prefix", "full"):
@@ -157,7 +159,8 @@ class AttenMask:
 
     def __str__(self) -> str:
         sizes = "x".join(map(str, self.shape))
-        known = ", content unknown" if self.is_opaque else ""
+        known = ", given with each call" if self.with_call else ", content unknown"
+        known = known if self.is_opaque else ""
         return f"{self.kind} mask {sizes}{known}"
 
 

@@ -42,8 +42,18 @@ def expressing_versions(call: KernelCall) -> tuple[str, ...]:
 arguments_for = KernelCall.arguments_for
 
 
-def choose_version(call: KernelCall) -> str:
-    """Return the oldest torch_npu version that has every argument the call needs."""
+def choose_version(call: KernelCall, ops: Any = None, device: torch.device | None = None) -> str:
+    """Return the oldest torch_npu version that has every argument the call needs.
+
+    A call whose mask comes with it is one that a captured graph may replay, for any mask. Of the
+    versions v3 alone can be captured, so such a call is v3's, where it is installed and made for
+    the device.
+    """
+    mask, v3 = call.atten_mask, OP_VERSIONS["v3"]
+    if mask is not None and mask.with_call and call.inexpressible("v3") is None:
+        product = "A2" if device is None else device_product(device)
+        if _op_of(ops, v3.op) is not None and product in v3.products:
+            return "v3"
     return "v1" if call.inexpressible("v1") is None else "v2"
 
 
@@ -71,7 +81,7 @@ def _arguments(
         if isinstance(value, TensorSpec | AttenMask):
             given[name] = tensors[name]
         elif isinstance(value, tuple):
-            given[name] = list(value)
+            given[name] = torch.tensor(value) if name in version.as_tensors else list(value)
     return given
 
 
@@ -83,12 +93,17 @@ def _grad_arguments(
     return {version.grad_scale if name == "scale" else name: v for name, v in given.items()}
 
 
+def _op_of(ops: Any, name: str) -> Any:
+    """Return an installed op, or None; `ops` stands in for ``torch.ops.npu``."""
+    return getattr(torch.ops.npu if ops is None else ops, name, None)
+
+
 def _spelled(ops: Any, name: str, arguments: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
     """Return an op, and arguments as its installed schema spells them; what it lacks is an error.
 
     `ops` stands in for ``torch.ops.npu``.
     """
-    op = getattr(torch.ops.npu if ops is None else ops, name, None)
+    op = _op_of(ops, name)
     if op is None:
         reason = f"the installed torch_npu has no {name}; a newer release does"
         raise KernelContractError(reason, ["version-cannot-express"])
@@ -108,7 +123,8 @@ def launch(
     call: KernelCall, tensors: Mapping[str, torch.Tensor | None], *, ops: Any = None
 ) -> tuple[Any, ...]:
     """Call the op; `ops` stands in for ``torch.ops.npu``. Returns what the op returns."""
-    version = OP_VERSIONS[choose_version(call)]
+    query = tensors.get("query")
+    version = OP_VERSIONS[choose_version(call, ops, None if query is None else query.device)]
     op, arguments = _spelled(ops, version.op, _arguments(call, version, tensors))
     return tuple(op(**arguments))
 
@@ -118,7 +134,7 @@ def rehearse(call: KernelCall, *, training: bool, ops: Any = None) -> None:
 
     Raises `KernelContractError` where the installed op cannot be called like that.
     """
-    version, nothing = OP_VERSIONS[choose_version(call)], defaultdict[str, None](lambda: None)
+    version, nothing = OP_VERSIONS[choose_version(call, ops)], defaultdict[str, None](lambda: None)
     _spelled(ops, version.op, _arguments(call, version, nothing))
     if training:
         _spelled(ops, version.grad_op, _grad_arguments(call, version, nothing))

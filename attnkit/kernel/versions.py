@@ -70,7 +70,7 @@ class OpVersion:
     `arguments` are the fields of a `KernelCall` that it takes, `beyond` arguments that no
     `KernelCall` has (they stay at None), `spelling` how some of them are called there, `since`
     the torch_npu op-plugin release that added an argument, and `grad_scale` the grad op's name for
-    scale.
+    scale. `as_tensors` are lists that it takes as integer tensors on the host.
 
     >>> OP_VERSIONS["v1"].op
     'npu_fusion_attention'
@@ -88,6 +88,7 @@ class OpVersion:
     since: dict[str, str] = field(default_factory=dict, hash=False)
     grad_scale: str = "scale_value"
     beyond: tuple[str, ...] = ()
+    as_tensors: frozenset[str] = frozenset()
 
 
 OP_VERSIONS: dict[str, OpVersion] = {
@@ -131,7 +132,8 @@ OP_VERSIONS: dict[str, OpVersion] = {
             "26.0.0",
             _OLD_SPELLING,
             {},
-        ),  # its actual_seq lists are one-dimensional integer CPU tensors
+            as_tensors=frozenset({"actual_seq_qlen", "actual_seq_kvlen"}),
+        ),
         OpVersion(
             "mindspeed",
             "mindspeed.ops.fusion_attention_v2.npu_fusion_attention",

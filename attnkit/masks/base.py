@@ -86,6 +86,8 @@ class Mask(Operators, ABC):
     """
 
     kind: ClassVar[str]
+    comes_with_call: ClassVar[bool] = False
+    """Whether its cells are data of each call, and nothing that a plan could read."""
 
     # A tracer would hand a half-made object to the planner, whose fields still have the defaults
     # of their class.

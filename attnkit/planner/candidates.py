@@ -228,7 +228,7 @@ def _full_mask(request: Request, bare: Launch) -> _FullMask | Refusal:
         if isinstance(unknown, Refusal):
             return unknown
         # Which rows are empty is not known without looking: make the kernel handle any.
-        mask = AttenMask.full(unknown)
+        mask = replace(AttenMask.full(unknown), with_call=request.mask.comes_with_call)
         return _FullMask(mask, known.over_heads(), True, ", a mask of unknown cells")
     if known.per_head:
         return _mask_per_head(request, bare)

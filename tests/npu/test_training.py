@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.cache import KVCache
+from attnkit.kernel import launch as launching
 from attnkit.modules import MultiHeadAttention
+from attnkit.static import StaticCache
 from lm.config import ModelConfig
 from lm.data import Batch
 from lm.model import LanguageModel
@@ -214,3 +216,24 @@ def test_decoding_with_a_cache():
     with torch.no_grad():
         steps = [ascend.attention(t.npu(), cache=cache).cpu() for t in x.split(1, dim=1)]
         near(torch.cat(steps, 1), reference.attention(x))
+
+
+def test_static_decoding_is_one_call_of_the_version_that_graphs_capture(monkeypatch):
+    torch.manual_seed(0)
+    mask = masks.Causal() & masks.SlidingWindow(6)
+    reference = MultiHeadAttention(32, 4, num_kv_heads=2, rotary=True, mask=mask)
+    ascend = copy.deepcopy(reference).to("npu")
+    ascend.attention.backend = "ascend"
+    chosen, choose = [], launching.choose_version
+
+    def recorded(*given: object) -> str:
+        chosen.append(choose(*given))
+        return chosen[-1]
+
+    monkeypatch.setattr(launching, "choose_version", recorded)
+    x, cache = inputs(2, 9, 32), StaticCache(16)
+    with torch.no_grad():
+        steps = [ascend(t.npu(), cache=cache).cpu() for t in x.split([3, 1, 1, 1, 1, 1, 1], dim=1)]
+        near(torch.cat(steps, 1), reference(x))
+    assert set(chosen) == {"v3"}
+    assert cache.lengths == (9, 9)

@@ -18,7 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
+from attnkit.backends.base import (
+    AttentionOutput,
+    Backend,
+    Operands,
+    Stats,
+    register,
+    without_cells,
+)
 from attnkit.backends.flex.blocks import Tables, request_tables
 from attnkit.backends.flex.scores import ScoreMod, score_function
 from attnkit.backends.rows import maxima
@@ -137,7 +144,8 @@ class Flex(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        return [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
+        own = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
+        return own + without_cells(request, self.name)
 
     def plan(self, request: Request) -> FlexPlan:
         """Return the plan, its tables made unless the tensors are only shapes."""

@@ -25,6 +25,7 @@ from attnkit.backends.base import (
     recorded,
     register,
     untransformed,
+    without_cells,
 )
 from attnkit.backends.graph import hold, run_number
 from attnkit.backends.rows import derivatives, maxima
@@ -117,7 +118,7 @@ class Tiled(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        reasons = untransformed(request, self.name)
+        reasons = untransformed(request, self.name) + without_cells(request, self.name)
         if request.score_trains:
             reason = (
                 "score_fn reads a tensor that asks for a gradient, and tiles pass on gradients of "
