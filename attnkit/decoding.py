@@ -13,6 +13,7 @@ What is kept of the text may be less: the tokens that no later row can ever see 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, product
 from typing import TypeVar
 
@@ -113,14 +114,26 @@ def next_rows(
     (4, (Text(length=16, runs=((13, 16),), since=16),))
     """
     texts = _new_rows(cache, counts)
-    known = _checked(mask, pse, texts)
     if cache.is_full(counts):
+        known = _checked(mask, pse, texts)
         places = _places(mask, cache.texts)
         cache.keep([seen_later(mask, t, max(counts), b, known) for t, b in places])
         texts = _new_rows(cache, counts)
-    if len(texts) == 1 and len(texts[0].text.runs) < 2:
-        return _cut(mask, pse, texts[0], known)
+    known, cut = _next(mask, pse, texts)
+    if cut is not None:
+        return cut
     return Seen(mask, texts, known), pse and bias_seen(pse, texts, known, like)
+
+
+@lru_cache(maxsize=8)  # the layers of a model take the same step, one after the other
+def _next(
+    mask: Mask, pse: Pse | None, texts: tuple[NewRows, ...]
+) -> tuple[int | None, tuple[Mask, Pse | None] | None]:
+    """Return the length that texts will have, as `_checked` does, and a cut, if that is all."""
+    known = _checked(mask, pse, texts)
+    if len(texts) == 1 and len(texts[0].text.runs) < 2:
+        return known, _cut(mask, pse, texts[0], known)
+    return known, None
 
 
 def next_positions(cache: KVCache, counts: Sequence[int], x: Tensor) -> Tensor:

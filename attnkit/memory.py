@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,15 +55,15 @@ class Memory:
         each = self.batch
         starts = list(firsts) * (each // len(firsts))
         sizes = list(counts) * (each // len(counts))
-        rows = range(0, each * self.room, self.room)
-        places = chain.from_iterable(
-            range(row + start, row + start + size)
-            for row, start, size in zip(rows, starts, sizes, strict=True)
-        )
-        index = torch.tensor(list(places)).to(new[0].device, non_blocking=True)
+        places = [
+            (row, place)
+            for row, start, size in zip(range(each), starts, sizes, strict=True)
+            for place in range(start, start + size)
+        ]
+        index = torch.tensor(places).view(-1, 2).to(new[0].device, non_blocking=True)
         for tensor, tokens in zip(self.pair, new, strict=True):
             flat = tokens if tokens.ndim == 3 else tokens.flatten(0, 1)
-            tensor.view(-1, *tensor.shape[2:]).index_copy_(0, index, flat.detach())
+            tensor[index[:, 0], index[:, 1]] = flat.detach()
 
     def keep(self, places: Sequence[Sequence[Range]], room: int) -> None:
         """Keep the tokens at some places of each row (or one list for all), in this order."""
@@ -130,9 +129,14 @@ def padded(tokens: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _empty(like: Tensor, batch: int, room: int) -> Tensor:
+    """Return room for ``[b, room, n, d]``, in which the tokens of each head lie end to end.
+
+    So a step reads the keys of a head in one go, and all heads and texts are one batch.
+    """
+    heads, dim = like.shape[-2:]
     # A tensor made in inference mode could not be written outside of it later.
     with torch.inference_mode(False):
-        return like.new_empty((batch, room, *like.shape[-2:]))
+        return like.new_empty((batch, heads, room, dim)).transpose(1, 2)
 
 
 def _kept(old: Tensor, places: Sequence[Sequence[Range]], room: int) -> Tensor:

@@ -20,6 +20,7 @@ from attnkit.errors import BackendRefused, Refusal
 __all__ = ["KINDS", "Library"]
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
+HEADER = Path(__file__).with_name("vectors.h")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = [
     *("-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"),
@@ -64,8 +65,10 @@ class Library:
         try:
             from torch.utils.cpp_extension import load
 
-            # Another kind of processor needs other code, and homes are shared.
-            kind = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+            # Another kind of processor needs other code, and homes are shared. Another source is
+            # another file: one that a process has loaded must not change under it.
+            sources = [one.read_text(encoding="utf-8") for one in (SOURCE, HEADER)]
+            kind = hashlib.sha256("\n".join([_processor(), *sources]).encode()).hexdigest()[:12]
             path = load(
                 f"attnkit_{kind}",
                 [str(SOURCE)],
