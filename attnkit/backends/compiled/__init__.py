@@ -4,6 +4,6 @@
 rows read, and `backend` is plans and autograd.
 """
 
-from attnkit.backends.compiled.backend import Compiled, CompiledPlan
+from attnkit.backends.compiled.backend import Compiled, CompiledPlan, prefer
 
-__all__ = ["Compiled", "CompiledPlan"]
+__all__ = ["Compiled", "CompiledPlan", "prefer"]

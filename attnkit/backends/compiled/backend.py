@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from attnkit.backends.base import (
+    BACKENDS,
     AttentionOutput,
     Backend,
     Kept,
@@ -26,10 +27,13 @@ from attnkit.backends.tiled.passes import sink_gradient
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 
-__all__ = ["Compiled", "CompiledPlan"]
+__all__ = ["Compiled", "CompiledPlan", "prefer"]
 
 # From this scale on, products with it may leave float32 where the scores do not.
 HUGE_SCALE = 1024.0
+
+# Fewer rows than this are faster in products that need no tiles: measured on one AVX-512 core.
+FEW_ROWS = 16
 
 LIBRARY = Library()
 
@@ -47,9 +51,10 @@ class Compiled(Backend):
     """A kernel in C++ for the CPU: masks that are regions, at the cost of their cells.
 
     Tiles are as high as two vectors, so that narrow windows and short documents cost little more
-    than their cells; 16 bits are computed in float32. By name only: the first plan builds the
-    kernel, which takes some seconds once per machine, and needs a C++ compiler and ninja. The
-    largest score of each row is computed from the definition where somebody looks.
+    than their cells; 16 bits are computed in float32. By name only, unless `prefer` was called:
+    the first plan builds the kernel, which takes some seconds once per machine, and needs a C++
+    compiler and ninja. The largest score of each row is computed from the definition where
+    somebody looks.
     """
 
     name = "compiled"
@@ -95,6 +100,40 @@ class Compiled(Backend):
         return _backward(plan, operands, kept)
 
 
+class Preferred(Compiled):
+    """The same, and "auto" asks it before `tiled`, which runs what this one refuses."""
+
+    auto = 25
+
+    def refusals(self, request: Request) -> list[Refusal]:
+        """Return why the request is not for this backend; that it cannot be built is a reason."""
+        found = super().refusals(request)
+        if not found:
+            try:
+                _ = LIBRARY.height
+            except BackendRefused as error:
+                return list(error.refusals)
+        return found
+
+    def yields(self, plan: Plan) -> Refusal | None:
+        """Return why "auto" should go on: tiles are high, and a few rows do not fill one."""
+        rows = max((rows for rows, _ in plan.request.sequences), default=0)
+        if rows >= FEW_ROWS:
+            return None
+        reason = f"{rows} rows do not fill a tile of the kernel; from {FEW_ROWS} on they do"
+        return Refusal("compiled-rows", reason, self.name)
+
+
+def prefer() -> None:
+    """Let "auto" ask the compiled backend before `tiled`, in this process from now on.
+
+    The kernel is built when a plan first needs it. What it refuses goes to `tiled`, and the
+    reasons stay on the plan.
+    """
+    BACKENDS.remove(Compiled.name)
+    register(Preferred())
+
+
 def _refusals(request: Request) -> list[tuple[str, str]]:
     """Return codes and reasons, every one."""
     instead = "backend='tiled' computes it"
@@ -106,9 +145,8 @@ def _refusals(request: Request) -> list[tuple[str, str]]:
     if not request.matrices.exact:
         reason = f"the mask is no union of slices, and the kernel reads runs of keys; {instead}"
         found.append(("mask", reason))
-    has = {"bias": request.bias, "dropout": request.dropout, "softcap": request.softcap}
-    for name, present in has.items():
-        if present:
+    for name in ("bias", "dropout", "softcap", "score_fn"):
+        if getattr(request, name):
             found.append((name, f"the kernel has no {name}; {instead}"))
     if abs(request.scale) > HUGE_SCALE:
         reason = f"scale={request.scale:.3g} is beyond {HUGE_SCALE:.0f}, where products with it "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends.compiled import CompiledPlan
+from attnkit.backends import BACKENDS, register
+from attnkit.backends.compiled import CompiledPlan, library
 from attnkit.backends.compiled import backend as compiled
 from attnkit.errors import BackendRefused
 from tests.agreement import agree, agreement, definition, results, slopes
@@ -209,6 +212,43 @@ def test_refusals_name_every_reason() -> None:
     codes = {refusal.code for refusal in caught.value.refusals}
     names = ("dtype", "mask", "bias", "dropout", "softcap", "scale")
     assert codes == {f"compiled-{name}" for name in names}
+
+
+@pytest.fixture
+def preferred() -> Iterator[None]:
+    compiled.prefer()
+    yield
+    BACKENDS.remove("compiled")
+    register(compiled.Compiled())
+
+
+@pytest.mark.usefixtures("preferred")
+def test_auto_takes_it_where_somebody_said_so() -> None:
+    x = torch.zeros(1, 40, 2, 16)
+    assert ak.plan(x, x, x, mask=masks.Causal()).backend == "compiled"
+    capped = ak.plan(x, x, x, mask=masks.Causal(), softcap=3.0)
+    few = ak.plan(x[:, :15], x, x, mask=masks.Causal())
+    for plan, code in ((capped, "compiled-softcap"), (few, "compiled-rows")):
+        assert plan.backend == "tiled"
+        assert code in {refusal.code for refusal in plan.passed_over}
+
+
+@pytest.mark.usefixtures("preferred")
+def test_auto_goes_on_where_it_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "kernel.cpp"
+    broken.write_text("this is no kernel")
+    monkeypatch.setattr(library, "SOURCE", broken)
+    monkeypatch.setattr(compiled, "LIBRARY", library.Library())
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    x = torch.zeros(1, 40, 2, 16)
+    plan = ak.plan(x, x, x, mask=masks.SlidingWindow(31))
+    assert plan.backend == "tiled"
+    (reason,) = [refusal for refusal in plan.passed_over if refusal.code == "compiled-build"]
+    assert "could not be built" in reason.reason
+    with pytest.raises(BackendRefused, match="could not be built"):
+        ak.plan(x, x, x, mask=masks.SlidingWindow(30), backend="compiled")
 
 
 def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
