@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-npu test-gpu lint format bench clean clean-venv
+.PHONY: help venv demo test test-fast test-npu test-gpu lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -61,6 +61,9 @@ format: $(READY) ## let ruff format and fix what it can
 bench: $(READY) ## run every script in benchmarks/ (about an hour) and write benchmarks/RESULTS.md
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	$(BIN)/python benchmarks/_report.py
+
+bench-gpu: $(READY) ## a quarter of an hour on a CUDA device: benchmarks/results/gpu.md
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove what builds, tests and runs left behind
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

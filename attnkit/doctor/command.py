@@ -102,19 +102,22 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def _jobs(backends: Sequence[str], quick: bool, only: Sequence[str]) -> dict[str, Job]:
     """Return what to run, by name: the level's cases, or those whose names are given."""
-    patterns, jobs = [_pattern(wanted) for wanted in only], {}
-    for backend in backends:
-        for case in (*CASES, *OTHER_CASES) if only else cases_of(backend):
-            for told, dtype in _DTYPES.items():
-                name = f"{case.name}@{told}"
-                chosen = (
-                    any(fnmatchcase(name, pattern) for pattern in patterns)
-                    if only
-                    else not quick or (case.quick and dtype == DTYPES[0])
-                )
-                if chosen:
-                    jobs[name if len(backends) == 1 else f"{backend} {name}"] = backend, case, dtype
-    return jobs
+    patterns = [_pattern(wanted) for wanted in only]
+
+    def chosen(backend: str, case: Case, dtype: torch.dtype, name: str) -> bool:
+        if only:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+        return case in cases_of(backend) and (not quick or (case.quick and dtype == DTYPES[0]))
+
+    # Backends innermost: two that compile the same kernel have it while it is still kept.
+    return {
+        name if len(backends) == 1 else f"{name} {backend}": (backend, case, dtype)
+        for case in (*CASES, *OTHER_CASES)
+        for told, dtype in _DTYPES.items()
+        for name in (f"{case.name}@{told}",)
+        for backend in backends
+        if chosen(backend, case, dtype, name)
+    }
 
 
 def _pattern(wanted: str) -> str:

@@ -100,11 +100,15 @@ def _device_name(kind: str, index: int) -> str:
     module: Any = getattr(torch, kind, None)
     count = module.device_count()
     if not count:
-        raise NoDevice(f"--device {kind}: torch {torch.__version__} sees no {kind} device")
+        sees = "a CUDA device" if kind == "cuda" else "an NPU"
+        raise NoDevice(f"--device {kind}: torch {torch.__version__} does not see {sees}")
     if index >= count:
         there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
         raise NoDevice(f"--device {kind}:{index} is not there; this machine has {there}")
-    return str(module.get_device_name(torch.device(f"{kind}:{index}")))
+    try:
+        return str(module.get_device_name(torch.device(f"{kind}:{index}")))
+    except RuntimeError as error:  # it is listed, and its driver does not answer
+        raise NoDevice(f"--device {kind}:{index}: {_first_line(error)}") from None
 
 
 def findings(machine: Machine) -> dict[str, Any]:

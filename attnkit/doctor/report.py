@@ -184,7 +184,9 @@ def _refusals(results: Sequence[Result]) -> Iterator[str]:
 
 def _groups(results: Sequence[Result], several: bool) -> Iterator[tuple[str, ...]]:
     """Yield a row per group of cases and, where there are several, backend, with its counts."""
-    for own in dict.fromkeys((result.backend, result.group) for result in results):
+    places = list(dict.fromkeys(result.backend for result in results))
+    rows = dict.fromkeys((result.backend, result.group) for result in results)
+    for own in sorted(rows, key=lambda row: places.index(row[0])):
         found = Counter(r.status for r in results if (r.backend, r.group) == own)
         counts = found["passed"], found["failed"] + found["error"], found["refused"]
         yield ", ".join(own if several else own[1:]), *map(str, counts)

@@ -133,7 +133,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     assert main(["doctor", "--device", "cuda"]) == 3
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"error: --device cuda: torch {torch.__version__} sees no cuda device\n"
+    assert err == f"error: --device cuda: torch {torch.__version__} does not see a CUDA device\n"
 
 
 def test_a_report_of_several_backends_names_them(
