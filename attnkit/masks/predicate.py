@@ -34,8 +34,9 @@ class Predicate(Mask):
     does, so whatever `fn` computes for a pair, ``(feat[i] * feat[j]).sum() > 0``, it computes for
     each pair. `batch` and `num_heads` say how many batch elements and heads it tells apart (None:
     it ignores b, or h). A function is opaque: it equals only itself, has no text that
-    `masks.parse` reads, and its region is not known, so it runs as a dense mask; write what you
-    can as named masks and the plan gets better.
+    `masks.parse` reads, and its region is not known. So its cells are read, inside of the bounds
+    of what it is joined with: write what you can as named masks and the plan gets better. Plans
+    keep what they read: tensors that `fn` looks at must not change; for others make another mask.
 
     >>> even = Predicate(lambda b, h, i, j: (i + j) % 2 == 0)
     >>> print(even.show(2, 4))

@@ -17,6 +17,7 @@ import torch
 
 from attnkit.backends.base import stats_dtype
 from attnkit.backends.numbers import masks_before_scale
+from attnkit.backends.tiled.cells import TileCells
 from attnkit.backends.tiled.columns import Span, span_around
 from attnkit.backends.tiled.items import Traits, items_of
 from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whole
@@ -61,6 +62,11 @@ class Job:
     def schedule(self) -> Schedule:
         """Which blocks of rows meet which runs of keys, and how."""
         return schedule(self.request, self.wholes, self.apart)
+
+    @cached_property
+    def cells(self) -> TileCells:
+        """What is known of the cells of a mask that is no region."""
+        return TileCells(self.request.mask)
 
     @cached_property
     def wide(self) -> torch.dtype:
@@ -137,7 +143,7 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
     lanes: list[Lane] = []
     for lane, mask, seen in _lanes(request, apart):
         heads, batch = (b - a for a, b in (lane.heads, lane.batches))
-        own = traits if mask.exact else Traits(alike=False)
+        own = traits if mask.exact else traits._replace(wholes=False)
         own = own._replace(q_len=lane.lengths[0], seen=seen, matrices=heads * batch)
         key = (mask.outer.strips, own)
         if key not in known:
@@ -230,7 +236,7 @@ def _shared(
     if not exact:
         chunks = tuple(c._replace(patches=(), bare=True) for c in item.chunks)
         item = item._replace(chunks=chunks)
-    tile = _tile(item, heads, batch if exact else 1, most)
+    tile = _tile(item, heads, batch, most)
     return item._replace(tile=tile if traits.alike else tile._replace(repeats=1))
 
 

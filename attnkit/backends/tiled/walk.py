@@ -25,7 +25,6 @@ from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace, steps
 from attnkit.backends.tiled.whole import WholeCall, calls_of, pattern_mask
 from attnkit.backends.unseen import without_unseen
-from attnkit.masks import Rectangle
 
 __all__ = ["LN2", "LOG2E", "Walk", "bias_of", "guarded"]
 
@@ -69,7 +68,7 @@ class Walk(ABC):
         if request.dropout and seed is not None:
             self.dropout = Dropout(request.dropout, seed, job.sizes, key.device)
         self._edges: dict[int, Tensor] = {}
-        self._cells: tuple[tuple[object, ...], Tensor] | None = None
+        self._patches: dict[tuple[bytes, int], Tensor] = {}
 
     def go(self) -> None:
         """Walk the schedule: every block in its tiles, every whole piece, every blank row."""
@@ -130,7 +129,7 @@ class Walk(ABC):
             self.modify.put(self.by_head(tile, step, chunk), step, chunk)
             tile.mul_(LOG2E)
         if step.lane.opaque:
-            self._mask_cells(self.by_head(tile, step, chunk), step, chunk)
+            self._mask_cells(tile, step, chunk)
             return
         cells = tile.view(-1, step.block.rows, chunk.width)
         for column, pattern in chunk.patches:
@@ -151,26 +150,9 @@ class Walk(ABC):
         return tile.view(step.batches, step.heads, step.block.rows, chunk.width)
 
     def _mask_cells(self, tile: Tensor, step: Step, chunk: KeyChunk) -> None:
-        """Mask ``[1, h, i, j]`` scores by the cells of a mask that is not a region."""
-        block, mask = step.block, self.job.request.mask
-        batch = step.lane.matrix + step.batch - step.lane.batches[0]
-        runs = [run for part in block.chunks for run in step.runs(part)]
-        left = min(first for _, first, _ in runs)
-        place = (
-            (step.row, step.row + block.rows),
-            (left, max(first + count for _, first, count in runs)),
-            *step.lane.lengths,
-            batch if mask.batches is not None else 0,
-        )
-        heads = range(step.head, step.head + step.heads) if mask.heads is not None else range(1)
-        if self._cells is None or self._cells[0] != (heads, place):
-            # Read once for all chunks of the block, and for all heads that are alike.
-            read = [mask._cells(Rectangle(*place, head), self.work.device) for head in heads]
-            self._cells = ((heads, place), torch.stack(read))
-        cells = self._cells[1]
-        for column, first, count in step.runs(chunk):
-            allowed = cells[:, :, first - left : first - left + count]
-            tile[..., column : column + count].masked_fill_(~allowed, -torch.inf)
+        """Mask a ``[g r w]`` tile by the cells of a mask that is not a region."""
+        patch = self.job.cells.patch(step, chunk, tile, self._patches)
+        tile.view(step.batches, step.repeats, step.heads, *patch.shape[-2:]).clamp_(max=patch)
 
 
 def bias_of(job: Job, terms: tuple[Term, ...], work: Workspace) -> Bias | None:
@@ -183,12 +165,15 @@ def bias_of(job: Job, terms: tuple[Term, ...], work: Workspace) -> Bias | None:
 def guarded(job: Job, key: Tensor, value: Tensor) -> tuple[Job, Tensor, Tensor]:
     """Return the job and its ``[b n s d]`` keys and values such that no tile holds wild ones.
 
-    A masked weight is 0, and 0 times NaN is NaN. Keys that nobody sees are put to 0, where tiles
-    reach them at all. Tiles with keys of another packed sequence give way to others, if any
-    number there is not finite, or nearly so large that products with it are not; and on a device
+    A masked weight is 0, and 0 times NaN is NaN. Where some number is not finite, or nearly so
+    large that products with it are not, tiles with keys of another packed sequence give way to
+    others, and keys that nobody sees are put to 0, if tiles reach them at all; and on a device
     that would have to be waited for.
     """
-    if job.schedule.mixes and not (_is_tame(key, job.wide) and _is_tame(value, job.wide)):
+    beside = job.schedule.mixes or job.schedule.strays
+    if not beside or (_is_tame(key, job.wide) and _is_tame(value, job.wide)):
+        return job, key, value
+    if job.schedule.mixes:
         job = job.by_sequence
     if job.schedule.strays:
         key, value = without_unseen(job.request, key, value)

@@ -15,8 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import attnkit as ak
 import attnkit.backends.tiled
 from attnkit import masks, pse
-from attnkit.backends import unseen
-from attnkit.backends.tiled import tiles
+from attnkit.backends.tiled import cells, tiles
 from attnkit.backends.tiled.job import schedule
 from attnkit.backends.tiled.schedule import RowBlock, Schedule, Whole
 from attnkit.backends.tiled.whole import pattern_mask
@@ -398,13 +397,18 @@ class Watched(masks.Dilated):
 ASKED: list[masks.Rectangle] = []
 
 
-def test_cells_of_opaque_masks_are_read_by_rows_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No score matrix is ever held: a block's rows, inside its keys, once for all of its heads."""
-    monkeypatch.setattr(unseen, "_CELLS", 1 << 14)
+@pytest.mark.parametrize(("room", "times"), [(cells.ROOM, 1), (0, 2)])
+def test_cells_of_opaque_masks_are_read_by_rows_of_blocks(
+    room: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No score matrix is ever held: a block's rows, inside its keys, once for all of its heads.
+
+    They are kept, if there is room, or else read by each pass.
+    """
+    monkeypatch.setattr(cells, "ROOM", room)
     ASKED.clear()
-    mask = Watched(3) & masks.SlidingWindow(200)
+    mask = Watched(2 + times) & masks.SlidingWindow(200)  # each its own plan
     leaves = [t.requires_grad_() for t in operands(1500, heads=4)]
     ak.attention(*leaves, mask=mask, layout="BNSD", backend="tiled").sum().backward()
     assert max(rows * keys for rows, keys in (at.shape for at in ASKED)) < 1500 * 1500 / 8
-    places = Counter(at for at in ASKED if at.shape[1] < 1500)
-    assert set(places.values()) == {2}  # once forward, once backward
+    assert set(Counter(ASKED).values()) == {times}
