@@ -185,5 +185,6 @@ def _is_tame(tensor: Tensor, wide: torch.dtype) -> bool:
         return False
     if not tensor.numel():
         return True
-    largest = torch.linalg.vector_norm(tensor.detach(), torch.inf)
-    return bool(largest < torch.finfo(wide).max ** 0.25)
+    # Two passes, and many times faster than a norm.
+    most, tensor = torch.finfo(wide).max ** 0.25, tensor.detach()
+    return bool(tensor.amax() < most) and bool(tensor.amin() > -most)
