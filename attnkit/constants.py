@@ -31,6 +31,7 @@ class Store:
         self.bytes = bytes
         self._lock = Lock()
         self.values: dict[Hashable, Any] = {}
+        self.held = 0  # the bytes of all of them
         self._sizes: dict[Hashable, int] = {}
 
     def get(self, key: Hashable, make: Callable[..., T], *args: Any) -> T:
@@ -42,10 +43,12 @@ class Store:
         size = _size(made)
         if size <= self.bytes:
             with self._lock:
+                self.held += size - self._sizes.get(key, 0)  # another thread may have made it, too
                 self.values[key], self._sizes[key] = made, size
-                while len(self._sizes) > self.most or sum(self._sizes.values()) > self.bytes:
+                while len(self._sizes) > self.most or self.held > self.bytes:
                     oldest = next(iter(self._sizes))
-                    del self.values[oldest], self._sizes[oldest]
+                    del self.values[oldest]
+                    self.held -= self._sizes.pop(oldest)
         return made
 
     def clear(self) -> None:
@@ -53,6 +56,7 @@ class Store:
         with self._lock:
             self._sizes.clear()
             self.values.clear()
+            self.held = 0
 
     def __iter__(self) -> Any:
         return iter(tuple(self._sizes))

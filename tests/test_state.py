@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import itertools
 import pkgutil
 import re
@@ -12,8 +13,17 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import attnkit
+import attnkit as ak
+from attnkit import masks
+from attnkit.backends.choose import make_plan
+from attnkit.backends.tiled.job import schedule
+from attnkit.constants import Store
 from attnkit.registry import Registry
 
 ROOT = Path(__file__).parents[1]
@@ -96,3 +106,58 @@ def test_modules_keep_what_contributing_lists() -> None:
             if item in values and changes(values[item], tree, item)
         }
     assert found == listed
+
+
+def test_lengths_that_are_new_in_every_step_leave_nothing_behind() -> None:
+    """A plan keeps its lengths; whatever else keeps them would grow with every step."""
+    most = make_plan.cache_info().maxsize
+    assert most is not None
+    layers = [ak.Attention(1, 2, mask=masks.Causal(), layout="TND") for _ in range(2)]
+    rows = ak.Attention(1, 2)
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+    for step in range(most + 60):
+        lens, padding = ak.SeqLens([step + 1, 2, 3]), masks.Padding([step + 2, 2])
+        alive.update((_Told(lens), _Told(padding)))
+        x = torch.zeros(step + 6, 1, 2, requires_grad=True)
+        for layer in layers:
+            layer(x, x, x, seqlens=lens).sum().backward()
+        y = torch.zeros(2, step + 2, 1, 2, requires_grad=True)
+        rows(y, y, y, mask=padding).sum().backward()
+        del lens, padding
+    gc.collect()
+    modules_keep = sum(len(layer._plans) for layer in (*layers, rows))
+    assert modules_keep <= 3 * 16
+    assert len(alive) <= most + modules_keep
+
+
+class _Told:
+    """Lives as long as a value that is no key of a weak set, because equal ones would be one."""
+
+    def __init__(self, value: object) -> None:
+        vars(value)["_told"] = self
+
+
+def test_equal_layers_lay_a_batch_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*given: Any) -> Any:
+        made.append(given)
+        return schedule(*given)
+
+    monkeypatch.setattr("attnkit.backends.tiled.job.schedule", counted)
+    layers = [ak.Attention(2, 4, mask=masks.Causal(), layout="TND") for _ in range(4)]
+    x = torch.randn(61, 2, 4, requires_grad=True)
+    lengths = [31, 13, 17]  # of no other test
+    for layer in layers:
+        layer(x, x, x, seqlens=ak.SeqLens(lengths)).sum().backward()
+    assert len(made) == 1
+
+
+def test_a_store_counts_what_it_holds() -> None:
+    store = Store(most=3, bytes=64)
+    for n in (1, 2, 3, 9, 2, 100, 1):
+        store.get(n, torch.zeros, n)
+        assert store.held == sum(4 * size for size in store) <= store.bytes
+        assert list(store.values) == list(store)
+    store.clear()
+    assert store.held == len(store.values) == 0

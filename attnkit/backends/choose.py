@@ -42,7 +42,7 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
                 return plan
             against = plan.disprove() or BACKENDS[name].yields(plan)
             if against is None:
-                return replace(plan, passed_over=tuple(passed))
+                return plan.after(passed)
             reasons = [replace(against, subject=name)]
         passed += reasons
     what = f"{request.mask!r} in layout {request.layout}"

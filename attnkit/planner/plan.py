@@ -21,6 +21,7 @@ from attnkit.registry import Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
     from attnkit.masks import Mask
     from attnkit.planner.nearby import Saving
@@ -72,6 +73,14 @@ class Plan:
 
     # What is kept beside the fields is of this process: hashes, schedules, numbers of graphs.
     __getstate__ = state_of
+
+    def after(self, passed_over: Sequence[Refusal]) -> Self:
+        """Return the same plan, taken after these refusals, with all that it has worked out."""
+        if not passed_over:
+            return self
+        found = replace(self, passed_over=tuple(passed_over))
+        vars(found).update({**vars(self), **state_of(found)})
+        return found
 
     @property
     def of_any_length(self) -> bool:
