@@ -18,6 +18,7 @@ TABLES = {
     "sixteen_bits": "bfloat16 beside float32, in turns",
     "training": "steps per second of the example, on the reference and on tiled",
     "gpu": "on a GPU: compiled FlexAttention, SDPA's kernels by name, flash-attn",
+    "changing": "lengths that are new in every step: the share of planning, and memory",
     "flex": "FlexAttention's block masks from regions and from cells",
     "overhead": "a call beside its operators",
     "imports": "what importing attnkit adds to importing torch",
