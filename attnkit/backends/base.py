@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -90,7 +90,7 @@ class Operands:
     value: Tensor
     pse: Pse | None = None
     sink: Tensor | None = None
-    cells: Tensor | None = None
+    cells: Tensor | None = field(default=None, kw_only=True)
     """The allowed cells ``[1 | b, 1 | n, q_len, kv_len]``, where the mask comes with the call."""
 
     @property

@@ -297,6 +297,9 @@ def _other_mask(request: Request, launch: Launch) -> Refusal | None:
         return shape
     if call.atten_mask is None or call.atten_mask.shape != shape:
         return Refusal("mask-shape", f"the mask's own cells have the shape {shape}")
+    if call.atten_mask.with_call != request.mask.comes_with_call:
+        reason = "whether the mask comes with each call is for the mask to say"
+        return Refusal("mask-given", reason)
     return _disprove_opaque(call, _bounds(launch, request.matrices.over_heads()))
 
 
