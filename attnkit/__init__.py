@@ -20,6 +20,7 @@ from attnkit.errors import (
 from attnkit.kernel import fusion_attention, fusion_attention_grad
 from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
+from attnkit.pages import PagedCache
 from attnkit.planner import Plan
 from attnkit.rotary import Rotary
 from attnkit.static import StaticCache
@@ -41,6 +42,7 @@ __all__ = [
     "KernelContractError",
     "MultiHeadAttention",
     "MultiHeadAttentionConfig",
+    "PagedCache",
     "Plan",
     "Refusal",
     "Rotary",

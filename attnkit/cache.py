@@ -188,7 +188,7 @@ it more, or capacity=None to grow
                 f"of {self._limit}; give it more, or capacity=None to grow"
             )
         batch = len(new) if key.ndim == 3 else key.shape[0]
-        self._memory = with_room(self._memory, (key, value), batch, stop, self._limit)
+        self._memory = self._room_for((key, value), batch, new, stop)
         self._memory.write((key, value), firsts, new)
         self._texts = texts
         return self.read()
@@ -381,6 +381,12 @@ it more, or capacity=None to grow
             *(["sealed"] if self.sealed else []),
         ]
         return f"KVCache({', '.join(told)})"
+
+    def _room_for(
+        self, new: tuple[Tensor, Tensor], batch: int, counts: Sequence[int], stop: int
+    ) -> Memory:
+        """Return a memory that has room for `counts` tokens more, which makes `stop` at most."""
+        return with_room(self._memory, new, batch, stop, self._limit)
 
     @property
     def _used(self) -> int:

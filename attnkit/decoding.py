@@ -147,7 +147,11 @@ def next_positions(cache: KVCache, counts: Sequence[int], x: Tensor) -> Tensor:
             [3]])
     """
     each = (range(t.length, t.length + count) for t, count in paired(cache.texts, counts))
-    return torch.tensor([*chain(*each)]).view(x.shape[:-1]).to(x.device, non_blocking=True)
+    return (
+        torch.tensor([*chain(*each)], dtype=torch.long)
+        .view(x.shape[:-1])
+        .to(x.device, non_blocking=True)
+    )
 
 
 def unpadded(found: AttentionOutput, counts: Sequence[int]) -> AttentionOutput:

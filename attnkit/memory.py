@@ -11,7 +11,7 @@ from torch import Tensor
 from attnkit.arguments import check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError
 
-__all__ = ["Memory", "check_pair", "padded", "room_for", "with_room"]
+__all__ = ["Memory", "Pair", "Range", "check_pair", "padded", "room_for", "with_room"]
 
 _FIRST_ROOM = 16
 
@@ -60,7 +60,8 @@ class Memory:
             for row, start, size in zip(range(each), starts, sizes, strict=True)
             for place in range(start, start + size)
         ]
-        index = torch.tensor(places).view(-1, 2).to(new[0].device, non_blocking=True)
+        index = torch.tensor(places, dtype=torch.long).view(-1, 2)
+        index = index.to(new[0].device, non_blocking=True)
         for tensor, tokens in zip(self.pair, new, strict=True):
             flat = tokens if tokens.ndim == 3 else tokens.flatten(0, 1)
             tensor[index[:, 0], index[:, 1]] = flat.detach()
@@ -162,8 +163,10 @@ def check_pair(
 
     >>> check_pair(torch.zeros(2, 1, 4), torch.zeros(2, 1, 4), None, [1, 1])
     """
-    _check("key", key, None if held is None else held.pair[0], counts)
-    _check("value", value, None if held is None else held.pair[1], counts)
+    for name, new, which in (("key", key, 0), ("value", value, 1)):
+        _check(name, new, counts)
+        if held is not None:
+            _check_like(name, new, held.pair[which], held.batch, counts)
     if key.shape[:-1] != value.shape[:-1]:
         raise CompositionError(
             f"KVCache: key {list(key.shape)} and value {list(value.shape)}; each token "
@@ -176,7 +179,7 @@ def check_pair(
         )
 
 
-def _check(name: str, new: Tensor, held: Tensor | None, counts: Sequence[int] | None) -> None:
+def _check(name: str, new: Tensor, counts: Sequence[int] | None) -> None:
     check_tensor(f"KVCache: {name}", new)
     if counts is None and new.ndim != 4:
         raise CompositionError(f"KVCache: {name} {list(new.shape)}; give it as [b, s, n, d]")
@@ -194,10 +197,13 @@ def _check(name: str, new: Tensor, held: Tensor | None, counts: Sequence[int] | 
             f"KVCache: {name} needs a gradient, which a cache would cut off silently; decode "
             "under torch.no_grad() or torch.inference_mode()"
         )
-    if held is None:
-        return
+
+
+def _check_like(
+    name: str, new: Tensor, held: Tensor, batch: int, counts: Sequence[int] | None
+) -> None:
     for what, was, now in (
-        ("batch", held.shape[0], new.shape[0] if counts is None else len(counts)),
+        ("batch", batch, new.shape[0] if counts is None else len(counts)),
         ("heads", held.shape[2], new.shape[-2]),
         ("head dim", held.shape[3], new.shape[-1]),
         ("dtype", held.dtype, new.dtype),

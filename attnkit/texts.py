@@ -97,6 +97,18 @@ class Text(NamedTuple):
             found += [(a + shift, b + shift) for a, b in meet(((start, stop),), runs)]
         return found
 
+    def positions(self, span: Range) -> list[Range]:
+        """Return which tokens lie at a stretch of memory.
+
+        >>> Text(9, ((0, 2), (7, 9))).positions((1, 9))
+        [(1, 2), (7, 9)]
+        """
+        found = []
+        for first, (start, stop) in zip(self.places, self.runs, strict=True):
+            shift = start - first
+            found += [(a + shift, b + shift) for a, b in meet(((first, stop - shift),), (span,))]
+        return found
+
 
 def meet(some: Iterable[Range], others: Sequence[Range]) -> Runs:
     """Return the positions that are in both.

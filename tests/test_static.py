@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS
-from attnkit.errors import BackendRefused, CompositionError
+from attnkit.errors import BackendRefused, CompositionError, KernelContractError
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec
 from attnkit.kernel.launch import choose_version, launch
 from attnkit.masks.given import GivenCells
@@ -31,6 +33,7 @@ def build(**terms) -> MultiHeadAttention:
     return MultiHeadAttention(DIM, 4, dtype=torch.float64, **{"mask": CAUSAL, **terms})
 
 
+STEP = noise(2, 1, DIM)
 LAYERS = {
     "causal": {},
     "rotary, grouped, window": {
@@ -112,7 +115,22 @@ def test_every_step_is_one_call_with_the_same_arguments(monkeypatch):
     assert str(call.atten_mask) == "full mask 2x1x1x32, given with each call"
 
 
-@pytest.mark.parametrize("how", list(LAYERS.values())[:4], ids=list(LAYERS)[:4])
+@torch.no_grad()
+def test_the_plan_is_proven_and_says_where_the_mask_comes_from():
+    layer, cache = build(backend="emulated"), StaticCache(32)
+    layer(STEP, cache=cache)
+    (plan,) = layer.attention._plans.values()
+    assert "given with each call" in plan.explain()
+    for step in plan.steps:
+        mask = replace(step.call.atten_mask, with_call=False)
+        tampered = replace(step, call=replace(step.call, atten_mask=mask))
+        with pytest.raises(KernelContractError, match="for the mask to say"):
+            replace(plan, steps=(tampered,)).verify()
+    again = pickle.loads(pickle.dumps(plan))
+    assert again.request == plan.request
+
+
+@pytest.mark.parametrize("how", list(LAYERS.values())[1:3], ids=list(LAYERS)[1:3])
 @torch.no_grad()
 def test_a_captured_step_serves_every_step(how):
     """What is captured of one step computes the others: nothing of the host is in it."""
@@ -200,9 +218,6 @@ def test_backends_that_lay_masks_out_refuse_one_that_comes_with_the_call():
         layer(noise(1, 1, DIM), cache=cache)
     with pytest.raises(CompositionError, match="cannot read them"):
         GivenCells((1, 1, 2, 2)).materialize(2, 2)
-
-
-STEP = noise(2, 1, DIM)
 
 
 def used() -> StaticCache:
