@@ -1,4 +1,4 @@
-"""The examples of the README and of a page about backends run, and print what they promise."""
+"""The examples of the README and of some pages run, and print what they promise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "backends.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("backends.md", "decoding.md"))]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
 
 
@@ -31,7 +32,9 @@ def run_blocks(text: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_example_prints_what_it_promises(page: Path) -> None:
-    pairs = run_blocks(page.read_text(encoding="utf-8"))
+    with torch.enable_grad():  # which a page may turn off, for itself
+        pairs = run_blocks(page.read_text(encoding="utf-8"))
+    assert torch.is_grad_enabled()
     assert pairs
     for promised, printed in pairs:
         assert printed.splitlines() == promised.splitlines()
