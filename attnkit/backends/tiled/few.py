@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,12 @@ from attnkit.strips import gaps
 __all__ = ["Few", "is_few"]
 
 # Rows of a step, and of the product that they become. Beyond, tiles are as fast.
-MOST_ROWS, MOST_FOLDED = 16, 128
+MOST_ROWS, MOST_FOLDED = 32, 128
 # From so many rows on torch's fused kernel beats products on cast copies of bfloat16.
 FUSED_ROWS = 4
+
+# Up to so many stretches are filled one by one.
+FEW_FILLS = 4
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -193,14 +197,27 @@ class _Part:
             cells = [self.bias[..., slice(*span)] for span in self.sight.spans]
             if cells:
                 self._by_row(scores).add_(self._bias_by_row(torch.cat(cells, -1)))
-        for row, first, last in self.sight.hidden:
-            self._by_row(scores)[..., row, first:last] = -torch.inf
+        self._hide(self._by_row(scores))
         if self.sink is None:
             return scores
         logits = self.sink.to(self.wide).view(self.key_heads, self.group, 1, 1)
         shape = (self.batch, self.key_heads, self.group, self.rows, 1)
         logit = logits.expand(shape).reshape(*scores.shape[:2], 1)
         return torch.cat([scores, logit], -1)
+
+    def _hide(self, scores: Tensor) -> None:
+        """Mask ``[b n g i j]`` scores where a row does not see what another one sees."""
+        hidden = self.sight.hidden
+        if len(hidden) <= FEW_FILLS:
+            for row, first, last in hidden:
+                scores[..., row, first:last] = -torch.inf
+            return
+        left = min(first for _, first, _ in hidden)
+        cells = np.zeros((self.rows, max(last for *_, last in hidden) - left), np.bool_)
+        for row, first, last in hidden:
+            cells[row, first - left : last - left] = True
+        masked = torch.from_numpy(cells).to(scores.device, non_blocking=True)
+        scores[..., left : left + cells.shape[1]].masked_fill_(masked, -torch.inf)
 
     def _keys(self, tensor: Tensor, span: Span) -> Tensor:
         """Return keys or values of a span, ``[(b n) j d]``: a view where they need no cast."""

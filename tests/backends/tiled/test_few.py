@@ -90,6 +90,22 @@ def test_keys_that_torch_computes_at_once_equal_the_definition(
     torch.testing.assert_close(found.stats.lse, right.stats.lse.float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [2, 5, 25])
+def test_a_tree_of_drafts_equals_the_definition(rows: int) -> None:
+    """Many rows see many stretches: each draft its ancestors, behind all of the text."""
+    parents = [(k - 1) // 2 for k in range(rows)]
+    tree = torch.eye(rows, dtype=torch.bool)
+    for k in range(1, rows):
+        tree[k] |= tree[parents[k]]
+    mask = masks.Dense.keep(torch.cat([torch.ones(rows, 40, dtype=torch.bool), tree], 1))
+    q = torch.randn(2, rows, 4, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 40 + rows, 2, 8, dtype=torch.float64) for _ in range(2))
+    found = ak.attention(q, k, v, mask=mask, backend="tiled", return_stats=True)
+    right = ak.attention(q, k, v, mask=mask, backend="reference", return_stats=True)
+    torch.testing.assert_close(found.output, right.output)
+    torch.testing.assert_close(found.stats.lse, right.stats.lse)
+
+
 def test_keys_that_no_row_sees_are_not_read() -> None:
     """They may hold anything: in front, between, behind, in one text of a batch."""
     q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)
