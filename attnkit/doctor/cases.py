@@ -15,6 +15,7 @@ from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.masks import Mask
+from attnkit.planner.scoring import ScoreFunction
 from attnkit.pse import Pse
 
 __all__ = ["CASES", "OTHER_CASES", "Case", "Inputs", "Regions", "cases_of"]
@@ -58,6 +59,7 @@ class Case:
     sink: bool = False
     scale: float | None = None
     softcap: float | None = None
+    score_fn: ScoreFunction | None = None
     call: tuple[tuple[str, Any], ...] = ()
     merges: bool = False
     dropout: float = 0.0
@@ -77,6 +79,7 @@ class Case:
         parts += ["sink"] if self.sink else []
         parts += [f"scale {self.scale:g}"] if self.scale is not None else []
         parts += [f"soft-cap {self.softcap:g}"] if self.softcap is not None else []
+        parts += [f"score function {self.score_fn.__name__}"] if self.score_fn is not None else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         sizes = f"batch {self.batch}, {self.q_len} x {self.kv_len}"
         if self.seqlens is not None:
@@ -132,6 +135,11 @@ class Regions(Mask):
 
 def _checkers(b: Any, h: Any, i: Any, j: Any) -> Any:
     return (i + j) % 3 != 1
+
+
+def leaning(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return a score that depends on everything that a score function is told."""
+    return score * (1 + 0.1 * h) - 0.05 * (i - j) + 0.1 * b
 
 
 _CAUSAL = masks.Causal()
@@ -265,6 +273,8 @@ _OTHER_CASES = {
         Case("softcap", _CAUSAL, softcap=2.0),
         Case("softcap-alibi", _WINDOW, pse.ALiBi(4), softcap=2.0),
         Case("softcap-sink", _CAUSAL, softcap=2.0, sink=True, kv_heads=2),
+        Case("score-function", _WINDOW, score_fn=leaning),
+        Case("score-function-packed", _CAUSAL, score_fn=leaning, layout="TND", seqlens=_EVEN),
         Case("learned-matrix", _CAUSAL, matrix=(4, 24, 24), learned=True),
         Case("learned-matrix-shared", matrix=(1, 4, 24, 24), learned=True, before_scale=True),
         Case("odd-full", **_ODD),

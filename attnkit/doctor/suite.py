@@ -142,7 +142,13 @@ def make_request(
 def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Plan:
     """Return the plan of a case on a backend, with the call that it forces, if it does."""
     composed = Composition(
-        case.mask, inputs.pse, case.layout, case.scale, case.dropout, case.softcap
+        case.mask,
+        inputs.pse,
+        case.layout,
+        case.scale,
+        case.dropout,
+        case.softcap,
+        case.score_fn,
     )
     dtype = inputs.query.dtype
     request = make_request(composed, case.sizes, dtype, device, case.seqlens, inputs.sink)
