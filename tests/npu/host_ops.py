@@ -23,6 +23,7 @@ __all__ = ["install"]
 KEPT = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"),
     *("as_strided", "view", "_reshape_alias", "alias", "unfold", "set_", "is_set_to"),
+    *("unsqueeze", "squeeze"),
     *("view_as_real", "view_as_complex", "resize_as_", "_has_compatible_shallow_copy_type"),
     *("to", "_to_copy", "_copy_from", "_copy_from_and_resize", "_local_scalar_dense"),
     *("record_stream", "is_pinned", "pin_memory", "_pin_memory", "data"),

@@ -31,7 +31,7 @@ from attnkit.backends.graph import hold, run_number
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.tiled.bias import bind, with_tensors
 from attnkit.backends.tiled.few import Few, is_few
-from attnkit.backends.tiled.job import Job
+from attnkit.backends.tiled.job import DEVICE_CELLS, Job
 from attnkit.backends.tiled.passes import (
     Backward,
     Forward,
@@ -137,10 +137,14 @@ class Tiled(Backend):
     def yields(self, plan: Plan) -> Refusal | None:
         """Return why whole score matrices are cheaper, on a device where each operator is launched.
 
-        They are, where they are small: tiles save memory and masked cells, and cost launches.
+        Tiles save masked cells, and cost launches. Matrices larger than a tile may be are no
+        choice: then it is the memory that tiles are for.
         """
         request, job = plan.request, _job(plan)
-        if request.device in ("cpu", "meta"):
+        if isinstance(plan, TiledPlan) and plan.few is not None:
+            return None
+        cells = request.num_heads * sum(q_len * kv_len for q_len, kv_len in request.sequences)
+        if request.device in ("cpu", "meta") or cells > DEVICE_CELLS:
             return None
         tiles = sum(
             len(item.chunks)
@@ -249,7 +253,7 @@ def _compute(
             return _compute(job.by_blocks, terms, seed, query, key, value, sink)
         return shape.restore(made), lse
     if request.head_dim == request.value_dim:
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output = query.new_empty(query.shape)
     else:
         sizes = list(query.shape)
         sizes[-1] = sizes[-1] // request.head_dim * request.value_dim
@@ -285,11 +289,8 @@ def _gradients(
     if at_once is not None:
         return (*(shape.restore(grad) for grad in at_once), None)
     to_sink = None if sink is None else sink_gradient(seen, sink)
-    to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    to_key, to_value = (
-        torch.zeros_like(t, dtype=job.wide, memory_format=torch.contiguous_format)
-        for t in (key, value)
-    )
+    to_query = query.new_empty(query.shape)
+    to_key, to_value = (t.new_zeros(t.shape, dtype=job.wide) for t in (key, value))
     to_bias = [None if t is None else torch.zeros_like(t, dtype=job.wide) for t in made]
     slopes = _views(job, to_query, to_key, to_value)
     Backward(job, terms, views, seen, slopes, to_bias).go()
