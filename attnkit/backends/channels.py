@@ -64,7 +64,7 @@ def run_on_route(
         operands.value,
         _rest(parts, route),
         operands.sink,
-        logits,
+        logits=logits,
     )
     return run(plan.inner, widened)
 
