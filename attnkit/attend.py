@@ -27,6 +27,7 @@ from attnkit.errors import CompositionError
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.planner import Composition, Plan, read_request
+from attnkit.planner.repeats import strict
 from attnkit.planner.request import is_transformed
 from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
 from attnkit.pse import Pse
@@ -69,6 +70,7 @@ class Asked(NamedTuple):
     training: bool = True
     backend: str = "auto"
     score_fn: ScoreFunction | None = None
+    deterministic: bool = False
 
     @property
     def mask(self) -> Mask:
@@ -103,7 +105,7 @@ def plan_of(
     """Return the plan of what is asked for these tensors; nothing of their content is read."""
     numbers = (asked.scale, asked.dropout, asked.softcap)
     request = read_request(
-        Composition(asked.mask, asked.pse, asked.layout, *numbers, asked.score_fn),
+        Composition(asked.mask, asked.pse, asked.layout, *numbers, *asked[11:]),
         query,
         key,
         value,
@@ -148,6 +150,7 @@ def key_of(
         torch.is_grad_enabled(),
         is_transformed(),
         trains(asked.score_fn, query),
+        strict(),
     )
 
 
@@ -192,7 +195,7 @@ def attend(
             asked.layout,
             (_hex(asked.scale), _hex(asked.dropout), _hex(asked.softcap)),
             (asked.num_heads, asked.num_kv_heads, asked.head_dim),
-            (asked.training, torch.is_grad_enabled()),
+            (asked.training, torch.is_grad_enabled(), asked.deterministic),
             asked.backend,
             asked.score_fn,
             (_facts(query), _facts(key), _facts(value)),
@@ -225,7 +228,7 @@ def _planned(
     layout: str,
     numbers: tuple[str | None, str | None, str | None],
     heads: tuple[int | None, int | None, int | None],
-    modes: tuple[bool, bool],
+    modes: tuple[bool, bool, bool],
     backend: str,
     score_fn: ScoreFunction | None,
     tensors: tuple[Facts, Facts, Facts],
@@ -238,12 +241,13 @@ def _planned(
     Not the plan: the tracer keeps objects that such a function returns for as long as it lives.
     """
     scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
-    training, grad = modes
+    training, grad, repeats = modes
     asked = Asked((mask, call_mask), (pse, call_pse), layout, scale, dropout or 0.0, softcap)
     with torch.set_grad_enabled(grad):
         bias = asked.pse
         bias = None if bias is None else rebound(bias, [stand_in(*known) for known in carried])
-        asked = Asked(asked.masks, (bias, None), *asked[2:6], *heads, training, backend, score_fn)
+        asked = asked._replace(biases=(bias, None))
+        asked = Asked(*asked[:6], *heads, training, backend, score_fn, repeats)
         query, key, value = (stand_in(*known) for known in tensors)
         logits = None if sink is None else stand_in(*sink)
         found = plan_of(asked, query, key, value, logits, seqlens)

@@ -65,6 +65,9 @@ class Attention(nn.Module):
     - `dropout`: on the softmax weights, in training mode, from torch's generator.
     - `sink`: a learnable logit per head that joins the softmax's denominator, initially 0.
       It is computed with in float32 (float64), whatever dtype the module is cast to.
+    - `deterministic`: the same bits from the same call, gradients too, every time on one machine.
+      On the CPU that is all; elsewhere kernels follow torch.use_deterministic_algorithms, which
+      must be on. Where that is on, it is asked for without the argument.
     - `backend`: "auto", or a name that must be able to run the composition.
 
     A row without any allowed key gives 0. A key that no query of its sequence may see counts
@@ -97,6 +100,7 @@ class Attention(nn.Module):
         sink: bool = False,
         softcap: float | None = None,
         score_fn: ScoreFunction | None = None,
+        deterministic: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -114,7 +118,7 @@ class Attention(nn.Module):
         if scale is None:
             scale = head_dim**-0.5
         whole = Full() if mask is None else as_mask(mask)
-        composed = Composition(whole, pse, layout, scale, dropout, softcap, score_fn)
+        composed = Composition(whole, pse, layout, scale, dropout, softcap, score_fn, deterministic)
         self._composition = replace(composed, mask=interned(composed.mask))
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
@@ -244,6 +248,7 @@ class Attention(nn.Module):
             self.training,
             self.backend,
             own.score_fn,
+            own.deterministic,
         )
 
     def _plan(
@@ -310,6 +315,7 @@ class Attention(nn.Module):
         parts += [f"softcap={composed.softcap}"] if composed.softcap else []
         if composed.score_fn is not None:
             parts.append(f"score_fn={function_name(composed.score_fn)}")
+        parts += ["deterministic=True"] if composed.deterministic else []
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
@@ -382,6 +388,7 @@ def attention(
     sink: Tensor | None = ...,
     softcap: float | None = ...,
     score_fn: ScoreFunction | None = ...,
+    deterministic: bool = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
@@ -404,6 +411,7 @@ def attention(
     sink: Tensor | None = ...,
     softcap: float | None = ...,
     score_fn: ScoreFunction | None = ...,
+    deterministic: bool = ...,
     backend: str = ...,
     return_stats: Literal[True],
 ) -> AttentionOutput: ...
@@ -425,6 +433,7 @@ def attention(
     sink: Tensor | None = None,
     softcap: float | None = None,
     score_fn: ScoreFunction | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | AttentionOutput:
@@ -451,6 +460,7 @@ def attention(
         num_kv_heads,
         backend=backend,
         score_fn=score_fn,
+        deterministic=deterministic,
     )
     result = attend(asked, query, key, value, sink, seqlens, return_stats=return_stats)
     return result if return_stats else result.output
@@ -472,6 +482,7 @@ def plan(
     sink: Tensor | None = None,
     softcap: float | None = None,
     score_fn: ScoreFunction | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Plan:
     """Return the plan that `attention` would run; meta tensors will do.
@@ -495,5 +506,6 @@ def plan(
         num_kv_heads,
         backend=backend,
         score_fn=score_fn,
+        deterministic=deterministic,
     )
     return plan_of(asked, query, key, value, sink, seqlens)

@@ -47,7 +47,7 @@ class MultiHeadAttention(nn.Module):
     ``x`` is ``[b s dim]``, or packed ``[t dim]`` with `seqlens`; `context` is the same with
     `kv_dim` (default `dim`) and makes it cross-attention; the output has the form of ``x``.
     Any dtype of `Attention`, which also documents `mask`, `pse`, `dropout`, `scale`,
-    `softcap`, `score_fn`, `sink` and `backend`.
+    `softcap`, `score_fn`, `deterministic`, `sink` and `backend`.
 
     - `num_kv_heads`: fewer key heads than query heads (GQA; 1 is MQA).
     - `head_dim`: default ``dim / num_heads``. `v_head_dim`: of values, where it differs (MLA).
@@ -106,6 +106,7 @@ class MultiHeadAttention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         score_fn: ScoreFunction | None = None,
+        deterministic: bool = False,
         sink: bool = False,
         backend: str = "auto",
         layout: str = "BSND",
@@ -134,6 +135,7 @@ class MultiHeadAttention(nn.Module):
             sink=sink,
             softcap=softcap,
             score_fn=score_fn,
+            deterministic=deterministic,
             backend=backend,
         ).to(device=device)
         self.rotary = rotary_of(rotary, self.attention.head_dim)

@@ -161,15 +161,15 @@ def _stepped(
     lo, hi = one.span or (0, -1)
     count = hi - lo + 1
     rows, keys = _token_positions(request.sequences, structure.align, table.device)
-    entries = table[_rows_of(structure, lo, hi, table.device)]
+    # Selected, not indexed: threads add up the gradient of an index in any order.
+    entries = table.index_select(0, _rows_of(structure, lo, hi, table.device))
     residue = torch.arange(count, device=table.device)
     # Which distance, counted from lo, leads from a query in residue class a to keys in class b.
     turned = (residue - residue[:, None] - lo) % count
-    classes = [
-        rearrange(p, "d n -> n d")[:, turned] for p in _summands(entries, one, request.dtype)
-    ]
+    summands = (p.index_select(0, turned.flatten()) for p in _summands(entries, one, request.dtype))
+    classes = [rearrange(p, "(a b) n -> n a b", a=count) for p in summands]
     per_class = rearrange(classes, "p n a b -> a n (p b)")
-    u = per_class[rows % count]
+    u = per_class.index_select(0, rows % count)
     hot = (keys[:, None] % count == residue).to(table.dtype)
     return u, repeat(hot, "t b -> t n (p b)", n=request.num_kv_heads, p=one.pieces)
 

@@ -107,6 +107,9 @@ class _Config(BaseModel):
     softcap: Annotated[Real, Field(gt=0)] | None = Field(
         default=None, description="c of c*tanh(scale*q.k/c), before the bias"
     )
+    deterministic: StrictBool = Field(
+        default=False, description="the same bits from the same call, gradients too"
+    )
     backend: Annotated[str, BACKEND] = Field(
         default="auto", description="who computes; a name never falls back to another"
     )

@@ -123,6 +123,11 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
         extras.append(f"score_fn {function_name(request.score_fn)}")
     extras += ["a learnable sink per head"] if request.sink else []
     yield "numbers", ", ".join(extras)
+    if request.deterministic:
+        here = "by operators that add in a fixed order"
+        switch = "by torch.use_deterministic_algorithms, which its kernels follow"
+        by = here if request.device in ("cpu", "meta") else switch
+        yield "repeats", f"the same bits in every run, {by}"
 
 
 def _understood(request: Request) -> str:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from attnkit import layouts
-from attnkit.arguments import FLOATS, check_int, check_number, check_tensor
+from attnkit.arguments import FLOATS, check_bool, check_int, check_number, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
 from attnkit.planner.matrices import Matrices, seen_spans
+from attnkit.planner.repeats import is_repeatable
 from attnkit.planner.scoring import ScoreFunction, check_score_fn, trains
 from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
@@ -104,6 +105,7 @@ class Composition:
     dropout: float = 0.0
     softcap: float | None = None
     score_fn: ScoreFunction | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", as_mask(self.mask))
@@ -118,6 +120,7 @@ class Composition:
         rule = "at least 0 and below 1: the share that is dropped"
         check_number("dropout", self.dropout, lambda p: 0 <= p < 1, rule)
         check_score_fn(self.score_fn)
+        check_bool("deterministic", self.deterministic, "True for the same bits in every run")
 
 
 def state_of(record: Any) -> dict[str, Any]:
@@ -156,6 +159,7 @@ class Request:
     score_fn: ScoreFunction | None = None
     score_trains: bool = False
     """Whether a tensor that the score function reads asks for a gradient."""
+    deterministic: bool = False
 
     __getstate__ = state_of
 
@@ -240,7 +244,7 @@ def read_request(
     _check_sizes(layout, q, k, v)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch
-    given = (query, key, value, *_check_carried(composition.pse, sink, query, q.heads))
+    each = (query, key, value, *_check_carried(composition.pse, sink, query, q.heads))
     scale = composition.scale if composition.scale is not None else q.dim**-0.5
     pse, score_fn = composition.pse, composition.score_fn
     score_trains = trains(score_fn, query)
@@ -262,11 +266,11 @@ def read_request(
         sink=sink is not None,
         softcap=composition.softcap,
         seqlens=seqlens,
-        needs_grad=score_trains
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in given)),
+        needs_grad=score_trains or (torch.is_grad_enabled() and any(t.requires_grad for t in each)),
         transformed=is_transformed(),
         score_fn=score_fn,
         score_trains=score_trains,
+        deterministic=is_repeatable(composition.deterministic, query.device.type, score_trains),
     )
     for q_len, kv_len in sorted(set(request.sequences)):
         composition.mask.check(q_len, kv_len, batch, q.heads)

@@ -131,7 +131,9 @@ class T5Relative(ByDistance):
         most = self.max_distance
         buckets = _buckets(self.num_buckets, most, self.bidirectional, distance.device)
         at = buckets[distance.clamp(-most, most) + most]
-        return self.table.to(dtype)[at].movedim(-1, 0)
+        # Not `table[at]`, whose gradient threads add up in any order.
+        entries = self.table.to(dtype).index_select(0, at.flatten())
+        return entries.view(*at.shape, -1).movedim(-1, 0)
 
     def __repr__(self) -> str:
         parts = [str(self.num_heads)]

@@ -231,6 +231,14 @@ def _refusals(request: Request) -> Iterator[tuple[str, str]]:
             "FlexAttention has no backward on the CPU, and some tensor wants a gradient; "
             "backend='tiled' trains there, and torch.no_grad() asks for none",
         )
+    trained = [term.text for term in request.bias if term.requires_grad]
+    trained += ["what score_fn reads"] if request.score_trains else []
+    if request.deterministic and trained:
+        yield (
+            "flex-deterministic",
+            f"FlexAttention adds up the gradient of {' and '.join(trained)} in any order, and "
+            "deterministic is asked for",
+        )
     if request.device == "cpu" and request.sink:
         yield "flex-sink-cpu", f"{_NO_LSE}, and a sink needs it; backend='tiled' has sinks"
     if request.device == "cuda" and head < _SMALLEST_HEAD:
