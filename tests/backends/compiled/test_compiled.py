@@ -207,10 +207,10 @@ def test_refusals_name_every_reason() -> None:
     with pytest.raises(BackendRefused) as caught:
         ak.attention(
             x, x, x, mask=masks.Dilated(2), pse=pse.ALiBi(2), dropout=0.5, softcap=3.0, scale=1e5,
-            backend="compiled",
+            score_fn=lambda score, *cell: score, backend="compiled",
         )  # fmt: skip
     codes = {refusal.code for refusal in caught.value.refusals}
-    names = ("dtype", "mask", "bias", "dropout", "softcap", "scale")
+    names = ("dtype", "mask", "bias", "dropout", "softcap", "score_fn", "scale")
     assert codes == {f"compiled-{name}" for name in names}
 
 

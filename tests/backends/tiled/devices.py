@@ -73,7 +73,8 @@ def main() -> None:
     """Walk every case."""
     _setup_privateuseone_for_python_backend(DEVICE)
     for name, how in CASES.items():
-        for dtype in (torch.float32, torch.bfloat16):
+        halves = (torch.bfloat16,) if name in ("soft-cap", "a function") else ()
+        for dtype in (torch.float32, *halves):
             with FakeTensorMode():
                 for tensor in walk(how, dtype):
                     if tensor.device.type != DEVICE:
