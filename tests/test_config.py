@@ -186,8 +186,8 @@ def test_a_layout_may_have_the_name_that_others_give_it() -> None:
 @pytest.mark.parametrize(
     ("config", "module", "beside"),
     [
-        (AttentionConfig, Attention, set()),
-        (MultiHeadAttentionConfig, MultiHeadAttention, {"device", "dtype"}),
+        (AttentionConfig, Attention, {"score_fn"}),  # a function, which no file holds
+        (MultiHeadAttentionConfig, MultiHeadAttention, {"score_fn", "device", "dtype"}),
     ],
 )
 def test_the_keys_are_the_arguments_of_the_module(

@@ -133,7 +133,7 @@ class T5Relative(ByDistance):
         at = buckets[distance.clamp(-most, most) + most]
         # Not `table[at]`, whose gradient threads add up in any order.
         entries = self.table.to(dtype).index_select(0, at.flatten())
-        return entries.view(*at.shape, -1).movedim(-1, 0)
+        return entries.view(*at.shape, self.num_heads).movedim(-1, 0)
 
     def __repr__(self) -> str:
         parts = [str(self.num_heads)]
