@@ -290,7 +290,8 @@ def _gradients(
         return (*(shape.restore(grad) for grad in at_once), None)
     to_sink = None if sink is None else sink_gradient(seen, sink)
     to_query = query.new_empty(query.shape)
-    to_key, to_value = (t.new_zeros(t.shape, dtype=job.wide) for t in (key, value))
+    fresh = torch.Tensor.new_empty if job.reads_keys_once else torch.Tensor.new_zeros
+    to_key, to_value = (fresh(t, t.shape, dtype=job.wide) for t in (key, value))
     to_bias = [None if t is None else torch.zeros_like(t, dtype=job.wide) for t in made]
     slopes = _views(job, to_query, to_key, to_value)
     Backward(job, terms, views, seen, slopes, to_bias).go()

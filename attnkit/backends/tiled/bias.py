@@ -95,6 +95,7 @@ class Bias:
             self.all = Step(lane, RowBlock(0, lengths[0], 1, 0, ()), 0, 1, 0, 1, 0, heads, 0, 1, 1)
         self._made: dict[float, Tensor] = {}
         self._slope: Tensor | None = None
+        self._joined: tuple[Tensor, Tensor] | None = None
         self._slopes: dict[tuple[int, float], Tensor] = {}
         self._known: dict[tuple[bool, int, int, int], Tensor] = {}
 
@@ -125,6 +126,15 @@ class Bias:
         if not isinstance(term, Stored):
             raise ArithmeticError("a bias of several addends is no view of one of them")
         return term.window(term.tensor, step, first, count)
+
+    def joined(self, mask: Tensor, cells: Tensor) -> Tensor:
+        """Return the sum of a bias that all share and of the masks that batch elements have.
+
+        It is made once for all that have these masks.
+        """
+        if self._joined is None or self._joined[0] is not cells:
+            self._joined = (cells, mask + cells)
+        return self._joined[1]
 
     def add_gradient(
         self, grads: Sequence[Tensor | None], slope: Tensor, step: Step, chunk: KeyChunk

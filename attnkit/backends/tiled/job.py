@@ -21,6 +21,7 @@ from attnkit.backends.tiled.cells import TileCells
 from attnkit.backends.tiled.columns import Span, span_around
 from attnkit.backends.tiled.items import Traits, items_of
 from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whole
+from attnkit.backends.tiled.stacks import stacks
 from attnkit.backends.tiled.whole import WholeCall, sole_call
 from attnkit.geometry import Region
 from attnkit.layouts import Layout
@@ -89,6 +90,26 @@ class Job:
         return request.sequences[0]
 
     @cached_property
+    def reads_keys_once(self) -> bool:
+        """Whether each step reads all keys of its score matrices, and no other step reads any."""
+        lanes, keys = self.schedule.lanes, (0, self.request.kv_len, 0)
+        whole = all(
+            isinstance(item, RowBlock)
+            and item.times == 1
+            and item.tile.heads % self.group == 0
+            and item.keys_read == (keys,)
+            for lane in lanes
+            for item in lane.items
+        )
+        even = all(
+            len(lane.items) == 1
+            and lane.lengths[1] == self.request.kv_len
+            and lane.heads == (0, self.request.num_heads)
+            for lane in lanes
+        )
+        return whole and even and bool(lanes)
+
+    @cached_property
     def layout(self) -> Layout:
         """The layout of the tensors, which sees them as ``[b n s d]``."""
         return self.request.layout_of
@@ -139,6 +160,9 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         merges=request.dtype in (torch.float32, torch.float64),
         causal=masks_before_scale(request.scale, torch.float32),
     )
+    most = (TILE_CELLS, REPEATED_CELLS)
+    if request.device not in ("cpu", "meta"):
+        most = (DEVICE_CELLS, DEVICE_CELLS)
     known: dict[tuple[object, ...], tuple[RowBlock | Whole, ...]] = {}
     lanes: list[Lane] = []
     for lane, mask, seen in _lanes(request, apart):
@@ -148,14 +172,23 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         key = (mask.outer.strips, own)
         if key not in known:
             known[key] = items_of(*key)
-        most = (TILE_CELLS, REPEATED_CELLS)
-        if request.device not in ("cpu", "meta"):
-            most = (DEVICE_CELLS, DEVICE_CELLS)
         tiled = (_shared(item, own, heads, batch, mask.exact, most) for item in known[key])
         if request.score_fn is not None:  # it may return -inf wherever it likes
             tiled = (_bare(item) for item in tiled)
         lanes.append(_judged(lane._replace(items=tuple(tiled)), request, mask, seen))
-    return Schedule(tuple(lanes))
+    return Schedule(tuple(_stacked(lanes, request, traits, most) or lanes))
+
+
+def _stacked(
+    lanes: list[Lane], request: Request, traits: Traits, most: tuple[int, int]
+) -> list[Lane]:
+    """Return lanes of small matrices side by side, where they are cheaper."""
+    found, heads = stacks(lanes, request, traits), request.num_heads
+    for k, lane in enumerate(found):
+        count = lane.batches[1] - lane.batches[0]
+        items = (_shared(item, traits, heads, count, True, most) for item in lane.items)
+        found[k] = lane._replace(items=tuple(items))
+    return found
 
 
 def _fused_fits(request: Request) -> bool:

@@ -28,7 +28,7 @@ from attnkit.backends.tiled.tiles import (
     Step,
     Strided,
     Workspace,
-    add_to_keys,
+    key_gradient,
     key_tile,
     query_tile,
 )
@@ -111,7 +111,6 @@ class Forward(Walk):
         self.output = output
         self.lse = torch.empty(job.sizes[:3], dtype=job.wide, device=output.device)
         self.to_output, self.to_lse = Strided(output), Strided(self.lse[..., None])
-        self.sound = True
 
     def step(self, step: Step, block: RowBlock) -> None:
         """Compute one tile of rows against all of their keys."""
@@ -148,12 +147,20 @@ class Forward(Walk):
     def whole(self, call: WholeCall) -> None:
         """Run a piece on torch's kernel and put its results in place."""
         out, stats = run_whole(call, *self.tensors, self.scale, self.bias)
-        self.sound = self.sound and (self.bias is None or is_sound(stats))
         if self.sink is not None:
+            if self.bias is not None:  # what tells that they are not sound must not be lost
+                stats.masked_fill_(stats == 0.0, torch.nan)
             total = torch.logaddexp(stats, self.sink[call.heads, None])
             out, stats = out.mul_(torch.exp(stats - total)[..., None]), total
         call.rows(self.output).copy_(out)
         call.rows(self.lse[..., None]).copy_(stats[..., None])
+
+    @property
+    def sound(self) -> bool:
+        """Whether torch's kernel made what it should of a bias, if it was given one."""
+        if self.bias is None or not self.job.schedule.fused:
+            return True
+        return is_sound(self.lse.masked_fill(self.lse == -torch.inf, 1.0))
 
     def blank(self, rows: tuple[slice, slice, slice]) -> None:
         """Answer rows that see nothing, or the sink alone."""
@@ -185,6 +192,7 @@ class Backward(Walk):
         self.lse = Strided(kept.lse[..., None])
         self.grad_lse = None if kept.grad_lse is None else Strided(kept.grad_lse[..., None])
         self.to_query, self.to_key, self.to_value = (Strided(slope) for slope in slopes)
+        self.once = job.reads_keys_once
         # Whether the weights of a row are all there is: nothing else takes a share of its slope.
         self.whole_rows = not job.request.sink and kept.grad_lse is None
 
@@ -199,13 +207,11 @@ class Backward(Walk):
         for k, chunk in enumerate(block.chunks):
             key = key_tile(work, "key", self.key, step, chunk, wide)
             weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
-            to_value = work.take("to value", wide, *key.shape[:2], self.value.width)
-            torch.bmm(weights.transpose(1, 2), grad, out=to_value)
-            add_to_keys(self.to_value, step, chunk, to_value)
+            with key_gradient(work, self.to_value, step, chunk, wide, self.once) as to_value:
+                torch.bmm(weights.transpose(1, 2), grad, out=to_value)
             to_query.baddbmm_(ds, key, beta=0.0 if k == 0 else 1.0, alpha=scale)
-            to_key = work.take("to key", wide, *key.shape)
-            to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
-            add_to_keys(self.to_key, step, chunk, to_key)
+            with key_gradient(work, self.to_key, step, chunk, wide, self.once) as to_key:
+                to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
         target = self.to_query.rows(step)
         target.copy_(to_query.view(target.shape))
 

@@ -24,11 +24,16 @@ class Piece(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """Which cells of a ``rows x width`` rectangle are allowed; equal patterns share a patch."""
+    """Which cells of a ``rows x width`` rectangle are allowed; equal patterns share a patch.
+
+    With `others`, each batch element of the lane has its own: this one, or the next of them,
+    and so on from the first again.
+    """
 
     rows: int
     width: int
     pieces: tuple[Piece, ...]
+    others: tuple[Pattern, ...] = ()
 
 
 class Patch(NamedTuple):

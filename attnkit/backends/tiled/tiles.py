@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ __all__ = [
     "Step",
     "Strided",
     "Workspace",
-    "add_to_keys",
     "head_tiles",
+    "key_gradient",
     "key_tile",
     "query_tile",
     "steps",
@@ -236,9 +237,25 @@ def key_tile(
     return work.take(name, dtype, step.products, chunk.width, source.width)
 
 
-def add_to_keys(target: Strided, step: Step, chunk: KeyChunk, part: Tensor) -> None:
-    """Add ``[(b m n) w d]`` to the keys of a chunk."""
+@contextmanager
+def key_gradient(
+    work: Workspace, target: Strided, step: Step, chunk: KeyChunk, dtype: torch.dtype, once: bool
+) -> Iterator[Tensor]:
+    """Lend ``[(b m n) w d]``, to be overwritten with what is added to the keys of a chunk.
+
+    Where each key is met `once`, that is all there is: the keys' place holds nothing yet.
+    """
+    if once and target.tensor.dtype == dtype:
+        folded = _folded(target.keys(step, *chunk.runs[0]))
+        if folded is not None and folded.is_contiguous():
+            yield folded
+            return
+    part = work.take("to key", dtype, step.products, chunk.width, target.width)
+    yield part
     wide = part.view(step.batches, step.repeats, step.key_heads, chunk.width, target.width)
+    if once:
+        target.keys(step, *chunk.runs[0]).copy_(wide)
+        return
     widths = [stop - start for start, stop, _ in chunk.runs]
     for run, piece in zip(chunk.runs, wide.split_with_sizes(widths, 3), strict=True):
         view, (start, stop, stride) = target.keys(step, *run), run

@@ -133,11 +133,15 @@ class Walk(ABC):
             return
         cells = tile.view(-1, step.block.rows, chunk.width)
         for column, pattern in chunk.patches:
-            whole = pattern.width == chunk.width
-            edge = cells if whole else cells[:, :, column : column + pattern.width]
             if id(pattern) not in self._edges:
                 self._edges[id(pattern)] = pattern_mask(pattern, tile.dtype, tile.device, torch.inf)
-            self._mask(edge, self._edges[id(pattern)])
+            edges, edge = self._edges[id(pattern)], cells
+            if pattern.others:
+                first = step.batch - step.lane.batches[0]
+                edges, edge = edges[first : first + step.batches], self.by_head(tile, step, chunk)
+            elif pattern.width != chunk.width:
+                edge = cells[:, :, column : column + pattern.width]
+            self._mask(edge, edges)
 
     def by_head(self, tile: Tensor, step: Step, chunk: KeyChunk) -> Tensor:
         """View a ``[g r w]`` tile as ``[b h i j]``; its block is not repeated."""

@@ -8,7 +8,7 @@ or NaN unless the scale is above 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,10 +43,18 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def pattern_mask(
     pattern: Pattern, dtype: torch.dtype, device: torch.device, allowed: float
 ) -> Tensor:
-    """Return a pattern as ``[rows, width]``: `allowed`, or -inf.
+    """Return a pattern as ``[rows, width]``, or ``[b, 1, rows, width]``: `allowed`, or -inf.
 
     Where a cell is allowed it holds 0, for a sum, or inf, for a minimum.
     """
+    if pattern.others:
+        each = (pattern._replace(others=()), *pattern.others)
+        known = {one: _cells(one, dtype, device, allowed) for one in set(each)}
+        return torch.stack([known[one] for one in each])[:, None]
+    return _cells(pattern, dtype, device, allowed)
+
+
+def _cells(pattern: Pattern, dtype: torch.dtype, device: torch.device, allowed: float) -> Tensor:
     out = torch.full((pattern.rows, pattern.width), -torch.inf, dtype=dtype, device=device)
     column = torch.arange(pattern.width, device=device)
     for row, rows, runs in pattern.pieces:
@@ -94,7 +102,9 @@ class WholeCall(NamedTuple):
             return mask
         dtype = query.dtype if mask is None else mask.dtype
         cells = pattern_mask(pattern, dtype, query.device, 0.0)
-        return cells if mask is None else mask + cells
+        if bias is None or mask is None:
+            return cells
+        return bias.joined(mask, cells) if pattern.others else mask + cells
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the call's rows of a ``[b n s d]`` tensor, a view."""
@@ -161,8 +171,14 @@ def run_whole(
     if call.piece.before:
         left, right = (run_whole(one, query, key, value, scale, bias) for one in call.calls)
         return _merged(left, right)
-    tensors, mask = _given_to_torch(call, query, key, value), call.mask(bias, query)
-    out, lse = _forward(*tensors, 0.0, call.piece.causal, attn_mask=mask, scale=scale)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = _forward(
+            q, k, v, 0.0, call.piece.causal, attn_mask=mask, scale=scale
+        )
+        return made
+
+    out, lse = _in_periods(run, _given_to_torch(call, query, key, value), call.mask(bias, query))
     return out, lse
 
 
@@ -176,11 +192,48 @@ def run_whole_backward(
     """Return the gradients of query, key and value for one call, as new tensors."""
     out, slope = (_dense_last(call.rows(t)) for t in (kept.output, kept.arrived))
     stats = call.rows(kept.lse[..., None])[..., 0]
-    tensors, mask = _given_to_torch(call, *operands), call.mask(bias, operands[0])
-    dq, dk, dv = _backward(
-        slope, *tensors, out, stats, 0.0, call.piece.causal, attn_mask=mask, scale=scale
-    )
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *given, mask = tensors
+        made: tuple[Tensor, ...] = _backward(
+            *given, 0.0, call.piece.causal, attn_mask=mask, scale=scale
+        )
+        return made
+
+    tensors = (slope, *_given_to_torch(call, *operands), out, stats)
+    dq, dk, dv = _in_periods(run, tensors, call.mask(bias, operands[0]))
     return dq, dk, dv
+
+
+def _in_periods(
+    run: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Run on ``[b n ...]`` tensors; where `mask` has fewer batch elements, it repeats.
+
+    What repeats is then a batch of many heads, if strides allow, which torch takes as one call.
+    """
+    batch, period = len(tensors[0]), 1 if mask is None or mask.ndim < 4 else len(mask)
+    if mask is None or period in (1, batch):
+        return run(*tensors, mask)
+    folded = [one for one in (_as_heads(tensor, period) for tensor in tensors) if one is not None]
+    if len(folded) < len(tensors):
+        starts = range(0, batch, period)
+        parts = [run(*(t[k : k + period] for t in tensors), mask) for k in starts]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    heads = tensors[0].shape[1]
+    mask = mask.expand(-1, heads, -1, -1).reshape(1, -1, *mask.shape[2:])
+    return tuple(made.reshape(batch, -1, *made.shape[2:]) for made in run(*folded, mask))
+
+
+def _as_heads(tensor: Tensor, period: int) -> Tensor | None:
+    """Return ``[(t p) n ...]`` as ``[t (p n) ...]``, p being the period: a view, or None."""
+    (batch, heads, *rest), (step, head, *strides) = tensor.shape, tensor.stride()
+    if heads == 1:
+        head = step
+    if step != heads * head:
+        return None
+    sizes, strides = (batch // period, period * heads, *rest), [period * step, head, *strides]
+    return tensor.as_strided(sizes, strides, tensor.storage_offset())
 
 
 def in_a_row(tensor: Tensor) -> Tensor:
