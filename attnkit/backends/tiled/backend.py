@@ -42,7 +42,7 @@ from attnkit.backends.tiled.passes import (
 from attnkit.backends.tiled.schedule import RowBlock, Schedule
 from attnkit.backends.tiled.terms import Carried, Term
 from attnkit.backends.tiled.tiles import steps
-from attnkit.backends.tiled.whole import is_sound
+from attnkit.backends.tiled.whole import fits_torch
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
@@ -274,7 +274,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, sink and of bias tensors that ask for some."""
     query, key, value, sink = operands
-    if job.schedule.fused and not _fits_torch(kept, made, bool(terms)):
+    if job.schedule.fused and not fits_torch(kept, made, bool(terms)):
         job = job.by_blocks
     if job.raised is not None:
         wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
@@ -299,13 +299,6 @@ def _gradients(
         g if g is None or t is None else g.to(t.dtype) for g, t in zip(to_bias, made, strict=True)
     )
     return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *typed)
-
-
-def _fits_torch(kept: Kept, made: Sequence[Tensor | None], biased: bool) -> bool:
-    """Whether torch's kernel makes the gradients that are asked for, and well."""
-    if made or kept.grad_lse is not None:  # it knows none of biases, none through the statistics
-        return False
-    return not biased or is_sound(kept.lse.masked_fill(kept.lse == -torch.inf, 1.0))
 
 
 def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

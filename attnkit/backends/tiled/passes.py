@@ -30,6 +30,7 @@ from attnkit.backends.tiled.tiles import (
     Workspace,
     key_gradient,
     key_tile,
+    query_gradient,
     query_tile,
 )
 from attnkit.backends.tiled.walk import LN2, LOG2E, Walk, bias_of
@@ -203,17 +204,15 @@ class Backward(Walk):
         grad = query_tile(work, "grad", self.grad, step, wide)
         delta, lse = self._delta(step, grad), self._lse(step, grad, block)
         total = self._total(step, block, query, lse) if _swallows(lse) else None
-        to_query = work.take("to query", wide, *query.shape)
-        for k, chunk in enumerate(block.chunks):
-            key = key_tile(work, "key", self.key, step, chunk, wide)
-            weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
-            with key_gradient(work, self.to_value, step, chunk, wide, self.once) as to_value:
-                torch.bmm(weights.transpose(1, 2), grad, out=to_value)
-            to_query.baddbmm_(ds, key, beta=0.0 if k == 0 else 1.0, alpha=scale)
-            with key_gradient(work, self.to_key, step, chunk, wide, self.once) as to_key:
-                to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
-        target = self.to_query.rows(step)
-        target.copy_(to_query.view(target.shape))
+        with query_gradient(work, self.to_query, step, wide) as to_query:
+            for k, chunk in enumerate(block.chunks):
+                key = key_tile(work, "key", self.key, step, chunk, wide)
+                weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
+                with key_gradient(work, self.to_value, step, chunk, wide, self.once) as to_value:
+                    torch.bmm(weights.transpose(1, 2), grad, out=to_value)
+                to_query.baddbmm_(ds, key, beta=0.0 if k == 0 else 1.0, alpha=scale)
+                with key_gradient(work, self.to_key, step, chunk, wide, self.once) as to_key:
+                    to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
 
     def _weights(
         self,

@@ -23,6 +23,7 @@ __all__ = [
     "head_tiles",
     "key_gradient",
     "key_tile",
+    "query_gradient",
     "query_tile",
     "steps",
 ]
@@ -235,6 +236,23 @@ def key_tile(
     for run, part in zip(chunk.runs, copy.split_with_sizes(widths, 3), strict=True):
         part.copy_(source.keys(step, *run))
     return work.take(name, dtype, step.products, chunk.width, source.width)
+
+
+@contextmanager
+def query_gradient(
+    work: Workspace, target: Strided, step: Step, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Lend ``[(b m n) (g r) d]``, to be overwritten with what belongs to the rows of a step."""
+    view = target.rows(step)
+    if view.dtype == dtype and step.members == 1:
+        folded = _folded(view[:, :, :, 0])
+        if folded is not None and folded.is_contiguous():
+            yield folded
+            return
+    rows = step.members * step.block.rows
+    part = work.take("to query", dtype, step.products, rows, target.width)
+    yield part
+    view.copy_(part.view(view.shape))
 
 
 @contextmanager

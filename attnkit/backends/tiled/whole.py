@@ -24,6 +24,7 @@ __all__ = [
     "LARGE",
     "WholeCall",
     "calls_of",
+    "fits_torch",
     "in_a_row",
     "is_sound",
     "pattern_mask",
@@ -258,6 +259,16 @@ def is_sound(lse: Tensor) -> bool:
     """
     low, high = lse.abs().aminmax()
     return bool((low > 0.0) & (high < LARGE))
+
+
+def fits_torch(kept: Kept, made: Sequence[Tensor | None], biased: bool) -> bool:
+    """Whether torch's kernel makes the gradients that are asked for, and well.
+
+    `made` are the tensors of a bias that gradients are asked for.
+    """
+    if made or kept.grad_lse is not None:  # it knows none of biases, none through the statistics
+        return False
+    return not biased or is_sound(kept.lse.masked_fill(kept.lse == -torch.inf, 1.0))
 
 
 def _given_to_torch(
