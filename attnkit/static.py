@@ -20,6 +20,7 @@ from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput, Operands, run_plan
 from attnkit.constants import constant
 from attnkit.decoding import text_length
+from attnkit.eager import untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region, Slice
 from attnkit.masks import Mask
@@ -286,6 +287,7 @@ def static_plan(
     return core._plan(asked, query, *pair, core.sink, None)
 
 
+@untraced("a step with a StaticCache runs between compiled graphs")
 def static_step(
     core: Attention,
     cache: StaticCache,
