@@ -26,7 +26,10 @@ class Pages(Memory):
     """
 
     def __init__(self, like: Pair, batch: int, pages: int, page: int) -> None:
-        super().__init__(like, pages, page)
+        # Tokens lie end to end, not those of a head: so paged kernels have it.
+        with torch.inference_mode(False):
+            keys, values = (tensor.new_empty((pages, page, *tensor.shape[-2:])) for tensor in like)
+        self.pair = keys, values
         self.tables: list[list[int]] = [[] for _ in range(batch)]
         self.owners = [0] * pages
 
