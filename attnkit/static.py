@@ -299,7 +299,9 @@ def static_step(
     positions, capacity = cache.positions(query), cache.capacity
     known = text_length(mask, pse, 1)
     ends = row_ends(mask, capacity if known is None else known, query.device)
-    bias = None if pse is None else _bias_at(pse, positions, capacity, query)
+    bias = None
+    if pse is not None:
+        bias = _bias_at(pse, positions, capacity, query, core.composition.scale)
     cells = cells_at(ends, positions, capacity)
     query = query.transpose(1, 2)
     pair = cache.append(key, value)
@@ -308,8 +310,11 @@ def static_step(
     return AttentionOutput(output.transpose(1, 2), stats)
 
 
-def _bias_at(pse: Pse, positions: Tensor, capacity: int, like: Tensor) -> Pse:
-    """Return the rows of a bias at some positions, over all keys: ``[b n s capacity]``."""
+def _bias_at(pse: Pse, positions: Tensor, capacity: int, like: Tensor, scale: float | None) -> Pse:
+    """Return the rows of a bias at some positions, over all keys: ``[b n s capacity]``.
+
+    They are added before the scale, divided by it: so does the version that graphs capture.
+    """
     if not pse.toeplitz or any(part.before_scale for part in pse.parts):
         raise CompositionError(
             f"{pse!r} does not follow from distances alone, and a StaticCache makes its rows from "
@@ -320,7 +325,9 @@ def _bias_at(pse: Pse, positions: Tensor, capacity: int, like: Tensor) -> Pse:
     diagonals = make(pse, capacity, wide, like.device)
     keys = torch.arange(capacity, device=like.device)
     cells = diagonals[:, keys - positions[..., None] + capacity - 1].transpose(0, 1)
-    return Dense(cells.detach(), validate=False)
+    if not scale:
+        return Dense(cells.detach(), validate=False)
+    return Dense(cells.detach() / scale, before_scale=True, validate=False)
 
 
 def _check_still(mask: Mask, length: int) -> None:

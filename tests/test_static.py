@@ -119,6 +119,16 @@ def test_every_step_is_one_call_with_the_same_arguments(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_bias_is_a_term_of_the_version_that_graphs_capture():
+    layer, cache = build(backend="emulated", **LAYERS["sinks, alibi"]), StaticCache(32)
+    layer(STEP, cache=cache)
+    (plan,) = layer.attention._plans.values()
+    (step,) = plan.steps
+    assert step.call.pse is not None
+    assert step.call.inexpressible("v3") is None
+
+
+@torch.no_grad()
 def test_the_plan_is_proven_and_says_where_the_mask_comes_from():
     layer, cache = build(backend="emulated"), StaticCache(32)
     layer(STEP, cache=cache)
