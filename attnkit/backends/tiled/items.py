@@ -23,10 +23,11 @@ STEP_CELLS = 24 * 1024
 # ones feed the products better.
 HEIGHTS = {64: 1.19, 128: 1.04, 256: 1.0}
 # Torch's fused kernel computes causal squares faster than blocks do where they are this small,
-# as one call, or this large.
+# as one call, or have full tiles; and rows with keys before them, as two, from `LARGE` rows on.
 SMALL, LARGE = 256, 1024
-# Its tiles are this low at least, and as high as can be from so many rows on.
-LOWEST_TILE, FULL_TILES = 32, 768
+# Its tiles are this low at least, higher from `MIDDLE_TILES` rows on, and as high as can be from
+# `FULL_TILES`.
+LOWEST_TILE, MIDDLE_TILES, FULL_TILES = 32, 192, 768
 # A run that jumps by more keys than this between two rows starts a new block, unless that is a
 # small part of the keys that both rows see.
 JUMP = 32
@@ -102,7 +103,7 @@ def _wholes(segment: Sequence[Strip], traits: Traits) -> list[Whole]:
 
 def _low(wholes: Sequence[Whole], rows: int, traits: Traits) -> bool:
     """Whether the kernel's tiles are low in most rows of a segment: blocks feed products better."""
-    low = [w for w in wholes if not w.causal and w.rows < FULL_TILES and w.keys > SMALL]
+    low = [w for w in wholes if not w.causal and w.rows < MIDDLE_TILES and w.keys > SMALL]
     return rows < traits.q_len and 2 * sum(w.rows for w in low) > rows
 
 
@@ -119,7 +120,7 @@ def _whole(strip: Strip, traits: Traits) -> Whole | None:
     # In 16 bits the kernel is fast at every size, but its output is rounded: no sums of two.
     if before and not (traits.merges and rows >= LARGE):
         return None
-    if rows <= SMALL or rows >= LARGE or not traits.merges:
+    if rows <= SMALL or rows >= FULL_TILES or not traits.merges:
         return Whole(i0, rows, a + before, rows, True, before=before)
     return None
 
