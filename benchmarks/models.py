@@ -192,15 +192,16 @@ def main() -> None:
     data["machine"] = machine(options.threads)
     data["commands"].append(f"python {shlex.join(['benchmarks/models.py', *sys.argv[1:]])}")
     known = {(found["row"], found["dtype"], found["pass"]): found for found in data["rows"]}
+    names = [row.name for row in (*ROWS, *DECODING)]
+    RESULTS.parent.mkdir(exist_ok=True)
     for row, dtype, what in wanted(options):
         found = measure(row, dtype, what, options)
         known[found["row"], found["dtype"], found["pass"]] = found
         print(table_row(found), flush=True)
-    names = [row.name for row in (*ROWS, *DECODING)]
-    data["rows"] = sorted(known.values(), key=lambda found: names.index(found["row"]))
-    RESULTS.parent.mkdir(exist_ok=True)
-    store.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    RESULTS.write_text("\n".join([*page(data), ""]), encoding="utf-8")
+        # Written row by row: it takes long, and what was measured is not lost.
+        data["rows"] = sorted(known.values(), key=lambda found: names.index(found["row"]))
+        store.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text("\n".join([*page(data), ""]), encoding="utf-8")
     print(f"written: {RESULTS.name}")
 
 
