@@ -28,6 +28,8 @@ SMALL, LARGE = 256, 1024
 # Its tiles are this low at least, higher from `MIDDLE_TILES` rows on, and as high as can be from
 # `FULL_TILES`.
 LOWEST_TILE, MIDDLE_TILES, FULL_TILES = 32, 192, 768
+# What a cell costs there under a pattern, which is made and added to the scores.
+PATTERN = 1.15
 # A run that jumps by more keys than this between two rows starts a new block, unless that is a
 # small part of the keys that both rows see.
 JUMP = 32
@@ -80,11 +82,21 @@ def _jumps(above: Strip, below: Strip) -> bool:
         sum(b - a for a, _, b, _ in below.runs),
     )
     reach = max(JUMP, keys // 8)
+    # A tiny document beside a large one is a piece by itself; `_merge_small` joins what is dearer.
+    last_key = last[2] + last[3] * (rows - 1)
+    apart = last_key <= below.runs[0][0] and max(_wide(above), _wide(below)) > 2 * JUMP
     return (
-        above.i1 != below.i0
+        apart
+        or above.i1 != below.i0
         or abs(first[0] + first[1] * rows - below.runs[0][0]) > reach
         or abs(last[2] + last[3] * rows - below.runs[-1][2]) > reach
     )
+
+
+def _wide(strip: Strip) -> int:
+    """Return how many keys some row of a strip reaches over."""
+    a, _, b, db = strip.runs[-1]
+    return b + db * (strip.i1 - strip.i0 - 1) - a
 
 
 def _wholes(segment: Sequence[Strip], traits: Traits) -> list[Whole]:
@@ -329,6 +341,7 @@ def _union(
 def _cost(item: RowBlock | Whole, traits: Traits) -> float:
     """Return the time of an item, in score cells."""
     if isinstance(item, Whole):
-        return item.rows * (item.keys + item.before) * traits.matrices + STEP_CELLS / 4
+        cells = item.rows * (item.keys + item.before) * traits.matrices
+        return cells * (1.0 if item.pattern is None else PATTERN) + STEP_CELLS / 4
     cells = sum(chunk.width for chunk in item.chunks) * item.rows
     return cells * traits.matrices + STEP_CELLS * len(item.chunks)

@@ -10,7 +10,7 @@ import torch
 import attnkit as ak
 from attnkit import masks
 from attnkit.backends.tiled.job import Job, schedule
-from attnkit.backends.tiled.schedule import Schedule
+from attnkit.backends.tiled.schedule import RowBlock, Schedule, Whole
 from attnkit.backends.tiled.walk import guarded
 from attnkit.backends.unseen import unseen_keys
 from attnkit.planner import Composition, Request, read_request
@@ -135,3 +135,25 @@ def test_tiny_packed_sequences_share_tiles_until_one_is_wild() -> None:
         seqlens=ak.SeqLens([300] * 3),
     )
     assert not schedule(long).mixes
+
+
+def test_a_tiny_document_beside_a_large_one_is_a_call_by_itself() -> None:
+    def items(*lengths: int) -> tuple[RowBlock | Whole, ...]:
+        x = torch.empty(sum(lengths), 8, 64, device="meta")
+        asked = Composition(masks.Causal(), layout="TND")
+        (lane,) = schedule(read_request(asked, x, x, x, seqlens=ak.SeqLens(lengths))).lanes
+        return lane.items
+
+    for lengths in ((4, 244), (244, 4), (26, 180, 12)):
+        made = items(*lengths)
+        assert [item.rows for item in made] == list(lengths)
+        assert all(isinstance(item, Whole) and item.causal for item in made)
+    assert len(items(3, 5, 4, 2, 9)) == 1  # each by itself would be more calls than work
+
+
+def test_full_documents_of_middle_length_are_calls_of_torchs_kernel() -> None:
+    x = torch.empty(900, 8, 64, device="meta")
+    for lengths in ([300, 600], [200, 700]):
+        asked = read_request(Composition(layout="TND"), x, x, x, seqlens=ak.SeqLens(lengths))
+        (lane,) = schedule(asked).lanes
+        assert [item.rows for item in lane.items if isinstance(item, Whole)] == lengths
