@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends import BACKENDS, AttentionOutput, Backend, Operands, Stats, register
+from attnkit.backends.compiled.backend import LIBRARY
 from attnkit.errors import Refusal
 from attnkit.planner import Plan, Request
 from tests.campaign.case import Case
@@ -33,6 +34,18 @@ def test_nothing_is_wrong(backend: str) -> None:
     assert not tally.wrong, tally.report()
     # A backend that refuses everything would be right, too.
     assert tally.outcomes[f"{backend}: agrees"] > 15, tally.report()
+
+
+def test_the_kernel_is_right_or_refuses() -> None:
+    """It refuses biases and float64, which most cases have: so there are more of them."""
+    if LIBRARY.missing():
+        pytest.skip(str(LIBRARY.missing()))
+    tally = Tally()
+    work = Work(11, ("compiled",), Options(largest=200), shrink=False)
+    for index in range(120):
+        one(work, index, tally)
+    assert not tally.wrong, tally.report()
+    assert tally.outcomes["compiled: agrees"] > 15, tally.report()
 
 
 def test_decoding_is_right_or_refused() -> None:
