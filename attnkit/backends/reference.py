@@ -6,15 +6,19 @@
 
 A row without any allowed key gives 0. A key that no query of its sequence may see counts for
 nothing, whatever it and its value hold. Low precision is computed in float32.
+
+Where the scores are many, rows are computed a block at a time, and once more for the gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, stats_dtype
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
@@ -22,11 +26,15 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
 from attnkit.masks.given import GivenCells
+from attnkit.masks.trace import blocks_around
 from attnkit.planner import Plan, Request
 from attnkit.planner.scoring import modified
 from attnkit.pse import Pse
 
 __all__ = ["Matrix", "Reference", "attend", "matrix_of", "scores_of"]
+
+CELLS = 1 << 21
+"""Scores that are held at a time, of all batch elements and heads."""
 
 
 class Reference(Backend):
@@ -40,7 +48,7 @@ class Reference(Backend):
         return []
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
-        """Attend with full score matrices, one packed sequence after the other."""
+        """Attend a dense batch at once, packed sequences one after the other."""
         request, layout = plan.request, plan.request.layout_of
         if not layout.packed:
             output, lse, peak = attend(matrix_of(request, operands, None))
@@ -58,7 +66,7 @@ class Matrix:
     """What one attention is made of: tensors ``[b n s d]``, and what holds for their cells.
 
     `sequence` says which one of a packed batch they are; None where the batch is theirs. The first
-    cell is `corner` of the score matrix, row and key.
+    cell is `corner`, row and key, of the score matrix that `mask` is of.
     """
 
     request: Request
@@ -79,10 +87,37 @@ class Matrix:
             query=self.query[:, :, slice(*rows)],
             key=self.key[:, :, slice(*keys)],
             value=self.value[:, :, slice(*keys)],
-            mask=self.mask.cut(rows, keys, **whole),
             pse=None if self.pse is None else self.pse.cut(rows, keys, **whole),
             corner=(self.corner[0] + rows[0], self.corner[1] + keys[0]),
         )
+
+    @property
+    def place(self) -> Rectangle:
+        """Where it lies in the score matrix of its sequence."""
+        request, (row, key) = self.request, self.corner
+        own = self.sequence is not None
+        q_len, kv_len = (
+            request.sequences[self.sequence or 0] if own else (request.q_len, request.kv_len)
+        )
+        rows, keys = (row, row + self.query.shape[2]), (key, key + self.key.shape[2])
+        return Rectangle(rows, keys, q_len, kv_len)
+
+    def blocks(self) -> Iterator[tuple[tuple[int, int], Matrix]]:
+        """Yield ranges of rows with what they are over the keys that they may see.
+
+        The scores of each are `CELLS` at most, or those of one row of each head.
+        """
+        batch, heads, q_len, _ = self.query.shape
+        most, kv_len = CELLS // max(1, batch * heads), self.key.shape[2]
+        if q_len * kv_len <= most:
+            yield (0, q_len), self
+            return
+        at, b = self.place, self.sequence
+        own = slice(None) if b is None else slice(b, b + 1)
+        known = {e.outer for plane in self.request.matrices.planes for e in plane[own]}
+        outers = [outer.cut(at.rows, at.keys) for outer in known]
+        for rows, keys in blocks_around(outers, q_len, kv_len, most):
+            yield rows, self.rectangle(rows, keys)
 
 
 def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Matrix:
@@ -98,6 +133,23 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
 
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output ``[b n s d]``, the log-sum-exp and the largest score ``[b n s]``."""
+    blocks = [block for _, block in one.blocks()]
+    if len(blocks) == 1:
+        return _attend(blocks[0])
+    # Of a block nothing is kept for the gradients but what it is made of. Transforms of torch.func
+    # do not know that: they keep all.
+    again, drops = torch.is_grad_enabled() and not one.request.transformed, one.request.dropout > 0
+    parts = [
+        checkpoint(_attend, block, use_reentrant=False, preserve_rng_state=drops)
+        if again
+        else _attend(block)
+        for block in blocks
+    ]
+    output, lse, peak = (torch.cat(column, 2) for column in zip(*parts, strict=True))
+    return output, lse, peak
+
+
+def _attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     request, wide = one.request, stats_dtype(one.query.dtype)
     scores, value = scores_of(one)
     columns = scores
@@ -124,7 +176,7 @@ def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:
     """
     request, wide = one.request, stats_dtype(one.query.dtype)
     key, value = one.key, one.value
-    allowed = _allowed(one.mask, one.sequence, one.query.shape[2], key.shape[2], key.device)
+    allowed = _allowed(one)
     if allowed is not None:
         unseen = ~_by_key_head(allowed, request)
         key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
@@ -198,19 +250,18 @@ def _softmax(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return exponentials / total, lse, peak.squeeze(-1)
 
 
-def _allowed(
-    mask: Mask, sequence: int | None, q_len: int, kv_len: int, device: torch.device
-) -> Tensor | None:
+def _allowed(one: Matrix) -> Tensor | None:
     """Return the allowed cells [b or 1, n or 1, i, j]; None where everything is allowed."""
-    one = sequence is not None
-    batches = [sequence or 0 if mask.batches else 0] if one else list(range(mask.batches or 1))
+    mask, at = one.mask, one.place
+    apart = range(mask.batches or 1) if one.sequence is None else [one.sequence]
+    batches = apart if mask.batches else [0]
     planes = [(b, h) for b in batches for h in range(mask.heads or 1)]
-    full = Region.full(q_len, kv_len)
-    if all(mask.enclosure(q_len, kv_len, b, h).inner == full for b, h in planes):
+    full, lengths = Region.full(*at.shape), (at.q_len, at.kv_len)
+    known = (mask.enclosure(*lengths, *plane).inner for plane in planes)
+    if all(inner.cut(at.rows, at.keys) == full for inner in known):
         return None
-    whole = (0, q_len), (0, kv_len), q_len, kv_len
-    cells = torch.stack([mask._read(Rectangle(*whole, *plane), device) for plane in planes])
-    return rearrange(cells, "(b n) i j -> b n i j", b=len(batches))
+    cells = [mask._read(at._replace(batch=b, head=h), one.query.device) for b, h in planes]
+    return rearrange(torch.stack(cells), "(b n) i j -> b n i j", b=len(batches))
 
 
 register(Reference())

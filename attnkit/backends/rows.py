@@ -16,12 +16,9 @@ from torch import Tensor
 
 from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
 from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
-from attnkit.masks.trace import blocks_around
 from attnkit.planner import Request
 
 __all__ = ["derivatives", "maxima"]
-
-_CELLS = 2**22
 
 
 class SomeRows(NamedTuple):
@@ -41,18 +38,12 @@ class SomeRows(NamedTuple):
 
 
 def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
-    """Yield blocks of rows, each with the keys that it may see, of about `_CELLS` scores."""
+    """Yield blocks of rows, each with the keys that it may see, one sequence after the other."""
     packed = request.seqlens is not None
     for b in range(request.batch) if packed else (None,):
-        whole = matrix_of(request, operands, b)
-        own = slice(None) if b is None else slice(b, b + 1)
-        outers = {known.outer for plane in request.matrices.planes for known in plane[own]}
         row = request.token_starts[0][b] if b is not None else 0
-        count = whole.query.shape[0] * request.num_heads
-        rows, kv_len = whole.query.shape[2], whole.key.shape[2]
-        most = _CELLS // max(1, count)
-        for some, keys in blocks_around(outers, rows, kv_len, most):
-            yield SomeRows(whole.rectangle(some, keys), row, *some)
+        for rows, block in matrix_of(request, operands, b).blocks():
+            yield SomeRows(block, row, *rows)
 
 
 def maxima(request: Request, operands: Operands) -> Tensor:

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends import rows
+from attnkit.backends import reference
 
 WIDE = torch.float64
 SINK_AND_WINDOW = masks.Causal() & (masks.SlidingWindow(3) | masks.Columns(0, 2))
@@ -147,11 +147,11 @@ def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     One tensor stands in all places, and the incoming gradients are constants or not.
     """
-    monkeypatch.setattr(rows, "_CELLS", 60)  # several blocks of rows
     how = dict(COMPOSITIONS[name]()) if name != "packed" else {"mask": masks.Causal(), **PACKED}
     how["sink"] = draw(4, seed=3)
     each = []
-    for backend in ("tiled", "reference"):
+    for backend, cells in (("tiled", 60), ("reference", 60), ("reference", 1 << 21)):
+        monkeypatch.setattr(reference, "CELLS", cells)  # 60 makes several blocks of rows
         lin = nn.Linear(8, 8, bias=False, dtype=WIDE)
         nn.init.normal_(lin.weight, std=0.3, generator=torch.Generator().manual_seed(5))
         tensors = [lin(t) for t in (packed() if name == "packed" else operands())]
@@ -164,10 +164,41 @@ def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         penalty = sum(g.pow(2).sum() for g in first if g is not None)
         wanted = [lin.weight, *leaves[3:]]
         each.append(torch.autograd.grad(penalty, wanted, allow_unused=True))
-    for mine, right in zip(*each, strict=True):
-        assert mine is not None
-        exact = 1e-9 if right.dtype == WIDE else 1e-5
-        assert (mine - right).abs().max() <= exact * right.abs().max()
+    for *blocks, right in zip(*each, strict=True):
+        exact = 1e-9 if all(leaf.dtype == WIDE for leaf in leaves) else 1e-5
+        for mine in blocks:
+            assert (mine - right).abs().max() <= exact * right.abs().max()
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize("name", [*COMPOSITIONS, "packed"])
+def test_blocks_of_rows_are_the_definition(
+    name: str, with_sink: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = dict(COMPOSITIONS[name]()) if name != "packed" else {"mask": masks.Causal(), **PACKED}
+    how |= {"sink": draw(4, seed=3)} if with_sink else {}
+    tensors = packed() if name == "packed" else operands()
+    leaves, each = leaves_of(tensors, how), []
+    for cells in (1 << 21, 60):
+        monkeypatch.setattr(reference, "CELLS", cells)
+        found = ak.attention(*tensors, backend="reference", return_stats=True, **how)
+        grads = torch.autograd.grad(loss(found, "output and lse"), leaves)
+        each.append((found.output, found.stats.lse, found.stats.max, *grads))
+    for whole, blocks in zip(*each, strict=True):
+        exact = 1e-12 if whole.dtype == WIDE else 1e-4
+        torch.testing.assert_close(blocks, whole, rtol=exact, atol=exact)
+
+
+def test_blocks_of_rows_drop_the_same_cells_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient by the values tells what was dropped."""
+    monkeypatch.setattr(reference, "CELLS", 60)
+    q, k, _ = (t.detach() for t in operands())
+    v = torch.eye(14, dtype=WIDE).expand(2, 2, 14, 14).transpose(1, 2).clone().requires_grad_()
+    out = ak.attention(q, k, v, dropout=0.5, backend="reference")
+    assert isinstance(out, Tensor)
+    (slope,) = torch.autograd.grad(out.sum(), v)
+    shares = out.detach().unflatten(2, (2, 2)).sum((1, 3))  # of each key, by key head
+    torch.testing.assert_close(slope[..., 0], shares.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_a_constant_gradient() -> None:

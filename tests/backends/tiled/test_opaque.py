@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit import masks
+from attnkit.backends import reference
 from attnkit.backends.tiled import cells
 from attnkit.masks import Mask, Rectangle
 from attnkit.masks.dilated import Dilated
@@ -101,6 +102,15 @@ def test_gradients_of_gradients_make_no_plane(name: str) -> None:
         (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         slope.sum().backward()
     assert seen.numbers <= 1 << 22
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_the_definition_makes_no_plane(name: str) -> None:
+    mask = INSIDE[name](2048)
+    with Allocated() as seen:
+        step(mask, 2048, "reference")
+    assert seen.numbers <= reference.CELLS
+    assert seen.peak < 64 << 20
 
 
 def test_a_plane_would_be_seen() -> None:
