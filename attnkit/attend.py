@@ -4,26 +4,25 @@
 `plan_of` puts the composition together, reads the request off the tensors and plans it, and
 `attend` runs the plan.
 
-While `torch.compile` traces, the tracer must not follow the planner. So what a plan is read from
-leaves the trace as constants, each of them a guard of the graph: other shapes, dtypes, devices,
-gradients or modes are another request and compile again. So are another mask, bias or `SeqLens`,
-by identity.
+While `torch.compile` traces, the tracer must not follow the planner, and a graph must hold for what
+is new in each step. So masks, biases and `SeqLens` go into the graph by their handles, which are
+tensors, and it is planned when it runs. What else is asked for is a constant, and a guard of the
+graph: another layout, dtype, backend, mode or number of heads compiles again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from operator import index
-from typing import Any, NamedTuple, TypeAlias, cast
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from attnkit import layouts
 from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
-from attnkit.backends.graph import hold, run_number, stand_in
+from attnkit.backends.graph import Terms, run_terms
 from attnkit.errors import CompositionError
+from attnkit.handles import number_of
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.planner import Composition, Plan, read_request
@@ -31,31 +30,18 @@ from attnkit.planner.repeats import strict
 from attnkit.planner.request import is_transformed
 from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
 from attnkit.pse import Pse
-from attnkit.pse.base import rebound
 
-__all__ = ["Asked", "any_length", "attend", "interned", "is_tracing", "key_of", "plan_of"]
+__all__ = ["Asked", "any_length", "attend", "is_tracing", "key_of", "plan_of"]
 
 is_tracing = torch.compiler.is_dynamo_compiling
 
-Facts: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool]
-"""What a request reads off a tensor: shape, dtype, device, whether it asks for a gradient."""
-
 _WHOLE = Full()
-
-# Weak, since a mask may hold a matrix.
-_SEEN: WeakValueDictionary[int, Mask] = WeakValueDictionary()
-
-
-def interned(mask: Mask) -> Mask:
-    """Return one object for equal masks, so that equal layers share one graph."""
-    known = _SEEN.setdefault(hash(mask), mask)
-    return known if known == mask else mask
 
 
 class Asked(NamedTuple):
     """What is asked of a call besides its tensors; masks intersect and biases add up.
 
-    A tuple of pieces and not a `Composition`: what a tracer meets must be a constant each.
+    A tuple of pieces and not a `Composition`: a tracer must not add up what it knows by handles.
     """
 
     masks: tuple[Mask | None, Mask | None] = (None, None)
@@ -189,30 +175,52 @@ def attend(
     """
     if is_tracing():
         now = list(asked.tensors if carried is None else carried)
-        number = _planned(
-            *asked.masks,  # objects of ours are constants as arguments, and not inside of tuples
-            *asked.biases,
-            asked.layout,
-            (_hex(asked.scale), _hex(asked.dropout), _hex(asked.softcap)),
-            (asked.num_heads, asked.num_kv_heads, asked.head_dim),
-            (asked.training, torch.is_grad_enabled(), asked.deterministic),
-            asked.backend,
-            asked.score_fn,
-            (_facts(query), _facts(key), _facts(value)),
-            None if sink is None else _facts(sink),
-            tuple(_facts(t) for t in now),
-            seqlens,
-        )
-        drops = bool(asked.training and asked.dropout)
-        return run_number(number, [query, key, value, sink, *now], drops, return_stats)
+        return _in_graph(asked, query, key, value, sink, seqlens, now, return_stats)
     found = plan_of(asked, query, key, value, sink, seqlens)
     return run_plan(found, Operands(query, key, value, asked.pse, sink))
 
 
-def _facts(tensor: Tensor) -> Facts:
-    # A size that the tracer would leave open is asked for by number: a plan is for one size.
-    shape = tuple(index(size) for size in tensor.shape)
-    return shape, tensor.dtype, tensor.device, tensor.requires_grad
+def _in_graph(
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    seqlens: SeqLens | None,
+    carried: list[Tensor],
+    return_stats: bool,
+) -> AttentionOutput:
+    """Attend by one operator of the graph: what differs in each step is a tensor to it."""
+    # Those of the call come last: a plan is remembered with the last one.
+    (mask, call_mask), (pse, call_pse) = asked.masks, asked.biases
+    parts = (("m", mask), ("b", pse), ("m", call_mask), ("b", call_pse), ("s", seqlens))
+    some = [(role, one) for role, one in parts if one is not None] or [("m", _WHOLE)]
+    roles, values = "".join([role for role, _ in some]), [one._handle for _, one in some]
+    tensors = [query, key, value, *([] if sink is None else [sink]), *carried]
+    records = torch.is_grad_enabled()
+    if asked.score_fn is not None:  # a constant, by identity: how it computes is code
+        number = _function(asked.score_fn, records, query.device)
+        values = [torch.full((1,), number, dtype=torch.int64, device="cpu"), *values]
+        roles = "f" + roles
+    text = _words(
+        roles,
+        asked.layout,
+        (asked.num_heads, asked.num_kv_heads, asked.head_dim),
+        (_hex(asked.scale), _hex(asked.dropout), _hex(asked.softcap)),
+        asked.training,
+        sink is not None,
+        [records and one.requires_grad for one in tensors],
+        asked.backend,
+        asked.deterministic,
+    )
+    return run_terms(text, tensors, values, bool(asked.training and asked.dropout), return_stats)
+
+
+def _function(score_fn: ScoreFunction, records: bool, device: torch.device) -> int:
+    with torch.set_grad_enabled(records):
+        if trains(score_fn, torch.empty(0, device=device)):
+            raise CompositionError(SCORE_IN_GRAPH)
+    return number_of(score_fn)
 
 
 def _hex(number: float | None) -> str | None:
@@ -220,46 +228,35 @@ def _hex(number: float | None) -> str | None:
     return None if number is None else float(number).hex()
 
 
-def _planned(
-    mask: Mask | None,
-    call_mask: Mask | None,
-    pse: Pse | None,
-    call_pse: Pse | None,
+def _words(
+    roles: str,
     layout: str,
-    numbers: tuple[str | None, str | None, str | None],
     heads: tuple[int | None, int | None, int | None],
-    modes: tuple[bool, bool, bool],
+    numbers: tuple[str | None, str | None, str | None],
+    training: bool,
+    sink: bool,
+    grads: Sequence[bool],
     backend: str,
-    score_fn: ScoreFunction | None,
-    tensors: tuple[Facts, Facts, Facts],
-    sink: Facts | None,
-    carried: tuple[Facts, ...],
-    seqlens: SeqLens | None,
-) -> int:
-    """Plan for tensors that have the same properties and no data; return the plan's number.
-
-    Not the plan: the tracer keeps objects that such a function returns for as long as it lives.
-    """
+    deterministic: bool,
+) -> str:
+    """Return what a graph is of in words, which are a constant of it."""
     scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
-    training, grad, repeats = modes
-    asked = Asked((mask, call_mask), (pse, call_pse), layout, scale, dropout or 0.0, softcap)
-    with torch.set_grad_enabled(grad):
-        bias = asked.pse
-        bias = None if bias is None else rebound(bias, [stand_in(*known) for known in carried])
-        asked = asked._replace(biases=(bias, None))
-        asked = Asked(*asked[:6], *heads, training, backend, score_fn, repeats)
-        query, key, value = (stand_in(*known) for known in tensors)
-        logits = None if sink is None else stand_in(*sink)
-        found = plan_of(asked, query, key, value, logits, seqlens)
-    if found.request.score_trains:
-        raise CompositionError(SCORE_IN_GRAPH)
-    # A graph knows its plan by a number. It is guarded on these objects, and dies with any of
-    # them: whichever is there keeps the plan, the ones that change most often first.
-    keepers: tuple[object, ...] = (seqlens, call_mask, mask, _WHOLE)
-    keeper = next(one for one in keepers if one is not None)
-    keeper.__dict__.setdefault("_graphs", {})[found] = None
-    return hold(found, bias).number
+    terms = Terms(
+        roles,
+        layout,
+        *heads,
+        scale,
+        dropout or 0.0,
+        softcap,
+        training,
+        sink,
+        tuple(grads),
+        backend,
+        deterministic,
+    )
+    return terms.text()
 
 
 # All that `torch.compiler.assume_constant_result` does, but it loads the compiler, for seconds.
-_planned._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_function._dynamo_marked_constant = True  # type: ignore[attr-defined]

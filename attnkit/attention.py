@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnkit import layouts
 from attnkit.arguments import check_bool, check_int
-from attnkit.attend import Asked, any_length, attend, interned, is_tracing, key_of, plan_of
+from attnkit.attend import Asked, any_length, attend, is_tracing, key_of, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
@@ -118,8 +118,8 @@ class Attention(nn.Module):
         if scale is None:
             scale = head_dim**-0.5
         whole = Full() if mask is None else as_mask(mask)
-        composed = Composition(whole, pse, layout, scale, dropout, softcap, score_fn, deterministic)
-        self._composition = replace(composed, mask=interned(composed.mask))
+        own = Composition(whole, pse, layout, scale, dropout, softcap, score_fn, deterministic)
+        self._composition = own
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
         self.backend = backend

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 __all__ = ["BIAS_IN_GRAPH", "MASK_IN_GRAPH", "untraced"]
 
 MASK_IN_GRAPH = (
-    "masks are made outside of compiled code: make this one before the compiled function (in "
-    "__init__, or at module level) and pass it in"
+    "masks of tensors and functions are made outside of compiled code: make this one before the "
+    "compiled function (in __init__, or at module level) and pass it in"
 )
 BIAS_IN_GRAPH = (
-    "positional biases are made outside of compiled code: make this one, or this sum, before the "
+    "positional biases of tensors are made outside of compiled code: make this one before the "
     "compiled function (in __init__, or at module level) and pass it in"
 )
 

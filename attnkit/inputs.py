@@ -102,7 +102,7 @@ class LayerInputs(NamedTuple):
                 f"x {list(x.shape)} has a batch axis and takes no seqlens; pack it as [t, dim], or "
                 "say lengths inside a row with a mask (masks.Documents, masks.Padding)"
             )
-        if self.context is None and seqlens.kv != seqlens.q:
+        if self.context is None and not seqlens._alike:  # the lengths differ in each step
             raise CompositionError(
                 f"{seqlens}: in self-attention every sequence has as many keys as queries; give "
                 "SeqLens(lengths), or a context"

@@ -34,6 +34,7 @@ from attnkit.projections import (
 from attnkit.pse import Pse
 from attnkit.rotary import Rotary
 from attnkit.rotary import positions as counted
+from attnkit.rotary import positions_in_each as counted_in_each
 from attnkit.static import StaticCache, static_step
 
 __all__ = ["MultiHeadAttention"]
@@ -226,7 +227,7 @@ class MultiHeadAttention(nn.Module):
         given = LayerInputs(x, context, mask, pse, seqlens, cache, positions).read()
         self._check(given)
         if cache is None:
-            found = self._attend(given)
+            found = self._attend(given, return_stats)
         elif isinstance(cache, StaticCache) or (context is None and not cache.sealed):
             found = self._decode(given, cache)
         else:
@@ -290,10 +291,10 @@ class MultiHeadAttention(nn.Module):
 
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 
-    def _attend(self, given: LayerInputs) -> AttentionOutput:
+    def _attend(self, given: LayerInputs, return_stats: bool) -> AttentionOutput:
         heads = self._project(given, 0)
         asked, form, laid = self._asked(given, heads)
-        found = self.attention._attend(asked, *laid, given.seqlens, return_stats=True)
+        found = self.attention._attend(asked, *laid, given.seqlens, return_stats)
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
         return AttentionOutput(output, found.stats)
 
@@ -383,8 +384,12 @@ class MultiHeadAttention(nn.Module):
         if self.rotary is not None:
             where, seqlens = given.positions, given.seqlens
             if where is None:
-                lengths = (given.x.shape[1],) if seqlens is None else seqlens.q
-                where = counted(lengths, start, given.x.device)
+                tokens, device = given.x.shape[-2], given.x.device
+                where = (
+                    counted((tokens,), start, device)
+                    if seqlens is None
+                    else counted_in_each(seqlens, tokens, device)
+                )
             query, key = self.rotary.rotate(query, where), self.rotary.rotate(key, where)
         return query, key, self._heads("v", given.source)
 

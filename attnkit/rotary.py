@@ -14,7 +14,8 @@ from attnkit.arguments import check_choice, check_device, check_int, check_numbe
 from attnkit.attend import is_tracing
 from attnkit.constants import constant
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import check_lengths
+from attnkit.handles import told
+from attnkit.layouts import SeqLens, check_lengths
 from attnkit.scaling import Dynamic, Interpolation, Llama3, Scaling, YaRN
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Scaling",
     "YaRN",
     "positions",
+    "positions_in_each",
 ]
 
 Pairing = Literal["half", "interleaved"]
@@ -281,3 +283,35 @@ def positions(
     starts = torch.tensor(list(accumulate(lengths, initial=-offset))[:-1])
     first = torch.repeat_interleave(starts, torch.tensor(lengths), output_size=total)
     return (torch.arange(total) - first).to(device=device, non_blocking=True)
+
+
+def positions_in_each(seqlens: SeqLens, tokens: int, device: torch.device) -> Tensor:
+    """Return the position of every token of a packed batch, in its own sequence.
+
+    In a graph the lengths are data, and only the number of all tokens is known.
+
+    >>> from attnkit import SeqLens
+    >>> positions_in_each(SeqLens([2, 3]), 5, torch.device("cpu")).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    if is_tracing():
+        found: Tensor = _positions(seqlens._handle, tokens, device)
+        return found
+    return positions(seqlens.q, 0, device)
+
+
+def _counted(lengths: Tensor, tokens: int, device: torch.device) -> Tensor:
+    seqlens: SeqLens = told(lengths)
+    seqlens.check_totals(tokens, seqlens.total_kv)
+    return positions(seqlens.q, 0, device)
+
+
+_positions = torch.library.custom_op(
+    "attnkit::positions",
+    _counted,
+    mutates_args=(),
+    schema="(Tensor lengths, SymInt tokens, Device device) -> Tensor",
+)
+_positions.register_fake(
+    lambda lengths, tokens, device: torch.empty(tokens, dtype=torch.int64, device=device)
+)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import attnkit as ak
 from attnkit import masks, pse
+from attnkit.backends.tiled import backend as tiled
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,7 @@ def test_it_compiles_again_only_for_another_request() -> None:
 
 
 def test_graphs_of_one_function_keep_their_layers_apart() -> None:
-    """Equal layers share a graph; another mask, bias or number is guarded."""
+    """Another mask or bias is data of the graph; another number, or a bias more, is not."""
     counter = CompileCounter()
     call = compiled(lambda layer, x: layer(x, x, x), counter)
     x = inputs(1, 16, 2, 8)
@@ -146,24 +147,123 @@ def test_graphs_of_one_function_keep_their_layers_apart() -> None:
         ak.Attention(2, 8, mask=equal[0].mask, pse=pse.ALiBi(2)),
         ak.Attention(2, 8, mask=equal[0].mask, pse=pse.ALiBi(2, slopes=(1.0, 2.0))),
     ]
-    assert [frames(layer) for layer in (*others, *others, *equal)] == [2, 3, 4, 5] + [5] * 6
+    assert [frames(layer) for layer in (*others, *others, *equal)] == [1, 2, 3, 3] + [3] * 6
 
 
-def test_a_mask_of_the_call_is_guarded() -> None:
-    layer = ak.Attention(2, 8, mask=masks.Causal())
-    call = compiled(lambda x, mask: layer(x, x, x, mask=mask))
-    x = inputs(2, 16, 2, 8)
-    for lengths in ((16, 3), (5, 7), (16, 3)):
-        mask = masks.Padding(lengths)
-        assert torch.equal(call(x, mask), layer(x, x, x, mask=mask))
+# -- what is new in each step --------------------------------------------------------------------
+
+Step = tuple[Tensor, dict[str, Any]]
+LENGTHS = ((4, 12, 3), (9, 7), (1, 1, 1, 20), (5, 5), (30,))
 
 
-def test_packed_lengths_are_guarded() -> None:
+def _packed(lengths: tuple[int, ...]) -> Step:
+    return inputs(sum(lengths), 16), {"seqlens": ak.SeqLens(lengths)}
+
+
+def _padded(lengths: tuple[int, ...]) -> Step:
+    x = inputs(len(lengths) + 1, max(lengths) + 3, 16)
+    return x, {"mask": masks.Padding((2, *lengths))}
+
+
+def _documents(lengths: tuple[int, ...]) -> Step:
+    return inputs(2, 40, 16), {"mask": masks.Documents((*lengths, 40 - sum(lengths)))}
+
+
+def _biased(lengths: tuple[int, ...]) -> Step:
+    bias = pse.ALiBi([1 / n for n in range(2, 4)]) + pse.KeyBias(torch.arange(30.0) / lengths[0])
+    return inputs(2, 30, 16), {"pse": bias}
+
+
+def _longer(lengths: tuple[int, ...]) -> Step:
+    return inputs(2, sum(lengths), 16), {}
+
+
+STEPS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...]], Step], int]] = {
+    "packed": ({"mask": masks.Causal(), "layout": "TND", "rotary": True}, _packed, 2),
+    "padding": ({"mask": masks.Causal(), "sink": True}, _padded, 2),
+    "documents": ({"mask": masks.Causal(), "rotary": True}, _documents, 1),
+    "biases": ({"pse": pse.T5Relative(2)}, _biased, 1),
+    "T5 of another length": ({"pse": pse.T5Relative(2)}, _longer, 2),
+    "merged heads": ({"mask": WINDOW, "layout": "BSH"}, _documents, 1),
+    "packed T5": ({"pse": pse.T5Relative(2), "layout": "TND"}, _packed, 2),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_new_values_are_the_same_graph(name: str) -> None:
+    """Lengths, paddings, documents and biases are data; the first other size opens the sizes."""
+    how, make, graphs = STEPS[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = ak.MultiHeadAttention(16, 2, **how)
+    call = compiled(layer, counter)
+    for lengths in LENGTHS:
+        x, more = make(lengths)
+        each = []
+        for form in (call, layer):
+            output = form(x, **more)
+            each.append(
+                (output, *torch.autograd.grad(output.sin().sum(), [x, *layer.parameters()]))
+            )
+        for found, meant in zip(*each, strict=True):
+            torch.testing.assert_close(found, meant)
+    assert counter.frame_count == graphs
+
+
+def test_decoding_steps_are_one_graph() -> None:
+    """Keys grow by one token in each step; so may the rows of a bias that is cut to them."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = ak.Attention(4, 8, num_kv_heads=2, mask=masks.Causal(), pse=pse.ALiBi(4))
+    call = compiled(layer, counter)
+    query, kept = inputs(2, 1, 4, 8), inputs(2, 12, 2, 8)
+    with torch.no_grad():
+        for length in range(3, 12):
+            keys = kept[:, :length]
+            torch.testing.assert_close(call(query, keys, keys), layer(query, keys, keys))
+    assert counter.frame_count == 2
+
+
+def test_sizes_are_symbols_where_they_are_marked() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    call = compiled(
+        lambda x, m: ak.attention(x, x, x, mask=m, return_stats=True).stats.lse, counter
+    )
+    for batch, length in ((2, 9), (3, 7), (4, 20)):
+        x, mask = inputs(batch, length, 2, 8).detach(), masks.Padding([5] * batch)
+        for axis in (0, 1):
+            torch._dynamo.mark_dynamic(x, axis)
+        meant = ak.attention(x, x, x, mask=mask, return_stats=True).stats.lse
+        torch.testing.assert_close(call(x, mask), meant)
+    assert counter.frame_count == 1
+
+
+def test_what_does_not_fit_is_told_when_it_runs() -> None:
     layer = ak.Attention(2, 8, mask=masks.Causal(), layout="TND")
     call = compiled(lambda x, lens: layer(x, x, x, seqlens=lens))
     x = inputs(16, 2, 8)
-    for lens in (ak.SeqLens([4, 12]), ak.SeqLens([9, 7])):
-        assert torch.equal(call(x, lens), layer(x, x, x, seqlens=lens))
+    call(x, ak.SeqLens([4, 12]))
+    with pytest.raises(ak.CompositionError, match="sum to 17"):
+        call(x, ak.SeqLens([4, 13]))
+    crossing = compiled(ak.MultiHeadAttention(16, 2))
+    with pytest.raises(Exception, match="as many keys as queries"):  # while it is traced
+        crossing(inputs(16, 16), seqlens=ak.SeqLens([4, 12], [12, 4]))
+    masked = compiled(lambda x, mask: ak.attention(x, x, x, mask=mask))
+    masked(x[None], masks.Documents([9, 7]))
+    with pytest.raises(ak.CompositionError, match="is built for q_len=17"):
+        masked(x[None], masks.Documents([9, 8]))
+
+
+def test_statistics_that_nobody_asks_for_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest score of each row costs another pass over the scores."""
+    layer, x = ak.MultiHeadAttention(16, 2, mask=WINDOW), inputs(2, 24, 16)
+    call = compiled(lambda x, stats=False: layer(x, return_stats=stats))
+
+    def never(*given: Any) -> Any:
+        raise AssertionError("the largest scores were computed")
+
+    monkeypatch.setattr(tiled, "maxima", never)
+    call(x).sum().backward()
+    monkeypatch.undo()
+    torch.testing.assert_close(call(x, True).stats.max, layer(x, return_stats=True).stats.max)
 
 
 @pytest.mark.parametrize("layout", ["TND", "BSND"])

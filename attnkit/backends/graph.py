@@ -1,22 +1,25 @@
 """Any backend's plan as one operator that `torch.compile` takes into its graph whole.
 
 What the operator does is not traced, so it may be a launch of a kernel or a hundred small ops.
-A graph holds tensors and numbers: a plan goes in as a number, which is good as long as somebody
-holds the plan. Whoever the graph is guarded on does so (`attnkit.attend`).
+A graph holds tensors and words: the masks, biases and lengths of a call go in as tensors, by their
+handles (`attnkit.handles`), and the plan is made, or found again, when the operator runs. So one
+graph serves every mask, and lengths that are new in each step.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
-from weakref import WeakValueDictionary
+from functools import reduce
+from operator import add, and_
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from attnkit import layouts
 from attnkit.backends.base import (
     BACKENDS,
     AttentionOutput,
@@ -26,21 +29,56 @@ from attnkit.backends.base import (
     reached,
     stats_dtype,
 )
-from attnkit.errors import BackendRefused, CompositionError, Refusal
-from attnkit.planner import Plan
+from attnkit.backends.choose import make_plan
+from attnkit.errors import BackendRefused, Refusal
+from attnkit.handles import memory_of, number_of, told
+from attnkit.masks import Full
+from attnkit.planner import Composition, Plan, read_request
+from attnkit.planner.request import read_sizes
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
-__all__ = ["Held", "hold", "run_number", "stand_in"]
+__all__ = ["Held", "Terms", "hold", "run_held", "run_terms", "stand_in"]
+
+
+class Terms(NamedTuple):
+    """What a graph is of, as words and numbers: all of a request that is no data of a step.
+
+    `roles` says what each handle is, a letter for each: "m" a mask, "b" a bias, "s" the lengths of
+    a packed batch, "f" a score function; "p" is a plan with its bias. `grads` says which tensors
+    ask for a gradient.
+    """
+
+    roles: str
+    layout: str
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+    training: bool = True
+    sink: bool = False
+    grads: tuple[bool, ...] = ()
+    backend: str = "auto"
+    deterministic: bool = False
+
+    def text(self) -> str:
+        """Return the words that a graph holds."""
+        return json.dumps(self)
+
+    @classmethod
+    def read(cls, text: str) -> Terms:
+        """Return what such words say."""
+        return cls(*json.loads(text))
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A plan with its bias, whose tensors are put in at run time, and its number."""
+    """A plan with its bias, whose tensors are put in at run time."""
 
     plan: Plan
     pse: Pse | None
-    number: int
 
     def operands(self, tensors: list[Tensor]) -> Operands:
         """Return operands from the tensors among their leaves: there may be no sink."""
@@ -48,43 +86,15 @@ class Held:
         return Operands.of(self.pse, [*tensors[:3], *sink, *tensors[3:]])
 
 
-class _ByNumber:
-    """Plans by number. Weak: a number dies with its plan, and is never given again.
-
-    No number leaves the process (`Plan.__getstate__`).
-    """
-
-    def __init__(self) -> None:
-        self._next = count()
-        self.held: WeakValueDictionary[int, Held] = WeakValueDictionary()
-
-    def add(self, plan: Plan, pse: Pse | None) -> Held:
-        held = Held(plan, pse, next(self._next))
-        self.held[held.number] = held
-        return held
-
-    def get(self, number: int) -> Held:
-        held = self.held.get(number)
-        if held is None:
-            raise CompositionError(
-                f"plan {number} of a compiled attention is gone: its module or mask was dropped, "
-                "or the graph comes from another process; call torch.compile again"
-            )
-        return held
-
-
-_PLANS = _ByNumber()
-
-
 def hold(plan: Plan, pse: Pse | None) -> Held:
-    """Give a plan its number for a kind of bias; the plan keeps it."""
+    """Return a plan with a kind of bias; the plan keeps it."""
     kinds: dict[object, Held] = plan.__dict__.setdefault("_held", {})
     kind = None if pse is None else pse.key()
     if kind not in kinds:
         if pse is not None:  # not the tensors of the first who asked
             facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in pse.tensors)
             pse = rebound(pse, [stand_in(*known) for known in facts])
-        kinds[kind] = _PLANS.add(plan, pse)
+        kinds[kind] = Held(plan, pse)
     return kinds[kind]
 
 
@@ -92,21 +102,33 @@ def stand_in(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool
 ) -> Tensor:
     """Return a tensor with such properties, and one number of memory."""
-    cell = torch.empty(1, dtype=dtype, device=device, requires_grad=requires_grad)
-    return cell.expand(tuple(shape))
+    cell = torch.empty(1, dtype=dtype, device=device).expand(tuple(shape))
+    return cell.requires_grad_(requires_grad)  # inside of an operator nothing hands it on
 
 
-def run_number(number: int, leaves: list[Any], drops: bool, return_stats: bool) -> AttentionOutput:
-    """Run the plan of a number on `Operands.leaves`, as one operator of the graph being recorded.
+def run_terms(
+    text: str, tensors: list[Tensor], values: list[Tensor], drops: bool, return_stats: bool
+) -> AttentionOutput:
+    """Attend as `Terms` in words say, by one operator of the graph that is being recorded.
 
-    It `drops` where it has dropout. Without `return_stats` there are none, since some backends
-    compute them only where they are looked at.
+    `tensors` are query, key, value, the sink if there is one, and the tensors of the biases;
+    `values` are handles. It `drops` where it has dropout. Without `return_stats` there are no
+    statistics, since some backends compute them only where they are looked at.
     """
     # Drawn in the graph and on the host, which no device has to wait for.
     seed = torch.randint(2**63 - 1, (1,)) if drops else None
-    tensors = [leaf for leaf in leaves if leaf is not None]
-    output, lse, peak = _attend(tensors, seed, number, return_stats)
+    output, lse, peak = _attend(tensors, seed, values, text, return_stats)
     return AttentionOutput(output, Stats(lse, peak))
+
+
+def run_held(plan: Plan, operands: Operands) -> AttentionOutput:
+    """Run a plan on fake tensors, which have shapes alone: as the operator, with statistics."""
+    request, tensors = plan.request, [leaf for leaf in operands.leaves if leaf is not None]
+    heads = request.num_heads, request.num_kv_heads, request.head_dim
+    text = Terms("p", request.layout, *heads).text()
+    number = number_of(hold(plan, operands.pse))
+    value = torch.full((1,), number, dtype=torch.int64, device="cpu")
+    return run_terms(text, tensors, [value], request.dropout > 0, True)
 
 
 _TRANSFORMS = (
@@ -128,38 +150,115 @@ def _alone(device: torch.device) -> Iterator[None]:
         yield
 
 
+# -- from what the graph holds to a plan ---------------------------------------------------------
+
+
+def _found(tensors: list[Tensor], values: list[Tensor], text: str) -> Held:
+    """Return the plan for tensors and what handles stand for, as found before or made now."""
+    memory = memory_of(values[-1])
+    if memory is None:
+        return cast(Held, told(values[-1]))
+    facts = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    key = (text, *map(int, values), *facts)
+    known = memory.found.get(key)
+    held = None if known is None else known()
+    if held is None:
+        held = _planned(tensors, values, Terms.read(text))
+        memory.remember(key, held)
+    return cast(Held, held)
+
+
+def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
+    given = list(zip(terms.roles, map(told, values), strict=True))
+    with torch.set_grad_enabled(any(terms.grads)):
+        facts = zip(tensors, terms.grads, strict=True)
+        known = [stand_in(t.shape, t.dtype, t.device, grad) for t, grad in facts]
+        query, key, value, *carried = known
+        sink = carried.pop(0) if terms.sink else None
+        masks, biases, lengths, functions = (
+            [one for role, one in given if role == r] for r in "mbsf"
+        )
+        pse = rebound(reduce(add, biases), carried) if biases else None
+        request = read_request(
+            Composition(
+                reduce(and_, masks) if masks else Full(),
+                pse,
+                terms.layout,
+                terms.scale,
+                terms.dropout,
+                terms.softcap,
+                functions[0] if functions else None,
+                terms.deterministic,
+            ),
+            query,
+            key,
+            value,
+            num_heads=terms.num_heads,
+            num_kv_heads=terms.num_kv_heads,
+            head_dim=terms.head_dim,
+            seqlens=lengths[0] if lengths else None,
+            sink=sink,
+            training=terms.training,
+        )
+        return hold(make_plan(request, terms.backend), pse)
+
+
+def _sizes(tensors: list[Tensor], terms: Terms) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the shapes of the output and of the statistics; sizes may be symbols.
+
+    What is wrong with the shapes is an error here, and so while a graph is traced.
+    """
+    heads = terms.num_heads, terms.num_kv_heads, terms.head_dim
+    layout, query = layouts.get(terms.layout), tensors[0]
+    q, _, v = read_sizes(layout, (query, tensors[1], tensors[2]), *heads)
+    width = q.heads * v.dim if layout.merges_heads else v.dim
+    axes = layout.axes
+    shape = [width if "d" in axis else size for axis, size in zip(axes, query.shape, strict=True)]
+    rows = (q.length, q.heads) if layout.packed else (q.batch, q.heads, q.length)
+    return tuple(shape), rows
+
+
 # -- the operators, what they make of shapes alone, and their derivatives ----------------------
 
 
 def _forward(
-    tensors: list[Tensor], seed: Tensor | None, number: int, return_stats: bool
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    values: list[Tensor],
+    text: str,
+    return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    held = _PLANS.get(number)
+    held, kept = _found(tensors, values, text), return_stats or any(Terms.read(text).grads)
     backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
     with _alone(operands.query.device):
         output, stats = backend.compute(held.plan, operands, seed)
-        output, nothing = output.contiguous(), output.new_empty(0)
-        lse = stats.lse.contiguous() if return_stats or backend.saves_lse else nothing
+        output = output.contiguous()
+        lse = peak = output.new_empty(0)
+        if return_stats or (kept and backend.saves_lse):
+            lse = stats.lse.contiguous()
+        elif kept:
+            lse = output.new_zeros(
+                _sizes(tensors, Terms.read(text))[1], dtype=stats_dtype(output.dtype)
+            )
         # Without keys both statistics may be one tensor, which an operator must not return twice.
         peak = stats.max.contiguous().clone() if return_stats else output.new_empty(0)
     return output, lse, peak
 
 
 def _forward_shapes(
-    tensors: list[Tensor], seed: Tensor | None, number: int, return_stats: bool
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    values: list[Tensor],
+    text: str,
+    return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    held = _PLANS.get(number)
-    request, query = held.plan.request, tensors[0]
-    sizes = list(query.shape)
-    sizes[-1] = sizes[-1] // request.head_dim * request.value_dim
-    packed = (request.q_len, request.num_heads)
-    rows = packed if request.seqlens else (request.batch, request.num_heads, request.q_len)
-    kept = return_stats or BACKENDS[held.plan.backend].saves_lse
+    terms, query = Terms.read(text), tensors[0]
+    shape, rows = _sizes(tensors, terms)
     lse, peak = (
-        query.new_empty(rows, dtype=stats_dtype(query.dtype)) if asked else query.new_empty(0)
-        for asked in (kept, return_stats)
+        query.new_empty(rows if asked else 0, dtype=stats_dtype(query.dtype))
+        for asked in (return_stats or any(terms.grads), return_stats)
     )
-    return query.new_empty(sizes), lse, peak
+    return query.new_empty(shape), lse, peak
 
 
 def _backward(
@@ -170,10 +269,11 @@ def _backward(
     output: Tensor,
     lse: Tensor,
     wanted: list[bool],
-    number: int,
+    values: list[Tensor],
+    text: str,
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are wanted, and empty tensors for the others."""
-    held = _PLANS.get(number)
+    held = _found(tensors, values, text)
     backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
     kept = Kept(seed, output, lse, grad, grad_lse)
     asked = iter(wanted)
@@ -188,9 +288,15 @@ def _backward(
 
 
 def _backward_shapes(
-    grad: Tensor | None, grad_lse: Tensor | None, tensors: list[Tensor], *rest: Any
+    grad: Tensor | None,
+    grad_lse: Tensor | None,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    wanted: list[bool],
+    *unused: Any,
 ) -> list[Tensor]:
-    *_, wanted, _ = rest
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)
@@ -198,19 +304,22 @@ def _backward_shapes(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, seed, ctx.number, _ = inputs
+    tensors, seed, values, ctx.text, _ = inputs
     ctx.wanted = [tensor.requires_grad for tensor in tensors]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(seed, *output[:2], *tensors)
+    ctx.save_for_backward(seed, *output[:2], *tensors, *values)
 
 
 def _differentiate(
     ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    seed, output, lse, *tensors = ctx.saved_tensors
-    made = _attend_backward(grad, grad_lse, tensors, seed, output, lse, ctx.wanted, ctx.number)
-    return [g if want else None for g, want in zip(made, ctx.wanted, strict=True)], None, None, None
+    seed, output, lse, *rest = ctx.saved_tensors
+    tensors, values = rest[: len(ctx.wanted)], rest[len(ctx.wanted) :]
+    kept = seed, output, lse, ctx.wanted, values, ctx.text
+    made = _attend_backward(grad, grad_lse, tensors, *kept)
+    slopes = [g if want else None for g, want in zip(made, ctx.wanted, strict=True)]
+    return slopes, None, [None] * len(values), None, None
 
 
 def _refuse(ctx: Any, *unused: Any) -> None:
@@ -225,7 +334,7 @@ _attend = torch.library.custom_op(
     "attnkit::attend",
     _forward,
     mutates_args=(),
-    schema="(Tensor[] tensors, Tensor? seed, int number, bool return_stats) "
+    schema="(Tensor[] tensors, Tensor? seed, Tensor[] values, str text, bool return_stats) "
     "-> (Tensor, Tensor, Tensor)",
 )
 _attend_backward = torch.library.custom_op(
@@ -233,7 +342,7 @@ _attend_backward = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor? grad, Tensor? grad_lse, Tensor[] tensors, Tensor? seed, Tensor output, "
-    "Tensor lse, bool[] wanted, int number) -> Tensor[]",
+    "Tensor lse, bool[] wanted, Tensor[] values, str text) -> Tensor[]",
 )
 _attend.register_fake(_forward_shapes)
 _attend_backward.register_fake(_backward_shapes)

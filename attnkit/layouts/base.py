@@ -73,6 +73,7 @@ class Layout:
                 f"layout pattern {shown(self.pattern)}: a layout names each of the axes b s n d "
                 "(or t n d, packed) once, separated by spaces, and may merge only '(n d)'"
             )
+        _ = self._strides  # now, since a tracer cannot fill in what is cached
 
     @cached_property
     def axes(self) -> tuple[str, ...]:

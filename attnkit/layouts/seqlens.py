@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import index
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from attnkit.arguments import LARGEST, check_ints, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.handles import born
 
 __all__ = ["SeqLens", "check_lengths"]
 
@@ -44,10 +46,15 @@ class SeqLens:
     q: tuple[int, ...]
     kv: tuple[int, ...]
 
+    if TYPE_CHECKING:  # beside the fields
+        _handle: Tensor  # what a graph knows of it
+        _alike: bool  # whether each sequence has as many keys as queries
+
     def __init__(self, q: Sequence[int] | Tensor, kv: Sequence[int] | Tensor | None = None) -> None:
         lengths = check_lengths("SeqLens: q", q)
         object.__setattr__(self, "q", lengths)
         object.__setattr__(self, "kv", lengths if kv is None else check_lengths("SeqLens: kv", kv))
+        vars(self).update(_handle=born(self), _alike=self.q == self.kv)
         if len(self.q) != len(self.kv):
             raise CompositionError(
                 f"SeqLens: {len(self.q)} query lengths but {len(self.kv)} key lengths; every "

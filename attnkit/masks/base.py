@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
@@ -23,6 +23,7 @@ from attnkit.arguments import (
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.geometry import Region
+from attnkit.handles import born
 from attnkit.masks import picture
 from attnkit.masks.operators import Operators
 from attnkit.masks.picture import Picture
@@ -88,14 +89,16 @@ class Mask(Operators, ABC):
     kind: ClassVar[str]
     comes_with_call: ClassVar[bool] = False
     """Whether its cells are data of each call, and nothing that a plan could read."""
+    _handle: torch.Tensor  # what a graph knows of it
 
-    # A tracer would hand a half-made object to the planner, whose fields still have the defaults
-    # of their class.
-    @untraced(MASK_IN_GRAPH)
     def __new__(cls, *given: Any, **named: Any) -> Self:
-        """Make a mask; inside of a compiled function, outside of its graph."""
-        check_names(cls, given, named)
-        return super().__new__(cls)
+        """Make a mask; inside of a compiled function, one that its graph makes when it runs."""
+        if torch.compiler.is_dynamo_compiling():
+            from attnkit.masks import written
+
+            if written.WRITER.takes(*given, *named.values()):
+                return cast("Self", written.made(cls.__name__, given, named))
+        return cast("Self", _new(cls, given, named))
 
     # -- what a family says --------------------------------------------------------------
 
@@ -384,6 +387,15 @@ class Mask(Operators, ABC):
 
     def __repr__(self) -> str:
         return clipped(self._text(short), LONGEST_REPR)
+
+
+@untraced(MASK_IN_GRAPH)
+def _new(cls: type[Mask], given: Sequence[Any], named: dict[str, Any]) -> Any:
+    """Make one for its constructor to fill in; a tracer that cannot write it down stops here."""
+    check_names(cls, given, named)
+    made = object.__new__(cls)
+    vars(made)["_handle"] = born(made)
+    return made
 
 
 MASKS = Families[Mask]("mask", Mask, "masks", "Causal() & SlidingWindow(64)")

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
+import torch
+
 from attnkit.arguments import describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 if TYPE_CHECKING:
     from attnkit.masks.base import Mask
 
-__all__ = ["Operators", "refuse_operand"]
+__all__ = ["Operators", "combined", "refuse_operand"]
 
 
-def _node(kind: str, *given: object) -> Mask:
+def combined(kind: str, *given: object) -> Mask:
     """Make a mask of masks; its family, above this file, is found by its name."""
-    from attnkit.masks.base import MASKS
+    from attnkit.masks import written
+    from attnkit.masks.base import MASKS, Mask
 
+    if torch.compiler.is_dynamo_compiling():
+        return written.made("combined", (kind, *given), {})
+    given = tuple(written.real(one) if isinstance(one, Mask) else one for one in given)
     family = MASKS[kind]
     node: Mask = getattr(family, "of", family)(*given)
     return node
@@ -38,16 +44,18 @@ class Operators:
     __array_ufunc__: ClassVar[None] = None
 
     def __and__(self, other: Mask) -> Mask:
-        return _node("and", self, other)
+        return combined("and", self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return _node("or", self, other)
+        return combined("or", self, other)
 
     def __invert__(self) -> Mask:
-        return _node("not", self)
+        return combined("not", self)
 
     def __sub__(self, other: Mask) -> Mask:
-        return self & ~other if isinstance(other, Operators) else refuse_operand(other)
+        if not isinstance(other, Operators):
+            refuse_operand(other)
+        return self & combined("not", other)  # torch traces no `~` of objects
 
     def __rand__(self, other: object) -> NoReturn:
         refuse_operand(other)
@@ -72,7 +80,7 @@ class Operators:
                     f"write q_len - {shown(-end)} or kv_len - {shown(-end)}"
                 )
         first, other = (0 if part.start is None else part.start for part in (rows, keys))
-        return _node("cut", self, (first, rows.stop), (other, keys.stop))
+        return combined("cut", self, (first, rows.stop), (other, keys.stop))
 
     def cut(
         self,
@@ -87,7 +95,7 @@ class Operators:
         `q_len` and `kv_len` are the lengths of the whole score matrix; a mask that is anchored
         bottom-right needs them unless the ranges run to the end.
         """
-        return _node("cut", self, q_range, kv_range, q_len, kv_len)
+        return combined("cut", self, q_range, kv_range, q_len, kv_len)
 
     def __bool__(self) -> bool:
         raise CompositionTypeError(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from attnkit.eager import MASK_IN_GRAPH, untraced
+from attnkit.masks import written
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.rectangles import PrefixLM
 
 __all__ = ["as_mask", "parse"]
 
 
-@untraced(MASK_IN_GRAPH)
 def parse(text: str) -> Mask:
     """Return the mask that `text` writes, so that ``parse(str(mask)) == mask``.
 
@@ -28,6 +28,8 @@ def parse(text: str) -> Mask:
     attnkit.errors.CompositionError: cannot read the mask 'Causal() & SlidngWindow(64)': \
 unknown mask SlidngWindow; did you mean 'SlidingWindow'? Known: ...
     """
+    if torch.compiler.is_dynamo_compiling():
+        return written.write(text)
     return MASKS.parse(text, {"PrefixLM": PrefixLM})
 
 
@@ -43,7 +45,7 @@ def as_mask(given: object, name: str = "mask") -> Mask:
     attnkit.errors.CompositionTypeError: mask=<class 'attnkit.masks.causal.Causal'> is the class; \
 call it: mask=Causal(...)
     """
-    return MASKS.value(name, given, parse, _how)
+    return written.real(MASKS.value(name, given, parse, _how))
 
 
 def _how(given: object) -> str:

@@ -28,7 +28,7 @@ from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Stru
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 
-__all__ = ["BiasTerm", "Composition", "Request", "read_request", "state_of"]
+__all__ = ["BiasTerm", "Composition", "Request", "read_request", "read_sizes", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,7 @@ def read_request(
     TypeError form) that names the tensors, the rule and the remedy.
     """
     layout = layouts.get(composition.layout)
-    _check_tensors(query, key, value)
-    q, k, v = _read_sizes(layout, (query, key, value), num_heads, num_kv_heads, head_dim)
-    _check_sizes(layout, q, k, v)
+    q, k, v = read_sizes(layout, (query, key, value), num_heads, num_kv_heads, head_dim)
     _check_seqlens(layout, seqlens, q, k)
     batch = len(seqlens) if seqlens is not None else q.batch
     each = (query, key, value, *_check_carried(composition.pse, sink, query, q.heads))
@@ -277,6 +275,20 @@ def read_request(
         if pse is not None:
             pse.check(q_len, kv_len, batch, q.heads)
     return request
+
+
+def read_sizes(
+    layout: Layout,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+) -> tuple[Sizes, Sizes, Sizes]:
+    """Return the sizes of query, key and value, after checking all that follows from these."""
+    _check_tensors(*tensors)
+    found = _read_sizes(layout, tensors, num_heads, num_kv_heads, head_dim)
+    _check_sizes(layout, *found)
+    return found
 
 
 def _read_sizes(

@@ -162,7 +162,7 @@ class ALiBi(Sloped):
         check_bool("ALiBi: learnable", learnable)
         if learnable:
             return LearnableALiBi(num_heads, slopes, align)
-        return super().__new__(cls)
+        return super().__new__(cls, num_heads, slopes, align, learnable)
 
     def __init__(
         self,

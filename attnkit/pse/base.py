@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attnkit.arguments import check_float_dtype, check_int, check_place, check_range
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.handles import born
 from attnkit.masks import Rectangle
 from attnkit.masks.trace import row_blocks
 from attnkit.pse.structure import Align, OfDistance, Structure
@@ -58,16 +59,18 @@ class Pse(ABC):
     """
 
     kind: ClassVar[str]
+    _handle: Tensor  # what a graph knows of it
     _cells_from: ClassVar[frozenset[str]] = frozenset({"_values"})
     """Where a subclass defines one of these anew, its structure is what this class states."""
 
-    # A tracer would hand a half-made object to the planner, whose fields still have the defaults
-    # of their class.
-    @untraced(BIAS_IN_GRAPH)
     def __new__(cls, *given: Any, **named: Any) -> Self:
-        """Make a bias; inside of a compiled function, outside of its graph."""
-        check_names(cls, given, named)
-        return super().__new__(cls)
+        """Make a bias; inside of a compiled function, one that its graph makes when it runs."""
+        if torch.compiler.is_dynamo_compiling():
+            from attnkit.pse import written
+
+            if written.WRITER.takes(*given, *named.values()):
+                return cast("Self", written.made(cls.__name__, given, named))
+        return cast("Self", _new(cls, given, named))
 
     def __init_subclass__(cls) -> None:
         """Leave a subclass that computes its cells in another way the structure they still have."""
@@ -395,6 +398,9 @@ give it one per query head
         alike = self is other or self.key() == other.key()
         return alike and all(map(_same, self.tensors, other.tensors))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handle"}
+
     def __hash__(self) -> int:
         told = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self._fields)
         return hash((type(self), *told))
@@ -414,6 +420,15 @@ give it one per query head
             f"{shown(other)} plus a positional bias: both sides of + are biases; wrap a tensor as "
             "pse.Dense(tensor)"
         )
+
+
+@untraced(BIAS_IN_GRAPH)
+def _new(cls: type[Pse], given: Sequence[Any], named: dict[str, Any]) -> Any:
+    """Make one for its constructor to fill in; a tracer that cannot write it down stops here."""
+    check_names(cls, given, named)
+    made = object.__new__(cls)
+    vars(made)["_handle"] = born(made)
+    return made
 
 
 PSE = Families[Pse]("positional bias", Pse, "pse", "ALiBi(8) + SqrtALiBi(8)")

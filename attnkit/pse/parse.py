@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnkit.eager import BIAS_IN_GRAPH, untraced
+from attnkit.pse import written
 from attnkit.pse.base import PSE, Pse
 
 __all__ = ["as_pse", "parse"]
 
 
-@untraced(BIAS_IN_GRAPH)
 def parse(text: str) -> Pse:
     """Return the bias that `text` describes: ``parse(str(p)) == p``.
 
@@ -30,6 +29,8 @@ def parse(text: str) -> Pse:
 positional bias ALiBy; did you mean 'ALiBi'? Known: ALiBi, LearnableALiBi, SqrtALiBi, \
 T5Relative
     """
+    if torch.compiler.is_dynamo_compiling():
+        return written.write(text)
     return PSE.parse(text, {})
 
 
@@ -44,7 +45,7 @@ def as_pse(given: object, name: str = "pse") -> Pse | None:
     attnkit.errors.CompositionTypeError: pse=<tensor [4, 4] of torch.float32> is a Tensor; a \
 tensor of biases is pse.Dense(t)
     """
-    return None if given is None else PSE.value(name, given, parse, _how)
+    return None if given is None else written.real(PSE.value(name, given, parse, _how))
 
 
 def _how(given: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import subprocess
 import sys
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS, Operands, make_plan
-from attnkit.backends.graph import _PLANS, _attend, hold
+from attnkit.backends.graph import Terms, _attend, hold
 from attnkit.backends.tiled import TiledPlan
 from attnkit.errors import CompositionError
+from attnkit.handles import _VALUES, number_of
 from attnkit.planner import lower
 
 WINDOW = masks.Causal() & masks.SlidingWindow(9)
@@ -31,16 +31,21 @@ def compiled(function: Any, backend: str = "aot_eager") -> Any:
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-def test_the_operator_keeps_its_contract() -> None:
-    x = torch.randn(1, 2, 20, 8)
-    for backend in ("tiled", "reference"):
-        plan = ak.plan(x, x, x, layout="BNSD", mask=masks.SlidingWindow(3), backend=backend)
-        held = hold(plan, None)
-        torch.library.opcheck(
-            _attend,
-            ([x.clone().requires_grad_(), x, x], None, held.number, True),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )
+def words(roles: str, backend: str = "auto", grads: int = 0) -> str:
+    return Terms(
+        roles, "BNSD", grads=(True,) * grads + (False,) * (3 - grads), backend=backend
+    ).text()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_the_operator_keeps_its_contract(backend: str) -> None:
+    x, mask = torch.randn(1, 2, 20, 8), masks.SlidingWindow(3)
+    operands = [x.clone().requires_grad_(), x, x]
+    torch.library.opcheck(
+        _attend,
+        (operands, None, [mask._handle], words("m", backend, 1), True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 def test_dropout_in_a_graph() -> None:
@@ -101,11 +106,11 @@ def test_statistics_that_nobody_differentiates_cost_nothing_in_a_graph() -> None
     x = torch.randn(1, 2, 20, 8, requires_grad=True)
     plan = ak.plan(x, x, x, layout="BNSD", mask=masks.Causal(), backend="tiled")
     assert isinstance(plan, TiledPlan)
-    number = hold(plan, None).number
-    output, lse, _ = _attend([x, x, x], None, number, True)
+    value = torch.tensor([number_of(hold(plan, None))])
+    output, lse, _ = _attend([x, x, x], None, [value], words("p"), True)
     found = torch.autograd.grad((output, lse), x, (torch.ones_like(output), torch.zeros_like(lse)))
     assert "by_blocks" not in vars(plan.job)
-    output, lse, _ = _attend([x, x, x], None, number, True)
+    output, lse, _ = _attend([x, x, x], None, [value], words("p"), True)
     meant = torch.autograd.grad((output, lse), x, (torch.ones_like(output), lse * 1e-30))
     assert "by_blocks" in vars(plan.job)
     torch.testing.assert_close(found, meant)
@@ -147,50 +152,65 @@ import pickle, sys
 import torch
 import attnkit as ak
 from attnkit import masks
-from attnkit.backends.graph import hold, run_number
+from attnkit.backends import Operands, run_plan
 
 x = torch.randn(1, 16, 2, 8, generator=torch.Generator().manual_seed(0))
-for width in (2, 3, 4):  # numbers that the other process gave to other plans
-    hold(ak.plan(x, x, x, mask=masks.SlidingWindow(width), backend="tiled"), None)
-plan = pickle.load(open(sys.argv[1], "rb"))
-call = lambda x: run_number(hold(plan, None).number, [x, x, x, None], False, False).output
-torch.save(call(x), sys.argv[2])
+widths = [masks.SlidingWindow(width) for width in (2, 3, 4)]  # whose numbers are others' there
+plan, mask, bias, lengths = pickle.load(open(sys.argv[1], "rb"))
+call = lambda x: ak.attention(x, x, x, mask=mask, pse=bias)
+packed = lambda x: ak.attention(x, x, x, layout="TND", seqlens=lengths)
+made = [run_plan(plan, Operands(x, x, x)).output]
+for form, given in ((call, x), (packed, x[0])):
+    made.append(torch.compile(form, backend="eager", fullgraph=True)(given))
+torch.save(made, sys.argv[2])
 """
 
 
-def test_a_plan_means_the_same_in_another_process(tmp_path: Path) -> None:
+def test_values_mean_the_same_in_another_process(tmp_path: Path) -> None:
     x = torch.randn(1, 16, 2, 8, generator=torch.Generator().manual_seed(0))
-    plan = ak.plan(x, x, x, mask=masks.SlidingWindow(5), backend="tiled")
+    mask, bias, lengths = (
+        masks.SlidingWindow(5),
+        pse.KeyBias(torch.arange(16.0)),
+        ak.SeqLens([4, 12]),
+    )
+    plan = ak.plan(x, x, x, mask=mask, backend="tiled")
     hold(plan, None)
+    compiled(lambda x, mask, bias: ak.attention(x, x, x, mask=mask, pse=bias))(x, mask, bias)
     given, made = tmp_path / "plan", tmp_path / "output"
-    given.write_bytes(pickle.dumps(plan))
+    given.write_bytes(pickle.dumps((plan, mask, bias, lengths)))
     subprocess.run([sys.executable, "-c", ELSEWHERE, str(given), str(made)], check=True)
-    assert torch.equal(torch.load(made), ak.attention(x, x, x, mask=masks.SlidingWindow(5)))
+    meant = [
+        ak.attention(x, x, x, mask=mask),
+        ak.attention(x, x, x, mask=mask, pse=bias),
+        ak.attention(x[0], x[0], x[0], layout="TND", seqlens=lengths),
+    ]
+    assert all(map(torch.equal, torch.load(made), meant))
 
 
-def test_a_graph_and_its_plan_die_with_what_it_is_guarded_on() -> None:
-    x = torch.randn(1, 16, 2, 8)
-    before = set(_PLANS.held)
-    window, inside = masks.SlidingWindow(7) & masks.Columns(0, 11), masks.SlidingWindow(6)
-    layer = ak.Attention(2, 8, mask=inside)
-    call = compiled(lambda layer, mask, x: ak.attention(x, x, x, mask=mask) + layer(x, x, x))
-    call(layer, window, x)
-    made = set(_PLANS.held) - before
-    assert len(made) == 2
-    seen = weakref.ref(window)
-    del window, inside, layer, call
-    torch.compiler.reset()
+def test_what_a_graph_was_given_dies_with_its_owner_and_the_backward() -> None:
+    x = torch.randn(2, 16, 2, 8, requires_grad=True)
+    layer = ak.Attention(2, 8, mask=masks.SlidingWindow(6))
+    call = compiled(lambda mask, x: layer(x, x, x, mask=mask))
+    loss = call(masks.Padding([16, 9]), x).square().sum()  # nobody else has this mask
+    mask = masks.Padding([16, 3])
+    seen, number = weakref.ref(mask), int(mask._handle)
+    second = call(mask, x).square().sum()
+    del mask
+    assert seen() is None
+    assert number in _VALUES  # the backward needs it
+    meant = torch.autograd.grad(layer(x, x, x, mask=masks.Padding([16, 3])).square().sum(), x)
+    assert torch.autograd.grad(loss, x)[0].any()
     for cache in (make_plan, lower):  # each keeps a few, whoever made them
         cache.cache_clear()
-    gc.collect()
-    assert seen() is None
-    assert not made & set(_PLANS.held)
+    torch.testing.assert_close(torch.autograd.grad(second, x), meant)
+    del loss, second
+    assert number not in _VALUES
 
 
-def test_a_number_without_a_plan() -> None:
-    x = torch.randn(1, 4, 2, 8)
+def test_a_handle_that_stands_for_nothing() -> None:
+    x = torch.randn(1, 2, 4, 8)
     with pytest.raises(CompositionError, match="is gone"):
-        _attend([x, x, x], None, 10**9, False)
+        _attend([x, x, x], None, [torch.tensor([10**9])], words("m"), False)
 
 
 def test_wrong_types_in_a_graph_are_told() -> None:

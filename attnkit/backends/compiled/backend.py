@@ -21,7 +21,7 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.compiled.library import KINDS, Library
 from attnkit.backends.compiled.table import Table, table_of
-from attnkit.backends.graph import hold, run_number
+from attnkit.backends.graph import run_held
 from attnkit.backends.rows import maxima
 from attnkit.backends.tiled.passes import sink_gradient
 from attnkit.errors import BackendRefused, Refusal
@@ -75,8 +75,7 @@ class Compiled(Backend):
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the kernel; autograd records it as one function."""
         if isinstance(operands.query, FakeTensor):
-            number = hold(plan, operands.pse).number
-            return run_number(number, list(operands.leaves), False, return_stats=True)
+            return run_held(plan, operands)
         leaves = operands.leaves
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
             output, lse = _OneCall.apply(plan, *leaves)  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ from attnkit.backends.base import (
     untransformed,
     without_cells,
 )
-from attnkit.backends.graph import hold, run_number
+from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.tiled.bias import bind, with_tensors
 from attnkit.backends.tiled.few import Few, is_few
@@ -170,8 +170,7 @@ class Tiled(Backend):
         query = operands.query
         # A fake tensor has no memory to walk, and what is kept for later calls must be real.
         if isinstance(query, FakeTensor):
-            number, drops = hold(plan, operands.pse).number, plan.request.dropout > 0
-            return run_number(number, list(operands.leaves), drops, return_stats=True)
+            return run_held(plan, operands)
         few = plan.few if isinstance(plan, TiledPlan) else None
         if few is not None:
             return _of_few(few, operands)
