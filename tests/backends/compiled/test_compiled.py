@@ -179,6 +179,9 @@ def test_threads_add_up_apart() -> None:
     torch.set_num_threads(3)
     try:
         agreement(tensors((200, 200), (2, 1)), "compiled", mask=masks.SlidingWindow(50))
+        given, how = tensors((200, 200), (2, 1)), {"mask": masks.SlidingWindow(50)}
+        one, other = (results("compiled", given, deterministic=True, **how) for _ in range(2))
+        assert all(torch.equal(one[name], other[name]) for name in one)
     finally:
         torch.set_num_threads(before)
 
