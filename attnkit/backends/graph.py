@@ -34,6 +34,7 @@ from attnkit.errors import BackendRefused, Refusal
 from attnkit.handles import memory_of, number_of, told
 from attnkit.masks import Full
 from attnkit.planner import Composition, Plan, read_request
+from attnkit.planner.repeats import strict
 from attnkit.planner.request import read_sizes
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
@@ -159,7 +160,7 @@ def _found(tensors: list[Tensor], values: list[Tensor], text: str) -> Held:
     if memory is None:
         return cast(Held, told(values[-1]))
     facts = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-    key = (text, *map(int, values), *facts)
+    key = (text, strict(), *map(int, values), *facts)
     known = memory.found.get(key)
     held = None if known is None else known()
     if held is None:
