@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,10 +182,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    command = shlex.join(["benchmarks/changing.py", *sys.argv[1:]])
     lines = [
         "# Lengths that change in every step",
         "",
-        f"Made by `python benchmarks/changing.py`. {machine(options.threads)}.",
+        f"Made by `python {command}`. {machine(options.threads)}.",
         "",
         f"{options.layers} layers of width {options.dim}, 2,048 tokens (8 x 256), float32, forward "
         f"and backward; medians of {options.rounds} steps, each with lengths that no step had. "
