@@ -140,8 +140,8 @@ def key_of(
     )
 
 
-def any_length(known: Hashable, layout: str) -> Hashable:
-    """Return of a `key_of` what a plan for every mask and number of keys depends on.
+def any_length(known: Hashable, layout: str) -> tuple[Hashable, int] | None:
+    """Return of a `key_of` what a plan for every mask and number of keys depends on, and these.
 
     None where key and value differ in length, or the layout is packed.
     """
@@ -152,10 +152,10 @@ def any_length(known: Hashable, layout: str) -> Hashable:
     if "s" not in axes:
         return None
     at = axes.index("s")
-    if key[0][at : at + 1] != value[0][at : at + 1]:
+    if len(key[0]) <= at or key[0][at : at + 1] != value[0][at : at + 1]:
         return None
     sides = tuple((shape[:at], shape[at + 1 :], *facts) for shape, *facts in (key, value))
-    return (query, sides, tuple(facts[2:] for facts in carried), *rest)
+    return (query, sides, tuple(facts[2:] for facts in carried), *rest), key[0][at]
 
 
 def attend(

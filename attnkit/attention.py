@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from attnkit import layouts
 from attnkit.arguments import check_bool, check_int
 from attnkit.attend import Asked, any_length, attend, is_tracing, key_of, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
@@ -266,13 +265,12 @@ class Attention(nn.Module):
             return found
         # A decoding step has one key more than the last: such plans are for any number of them.
         step = any_length(known, asked.layout)
-        plan = None if step is None else self._plans.get(step)
-        if plan is not None:
-            length = layouts.get(asked.layout).extents(key.shape, "key")["s"]
-            found = plan.at(asked.mask, asked.pse, length)
+        plan = None if step is None else self._plans.get(step[0])
+        if plan is not None and step is not None:
+            found = plan.at(asked.mask, asked.pse, step[1])
         if found is None:
             found = plan_of(asked, query, key, value, sink, seqlens)
-            kept = step if step is not None and found.of_any_length else known
+            kept = step[0] if step is not None and found.of_any_length else known
             if kept is not None:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.pop(next(iter(self._plans)), None)  # the oldest

@@ -24,7 +24,7 @@ from attnkit.backends import AttentionOutput, Stats
 from attnkit.cache import KVCache
 from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
-from attnkit.masks.base import Rectangle
+from attnkit.masks.base import Enclosure, Rectangle
 from attnkit.pse import Pse
 from attnkit.seen import NewRows, Seen, bias_seen
 from attnkit.strips import gaps
@@ -274,9 +274,10 @@ def _cut(mask: Mask, pse: Pse | None, new: NewRows, known: int | None) -> tuple[
 def _check_rows(mask: Mask, new: NewRows, known: int | None, batch: int, head: int) -> None:
     """Raise where rows see what they cannot, or the mask has changed its mind."""
     (start, stop), length = new.rows, new.text.length if known is None else known
+    bounds = mask.enclosure(length, length, batch, head)
 
     def sees(rows: Range, keys: Range) -> bool:
-        return _any_cell(mask, rows, keys, length, batch, head)
+        return _any_cell(mask, bounds, Rectangle(rows, keys, length, length, batch, head))
 
     told = None
     if sees((start, stop), (stop, length)):
@@ -305,13 +306,15 @@ def _check_rows(mask: Mask, new: NewRows, known: int | None, batch: int, head: i
         )
 
 
-def _any_cell(mask: Mask, rows: Range, keys: Range, length: int, batch: int, head: int) -> bool:
-    """Whether a rectangle of a square score matrix has an allowed cell; read where need be."""
-    known = mask.enclosure(length, length, batch, head)
-    if known.inner.cut(rows, keys).area:
-        return True
-    if known.exact or not known.outer.cut(rows, keys).area:
+def _any_cell(mask: Mask, bounds: Enclosure, at: Rectangle) -> bool:
+    """Whether a rectangle has an allowed cell: by the mask's bounds, and read where need be."""
+    if 0 in at.shape:
         return False
-    height = max(1, _CELLS_AT_ONCE // (keys[1] - keys[0]))
-    blocks = ((i, min(i + height, rows[1])) for i in range(*rows, height))
-    return any(mask._read(Rectangle(b, keys, length, length, batch, head)).any() for b in blocks)
+    if bounds.inner.cut(at.rows, at.keys).area:
+        return True
+    if bounds.exact or not bounds.outer.cut(at.rows, at.keys).area:
+        return False
+    height = max(1, _CELLS_AT_ONCE // at.shape[1])
+    starts = range(*at.rows, height)
+    blocks = (at._replace(rows=(i, min(i + height, at.rows[1]))) for i in starts)
+    return any(mask._read(block).any() for block in blocks)

@@ -17,6 +17,7 @@ from attnkit.decoding import rows_of_text, text_length
 from attnkit.errors import BackendRefused, CompositionError
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask, Rectangle
+from attnkit.masks.composite import leaves
 from attnkit.modules import MultiHeadAttention
 from attnkit.pse import Pse
 from attnkit.rotary import Dynamic, Rotary, YaRN
@@ -505,3 +506,33 @@ if __name__ == "__main__":  # python tests/test_decoding.py FIRST COUNT BACKEND|
     seeds = range(first, first + count)
     one = one_context if backend == "context" else lambda seed: one_decoding(seed, backend)
     print(Counter(one(seed) for seed in seeds))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Causal(),
+        masks.SlidingWindow(3),
+        masks.Band(2, 1),
+        masks.Band(None, 2),
+        masks.Causal() & (masks.SlidingWindow(2) | masks.Columns(0, 1)),
+        ~masks.Causal(align="top_left"),
+        masks.Dilated(2) & masks.Causal(),
+        ~masks.Prefix(2) & masks.Causal(),
+    ],
+    ids=str,
+)
+def test_masks_that_say_so_only_grow_with_a_text(mask: masks.Mask) -> None:
+    """Steps take their word for it, so it is compared here, cell by cell."""
+    assert all(leaf._alike_on_squares for leaf in leaves(mask))
+    for longer in range(1, 10):
+        whole = mask.materialize(longer, longer)
+        for shorter in range(longer):
+            corner = whole[..., :shorter, :shorter]
+            assert torch.equal(corner, mask.materialize(shorter, shorter))
+
+
+def test_masks_that_move_do_not_say_so() -> None:
+    """What is counted from the end of the keys, and what is cut out of something else, is asked."""
+    for mask in (masks.Padding([2, 3], side="left"), masks.Causal()[1:, :]):
+        assert not mask._alike_on_squares

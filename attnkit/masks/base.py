@@ -134,7 +134,7 @@ class Mask(Operators, ABC):
 
     def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
         """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
-        if not self.anchored:
+        if self._alike_on_squares:
             return True
         old = self.enclosure(shorter, shorter, batch, head)
         new = self.enclosure(longer, longer, batch, head)
@@ -171,6 +171,11 @@ class Mask(Operators, ABC):
         So it is taken to be, unless a family knows better or counts from "top_left".
         """
         return getattr(self, "align", None) != "top_left"
+
+    @property
+    def _alike_on_squares(self) -> bool:
+        """Whether a larger square matrix only extends the set; lengths may enter by `anchor`."""
+        return not self.anchored
 
     @property
     def _nesting(self) -> tuple[int, int]:

@@ -47,6 +47,8 @@ class Causal(Mask):
     def __post_init__(self) -> None:
         check_align("Causal", self.align)
 
+    _alike_on_squares = True
+
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return _band(q_len, kv_len, self.align, None, 0)
 
@@ -76,6 +78,8 @@ class SlidingWindow(Mask):
             )
         check_int("SlidingWindow size", self.size, 1)
         check_align("SlidingWindow", self.align)
+
+    _alike_on_squares = True
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return _band(q_len, kv_len, self.align, self.size - 1, 0)
@@ -110,6 +114,8 @@ class Band(Mask):
                 "keys from p - left to p + right, so left + right must be >= 0"
             )
         check_align("Band", self.align)
+
+    _alike_on_squares = True
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return _band(q_len, kv_len, self.align, self.left, self.right)

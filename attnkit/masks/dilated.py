@@ -36,6 +36,8 @@ class Dilated(Mask):
         check_int("Dilated step", self.step, 1)
         check_align("Dilated", self.align)
 
+    _alike_on_squares = True
+
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Everything bounds it from outside; step 1 is everything."""
         full = Region.full(q_len, kv_len)
@@ -46,7 +48,3 @@ class Dilated(Mask):
         j = torch.arange(*at.keys, device=device)
         # Beyond all distances of the matrix, a step of any size leaves distance 0 alone.
         return (i - j) % min(self.step, at.q_len + at.kv_len + 1) == 0
-
-    def _extends(self, shorter: int, longer: int, batch: int, head: int) -> bool:
-        """True: either anchor is the diagonal of a square matrix."""
-        return True

@@ -72,12 +72,12 @@ class TiledPlan(Plan):
 
     @property
     def of_any_length(self) -> bool:
-        """Whether nothing of it was laid out for a mask."""
-        return self.few is not None
+        """Whether nothing of it was laid out for a mask; elsewhere a mask decides who runs it."""
+        return self.few is not None and self.request.device == "cpu"
 
     def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
         """Return the plan of as many rows with another mask, bias and number of keys."""
-        if self.few is None:
+        if not self.of_any_length:
             return None
         step: tuple[Mask, object, int] = (mask, None if pse is None else pse.key(), kv_len)
         latest: tuple[object, TiledPlan] | None = self.__dict__.get("_latest")

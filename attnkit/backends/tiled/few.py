@@ -221,7 +221,9 @@ class _Part:
 
     def _keys(self, tensor: Tensor, span: Span) -> Tensor:
         """Return keys or values of a span, ``[(b n) j d]``: a view where they need no cast."""
-        return tensor[:, :, slice(*span)].flatten(0, 1).to(self.wide)
+        if span != (0, tensor.shape[2]):
+            tensor = tensor[:, :, slice(*span)]
+        return tensor.flatten(0, 1).to(self.wide)
 
     def _by_row(self, folded: Tensor) -> Tensor:
         """See ``[(b n) (g s) j]`` as ``[b n g s j]``."""
@@ -261,6 +263,9 @@ def _cuts(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Yield the tensors of some batch elements: together where batch and heads are one axis."""
     start, stop = batches
+    if stop - start == len(query) == 1:
+        yield query, key, value, bias
+        return
     together = stop - start == 1 or (_is_flat(key) and _is_flat(value))
     steps = [(start, stop)] if together else [(b, b + 1) for b in range(start, stop)]
     for a, b in steps:
