@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from random import Random
 
@@ -18,21 +18,23 @@ from attnkit import masks
 
 Loop = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# Twice what the processors' caches hold.
+CACHED = 64 << 20
 
-def reading(keys: Tensor, values: Tensor) -> dict[str, Callable[[int], object]]:
-    """Return ways to read keys and values ``[b n s d]`` up to a length once."""
-    held = keys.new_empty(keys.numel())
+
+def reading(held: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Callable[[int], object]]:
+    """Return ways to read keys and values ``[b n s d]`` of layers, in turns, up to a length."""
+    room, turns = torch.empty_like(held[0][0]).flatten(), cycle(held)
 
     def copied(length: int) -> None:
-        for one in (keys, values):
+        for one in next(turns):
             part = one[:, :, :length]
-            held[: part.numel()].view(part.shape).copy_(part)
+            room[: part.numel()].view(part.shape).copy_(part)
 
-    return {
-        "sum": lambda length: (keys[:, :, :length].sum(), values[:, :, :length].sum()),
-        "max": lambda length: (keys[:, :, :length].amax(), values[:, :, :length].amax()),
-        "copy": copied,
-    }
+    def reduced(how: Callable[[Tensor], Tensor]) -> Callable[[int], object]:
+        return lambda length: [how(one[:, :, :length]) for one in next(turns)]
+
+    return {"sum": reduced(torch.sum), "max": reduced(torch.amax), "copy": copied}
 
 
 def caches(dtype: torch.dtype, b: int, n: int, length: int, d: int) -> tuple[Tensor, Tensor]:
@@ -43,22 +45,29 @@ def caches(dtype: torch.dtype, b: int, n: int, length: int, d: int) -> tuple[Ten
 def decode(
     batch: int, length: int, heads: int = 32, kv_heads: int = 8, dim: int = 128
 ) -> Callable[[torch.dtype], Sides]:
-    """Steps of one token each; a step's length comes back after hundreds of others."""
+    """Steps of one token each; a step's length comes back after hundreds of others.
+
+    A step goes through the layers of a model, each with its keys and values: so many that they
+    are not in the processor's caches when a step comes back to them.
+    """
 
     def make(dtype: torch.dtype) -> Sides:
-        steps = 16 if batch * length <= 40_000 else 2
-        span = min(256, length // 4)
-        keys, values = caches(dtype, batch, kv_heads, length + steps, dim)
+        size = 2 * batch * kv_heads * length * dim * dtype.itemsize
+        layers, span = max(1, min(12, CACHED // size)), min(256, length // 4)
+        steps = max(1, min(16, 4 * CACHED // (size * layers)))
+        held = [caches(dtype, batch, kv_heads, length + steps, dim) for _ in range(layers)]
         queries = torch.randn(steps, batch, heads, 1, dim).to(dtype)
-        ours = ak.Attention(
-            heads, dim, num_kv_heads=kv_heads, mask=masks.Causal(), layout="BNSD"
-        ).eval()
+        ours = [
+            ak.Attention(heads, dim, num_kv_heads=kv_heads, mask=masks.Causal(), layout="BNSD")
+            for _ in range(layers)
+        ]
 
-        def loop(step: Loop) -> Way:
+        def loop(each: Sequence[Loop]) -> Way:
             def run(start: int) -> Tensor:
                 for k, query in enumerate(queries):
                     stop = start + k + 1
-                    found = step(query, keys[:, :, :stop], values[:, :, :stop])
+                    for step, (keys, values) in zip(each, held, strict=True):
+                        found = step(query, keys[:, :, :stop], values[:, :, :stop])
                 return found
 
             return run
@@ -75,11 +84,11 @@ def decode(
             del ways["plain"]
         return Sides(
             [],
-            loop(ours),
-            {name: loop(step) for name, step in ways.items()},
+            loop([one.eval() for one in ours]),
+            {name: loop([step] * layers) for name, step in ways.items()},
             lambda rng: length - rng.randrange(span),
-            steps=steps,
-            reads=reading(keys, values),
+            steps=steps * layers,
+            reads=reading(held),
         )
 
     return make
@@ -125,7 +134,7 @@ def tree(dtype: torch.dtype) -> Sides:
         },
         lambda rng: 2048 - rng.randrange(256),
         steps=steps,
-        reads=reading(keys, values),
+        reads=reading([(keys, values)]),
     )
 
 
@@ -179,27 +188,36 @@ def unequal(dtype: torch.dtype) -> Sides:
     )
 
 
-def whole_layer(dtype: torch.dtype) -> Sides:
-    """Steps of `MultiHeadAttention` with its cache, and of a hand-written layer with the same."""
-    dim, heads, length, steps = 512, 8, 512, 16
-    ours = ak.MultiHeadAttention(dim, heads, mask=masks.Causal(), dtype=dtype).eval()
-    q, k, v, out = (p.weight for p in (ours.q_proj, ours.k_proj, ours.v_proj, ours.out_proj))  # type: ignore[union-attr]
+def whole_layers(dtype: torch.dtype) -> Sides:
+    """Steps of `MultiHeadAttention` with its caches, and of hand-written layers with the same."""
+    dim, heads, length, steps, count = 512, 8, 512, 16, 12
+    ours = [
+        ak.MultiHeadAttention(dim, heads, mask=masks.Causal(), dtype=dtype).eval()
+        for _ in range(count)
+    ]
+    weights = [
+        [p.weight for p in (one.q_proj, one.k_proj, one.v_proj, one.out_proj)]  # type: ignore[union-attr]
+        for one in ours
+    ]
     text = torch.randn(1, length + steps, dim).to(dtype)
-    cache = ak.KVCache(capacity=length + steps)
-    keys, values = caches(dtype, 1, heads, length + steps, dim // heads)
+    kept = [ak.KVCache(capacity=length + steps) for _ in ours]
+    held = [caches(dtype, 1, heads, length + steps, dim // heads) for _ in ours]
     with torch.no_grad():
-        ours(text, cache=cache)
-        for held, found in zip((keys, values), cache.read(), strict=True):
-            held.copy_(found.transpose(1, 2))
+        for one, cache, pair in zip(ours, kept, held, strict=True):
+            one(text, cache=cache)
+            for tensor, found in zip(pair, cache.read(), strict=True):
+                tensor.copy_(found.transpose(1, 2))
 
     starts = cycle(range(length - 8 * steps, length + 1, steps))
 
-    def layer(start: int) -> Tensor:
-        if cache.length < start:  # a turn that ours did not take part in
-            ours(text[:, cache.length : start], cache=cache)
-        cache.truncate(start)
+    def layers(start: int) -> Tensor:
+        for one, cache in zip(ours, kept, strict=True):
+            if cache.length < start:  # a turn that ours did not take part in
+                one(text[:, cache.length : start], cache=cache)
+            cache.truncate(start)
         for p in range(start, start + steps):
-            found = ours(text[:, p : p + 1], cache=cache)
+            for one, cache in zip(ours, kept, strict=True):
+                found = one(text[:, p : p + 1], cache=cache)
         return found
 
     def split(x: Tensor) -> Tensor:
@@ -208,18 +226,19 @@ def whole_layer(dtype: torch.dtype) -> Sides:
     def by_hand(start: int) -> Tensor:
         for p in range(start, start + steps):
             x = text[:, p : p + 1]
-            keys[:, :, p : p + 1] = split(linear(x, k))
-            values[:, :, p : p + 1] = split(linear(x, v))
-            found = sdpa(split(linear(x, q)), keys[:, :, : p + 1], values[:, :, : p + 1])
-            found = linear(found.transpose(1, 2).reshape(1, 1, dim), out)
+            for (q, k, v, out), (keys, values) in zip(weights, held, strict=True):
+                keys[:, :, p : p + 1] = split(linear(x, k))
+                values[:, :, p : p + 1] = split(linear(x, v))
+                found = sdpa(split(linear(x, q)), keys[:, :, : p + 1], values[:, :, : p + 1])
+                found = linear(found.transpose(1, 2).reshape(1, 1, dim), out)
         return found
 
     return Sides(
         [],
-        layer,
+        layers,
         {"by hand, the same projections": by_hand},
         lambda _: next(starts),
-        steps=steps,
+        steps=steps * count,
     )
 
 
@@ -235,7 +254,7 @@ DECODING = (
         for length in (1024, 4096, 32768)
     ),
     Row("decode: 512 keys, 8 heads of 64", decode(1, 512, 8, 8, 64), trains=False),
-    Row("decode: 512 keys, 8 heads of 64, MultiHeadAttention", whole_layer, trains=False),
+    Row("decode: 512 keys, 8 heads of 64, MultiHeadAttention", whole_layers, trains=False),
     Row("decode: 8 sequences of unequal lengths to 4,096", unequal, trains=False),
     Row("speculative: a tree of 25 tokens on 2,048", tree, trains=False),
 )

@@ -270,7 +270,8 @@ class AttentionConfig(_Config):
     ...
     attnkit.errors.ConfigError: AttentionConfig: 1 problem
       maks: unknown key; did you mean 'mask'? Known: num_heads, head_dim, version, \
-num_kv_heads, mask, pse, scale, dropout, sink, softcap, backend, layout; got 'Causal()'
+num_kv_heads, mask, pse, scale, dropout, sink, softcap, deterministic, backend, layout; \
+got 'Causal()'
     """
 
     head_dim: Count = Field(description="extent of one head")

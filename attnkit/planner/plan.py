@@ -75,7 +75,15 @@ class Plan:
     __getstate__ = state_of
 
     def after(self, passed_over: Sequence[Refusal]) -> Self:
-        """Return the same plan, taken after these refusals, with all that it has worked out."""
+        """Return the same plan, taken after these refusals, with all that it has worked out.
+
+        >>> import torch
+        >>> import attnkit as ak
+        >>> x = torch.empty(1, 64, 2, 16, device="meta")
+        >>> found = ak.plan(x, x, x, backend="reference")
+        >>> found.after([Refusal("mine", "not today", "tiled")]).passed_over[0].code
+        'mine'
+        """
         if not passed_over:
             return self
         found = replace(self, passed_over=tuple(passed_over))
@@ -91,6 +99,13 @@ class Plan:
         """Return the plan with another mask, bias and number of keys, where nothing is planned.
 
         Checks that they fit the queries. None where such a mask needs a plan of its own.
+
+        >>> import torch
+        >>> import attnkit as ak
+        >>> query, keys = torch.zeros(1, 1, 2, 16), torch.zeros(1, 64, 2, 16)
+        >>> step = ak.plan(query, keys, keys, mask=ak.masks.Causal(), backend="tiled")
+        >>> step.of_any_length, step.at(ak.masks.SlidingWindow(8), None, 65).request.kv_len
+        (True, 65)
         """
         return None
 
