@@ -31,7 +31,8 @@ __all__ = ["Few", "is_few"]
 
 # Rows of a step, and of the product that they become. Beyond, tiles are as fast.
 MOST_ROWS, MOST_FOLDED = 32, 128
-# From so many rows on torch's fused kernel beats products on cast copies of bfloat16.
+# Up to so many rows of a product, torch's fused kernel is slower than operators: measured on one
+# AVX-512 core. In bfloat16 these need cast copies, and it is faster from as many on.
 FUSED_ROWS = 4
 
 # Up to so many stretches are filled one by one.
@@ -91,10 +92,11 @@ class Few:
             like = query.new_empty(1, dtype=stats_dtype(query.dtype))
             cells = like.expand(*query.shape[:3], key.shape[2])
             bias = bias_of(pse, self.request, None, cells)
+        whole = query, key, value, bias
         parts = [
-            _Part(self.request, sight, sink, *cut)
+            part
             for sight in self.sights or ()
-            for cut in _cuts(sight.batches, query, key, value, bias)
+            for part in _Part(self.request, sight, sink, *_cut(sight.batches, *whole)).apart()
         ]
         outputs = [part.output() for part in parts]
         stats = Stats(
@@ -123,6 +125,15 @@ class _Part:
         self.key_heads, self.wide = key.shape[1], stats_dtype(query.dtype)
         self.group = self.heads // self.key_heads
         self.scores: Tensor | None = None
+
+    def apart(self) -> Iterator[_Part]:
+        """Yield this part; or its batch elements, where they and the heads are no single axis."""
+        if self.batch == 1 or self._is_fused or (_is_flat(self.key) and _is_flat(self.value)):
+            yield self
+            return
+        for k in range(self.batch):
+            own = _cut((k, k + 1), self.query, self.key, self.value, self.bias)
+            yield _Part(self.request, self.sight, self.sink, *own)
 
     def output(self) -> Tensor:
         """Return the output ``[b n s d]``."""
@@ -156,16 +167,13 @@ class _Part:
     @property
     def _is_fused(self) -> bool:
         """Whether torch's kernel computes this as it is, and faster."""
-        request, sight = self.request, self.sight
+        request, folded = self.request, self.group * self.rows
         plain = self.bias is None and self.sink is None and request.softcap is None
         even = request.head_dim == request.value_dim and 0 < request.scale < 1024
-        alike = len(sight.spans) == 1 and not sight.hidden
-        if not (plain and even and alike and self.key.device.type == "cpu"):
-            return False
-        folded = self.group * self.rows
-        if self.query.dtype == torch.bfloat16:
-            return folded >= FUSED_ROWS
-        return self.query.dtype in (torch.float32, torch.float64) and not _is_dense(self.key)
+        known = plain and even and len(self.sight.spans) == 1 and self.key.device.type == "cpu"
+        if self.query.dtype in (torch.float16, torch.bfloat16):
+            return known and self.query.dtype == torch.bfloat16 and folded >= FUSED_ROWS
+        return known and (folded > FUSED_ROWS or not _is_dense(self.key))
 
     def _fused_output(self) -> Tensor:
         (span,) = self.sight.spans
@@ -174,7 +182,13 @@ class _Part:
             one[:, :, slice(*span)] if one.stride(3) == 1 else one[:, :, slice(*span)].contiguous()
             for one in (self.key, self.value)
         )
-        made = _fused(query, keys, values, scale=self.request.scale)[0]
+        mask = None
+        if self.sight.hidden:
+            mask = query.new_zeros(1, 1, self.group, self.rows, span[1] - span[0])
+            self._hide(mask)
+            mask = mask.flatten(2, 3)
+        scale = self.request.scale
+        made = _fused(query, keys, values, attn_mask=mask, scale=scale)[0]
         return self._unfolded(made, made.shape[3])
 
     def _columns(self) -> Tensor:
@@ -258,19 +272,15 @@ def _sight(batches: Span, region: Region, rows: int) -> Sight:
     return Sight(batches, spans, tuple(hidden), tuple(blank))
 
 
-def _cuts(
+def _cut(
     batches: Span, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Yield the tensors of some batch elements: together where batch and heads are one axis."""
-    start, stop = batches
-    if stop - start == len(query) == 1:
-        yield query, key, value, bias
-        return
-    together = stop - start == 1 or (_is_flat(key) and _is_flat(value))
-    steps = [(start, stop)] if together else [(b, b + 1) for b in range(start, stop)]
-    for a, b in steps:
-        own = None if bias is None else bias if bias.shape[0] == 1 else bias[a:b]
-        yield query[a:b], key[a:b], value[a:b], own
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the tensors of some batch elements."""
+    a, b = batches
+    if b - a == len(query):
+        return query, key, value, bias
+    own = None if bias is None else bias if bias.shape[0] == 1 else bias[a:b]
+    return query[a:b], key[a:b], value[a:b], own
 
 
 def _is_flat(tensor: Tensor) -> bool:
