@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import sys
@@ -58,6 +59,9 @@ class Library:
             return f"it is built on Linux for {' and '.join(NATIVE)}, and this is {sys.platform}"
         if shutil.which("ninja") is None:
             return "torch's extension builder needs ninja: pip install ninja"
+        compiler = os.environ.get("CXX", "c++")  # as torch's builder chooses it
+        if shutil.which(compiler) is None:
+            return f"there is no C++ compiler {compiler!r}: install one, or name another in CXX"
         return None
 
     @cached_property

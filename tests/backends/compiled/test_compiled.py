@@ -55,6 +55,13 @@ def test_masks(name: str) -> None:
     agreement(tensors((40, 90)), "compiled", mask=MASKS[name])
 
 
+def test_what_a_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in str(compiled.LIBRARY.missing())
+    monkeypatch.setenv("PATH", "")
+    assert "ninja" in str(compiled.LIBRARY.missing())
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 127, 128, 129, 300])
 def test_lengths_around_tiles_and_chunks(length: int) -> None:
     for mask in (masks.Causal(), masks.SlidingWindow(130), masks.Full()):
