@@ -53,7 +53,7 @@ def main(rounds: int) -> None:
         "# What an import costs",
         "",
         f"Made by `python benchmarks/imports.py {rounds}`. Seconds, medians of {rounds} processes "
-        "each, in turns.",
+        f"each, in turns; Python {'keeps no' if sys.dont_write_bytecode else 'keeps'} bytecode.",
         "",
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
