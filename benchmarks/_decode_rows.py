@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from random import Random
+from typing import Any
 
 import _forms as forms
 import torch
@@ -95,46 +96,51 @@ def decode(
 
 
 def tree(dtype: torch.dtype) -> Sides:
-    """A speculative step: 25 drafted tokens, each of which sees the text and its ancestors."""
-    count, steps = 25, 8
+    """A speculative step: 25 drafted tokens, each of which sees the text and its ancestors.
+
+    All layers of a model take the same step, and both sides make its mask once.
+    """
+    count, steps, layers = 25, 8, 4
     draw = Random(0)
     ancestors = torch.eye(count, dtype=torch.bool)
     for k in range(1, count):
         ancestors[k] |= ancestors[draw.randrange(k)]
-    keys, values = caches(dtype, 1, 8, 2048 + 5 * steps + count, 128)
+    held = [caches(dtype, 1, 8, 2048 + 5 * steps + count, 128) for _ in range(layers)]
     queries = torch.randn(steps, 1, 32, count, 128).to(dtype)
-    ours = ak.Attention(32, 128, num_kv_heads=8, layout="BNSD").eval()
+    ours = [ak.Attention(32, 128, num_kv_heads=8, layout="BNSD").eval() for _ in held]
 
-    def loop(step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Way:
+    def loop(made: Callable[[Tensor], Any], each: Sequence[Callable[..., Tensor]]) -> Way:
         def run(start: int) -> Tensor:
             for k, query in enumerate(queries):
                 text = start + 5 * k  # as many drafts are taken
                 stop = text + count
-                allowed = torch.cat([torch.ones(count, text, dtype=torch.bool), ancestors], 1)
-                found = step(query, keys[:, :, :stop], values[:, :, :stop], allowed)
+                mask = made(torch.cat([torch.ones(count, text, dtype=torch.bool), ancestors], 1))
+                for step, (keys, values) in zip(each, held, strict=True):
+                    found = step(query, keys[:, :, :stop], values[:, :, :stop], mask)
             return found
 
         return run
 
+    def as_floats(allowed: Tensor) -> Tensor:
+        return forms.floats(allowed, dtype)
+
+    def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return sdpa(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def by_ours(one: ak.Attention) -> Callable[..., Tensor]:
+        return lambda q, k, v, mask: one(q, k, v, mask=mask)
+
     return Sides(
         [],
-        loop(lambda q, k, v, allowed: ours(q, k, v, mask=masks.Dense.keep(allowed))),
+        loop(masks.Dense.keep, [by_ours(one) for one in ours]),
         {
-            "bool mask, enable_gqa": loop(
-                lambda q, k, v, allowed: sdpa(q, k, v, attn_mask=allowed, enable_gqa=True)
-            ),
-            "rows of groups": loop(
-                lambda q, k, v, allowed: forms.by_groups(q, k, v, forms.floats(allowed, dtype))
-            ),
-            "rows of groups, written out": loop(
-                lambda q, k, v, allowed: forms.by_groups_eager(
-                    q, k, v, forms.floats(allowed, dtype)
-                )
-            ),
+            "float mask, enable_gqa": loop(as_floats, [by_torch] * layers),
+            "rows of groups": loop(as_floats, [forms.by_groups] * layers),
+            "rows of groups, written out": loop(as_floats, [forms.by_groups_eager] * layers),
         },
         lambda rng: 2048 - rng.randrange(256),
-        steps=steps,
-        reads=reading([(keys, values)]),
+        steps=steps * layers,
+        reads=reading(held),
     )
 
 
