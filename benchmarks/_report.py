@@ -16,6 +16,7 @@ TABLES = {
     "attention": "tiled against torch's ways to run the same mask: times, rates, growth, memory",
     "models": "attention in the shapes of models beside the best call of torch; decoding",
     "opaque": "masks that are no region beside their bounds: time, first calls, memory",
+    "kernel_in_cpp": "the compiled kernel beside tiled, forward and backward",
     "sixteen_bits": "bfloat16 beside float32, in turns",
     "training": "steps per second of the example, on the reference and on tiled",
     "gpu": "on a GPU: compiled FlexAttention, SDPA's kernels by name, flash-attn",
