@@ -31,11 +31,15 @@ from attnkit.planner.request import is_transformed
 from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
 from attnkit.pse import Pse
 
-__all__ = ["Asked", "any_length", "attend", "is_tracing", "key_of", "plan_of"]
+__all__ = ["Asked", "any_length", "attend", "is_tracing", "key_of", "plan_again", "plan_of"]
 
 is_tracing = torch.compiler.is_dynamo_compiling
 
 _WHOLE = Full()
+
+# Plans kept by a module. Packed batches have new lengths in every step, so there is no end to
+# them; what is dropped here is still found in the planner's own cache for a while.
+MOST_PLANS = 16
 
 
 class Asked(NamedTuple):
@@ -116,7 +120,8 @@ def key_of(
     """Return what a module's plan depends on; None where arguments are not what they should be.
 
     What the module was built with is not part of it, but its tensors are: a bias or a sink may
-    be frozen or moved between two calls.
+    be frozen or moved between two calls. So is whether it enters at all: a step of a cache gives
+    its mask and bias in place of the module's.
     """
     bias, facts = asked.biases[1], []
     carried = asked.tensors if sink is None else (*asked.tensors, sink)
@@ -137,6 +142,7 @@ def key_of(
         is_transformed(),
         trains(asked.score_fn, query),
         strict(),
+        (asked.masks[0] is None, asked.biases[0] is None),
     )
 
 
@@ -156,6 +162,35 @@ def any_length(known: Hashable, layout: str) -> tuple[Hashable, int] | None:
         return None
     sides = tuple((shape[:at], shape[at + 1 :], *facts) for shape, *facts in (key, value))
     return (query, sides, tuple(facts[2:] for facts in carried), *rest), key[0][at]
+
+
+def plan_again(
+    plans: dict[Hashable, Plan],
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    seqlens: SeqLens | None,
+) -> Plan:
+    """Return the plan that a module has for such a call, or make it and keep it there."""
+    known = key_of(asked, query, key, value, sink, seqlens)
+    found = plans.get(known)
+    if found is not None:
+        return found
+    # A decoding step has one key more than the last: such plans are for any number of them.
+    step = any_length(known, asked.layout)
+    plan = None if step is None else plans.get(step[0])
+    if plan is not None and step is not None:
+        found = plan.at(asked.mask, asked.pse, step[1])
+    if found is None:
+        found = plan_of(asked, query, key, value, sink, seqlens)
+        kept = step[0] if step is not None and found.of_any_length else known
+        if kept is not None:
+            if len(plans) >= MOST_PLANS:
+                plans.pop(next(iter(plans)), None)  # the oldest
+            plans[kept] = found
+    return found
 
 
 def attend(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.arguments import check_bool, check_int
-from attnkit.attend import Asked, any_length, attend, is_tracing, key_of, plan_of
+from attnkit.attend import Asked, attend, is_tracing, plan_again, plan_of
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
@@ -25,9 +25,6 @@ from attnkit.pse.parse import as_pse
 
 __all__ = ["Attention", "attention", "plan"]
 
-# Plans kept by a module. Packed batches have new lengths in every step, so there is no end to
-# them; what is dropped here is still found in the planner's own cache for a while.
-_MOST_PLANS = 16
 # Of a module, which makes tensors of its sizes.
 _LARGEST_SIZE = 1 << 20
 
@@ -259,23 +256,7 @@ class Attention(nn.Module):
         sink: Tensor | None,
         seqlens: SeqLens | None,
     ) -> Plan:
-        known = key_of(asked, query, key, value, sink, seqlens)
-        found = self._plans.get(known)
-        if found is not None:
-            return found
-        # A decoding step has one key more than the last: such plans are for any number of them.
-        step = any_length(known, asked.layout)
-        plan = None if step is None else self._plans.get(step[0])
-        if plan is not None and step is not None:
-            found = plan.at(asked.mask, asked.pse, step[1])
-        if found is None:
-            found = plan_of(asked, query, key, value, sink, seqlens)
-            kept = step[0] if step is not None and found.of_any_length else known
-            if kept is not None:
-                if len(self._plans) >= _MOST_PLANS:
-                    self._plans.pop(next(iter(self._plans)), None)  # the oldest
-                self._plans[kept] = found
-        return found
+        return plan_again(self._plans, asked, query, key, value, sink, seqlens)
 
     def _attend(
         self,

@@ -536,3 +536,18 @@ def test_masks_that_move_do_not_say_so() -> None:
     """What is counted from the end of the keys, and what is cut out of something else, is asked."""
     for mask in (masks.Padding([2, 3], side="left"), masks.Causal()[1:, :]):
         assert not mask._alike_on_squares
+
+
+def test_what_a_cache_asked_for_is_not_what_a_call_adds() -> None:
+    """A step gives its mask and bias in place of the module's, a call beside them."""
+    own = masks.Causal() & masks.SlidingWindow(9)
+    x, more = torch.randn(1, 40, 32), {"mask": own, "pse": pse.ALiBi(4)}
+
+    def made() -> MultiHeadAttention:
+        torch.manual_seed(0)
+        return MultiHeadAttention(32, 4, mask=own, pse=pse.ALiBi(4)).eval()
+
+    layer, fresh = made(), made()
+    with torch.no_grad():
+        layer(x, cache=KVCache())
+        torch.testing.assert_close(layer(x, **more), fresh(x, **more))

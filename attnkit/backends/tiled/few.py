@@ -21,6 +21,7 @@ from torch import Tensor
 from attnkit.backends.base import Stats, stats_dtype
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.reference import bias_of
+from attnkit.backends.tiled.job import HUGE_SCALE
 from attnkit.geometry import Region
 from attnkit.planner import Request
 from attnkit.planner.matrices import seen_spans
@@ -204,7 +205,7 @@ class _Part:
         """Whether torch's kernel computes this as it is, and faster."""
         request, folded = self.request, self.group * self.rows
         plain = self.bias is None and self.sink is None and request.softcap is None
-        even = request.head_dim == request.value_dim and 0 < request.scale < 1024
+        even = request.head_dim == request.value_dim and 0 < request.scale <= HUGE_SCALE
         known = plain and even and len(self.sight.spans) == 1 and self.key.device.type == "cpu"
         if self.query.dtype in (torch.float16, torch.bfloat16):
             return known and self.query.dtype == torch.bfloat16 and folded >= FUSED_ROWS
