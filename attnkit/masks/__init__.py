@@ -9,6 +9,7 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
+from attnkit.masks.foreign import Lifted
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
@@ -37,6 +38,7 @@ __all__ = [
     "Enclosure",
     "Finding",
     "Full",
+    "Lifted",
     "Mask",
     "Not",
     "Or",

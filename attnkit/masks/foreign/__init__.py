@@ -1,0 +1,8 @@
+"""Masks as other libraries write them, read as sets; nothing foreign is imported.
+
+One file per library. Each reads objects by their structure and returns a `Lifted`.
+"""
+
+from attnkit.masks.foreign.lifted import Lifted
+
+__all__ = ["Lifted"]
