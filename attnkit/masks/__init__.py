@@ -9,7 +9,7 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
-from attnkit.masks.foreign import Lifted
+from attnkit.masks.foreign import Lifted, from_torch
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
@@ -56,6 +56,7 @@ __all__ = [
     "Spans",
     "StackReport",
     "from_token_types",
+    "from_torch",
     "lint_stack",
     "parse",
     "recover",

@@ -9,6 +9,7 @@ ALiBi(4) + SqrtALiBi(slopes=(0.5, 0.25, 0.125, 0.0625))
 
 from __future__ import annotations
 
+from attnkit.pse.additive import split_additive
 from attnkit.pse.alibi import ALiBi, LearnableALiBi, Sloped, SqrtALiBi, press_slopes
 from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
@@ -42,5 +43,6 @@ __all__ = [
     "Toeplitz",
     "parse",
     "press_slopes",
+    "split_additive",
     "t5_bucket",
 ]

@@ -4,5 +4,6 @@ One file per library. Each reads objects by their structure and returns a `Lifte
 """
 
 from attnkit.masks.foreign.lifted import Lifted
+from attnkit.masks.foreign.torch import from_torch
 
-__all__ = ["Lifted"]
+__all__ = ["Lifted", "from_torch"]
