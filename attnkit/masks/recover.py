@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import MaskFunction, Predicate
 from attnkit.masks.slices import Slices
 from attnkit.masks.sources import Source, source_of
-from attnkit.masks.trace import Progress, count_slices, trace
+from attnkit.masks.trace import Progress, count_slices
 
 __all__ = ["Recovered", "recover"]
 
@@ -84,6 +85,7 @@ def recover(
     batch: int | None = None,
     heads: int | None = None,
     q_offset: int = 0,
+    kv_offset: int = 0,
     device: torch.device | str | None = None,
     max_slices: int | None = None,
     progress: Progress | None = None,
@@ -95,8 +97,8 @@ def recover(
     - a bool tensor or array [Sq, Skv], [N, Sq, Skv] or [B, N, Sq, Skv];
     - a function ``fn(b, h, i, j)``: FlexAttention's `mask_mod`, or a mask function of
       transformers (the same four indices). `q_len` and `kv_len` are needed, and `batch` or `heads`
-      if it tells them apart. `q_offset` is added to i, as transformers does with a cache;
-      `device` is where its indices live;
+      if it tells them apart. `q_offset` is added to i and `kv_offset` to j, as transformers does
+      with a cache; `device` is where its indices live;
     - row bounds: for row i the keys ``start <= j < stop``, as a list with one (start, stop), or one
       list of such pairs, per row; or an integer tensor [Sq, 2] or [Sq, R, 2]. `kv_len` is needed;
       ``stop <= start`` is no keys;
@@ -122,34 +124,24 @@ def recover(
     >>> masks.recover([[(0, 1), (3, 5)], [(2, 3)]], kv_len=5).mask
     Slices(((0, 1, 0, 1, 0, 0), (0, 1, 3, 5, 3, 4), (1, 2, 2, 3, 1, 1)), 2, 5)
     """
-    given = source_of(source, q_len, kv_len, keep, batch, heads, q_offset, device)
+    given = source_of(source, q_len, kv_len, keep, batch, heads, q_offset, kv_offset, device)
     if max_slices is None:
         max_slices = 64 + 4 * max(given.q_len, given.kv_len)
     check_int("max_slices", max_slices, 1)
     found: list[Region] = []
-    places, heads = given.mask._places, given.mask.heads or 1
+    batches, heads = (count or 1 for count in given.counts)
+    places = list(product(range(batches), range(heads)))
     for n, place in enumerate(places):
 
         def tell(done: int, rows: int, before: int = n) -> None:
             if progress is not None:
                 progress(before * rows + done, len(places) * rows)
 
-        region = _matrix(given, *place, max_slices, tell)
+        region = given.region(*place, max_slices, tell)
         if isinstance(region, str):
             return _as_given(given, *place, region)
         found.append(region)
     return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, len(found), heads)))
-
-
-def _matrix(given: Source, b: int, h: int, max_slices: int, tell: Progress) -> Region | str:
-    """Return the region of a score matrix, or in words why it has none."""
-    cells = given.cells(b, h)
-    if not isinstance(cells, Region):
-        return trace(cells, given.q_len, given.kv_len, max_slices, progress=tell)
-    size = count_slices(cells)
-    if size <= max_slices or given.written:
-        return cells
-    return f"the rows need {size} slices, and max_slices={max_slices}"
 
 
 def _as_given(given: Source, b: int, h: int, why: str) -> Recovered:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,31 +19,58 @@ from attnkit.masks.base import Mask
 from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
-from attnkit.masks.trace import Rectangle, RowReader, cells_of
+from attnkit.masks.trace import Progress, cells_of, count_slices, trace
 
 __all__ = ["Source", "source_of"]
 
 
-class Source(NamedTuple):
-    """A source of cells as a mask at some lengths, and how its cells come to be known.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A source of cells at some lengths: a mask, or a tensor [B, N, q_len, kv_len] of bools.
 
-    `written`: its author wrote it as a mask; `bits`: its cells are read whatever it knows of them.
+    `written`: its author wrote it as a mask; `keep`: what True means in the tensor.
     """
 
-    mask: Mask
+    given: Mask | None
     q_len: int
     kv_len: int
     said: str
     written: bool = False
-    bits: bool = False
     device: torch.device | str | None = None
+    tensor: torch.Tensor | None = None
+    keep: bool = True
 
-    def cells(self, batch: int, head: int) -> Region | RowReader:
-        """Return a score matrix as its region, or as a reader of its rows."""
-        if not self.bits:
-            return cells_of(self.mask, self.q_len, self.kv_len, batch, head, self.device)
-        whole = Rectangle((0, 0), (0, self.kv_len), self.q_len, self.kv_len, batch, head)
-        return lambda i0, i1: self.mask._cells(whole._replace(rows=(i0, i1)), "cpu")
+    @cached_property
+    def mask(self) -> Mask:
+        """The source as a mask, as it was given."""
+        if self.given is not None:
+            return self.given
+        if self.tensor is None:  # a fault of the caller
+            raise CompositionError("a source is a mask or a tensor")
+        return Dense.keep(self.tensor) if self.keep else Dense.drop(self.tensor)
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """How many batch elements and heads it tells apart."""
+        if self.tensor is None:
+            return self.mask.batches, self.mask.heads
+        return tuple(size if size > 1 else None for size in self.tensor.shape[:2])  # type: ignore[return-value]
+
+    def region(self, batch: int, head: int, max_slices: int, progress: Progress) -> Region | str:
+        """Return the region of a score matrix, or in words why it has none."""
+        lengths = self.q_len, self.kv_len
+        if self.tensor is not None:
+            plane = self.tensor[batch, head].detach()
+            if self.keep:
+                return trace(lambda a, b: plane[a:b], *lengths, max_slices, progress)
+            return trace(lambda a, b: ~plane[a:b], *lengths, max_slices, progress)
+        cells = cells_of(self.mask, *lengths, batch, head, self.device)
+        if not isinstance(cells, Region):
+            return trace(cells, *lengths, max_slices, progress)
+        size = count_slices(cells)
+        if size <= max_slices or self.written:
+            return cells
+        return f"the rows need {size} slices, and max_slices={max_slices}"
 
 
 def source_of(
@@ -52,6 +81,7 @@ def source_of(
     batch: int | None,
     heads: int | None,
     q_offset: int,
+    kv_offset: int,
     device: torch.device | str | None,
 ) -> Source:
     """Bring any source that `masks.recover` documents to one form."""
@@ -69,18 +99,20 @@ def source_of(
         if value is not None:
             check_int(f"recover {name}", value, least)
     check_int("recover q_offset", q_offset, 0)
+    check_int("recover kv_offset", kv_offset, 0)
     if not isinstance(source, Mask) and callable(source) and not isinstance(source, torch.Tensor):
         lengths = _needed("a function", q_len, kv_len)
         function = cast(MaskFunction, source)
         if all(lengths):
             _check_uses(function, batch, heads, device)
         mask: Mask = Predicate(function, batch, heads)
-        mask = mask[q_offset:, :] if q_offset else mask
+        mask = mask[q_offset:, kv_offset:] if q_offset or kv_offset else mask
         return Source(mask if keep else ~mask, *lengths, _cells_read(*lengths, keep), device=device)
-    if batch is not None or heads is not None or q_offset:
+    if batch is not None or heads is not None or q_offset or kv_offset:
         raise CompositionError(
-            f"recover got {describe(source)} with batch, heads or q_offset; these belong to a "
-            "function fn(b, h, i, j), everything else has its batches, heads and rows"
+            f"recover got {describe(source)} with batch, heads, q_offset or kv_offset; these "
+            "belong to a function fn(b, h, i, j), everything else has its batches, heads, rows "
+            "and keys"
         )
     if isinstance(source, Mask):
         return _written(source, q_len, kv_len, keep)
@@ -152,8 +184,7 @@ def _from_tensor(tensor: torch.Tensor, q_len: int | None, kv_len: int | None, ke
     planes = planes[slice(None if planes.stride(0) else 1), slice(None if planes.stride(1) else 1)]
     own = planes.shape[2], planes.shape[3]
     _fits(f"a tensor of shape {tuple(tensor.shape)}", (q_len, kv_len), own)
-    mask = Dense.keep(planes) if keep else Dense.drop(planes)
-    return Source(mask, *own, _cells_read(*own, keep), bits=True)
+    return Source(None, *own, _cells_read(*own, keep), tensor=planes, keep=keep)
 
 
 # -- functions -----------------------------------------------------------------------------

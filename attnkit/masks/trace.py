@@ -8,13 +8,13 @@ needed follows the slices found, not the score matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from attnkit.geometry import Region, Slice
+from attnkit.masks.runs import Runs, read_cells
 
 if TYPE_CHECKING:
     from attnkit.masks.base import Mask
@@ -44,8 +44,6 @@ RowReader = Callable[[int, int], torch.Tensor]
 
 # Is told after each chunk how many rows have been read, and of how many.
 Progress = Callable[[int, int], None]
-
-_Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Rectangle(NamedTuple):
@@ -103,30 +101,6 @@ def paint(
     return cells
 
 
-class _Chunk(NamedTuple):
-    """The runs of rows ``i0 <= i < i1``: the row of each, its first key, and the key after it."""
-
-    i0: int
-    i1: int
-    rows: _Ints
-    starts: _Ints
-    stops: _Ints
-
-    def region(self) -> Region:
-        borders = np.searchsorted(self.rows, np.arange(self.i0, self.i1 + 1)).tolist()
-        runs = list(zip(self.starts.tolist(), self.stops.tolist(), strict=True))
-        rows = (runs[a:b] for a, b in pairwise(borders))
-        return Region.from_rows(rows).shift(self.i0, 0)
-
-    def hull(self) -> Slice:
-        starts, stops = self.starts - self.rows, self.stops - self.rows
-        return Slice(
-            int(self.rows[0]), int(self.rows[-1]) + 1,
-            int(self.starts.min()), int(self.stops.max()),
-            int(starts.min()), int(stops.max()) - 1,
-        )  # fmt: skip
-
-
 def row_blocks(start: int, stop: int, kv_len: int) -> Iterator[tuple[int, int]]:
     """Iterate over rows ``start <= i < stop``, so many at once as hold `CHUNK_CELLS` at most.
 
@@ -168,14 +142,10 @@ def blocks_around(
         start = stop
 
 
-def _chunks(rows: RowReader, q_len: int, kv_len: int) -> Iterator[_Chunk]:
+def _chunks(rows: RowReader, q_len: int, kv_len: int) -> Iterator[tuple[int, int, Region | Runs]]:
+    """Yield ranges of rows with what they hold, counted from the first of them."""
     for i0, i1 in row_blocks(0, q_len, kv_len):
-        # A column of False on either side makes every run begin and end inside its own row.
-        framed = np.zeros((i1 - i0, kv_len + 2), dtype=np.bool_)
-        framed[:, 1:-1] = rows(i0, i1).cpu().numpy()
-        flat = framed.reshape(-1)
-        at, keys = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), kv_len + 2)
-        yield _Chunk(i0, i1, at[::2] + i0, keys[::2], keys[1::2])
+        yield i0, i1, read_cells(np.ascontiguousarray(rows(i0, i1).cpu().numpy()))
 
 
 def trace(
@@ -193,19 +163,20 @@ def trace(
     """
     pending: list[Region] = []
     found = 0
-    for chunk in _chunks(rows, q_len, kv_len):
-        pending.append(chunk.region())
-        found += count_slices(pending[-1])
+    for i0, i1, chunk in _chunks(rows, q_len, kv_len):
+        region = chunk if isinstance(chunk, Region) else chunk.region()
+        pending.append(region.shift(i0, 0))
+        found += count_slices(region)
         if progress is not None:
-            progress(chunk.i1, q_len)
+            progress(i1, q_len)
         # A chunk's border cuts slices in two, so a sum is judged only after a merge; to merge
         # at twice the limit and not before it keeps the merges few.
-        if found > 2 * max_slices or chunk.i1 == q_len:
+        if found > 2 * max_slices or i1 == q_len:
             pending = [Region.union(pending)]
             found = count_slices(pending[0])
             if found > max_slices:
                 return (
-                    f"rows 0 to {chunk.i1 - 1} of {q_len} already need {found} slices, and "
+                    f"rows 0 to {i1 - 1} of {q_len} already need {found} slices, and "
                     f"max_slices={max_slices}"
                 )
     return Region.union(pending)
@@ -216,17 +187,24 @@ def enclosed(rows: RowReader, q_len: int, kv_len: int, max_runs: int) -> Enclosu
     parts: list[Region] = []
     hulls: list[Slice] = []
     found = 0
-    for chunk in _chunks(rows, q_len, kv_len):
-        found += len(chunk.rows)
-        if len(chunk.rows):
-            hulls.append(chunk.hull())
+    for i0, _, chunk in _chunks(rows, q_len, kv_len):
+        size = _count_runs(chunk) if isinstance(chunk, Region) else len(chunk.rows)
+        found += size
+        if size:
+            hull = chunk.bounds if isinstance(chunk, Region) else chunk.hull()
+            hulls += [] if hull is None else [hull.shift(i0, 0)]
         if found <= max_runs:
-            parts.append(chunk.region())
+            region = chunk if isinstance(chunk, Region) else chunk.region()
+            parts.append(region.shift(i0, 0))
     if found <= max_runs:
         region = Region.union(parts)
         return Enclosure(region, region)
     around = Region.of(*hulls).bounds
     return Enclosure(Region.empty(), Region.of(*(() if around is None else (around,))))
+
+
+def _count_runs(region: Region) -> int:
+    return sum((i1 - i0) * len(runs) for i0, i1, runs in region.strips)
 
 
 def count_slices(region: Region) -> int:

@@ -1,0 +1,99 @@
+"""How long masks of others take to be read as sets, on one thread; CPU time, medians.
+
+    python benchmarks/lifting.py [path of another tree] [--length 16384]
+
+With a path the same is measured with that tree's attnkit, in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROUNDS = 7
+
+
+def load(root: Path) -> ModuleType:
+    """Import the attnkit of a tree, beside others that are imported already."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+    sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module("attnkit.masks")
+    finally:
+        sys.path.remove(str(root))
+        for name in [name for name in sys.modules if ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def ours(name: str) -> bool:
+    """Whether a module is attnkit's."""
+    return name == "attnkit" or name.startswith("attnkit.")
+
+
+Case = tuple[str, Callable[[Any], object]]
+
+
+def cases(n: int) -> Iterator[Case]:
+    """Yield what is measured: a name, and a function of the module `masks`."""
+    causal = torch.ones(n, n, dtype=torch.bool).tril_()
+    yield "recover(bool), causal", lambda masks: masks.recover(causal)
+    window = causal.clone().triu_(-255)
+    yield "recover(bool), window", lambda masks: masks.recover(window)
+    ids = torch.arange(n) * 64 // n
+    packed = (ids[:, None] == ids) & causal
+    yield "recover(bool), 64 documents", lambda masks: masks.recover(packed)
+    odd = torch.zeros(n, n + 1, dtype=torch.bool)[:, :-1].copy_(causal)
+    yield "recover(bool), causal, a row is no whole words", lambda masks: masks.recover(odd)
+    yield "Dense.keep(bool).region, causal", lambda masks: masks.Dense.keep(causal).region(n, n)
+    yield (
+        "recover(mask_mod), window",
+        lambda masks: masks.recover(lambda b, h, i, j: (i >= j) & (i - j < 256), n, n),
+    )
+    yield (
+        "recover(mask_mod), 64 documents",
+        lambda masks: masks.recover(lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]), n, n),
+    )
+
+
+def measure(run: Callable[[], object]) -> float:
+    """Return the CPU time of one call in milliseconds."""
+    start = time.thread_time()
+    run()
+    return 1e3 * (time.thread_time() - start)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("other", nargs="?", type=Path)
+    parser.add_argument("--length", type=int, default=16384)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    trees = [load(Path(__file__).parents[1])]
+    trees += [load(given.other)] if given.other else []
+    for name, case in cases(given.length):
+        told = []
+        times: list[list[float]] = [[] for _ in trees]
+        for _ in range(ROUNDS):
+            for tree, own in zip(trees, times, strict=True):
+                try:
+                    own.append(measure(partial(case, tree)))
+                except AttributeError:  # what the other tree does not have yet
+                    own.append(float("nan"))
+        told = [f"{statistics.median(own):9.2f} ms" for own in times]
+        print(f"{name:50}", *told, flush=True)
+
+
+if __name__ == "__main__":
+    main()
