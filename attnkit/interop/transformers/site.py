@@ -1,0 +1,84 @@
+"""`Site`: what the adapter knows of one attention module: its plans, and what came by."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnkit.attend import Asked, plan_again
+from attnkit.backends import AttentionOutput, Operands, run_plan
+from attnkit.layouts import SeqLens
+from attnkit.masks import Mask
+from attnkit.planner import Plan
+
+__all__ = ["Site", "calling_module", "site_of"]
+
+_NAME = "_attnkit_site"
+
+
+class Site:
+    """Where attention is called: its plans, how often, and what was read or made dense.
+
+    It belongs to the module, and neither pickles nor deep-copies with it: a copy begins anew.
+    """
+
+    __slots__ = ("calls", "dense", "latest", "masks", "notes", "plans", "read", "unfused")
+
+    def __init__(self) -> None:
+        self.plans: dict[Hashable, Plan] = {}
+        self.calls = 0
+        self.latest: Plan | None = None
+        self.dense: Counter[str] = Counter()  # operators that made cells of a mask that is a set
+        self.read: Counter[str] = Counter()  # what was read cell by cell
+        self.notes: Counter[str] = Counter()  # what was computed beside the plan
+        self.unfused: tuple[str, ...] = ()
+        self.masks: list[Mask | None] | None = None  # those of each call, while somebody asks
+
+    def __deepcopy__(self, memo: object) -> Site:
+        return Site()
+
+    def __reduce__(self) -> tuple[type[Site], tuple[()]]:
+        return Site, ()
+
+    def run(
+        self,
+        asked: Asked,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None = None,
+        seqlens: SeqLens | None = None,
+    ) -> AttentionOutput:
+        """Attend by a plan that is kept here."""
+        plan = plan_again(self.plans, asked, query, key, value, sink, seqlens)
+        self.calls += 1
+        self.latest = plan
+        if self.masks is not None:
+            self.masks.append(asked.mask)
+        return run_plan(plan, Operands(query, key, value, asked.pse, sink))
+
+
+def site_of(module: nn.Module) -> Site:
+    """Return the site of a module."""
+    found = module.__dict__.get(_NAME)
+    if found is None:
+        found = module.__dict__[_NAME] = Site()
+    return found
+
+
+def calling_module() -> nn.Module | None:
+    """Return the module in whose code Python is now; None outside of any.
+
+    Only asked where something slow happens that somebody should hear of.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner
+        frame = frame.f_back
+    return None
