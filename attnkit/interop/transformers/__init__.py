@@ -1,7 +1,19 @@
 """transformers on attnkit: `enable(model)`, or ``attn_implementation="attnkit"``."""
 
+from attnkit.interop.transformers.reports import LayerReport, ModelReport, expect, masks_of, report
 from attnkit.interop.transformers.switching import NAME, TESTED, Switched, enable, register
 
-__all__ = ["NAME", "TESTED", "Switched", "enable", "register"]
+__all__ = [
+    "NAME",
+    "TESTED",
+    "LayerReport",
+    "ModelReport",
+    "Switched",
+    "enable",
+    "expect",
+    "masks_of",
+    "register",
+    "report",
+]
 
 register()

@@ -15,7 +15,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Plan
 
-__all__ = ["Site", "calling_module", "site_of"]
+__all__ = ["Site", "calling_module", "site_at", "site_of"]
 
 _NAME = "_attnkit_site"
 
@@ -26,7 +26,7 @@ class Site:
     It belongs to the module, and neither pickles nor deep-copies with it: a copy begins anew.
     """
 
-    __slots__ = ("calls", "dense", "latest", "masks", "notes", "plans", "read", "unfused")
+    __slots__ = ("calls", "dense", "latest", "masks", "notes", "plans", "read")
 
     def __init__(self) -> None:
         self.plans: dict[Hashable, Plan] = {}
@@ -35,7 +35,6 @@ class Site:
         self.dense: Counter[str] = Counter()  # operators that made cells of a mask that is a set
         self.read: Counter[str] = Counter()  # what was read cell by cell
         self.notes: Counter[str] = Counter()  # what was computed beside the plan
-        self.unfused: tuple[str, ...] = ()
         self.masks: list[Mask | None] | None = None  # those of each call, while somebody asks
 
     def __deepcopy__(self, memo: object) -> Site:
@@ -43,6 +42,11 @@ class Site:
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return Site, ()
+
+    @property
+    def told(self) -> bool:
+        """Whether something came by that a report has to tell."""
+        return bool(self.calls or self.dense or self.read or self.notes)
 
     def run(
         self,
@@ -64,9 +68,15 @@ class Site:
 
 def site_of(module: nn.Module) -> Site:
     """Return the site of a module."""
-    found = module.__dict__.get(_NAME)
+    found: Site | None = module.__dict__.get(_NAME)
     if found is None:
         found = module.__dict__[_NAME] = Site()
+    return found
+
+
+def site_at(module: nn.Module) -> Site | None:
+    """Return the site of a module that has one."""
+    found: Site | None = module.__dict__.get(_NAME)
     return found
 
 

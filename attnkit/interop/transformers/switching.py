@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import unwrap
-from types import CodeType
 from typing import Any
 
 import transformers
@@ -17,7 +16,7 @@ from attnkit.errors import CompositionError
 from attnkit.interop.transformers.interface import attend
 from attnkit.interop.transformers.lifting import make_mask
 
-__all__ = ["NAME", "PACKED", "TESTED", "Switched", "enable", "register"]
+__all__ = ["NAME", "PACKED", "TESTED", "Switched", "calling", "enable", "register"]
 
 NAME = "attnkit"
 """The name to give as ``attn_implementation``."""
@@ -76,7 +75,7 @@ def enable(model: nn.Module, *, strict: bool = True) -> Switched:
         raise CompositionError(f"enable takes a model, got {type(model).__name__}")
     for part in _outermost(model):
         _set_name(part)
-    interface = tuple(_calling(model))
+    interface = tuple(calling(model))
     packed = tuple(_pack(model))
     if not interface:
         raise CompositionError(
@@ -122,24 +121,36 @@ def _set_name(model: PreTrainedModel) -> None:
             config._attn_implementation_internal = NAME
 
 
-def _code(module: nn.Module) -> CodeType | None:
-    return getattr(unwrap(type(module).forward), "__code__", None)
-
-
-def _calling(model: nn.Module) -> Iterator[str]:
+def calling(model: nn.Module) -> Iterator[str]:
     """Yield the names of modules whose code asks for an attention function by name."""
     for name, module in model.named_modules():
-        code = _code(module)
-        if code is not None and "get_interface" in code.co_names:
+        if _says(type(module), "get_interface"):
             yield name
+
+
+def _says(kind: type, name: str) -> bool:
+    """Whether the code of a class uses a name, or passes a keyword of that name."""
+    return any(name in _words(base) for base in kind.__mro__)
+
+
+def _words(kind: type) -> frozenset[str]:
+    """Return the names that the methods of a class use, those of keywords among them."""
+    found: set[str] = set()
+    for method in vars(kind).values():
+        code = getattr(unwrap(method) if callable(method) else method, "__code__", None)
+        if code is not None:
+            found.update(code.co_names)
+            for each in code.co_consts:
+                found.update(one for one in each if isinstance(one, str)) if isinstance(
+                    each, tuple
+                ) else None
+    return frozenset(found)
 
 
 def _passes_packed(module: nn.Module) -> bool:
     """Whether a module's code passes running totals of lengths where a name has "flash" in it."""
-    code = _code(module)
-    if code is None or "is_flash_attention_requested" not in code.co_names:
-        return False
-    return any("cu_seq_lens_q" in each for each in code.co_consts if isinstance(each, tuple))
+    kind = type(module)
+    return _says(kind, "is_flash_attention_requested") and _says(kind, "cu_seq_lens_q")
 
 
 def _pack(model: nn.Module) -> Iterator[str]:
@@ -148,7 +159,7 @@ def _pack(model: nn.Module) -> Iterator[str]:
     A configuration that other attention reads, too, stays: there the name means other things.
     """
     users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name in _calling(model):
+    for name in calling(model):
         module = model.get_submodule(name)
         users.setdefault(id(getattr(module, "config", None)), []).append((name, module))
     for each in users.values():

@@ -1,0 +1,202 @@
+"""What the attention of a model runs as: layer by layer, after it ran."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnkit.backends import make_plan
+from attnkit.errors import BackendRefused, CompositionError, Refusal
+from attnkit.interop.transformers.site import Site, site_at, site_of
+from attnkit.interop.transformers.switching import calling
+from attnkit.masks import Full, Mask
+from attnkit.planner import Plan, Request
+
+__all__ = ["LayerReport", "ModelReport", "expect", "masks_of", "report"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention module: how often it was called, its plans, and what was done beside them.
+
+    `plans` are the latest that differ, at most 16; `refused` says why one has none on the backend
+    that was asked for. `dense` counts, by operator, where the model's own code made cells of a
+    mask that is a set; `read` what was read cell by cell; `notes` what was computed beside a plan.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    plans: tuple[Plan, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    dense: Mapping[str, int] = frozenset()  # type: ignore[assignment]
+    read: Mapping[str, int] = frozenset()  # type: ignore[assignment]
+    notes: Mapping[str, int] = frozenset()  # type: ignore[assignment]
+
+    @property
+    def fused(self) -> bool:
+        """Whether it was called, and every plan runs on fused kernels and not as the definition."""
+        ours = all(plan.backend != "reference" for plan in self.plans)
+        return bool(self.plans) and ours and not self.refused
+
+    def lines(self) -> Iterator[str]:
+        """Yield what there is to say of it."""
+        yield f"{self.kind}, {self.calls} call{'s' * (self.calls != 1)}"
+        told = dict.fromkeys(_told(plan) for plan in self.plans)
+        yield from list(told)[-_MOST_TOLD:]
+        for refusal in self.refused:
+            yield f"refused: {refusal}"
+        for count in (self.dense, self.read, self.notes):
+            word = {id(self.dense): "made dense by", id(self.read): "read cell by cell:"}
+            for what, times in dict(count).items():
+                yield f"{word.get(id(count), 'beside:')} {what} ({times} times)"
+
+
+_MOST_TOLD = 4
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What `report` found: print it, or look at `layers`.
+
+    `layers` holds the modules that call attnkit, or would; `others` the names of modules that
+    compute attention without it.
+    """
+
+    layers: tuple[LayerReport, ...]
+    others: tuple[str, ...] = ()
+
+    @property
+    def calls(self) -> int:
+        """How often attnkit was called in all."""
+        return sum(layer.calls for layer in self.layers)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for layer in self.layers:
+            key = re.sub(r"\d+", "*", layer.name), tuple(layer.lines())
+            groups.setdefault(key, []).append(layer.name)
+        lines = [f"{len(self.layers)} attention modules, {self.calls} calls of attnkit"]
+        for (pattern, said), names in groups.items():
+            head = names[0] if len(names) == 1 else f"{pattern} ({len(names)} modules)"
+            lines.append(f"{head}: {said[0]}")
+            lines += [f"    {line}" for line in said[1:]]
+        if self.others:
+            lines.append(f"without attnkit: {', '.join(self.others)}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, *, backend: str | None = None) -> ModelReport:
+    """Return what the attention of a model ran as since it was switched; print it.
+
+    With `backend` (such as "emulated", the contract of Ascend's fused kernel) the calls that were
+    seen are planned for it, in bfloat16 where they were in a wider type, and nothing runs: how
+    many kernel calls each takes, or why it is refused. Before the first call every module is
+    listed, with no plan.
+    """
+    names = set(calling(model))
+    layers = []
+    for name, module in model.named_modules():
+        site = site_at(module)
+        if site is None and name in names:
+            site = Site()
+        if site is not None and (site.told or name in names):
+            layers.append(_layer(name, module, site, backend))
+    return ModelReport(tuple(layers))
+
+
+def _layer(name: str, module: nn.Module, site: Site, backend: str | None) -> LayerReport:
+    plans = list(site.plans.values())
+    if site.latest is not None and site.latest not in plans:
+        plans.append(site.latest)
+    refused: list[Refusal] = []
+    if backend is not None:
+        plans, refused = _planned(plans, backend)
+    told = dict(site.dense), dict(site.read), dict(site.notes)
+    kind = type(module).__name__
+    return LayerReport(name, kind, site.calls, tuple(plans), tuple(refused), *told)
+
+
+def _planned(plans: list[Plan], backend: str) -> tuple[list[Plan], list[Refusal]]:
+    """Plan the same requests for another backend."""
+    found: list[Plan] = []
+    refused: list[Refusal] = []
+    for plan in plans:
+        try:
+            found.append(make_plan(_narrow(plan.request), backend))
+        except BackendRefused as error:
+            refused += error.refusals
+    return found, list(dict.fromkeys(refused))
+
+
+def _narrow(request: Request) -> Request:
+    """Return a request as it would be of a model in bfloat16, for tensors without content."""
+    if request.dtype in (torch.float32, torch.float64):
+        narrow = torch.bfloat16
+        same = request.dtype
+        bias = tuple(replace(t, dtype=narrow) if t.dtype == same else t for t in request.bias)
+        request = replace(request, dtype=narrow, bias=bias)
+    return replace(request, device="meta")
+
+
+def _told(plan: Plan) -> str:
+    """Return one plan in one line."""
+    request = plan.request
+    how = f"{len(plan.steps)} fused call{'s' * (len(plan.steps) != 1)}, " if plan.steps else ""
+    extras = [term.text for term in request.bias]
+    extras += ["a sink"] if request.sink else []
+    extras += [f"soft-cap {request.softcap:g}"] if request.softcap else []
+    extras += [f"dropout {request.dropout:g}"] if request.dropout else []
+    extras += ["training"] if request.needs_grad else []
+    told = "; ".join([repr(request.mask), *extras])
+    size = f"{request.q_len} x {request.kv_len}"
+    return f"{plan.backend}: {how}{size}, {told}"
+
+
+def expect(model: nn.Module, *, fused: bool = True, sets: bool = False) -> ModelReport:
+    """Raise unless the attention of a model ran as a training script relies on; return the report.
+
+    `fused`: every attention module was called and ran on fused kernels. `sets`: no mask was made
+    dense or read cell by cell.
+    """
+    found = report(model)
+    wrong = []
+    for layer in found.layers:
+        if fused and not layer.fused:
+            wrong.append(f"{layer.name}: {'; '.join(layer.lines())}")
+        if sets and (layer.dense or layer.read):
+            wrong.append(f"{layer.name}: {'; '.join(layer.lines())}")
+    if wrong:
+        told = "\n".join(wrong[:8])
+        raise CompositionError(f"attention does not run as expected:\n{told}")
+    return found
+
+
+def masks_of(model: nn.Module, **inputs: Any) -> dict[str, Mask]:
+    """Return the mask of every attention module for some inputs, by the module's name.
+
+    The model runs once, without gradients. A module that is called several times with other
+    masks has one entry for each: ``name``, ``name#2`` and so on. `masks.diff` compares two models.
+    """
+    named = list(model.named_modules())
+    for _, module in named:
+        site_of(module).masks = []
+    try:
+        with torch.no_grad():
+            model(**inputs)
+        return dict(_seen(named))
+    finally:
+        for _, module in named:
+            site_of(module).masks = None
+
+
+def _seen(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Mask]]:
+    for name, module in named:
+        each = [Full() if one is None else one for one in site_of(module).masks or ()]
+        for k, mask in enumerate(dict.fromkeys(each), 1):
+            yield (name if k == 1 else f"{name}#{k}"), mask
