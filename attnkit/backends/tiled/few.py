@@ -61,7 +61,8 @@ def is_few(request: Request) -> bool:
     """Whether a request is one of a few rows, whatever its mask and however many its keys."""
     group = request.num_heads // request.num_kv_heads
     plain = not (request.dropout or request.needs_grad or request.transformed or request.score_fn)
-    few = 0 < request.q_len <= MOST_ROWS and request.q_len * group <= MOST_FOLDED
+    some = request.batch > 0 and request.q_len > 0
+    few = some and request.q_len <= MOST_ROWS and request.q_len * group <= MOST_FOLDED
     return few and plain and request.seqlens is None
 
 
