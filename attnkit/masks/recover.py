@@ -1,8 +1,9 @@
 """`recover`: the structure of a tensor, a function or row bounds, found and proven.
 
 The source is read cell by cell, a few rows at a time, and its region is built from exactly the
-cells that were read: that is the proof. A name is then given only to a composition whose region
-is equal to it.
+cells that were read: that is the proof. (A function that compares rows with keys is called once,
+with indices that note the comparisons.) A name is then given only to a composition whose region is
+equal to it.
 """
 
 from __future__ import annotations
@@ -108,8 +109,10 @@ def recover(
     torch's SDPA, FlexAttention and transformers) or masked out (False, as in
     `nn.MultiheadAttention` and the fused kernel).
 
-    Every cell is evaluated once, in chunks of rows of about a million cells, those outside of a
-    mask's `outer` bound left out. `progress(rows, all_rows)` is called after each chunk. Where the
+    A function that compares numbers of rows with numbers of keys is called once, with indices that
+    note what it does, and a few rows are evaluated to compare. Of everything else every cell is
+    evaluated once, in chunks of rows of about a million cells, those outside of a mask's `outer`
+    bound left out. `progress(rows, all_rows)` is called after each chunk. Where the
     region needs more than `max_slices` (default 64 + 4 * max(q_len, kv_len)) the source stays as
     it is, and `reason` says so.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,8 @@ from attnkit.masks.base import Mask
 from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
-from attnkit.masks.trace import Progress, cells_of, count_slices, trace
+from attnkit.masks.symbols import Extent, symbolic
+from attnkit.masks.trace import Progress, RowReader, cells_of, count_slices, trace
 
 __all__ = ["Source", "source_of"]
 
@@ -28,7 +30,8 @@ __all__ = ["Source", "source_of"]
 class Source:
     """A source of cells at some lengths: a mask, or a tensor [B, N, q_len, kv_len] of bools.
 
-    `written`: its author wrote it as a mask; `keep`: what True means in the tensor.
+    `written`: its author wrote it as a mask; `keep`: what True means in the tensor; `regions`:
+    what is known of a function by batch element and head, without its cells.
     """
 
     given: Mask | None
@@ -39,6 +42,7 @@ class Source:
     device: torch.device | str | None = None
     tensor: torch.Tensor | None = None
     keep: bool = True
+    regions: Mapping[tuple[int, int], Region] | None = None
 
     @cached_property
     def mask(self) -> Mask:
@@ -64,7 +68,11 @@ class Source:
             if self.keep:
                 return trace(lambda a, b: plane[a:b], *lengths, max_slices, progress)
             return trace(lambda a, b: ~plane[a:b], *lengths, max_slices, progress)
-        cells = cells_of(self.mask, *lengths, batch, head, self.device)
+        cells: Region | RowReader
+        if self.regions is not None:
+            cells = self.regions[batch, head]
+        else:
+            cells = cells_of(self.mask, *lengths, batch, head, self.device)
         if not isinstance(cells, Region):
             return trace(cells, *lengths, max_slices, progress)
         size = count_slices(cells)
@@ -102,12 +110,10 @@ def source_of(
     check_int("recover kv_offset", kv_offset, 0)
     if not isinstance(source, Mask) and callable(source) and not isinstance(source, torch.Tensor):
         lengths = _needed("a function", q_len, kv_len)
-        function = cast(MaskFunction, source)
-        if all(lengths):
-            _check_uses(function, batch, heads, device)
-        mask: Mask = Predicate(function, batch, heads)
-        mask = mask[q_offset:, kv_offset:] if q_offset or kv_offset else mask
-        return Source(mask if keep else ~mask, *lengths, _cells_read(*lengths, keep), device=device)
+        return _of_function(
+            cast(MaskFunction, source), Extent(*lengths, q_offset, kv_offset), keep,
+            batch, heads, device,
+        )  # fmt: skip
     if batch is not None or heads is not None or q_offset or kv_offset:
         raise CompositionError(
             f"recover got {describe(source)} with batch, heads, q_offset or kv_offset; these "
@@ -188,6 +194,31 @@ def _from_tensor(tensor: torch.Tensor, q_len: int | None, kv_len: int | None, ke
 
 
 # -- functions -----------------------------------------------------------------------------
+
+
+def _of_function(
+    function: MaskFunction,
+    at: Extent,
+    keep: bool,
+    batch: int | None,
+    heads: int | None,
+    device: torch.device | str | None,
+) -> Source:
+    lengths = at.q_len, at.kv_len
+    if all(lengths):
+        _check_uses(function, batch, heads, device)
+    mask: Mask = Predicate(function, batch, heads)
+    mask = mask[at.q_offset :, at.kv_offset :] if at.q_offset or at.kv_offset else mask
+    mask = mask if keep else ~mask
+    regions = {}
+    for place in product(range(batch or 1), range(heads or 1)):
+        region = symbolic(function, at, *place, device)
+        if region is None:
+            return Source(mask, *lengths, _cells_read(*lengths, keep), device=device)
+        regions[place] = region if keep else region.complement(*lengths)
+    meant = "allowed" if keep else "masked out"
+    said = f"comparisons of rows with keys, read from the function (True = {meant})"
+    return Source(mask, *lengths, said, regions=regions)
 
 
 class _Uses(TorchFunctionMode):
