@@ -1,0 +1,160 @@
+"""The acceptance run: ``python -m tests.zoo [--types A,B] [--modes M,N] [--ways W] [--write]``.
+
+Every model type of the installed transformers that has an attention interface, each in a worker
+process: a crash or a hang is a failure of that type alone. Answers are appended to a file as they
+come (``--resume`` goes on where a run stopped); ``--write`` puts them into tests/zoo/results.jsonl,
+of which docs/models.md is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.zoo.types import interface_types, own_types
+
+__all__ = ["RESULTS", "main", "read"]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("results.jsonl")
+MOST_SECONDS = 240
+ALL_WAYS = "attnkit,sdpa,npu-sdpa,npu-flash"
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a file by type."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {record["type"]: record for line in lines if (record := json.loads(line))}
+
+
+class Worker:
+    """A process that answers one type at a time, and is begun anew after it fell."""
+
+    def __init__(self, ways: str, modes: str) -> None:
+        self.command = [sys.executable, "-m", "tests.zoo.worker", ways, modes]
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, model_type: str) -> dict[str, Any]:
+        """Return the record of a type."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        hung = threading.Timer(MOST_SECONDS, process.kill)
+        hung.start()
+        try:
+            process.stdin.write(model_type + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            late = not hung.is_alive()
+            hung.cancel()
+        if answer:
+            return json.loads(answer)
+        process.wait()
+        self.process = None
+        why = f"took more than {MOST_SECONDS} s" if late else f"exit code {process.returncode}"
+        return {"type": model_type, "failed": why}
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def sweep(types: list[str], workers: int, ways: str, modes: str, out: Path) -> list[dict[str, Any]]:
+    """Ask workers about every type; append each answer to the file as it comes."""
+    waiting: queue.Queue[str] = queue.Queue()
+    for model_type in types:
+        waiting.put(model_type)
+    found: list[dict[str, Any]] = []
+    lock = threading.Lock()
+    out.parent.mkdir(exist_ok=True)
+
+    def work() -> None:
+        worker = Worker(ways, modes)
+        while True:
+            try:
+                model_type = waiting.get_nowait()
+            except queue.Empty:
+                break
+            record = worker.ask(model_type)
+            with lock:
+                found.append(record)
+                print(f"[{len(found)}/{len(types)}] {line_of(record)}", flush=True)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """Return a record in one line, with what is wrong."""
+    name = record["type"]
+    for key in ("failed", "not_built"):
+        if key in record:
+            return f"{name}: {key.replace('_', ' ')}: {record[key][:300]}"
+    parts = [f"{name} ({record['kind']}, {record['seconds']} s)"]
+    for way in ALL_WAYS.split(","):
+        if way in record:
+            modes = record[way]
+            part = f"{way}: {len(modes['ok'])} ok"
+            for text, which in modes.get("skipped", {}).items():
+                part += f"\n    - {way} {','.join(which)}: skipped: {text}"
+            for text, which in modes.get("wrong", {}).items():
+                part += f"\n    ! {way} {','.join(which)}: {text}"
+            parts.append(part)
+    return "; ".join(parts)
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", default="", help="commas between; all by default")
+    parser.add_argument("--modes", default="", help="commas between; those that apply by default")
+    parser.add_argument("--ways", default="attnkit", help=f"of {ALL_WAYS}")
+    parser.add_argument("--own", action="store_true", help="also types without the interface")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo.jsonl")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out has")
+    parser.add_argument("--write", action="store_true", help="write tests/zoo/results.jsonl")
+    given = parser.parse_args()
+    types = given.types.split(",") if given.types else list(interface_types())
+    if given.own and not given.types:
+        types += own_types()
+    if not given.resume:
+        given.out.unlink(missing_ok=True)
+    done = read(given.out)
+    began = time.perf_counter()
+    sweep([t for t in types if t not in done], given.workers, given.ways, given.modes, given.out)
+    records = read(given.out)
+    print(f"{len(records)} types in {(time.perf_counter() - began) / 60:.1f} minutes")
+    if given.write:
+        records = read(RESULTS) | records
+        lines = [json.dumps(records[name], sort_keys=True) for name in sorted(records)]
+        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""One model type, one way: every mode against eager."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo.build import Case
+from tests.zoo.judge import GRADIENTS, OUTPUTS, differences
+from tests.zoo.modes import MODES, modes_of
+from tests.zoo.ways import WAYS, Calls, counted, environment
+
+__all__ = ["Eager", "checked"]
+
+WITH_GRADIENTS = {"grads", "checkpoint", "dropout", "image_grads"}
+
+
+def go(case: Case, mode: str, model: nn.Module) -> tuple[dict[str, Tensor], Calls]:
+    """Run a mode; return its numbers and who called attention."""
+    with counted(model) as calls, torch.set_grad_enabled(mode in WITH_GRADIENTS):
+        warnings.simplefilter("ignore")
+        return MODES[mode](case, model), calls
+
+
+def said(error: BaseException) -> str:
+    """Return an error in one bounded line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:180]}"
+
+
+class Eager:
+    """What eager attention gives for each mode of a case: computed once, for every way."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.kept: dict[str, Any] = {}
+
+    def of(self, mode: str) -> tuple[dict[str, Tensor], Calls] | str:
+        """Return the result and the calls, or why eager itself has none."""
+        if mode not in self.kept:
+            self.kept[mode] = self._run(mode)
+        return self.kept[mode]
+
+    def _run(self, mode: str) -> Any:
+        model = copy.deepcopy(self.case.model)
+        try:
+            found, calls = go(self.case, mode, model)
+        except NotImplementedError as error:
+            return f"eager has none: {error}"
+        except Exception as error:
+            return f"eager fails: {said(error)}"
+        for name, tensor in found.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return f"eager gives no finite {name}"
+        if not found:
+            return "eager gives nothing to compare"
+        return found, calls
+
+    def calls(self) -> dict[str, int]:
+        """Return how often each mode called the interface."""
+        return {
+            mode: sum(kept[1].by_module.values())
+            for mode, kept in self.kept.items()
+            if not isinstance(kept, str)
+        }
+
+    def repeats(self, mode: str, most: float) -> bool:
+        """Return whether eager agrees with itself when it runs again."""
+        again = self._run(mode)
+        return (
+            not isinstance(again, str) and differences(self.kept[mode][0], again[0], most) is None
+        )
+
+
+def checked(eager: Eager, way: str, modes: list[str] | None = None) -> dict[str, str]:
+    """Return "ok", "skipped: why" or what is wrong, by mode."""
+    with environment(way):
+        return in_environment(eager, way, modes)
+
+
+def in_environment(eager: Eager, way: str, modes: list[str] | None) -> dict[str, str]:
+    """Return what `checked` does; transformers is as this way needs it."""
+    case = eager.case
+    found: dict[str, str] = {}
+    try:
+        switched = copy.deepcopy(case.model)
+        WAYS[way](switched)
+    except Exception as error:
+        return {
+            mode: f"raises {said(error)}" for mode in modes_of(case) if (not modes or mode in modes)
+        }
+    for mode in modes_of(case):
+        if modes and mode not in modes:
+            continue
+        found[mode] = one(eager, way, mode, switched)
+    return found
+
+
+def one(eager: Eager, way: str, mode: str, switched: nn.Module) -> str:
+    """Return how one mode went."""
+    with environment("eager"):
+        want = eager.of(mode)
+    if isinstance(want, str):
+        return f"skipped: {want}"
+    try:
+        model = copy.deepcopy(switched) if mode in ("bf16", "dropout") else switched
+        got, calls = go(eager.case, mode, model)
+    except Exception as error:
+        return f"raises {said(error)}"
+    wrong = called(want[1], calls)
+    if wrong:
+        return wrong
+    if mode == "bf16":
+        return coarse(eager, want[0], got)
+    most = GRADIENTS if mode in WITH_GRADIENTS else OUTPUTS
+    wrong = differences(want[0], got, most)
+    if wrong and not eager.repeats(mode, most):
+        return "skipped: eager does not repeat itself"
+    return f"differs {wrong}" if wrong else "ok"
+
+
+def called(want: Calls, got: Calls) -> str | None:
+    """Return what is wrong with who called attention, or None."""
+    if not got.by_module:
+        return "never calls the interface"
+    if got.by_name.get("eager"):
+        return f"{got.by_name['eager']} calls are still eager's"
+    if want.dropped and not got.dropped:
+        return "no call is told of dropout"
+    missing = want.by_module.keys() - got.by_module.keys()
+    return f"{len(missing)} of {len(want.by_module)} modules do not call" if missing else None
+
+
+def coarse(eager: Eager, want: dict[str, Tensor], got: dict[str, Tensor]) -> str:
+    """Compare in bfloat16: the median error against float32 is at most twice eager's own."""
+    exact = eager.of("plain")
+    if isinstance(exact, str):
+        return "skipped: " + exact
+    for name, right in exact[0].items():
+        if not right.is_floating_point() or name not in got or not right.numel():
+            continue
+        own = (want[name].float() - right).abs().median()
+        ours = (got[name].float() - right).abs().median()
+        floor = 1e-3 * right.abs().median()
+        if not bool(ours.isfinite()) or float(ours) > 2 * float(own) + float(floor):
+            return f"differs {name}: median error {float(ours):.1e}, eager's {float(own):.1e}"
+    return "ok"

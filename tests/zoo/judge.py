@@ -1,0 +1,65 @@
+"""When two runs of a model count as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GRADIENTS", "OUTPUTS", "differences", "tensors"]
+
+OUTPUTS, GRADIENTS = 2e-5, 2e-4
+# Handed through, not computed by attention; caches are seen in the steps that read them.
+PASSED = ("past_key_values", "attentions", "cache", "position_embeddings", "idx_")
+
+
+def tensors(out: Any, name: str = "out") -> dict[str, Tensor]:
+    """Return every tensor of an output, by its path."""
+    if isinstance(out, Tensor):
+        return {name: out}
+    found: dict[str, Tensor] = {}
+    if isinstance(out, Mapping):
+        for key, value in out.items():
+            if not any(word in str(key) for word in PASSED):
+                found |= tensors(value, f"{name}.{key}")
+    elif isinstance(out, (list, tuple)):
+        for number, value in enumerate(out):
+            found |= tensors(value, f"{name}.{number}")
+    return found
+
+
+def differences(want: Mapping[str, Tensor], got: Mapping[str, Tensor], most: float) -> str | None:
+    """Return where two runs differ by more than `most` of the largest number, or None."""
+    if want.keys() != got.keys():
+        return f"tensors differ: {sorted(want.keys() ^ got.keys())[:4]}"
+    worst, where = 0.0, ""
+    for name, right in want.items():
+        here = got[name]
+        if right.shape != here.shape:
+            return f"{name}: shape {tuple(here.shape)} for {tuple(right.shape)}"
+        if not right.numel():
+            continue
+        if not right.is_floating_point():
+            if not torch.equal(right, here):
+                return f"{name}: {int((right != here).sum())} of {right.numel()} differ"
+            continue
+        right, here = right.double(), here.double()
+        if not bool(here.isfinite().all()):
+            return f"{name}: not finite"
+        error = float((right - here).abs().max() / scale_of(name, want).clamp_min(1e-6))
+        if error > worst:
+            worst, where = error, name
+    return f"{where}: {worst:.1e}" if worst > most else None
+
+
+def scale_of(name: str, want: Mapping[str, Tensor]) -> Tensor:
+    """Return the number that an error is compared with: the largest of the tensor.
+
+    A bias of keys changes no softmax, so its gradient is rounding alone. A bias is therefore
+    compared with the gradient of its weight where that is larger.
+    """
+    largest = want[name].double().abs().max()
+    weight = want.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
+    return largest if weight is None else torch.maximum(largest, weight.double().abs().max())

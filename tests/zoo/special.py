@@ -1,0 +1,160 @@
+"""Inputs of models that the names of their arguments do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.zoo.inputs import BATCH, LENGTH, find, ids, normal
+
+__all__ = ["SPECIAL"]
+
+Inputs = dict[str, Any]
+Maker = Callable[[nn.Module], Iterator[Inputs]]
+
+
+def one(make: Callable[[Any], Inputs]) -> Maker:
+    """Return a maker of the inputs that a function of the configuration gives."""
+    return lambda model: iter([make(model.config)])
+
+
+def picture(seed: int = 3, *more: int, size: int = 32) -> torch.Tensor:
+    """Return pictures."""
+    return normal(seed, BATCH, *more, 3, size, size)
+
+
+def ones(*shape: int) -> torch.Tensor:
+    """Return a mask of everything."""
+    return torch.ones(shape, dtype=torch.long)
+
+
+SPECIAL: dict[str, Maker] = {
+    "decision_transformer": one(
+        lambda c: {
+            "states": normal(3, BATCH, 5, c.state_dim),
+            "actions": normal(4, BATCH, 5, c.act_dim),
+            "rewards": normal(5, BATCH, 5, 1),
+            "returns_to_go": normal(6, BATCH, 5, 1),
+            "timesteps": torch.arange(5).expand(BATCH, 5),
+            "attention_mask": ones(BATCH, 5),
+        }
+    ),
+    "blip_2_qformer": one(
+        lambda c: {
+            "query_embeds": normal(3, BATCH, 6, c.hidden_size),
+            "encoder_hidden_states": normal(4, BATCH, 9, c.encoder_hidden_size),
+        }
+    ),
+    "instructblip": one(
+        lambda c: {
+            "pixel_values": picture(),
+            "qformer_input_ids": ids(c, 4),
+            "input_ids": torch.cat(
+                [torch.full((BATCH, c.num_query_tokens), c.image_token_id), ids(c, 3)], 1
+            ),
+        }
+    ),
+    "instructblipvideo": one(
+        lambda c: {
+            "pixel_values": picture(3, 4),
+            "qformer_input_ids": ids(c, 4),
+            "input_ids": torch.cat(
+                [torch.full((BATCH, 4 * c.num_query_tokens), c.video_token_id), ids(c, 3)], 1
+            ),
+        }
+    ),
+    "blip-2": one(
+        lambda c: {
+            "pixel_values": picture(),
+            "input_ids": torch.cat(
+                [torch.full((BATCH, c.num_query_tokens), c.image_token_id), ids(c, 3)], 1
+            ),
+        }
+    ),
+    "kosmos-2": one(
+        lambda c: {
+            "pixel_values": picture(),
+            "input_ids": ids(c, 3),
+            "image_embeds_position_mask": (
+                (torch.arange(LENGTH) >= 2) & (torch.arange(LENGTH) < 2 + c.latent_query_num)
+            )
+            .long()
+            .expand(BATCH, LENGTH),
+        }
+    ),
+    "patchtst": one(lambda c: {"past_values": normal(3, BATCH, c.context_length, 2)}),
+    "patchtsmixer": one(
+        lambda c: {"past_values": normal(3, BATCH, c.context_length, c.num_input_channels)}
+    ),
+    "timesfm": one(
+        lambda c: {
+            "past_values": normal(3, BATCH, 4 * c.patch_length),
+            "past_values_padding": ones(BATCH, 4 * c.patch_length) * 0,
+            "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+        }
+    ),
+    "timesfm2_5": one(
+        lambda c: {
+            "past_values": normal(3, BATCH, 4 * c.patch_length),
+            "past_values_padding": ones(BATCH, 4 * c.patch_length) * 0,
+        }
+    ),
+    "lightglue": one(lambda c: {"pixel_values": picture(3, 2)}),
+    "efficientloftr": one(lambda c: {"pixel_values": picture(3, 2, size=64)}),
+    "idefics": one(
+        lambda c: {
+            "input_ids": ids(c, 3),
+            "attention_mask": ones(BATCH, LENGTH),
+            "pixel_values": picture(3, 1),
+            "image_attention_mask": ones(BATCH, LENGTH, 1),
+        }
+    ),
+    "gemma3n_audio": one(
+        lambda c: {
+            "audio_mel": normal(3, BATCH, 64, c.input_feat_size),
+            "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool),
+        }
+    ),
+    "muse_glimmer_assistant": one(
+        lambda c: {
+            "noise_embeds": normal(3, BATCH, 4, c.hidden_size),
+            "context_hidden_states": normal(4, BATCH, 8, c.hidden_size),
+        }
+    ),
+    "dia": one(
+        lambda c: {
+            "input_ids": ids(c, 3),
+            "decoder_input_ids": ids(c, 4, 8 * c.decoder_config.num_channels).reshape(
+                BATCH, 8, c.decoder_config.num_channels
+            ),
+        }
+    ),
+    "xclip": one(
+        lambda c: {
+            "input_ids": ids(c, 3),
+            "pixel_values": picture(4, c.vision_config.num_frames),
+        }
+    ),
+    "glm_image_vqmodel": one(lambda c: {"hidden_states": normal(3, 16, c.latent_channels)}),
+    "voxtral_realtime": one(
+        lambda c: {
+            "input_ids": ids(c, 3),
+            "input_features": normal(4, BATCH, c.audio_config.num_mel_bins, 8 * LENGTH),
+        }
+    ),
+}
+SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
+for _name in ("informer", "time_series_transformer"):
+    SPECIAL[_name] = one(
+        lambda c: {
+            "past_values": normal(3, BATCH, c.context_length + max(c.lags_sequence)),
+            "past_time_features": normal(4, BATCH, c.context_length + max(c.lags_sequence), 2),
+            "past_observed_mask": torch.ones(BATCH, c.context_length + max(c.lags_sequence)),
+            "future_values": normal(5, BATCH, c.prediction_length),
+            "future_time_features": normal(6, BATCH, c.prediction_length, 2),
+        }
+    )
+_ = find

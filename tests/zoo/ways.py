@@ -1,0 +1,126 @@
+"""Who computes attention: transformers' own ways and attnkit, each counted at the interface.
+
+A count is part of the check. A model that never calls its interface equals eager, and proves
+nothing; so each run returns the modules that called, and those that eager's run called must be
+among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import modeling_flash_attention_utils as flash
+from transformers import modeling_utils
+from transformers.integrations import npu_flash_attention, sdpa_attention
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from attnkit import fusion_attention
+
+__all__ = ["NPU_WAYS", "WAYS", "Calls", "counted", "environment"]
+
+
+@dataclass
+class Calls:
+    """How often attention was computed, by the module's number in the model and by whom."""
+
+    by_module: Counter[int] = field(default_factory=Counter)
+    by_name: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0  # calls that were told to drop weights
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module) -> Iterator[Calls]:
+    """Count every call that goes through transformers' interface, eager's included."""
+    numbers = {id(module): number for number, module in enumerate(model.modules())}
+    calls = Calls()
+    plain = AttentionInterface.get_interface
+
+    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        chosen = plain(self, name, default)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.by_module[numbers.get(id(module), -1)] += 1
+            calls.by_name[name or "eager"] += 1
+            calls.dropped += bool(kwargs.get("dropout"))
+            return chosen(module, *args, **kwargs)
+
+        return call
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        AttentionInterface.get_interface = plain  # type: ignore[method-assign]
+
+
+def eager(model: nn.Module) -> None:
+    """Leave the model as it was built."""
+
+
+def sdpa(model: nn.Module) -> None:
+    """transformers' own call of torch's fused attention."""
+    model.set_attn_implementation("sdpa")
+
+
+def attnkit(model: nn.Module) -> None:
+    """attnkit's adapter."""
+    from attnkit.interop.transformers import enable
+
+    enable(model)
+
+
+def npu_flash(model: nn.Module) -> None:
+    """transformers' flash path for NPUs, on attnkit's emulator of the kernel."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._compatible_flash_implementations:
+            name = part._compatible_flash_implementations[0]
+            raise NotImplementedError(f"{type(part).__name__} asks for the hub's kernel {name}")
+    model.set_attn_implementation("flash_attention_2")
+
+
+@contextlib.contextmanager
+def environment(way: str) -> Iterator[None]:
+    """Let transformers believe that there is an NPU, where the way is one of an NPU."""
+    changes: list[tuple[Any, str, Any]] = [(sdpa_attention, "_is_torch_npu_available", False)]
+    if way == "npu-sdpa":
+        changes = [(sdpa_attention, "_is_torch_npu_available", True)]
+    elif way == "npu-flash":
+        npu_flash_attention.npu_fusion_attention = fusion_attention  # as `import torch_npu` would
+        changes += [
+            (flash, "is_torch_npu_available", lambda: True),
+            (flash, "_loaded_implementation", None),
+            (PreTrainedModel, "_flash_attn_can_dispatch", supports_flash),
+            (flash, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", MATRIX),
+            (modeling_utils, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", MATRIX),
+        ]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+
+
+def supports_flash(self: Any, flash_attn_version: int, is_init_check: bool = False) -> bool:
+    """Ask what each model declares, and no device."""
+    if not self._supports_flash_attn:
+        raise ValueError(f"{type(self).__name__} does not support Flash Attention")
+    return True
+
+
+MATRIX = {2: {"general_availability_check": lambda: True}}
+NPU_WAYS = ("npu-sdpa", "npu-flash")
+WAYS: dict[str, Callable[[nn.Module], None]] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "attnkit": attnkit,
+    "npu-sdpa": sdpa,
+    "npu-flash": npu_flash,
+}
