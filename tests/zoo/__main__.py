@@ -51,7 +51,8 @@ class Worker:
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
         process = self.process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         hung = threading.Timer(MOST_SECONDS, process.kill)
         hung.start()
         try:

@@ -95,25 +95,18 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
     merge = merge if isinstance(merge, int) else 1
     grid = [name for name in ("image_grid_thw", "grid_thw") if name in asked]
     if grid or find(part, "spatial_merge_size") or "grid_thw" in getattr(config, "model_type", ""):
-        rows, columns = 4 * merge // (1 if merge > 1 else 1), 2 * merge
+        rows, columns = 4 * merge, 2 * merge
         each = torch.tensor([[1, rows, columns]] * BATCH)
         for width in {channels * time * patch * patch: 0, channels * patch * patch: 0}:
             flat = normal(seed, BATCH * rows * columns, width)
             for name in grid or ["image_grid_thw"]:
                 yield {"pixel_values": flat, name: each}
+                merges = torch.full((BATCH,), merge)
                 if "hidden_states" in asked:
                     yield {"hidden_states": flat, name: each}
-                    yield {
-                        "hidden_states": flat,
-                        "grid_thw": each,
-                        "merge_sizes": torch.full((BATCH,), merge),
-                    }
-                yield {"pixel_values": flat, name: each, "merge_sizes": torch.full((BATCH,), merge)}
-                yield {
-                    "pixel_values": flat,
-                    name: each,
-                    "image_merge_sizes": torch.full((BATCH,), merge),
-                }
+                    yield {"hidden_states": flat, name: each, "merge_sizes": merges}
+                yield {"pixel_values": flat, name: each, "merge_sizes": merges}
+                yield {"pixel_values": flat, name: each, "image_merge_sizes": merges}
     picture = normal(seed, BATCH, channels, high, wide)
     sizes = torch.tensor([[high, wide]] * BATCH)
     yield {"pixel_values": picture}
@@ -148,17 +141,9 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
 def sounds(model: nn.Module, seed: int) -> Iterator[Inputs]:
     """Yield what a sound may look like to this model."""
     config, asked = model.config, names(model)
-    mel = find(
-        config,
-        "num_mel_bins",
-        "feature_size",
-        "input_dim",
-        "n_mels",
-        "input_feat_per_channel",
-        "feature_projection_input_dim",
-        "spec_freq_bins",
-        default=80,
-    )
+    bins = ("num_mel_bins", "feature_size", "input_dim", "n_mels", "input_feat_per_channel",
+            "feature_projection_input_dim", "spec_freq_bins")  # fmt: skip
+    mel = find(config, *bins, default=80)
     most = find(config, "max_source_positions", default=64)
     name = next(
         (

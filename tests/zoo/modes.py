@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from tests.zoo.build import Case, run
-from tests.zoo.inputs import BATCH, LENGTH, ids, names
+from tests.zoo.inputs import BATCH, LENGTH, names
 from tests.zoo.judge import tensors
 
 __all__ = ["MODES", "applies", "modes_of"]

@@ -17,97 +17,55 @@ __all__ = ["DROP", "HEADS", "HIDDEN", "MEDIA", "VOCAB", "WINDOW", "merged", "shr
 HIDDEN, HEADS, VOCAB, WINDOW = 64, 4, 128, 5
 MEDIA = 100  # token ids from here on mean images and the like: random text stays below
 
+# The largest value that a name may have.
+_SIZES = """\
+0: num_kv_shared_layers
+1: n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace
+1: max_window_layers
+2: num_key_value_heads num_kv_heads encoder_num_key_value_heads linear_num_key_heads
+2: decoder_num_key_value_heads swa_num_key_value_heads n_kv_heads num_global_key_value_heads
+2: num_hidden_layers encoder_layers decoder_layers num_layers depth n_layer n_layers
+2: num_encoder_layers num_decoder_layers decoder_num_hidden_layers speech_encoder_layers
+2: encoder_num_hidden_layers num_encoder_blocks num_blocks_per_stage text_layers
+2: t2u_encoder_layers t2u_decoder_layers num_local_layers cross_attention_layers
+2: vision_layers num_experts_per_tok num_experts_per_token moe_topk moe_top_k top_k_experts
+2: moe_k num_codebooks num_conv_pos_embedding_groups
+4: num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads
+4: n_heads attention_heads decoder_num_attention_heads encoder_num_attention_heads
+4: speech_encoder_attention_heads num_text_attention_heads swa_num_attention_heads
+4: index_n_heads num_cross_attention_heads linear_num_value_heads decoder_attention_heads_num
+4: vision_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts
+4: num_routed_experts num_experts_per_layer index_topk num_query_tokens
+6: num_queries
+8: qk_rope_head_dim patch_size mamba_n_heads laurel_rank
+16: head_dim attention_head_dim d_kv global_head_dim index_head_dim linear_key_head_dim
+16: linear_value_head_dim swa_head_dim v_head_dim attention_head_size mamba_head_dim
+16: mamba_headdim head_dim_qk qk_nope_head_dim query_pre_attn_scalar num_conv_pos_embeddings
+16: mamba_d_state mamba_d_head state_size hidden_size_per_layer_input
+32: kv_lora_rank image_size pretrain_image_size codebook_size classifier_proj_size
+64: hidden_size d_model n_embd embed_dim dim encoder_hidden_dim decoder_hidden_size
+64: encoder_hidden_size hidden_dim text_hidden_size vision_hidden_size mm_hidden_size
+64: decoder_hidden_dim projection_dim projector_hidden_size out_hidden_size output_hidden_size
+64: output_dim embedding_dim kv_dim text_dim attention_dim q_lora_rank embedding_size
+64: fpn_hidden_size encoder_embed_dim decoder_embed_dim speech_encoder_hidden_size
+64: text_embed_dim vision_embed_dim mlp_hidden_size pooler_output_size qformer_hidden_size
+64: cross_attention_hidden_size lru_width attention_hidden_size proj_dim backbone_hidden_size
+64: audio_hidden_size pooler_hidden_size text_projection_dim audio_embed_dim output_proj_dims
+64: n_state text_config_hidden_size intermediate_size ffn_dim d_ff encoder_ffn_dim
+64: decoder_ffn_dim mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
+64: expert_ffn_dim ffn_hidden_size decoder_intermediate_size inner_dim intermediate_size_mlp
+64: expert_intermediate_size moe_shared_expert_intermediate_size dim_feedforward
+64: encoder_intermediate_size dense_intermediate_size decoder_ffn_hidden_size
+64: mlp_intermediate_size swiglu_intermediate_size vision_intermediate_size
+64: speech_encoder_intermediate_size shared_intermediate_size feed_forward_hidden_size
+64: ffn_intermediate_size text_intermediate_size num_position_embeddings
+128: max_position_embeddings n_positions max_target_positions max_seq_len n_ctx
+128: max_source_positions vocab_size_per_layer_input
+"""
 SIZES: dict[str, int] = {
-    **dict.fromkeys(
-        """hidden_size d_model n_embd embed_dim dim encoder_hidden_dim decoder_hidden_size
-        encoder_hidden_size hidden_dim text_hidden_size vision_hidden_size mm_hidden_size
-        decoder_hidden_dim projection_dim projector_hidden_size out_hidden_size output_hidden_size
-        output_dim embedding_dim kv_dim text_dim attention_dim q_lora_rank embedding_size
-        fpn_hidden_size encoder_embed_dim decoder_embed_dim speech_encoder_hidden_size
-        text_embed_dim vision_embed_dim mlp_hidden_size pooler_output_size qformer_hidden_size
-        cross_attention_hidden_size lru_width attention_hidden_size proj_dim
-        backbone_hidden_size audio_hidden_size pooler_hidden_size text_projection_dim
-        audio_embed_dim output_proj_dims n_state text_config_hidden_size""".split(),
-        HIDDEN,
-    ),
-    **dict.fromkeys(
-        """intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim mlp_dim n_inner
-        moe_intermediate_size shared_expert_intermediate_size expert_ffn_dim ffn_hidden_size
-        decoder_intermediate_size inner_dim intermediate_size_mlp expert_intermediate_size
-        moe_shared_expert_intermediate_size dim_feedforward encoder_intermediate_size
-        dense_intermediate_size decoder_ffn_hidden_size mlp_intermediate_size
-        swiglu_intermediate_size vision_intermediate_size speech_encoder_intermediate_size
-        shared_intermediate_size feed_forward_hidden_size ffn_intermediate_size
-        text_intermediate_size""".split(),
-        HIDDEN,
-    ),
-    **dict.fromkeys(
-        """num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads
-        n_heads attention_heads decoder_num_attention_heads encoder_num_attention_heads
-        speech_encoder_attention_heads num_text_attention_heads swa_num_attention_heads
-        index_n_heads num_cross_attention_heads linear_num_value_heads
-        decoder_attention_heads_num vision_num_attention_heads""".split(),
-        HEADS,
-    ),
-    **dict.fromkeys(
-        """num_key_value_heads num_kv_heads encoder_num_key_value_heads linear_num_key_heads
-        decoder_num_key_value_heads swa_num_key_value_heads n_kv_heads
-        num_global_key_value_heads""".split(),
-        2,
-    ),
-    **dict.fromkeys(
-        """head_dim attention_head_dim d_kv global_head_dim index_head_dim linear_key_head_dim
-        linear_value_head_dim swa_head_dim v_head_dim attention_head_size mamba_head_dim
-        mamba_headdim head_dim_qk qk_nope_head_dim query_pre_attn_scalar""".split(),
-        16,
-    ),
-    "qk_rope_head_dim": 8,
-    "kv_lora_rank": 32,
-    **dict.fromkeys(
-        """num_hidden_layers encoder_layers decoder_layers num_layers depth n_layer n_layers
-        num_encoder_layers num_decoder_layers decoder_num_hidden_layers speech_encoder_layers
-        encoder_num_hidden_layers num_encoder_blocks num_blocks_per_stage text_layers
-        t2u_encoder_layers t2u_decoder_layers num_local_layers cross_attention_layers
-        vision_layers""".split(),
-        2,
-    ),
-    **dict.fromkeys(
-        """num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts
-        num_experts_per_layer""".split(),
-        4,
-    ),
-    **dict.fromkeys(
-        """num_experts_per_tok num_experts_per_token moe_topk moe_top_k top_k_experts
-        moe_k""".split(),
-        2,
-    ),
-    **dict.fromkeys("n_group topk_group n_shared_experts num_shared_experts".split(), 1),
-    **dict.fromkeys(
-        "max_position_embeddings n_positions max_target_positions max_seq_len n_ctx".split(), 128
-    ),
-    "max_source_positions": 128,
-    "image_size": 32,
-    "pretrain_image_size": 32,
-    "patch_size": 8,
-    "first_k_dense_replace": 1,
-    "index_topk": 4,
-    "num_codebooks": 2,
-    "codebook_size": 32,
-    "classifier_proj_size": 32,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "num_queries": 6,
-    "num_query_tokens": 4,
-    "max_window_layers": 1,
-    "mamba_d_state": 16,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "state_size": 16,
-    "num_position_embeddings": 64,
-    "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 16,
-    "num_kv_shared_layers": 0,
-    "laurel_rank": 8,
+    name: int(size)
+    for size, _, names in (line.partition(":") for line in _SIZES.splitlines())
+    for name in names.split()
 }
 WINDOWS = {
     "sliding_window", "attention_window_size", "local_window", "local_attention",
