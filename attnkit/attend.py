@@ -68,7 +68,7 @@ class Asked(NamedTuple):
         own, added = self.masks
         if added is None:
             return _WHOLE if own is None else own
-        return added if own is None else own & added
+        return added if own is None or isinstance(own, Full) else own & added
 
     @property
     def pse(self) -> Pse | None:

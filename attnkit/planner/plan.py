@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
+from attnkit.planner.again import has_form, in_same_form
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Solution
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
-from attnkit.planner.request import Request, state_of
+from attnkit.planner.request import Request, bias_terms, state_of
 from attnkit.planner.residues import resort
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, in_parts, routes
@@ -92,13 +93,18 @@ class Plan:
 
     @property
     def of_any_length(self) -> bool:
-        """Whether it is a plan for other masks, biases and numbers of keys, too: see `at`."""
-        return False
+        """Whether `at` may have a plan for other masks, biases and numbers of keys.
+
+        Of fused calls: where it is one, on whole matrices that are regions. What is new is proven
+        for the same kind of call, and no other kind is looked for.
+        """
+        return has_form(self)
 
     def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
-        """Return the plan with another mask, bias and number of keys, where nothing is planned.
+        """Return the plan with another mask, bias and number of keys, where nothing is searched.
 
-        Checks that they fit the queries. None where such a mask needs a plan of its own.
+        Checks that they fit the queries. None where such a mask needs a search of its own. The
+        latest one is kept, for the layers that take the same step.
 
         >>> import torch
         >>> import attnkit as ak
@@ -107,7 +113,22 @@ class Plan:
         >>> step.of_any_length, step.at(ak.masks.SlidingWindow(8), None, 65).request.kv_len
         (True, 65)
         """
-        return None
+        if not self.of_any_length:
+            return None
+        step: tuple[Mask, object, int] = (mask, None if pse is None else pse.key(), kv_len)
+        latest: tuple[object, Plan | None] | None = self.__dict__.get("_latest")
+        if latest is None or latest[0] != step:
+            asked, few = self.request, (self.request.q_len, kv_len)
+            mask.check(*few, asked.batch, asked.num_heads)
+            if pse is not None:
+                pse.check(*few, asked.batch, asked.num_heads)
+            latest = step, self._at(replace(asked, mask=mask, bias=bias_terms(pse), kv_len=kv_len))
+            self.__dict__["_latest"] = latest
+        return latest[1]
+
+    def _at(self, request: Request) -> Plan | None:
+        """Return the plan of a request that differs in its mask, bias and number of keys."""
+        return in_same_form(self, request)
 
     @property
     def calls(self) -> tuple[KernelCall, ...]:

@@ -44,10 +44,8 @@ from attnkit.backends.tiled.terms import Carried, Term
 from attnkit.backends.tiled.tiles import steps
 from attnkit.backends.tiled.whole import fits_torch
 from attnkit.errors import BackendRefused, Refusal
-from attnkit.masks import Mask
 from attnkit.planner import Plan, Request
 from attnkit.planner.price import time_in_tiles, time_of_definition
-from attnkit.planner.request import bias_terms
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
@@ -75,21 +73,9 @@ class TiledPlan(Plan):
         """Whether nothing of it was laid out for a mask; elsewhere a mask decides who runs it."""
         return self.few is not None and self.request.device == "cpu"
 
-    def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
-        """Return the plan of as many rows with another mask, bias and number of keys."""
-        if not self.of_any_length:
-            return None
-        step: tuple[Mask, object, int] = (mask, None if pse is None else pse.key(), kv_len)
-        latest: tuple[object, TiledPlan] | None = self.__dict__.get("_latest")
-        if latest is None or latest[0] != step:
-            asked, few = self.request, (self.request.q_len, kv_len)
-            mask.check(*few, asked.batch, asked.num_heads)
-            if pse is not None:
-                pse.check(*few, asked.batch, asked.num_heads)
-            request = replace(asked, mask=mask, bias=bias_terms(pse), kv_len=kv_len)
-            latest = step, replace(self, request=request)
-            self.__dict__["_latest"] = latest  # the siblings of a layer take the same step
-        return latest[1] if latest[1].few is not None else None
+    def _at(self, request: Request) -> Plan | None:
+        found = replace(self, request=request)
+        return found if found.few is not None else None
 
     @cached_property
     def job(self) -> Job:

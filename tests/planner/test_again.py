@@ -1,0 +1,132 @@
+"""`Plan.at` of fused calls: the form that was found before, filled in and proven anew."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attnkit as ak
+from attnkit import masks as M
+from attnkit.planner import again
+
+BATCH, SIZE = 3, 12
+
+
+def heads(length: int, seed: int, count: int = 2) -> torch.Tensor:
+    noise = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, length, count, 4, generator=noise, dtype=torch.float64)
+
+
+def lengths(rng: random.Random, most: int) -> tuple[int, ...]:
+    return tuple(rng.randint(0, most) for _ in range(BATCH))
+
+
+FAMILIES = {
+    "causal, right": lambda n: M.Causal() & M.Padding(n),
+    "right": lambda n: M.Padding(n),
+    "causal, left": lambda n: M.Causal() & ~M.Prefix(n),
+    "window, right": lambda n: M.SlidingWindow(4) & M.Padding(n),
+    "prefix-LM": lambda n: M.Causal() | M.Prefix(n),
+    "window": lambda n: M.SlidingWindow(1 + n[0]),
+    "causal": lambda n: M.Causal(),
+    "rows": lambda n: M.Rows(0, max(n) + 1) & M.Causal(),
+}
+
+
+@pytest.mark.parametrize("q_len", [1, 3, SIZE])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_plan_of_a_form_is_its_request_and_the_same_numbers(name: str, q_len: int) -> None:
+    rng, made = random.Random(5), FAMILIES[name]
+    query, known, again_found = heads(q_len, 0), {}, 0
+    for kv_len in [SIZE] * 6 + [SIZE + 1, SIZE + 2, 2 * SIZE]:
+        key, value = heads(kv_len, 1), heads(kv_len, 2)
+        mask = made(lengths(rng, SIZE))
+        first = known.setdefault("plan", ak.plan(query, key, value, mask=mask, backend="emulated"))
+        plan = first.at(mask, None, kv_len)
+        if plan is None:
+            continue
+        again_found += plan is not first
+        plan.verify()
+        assert plan.request == ak.plan(query, key, value, mask=mask, backend="emulated").request
+        found = ak.backends.run_plan(plan, ak.backends.Operands(query, key, value, None, None))
+        meant = ak.attention(query, key, value, mask=mask, backend="reference")
+        torch.testing.assert_close(found.output, meant)
+    assert again_found >= 4 or name == "window, right"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_the_masks_it_is_proven_or_none(data: st.DataObject) -> None:
+    draw = lambda: data.draw(st.sampled_from(list(FAMILIES.values())))(  # noqa: E731
+        tuple(data.draw(st.integers(0, SIZE)) for _ in range(BATCH))
+    )
+    query, key = heads(5, 0), heads(SIZE, 1)
+    first = ak.plan(query, key, key, mask=draw(), backend="emulated")
+    mask, kv_len = draw(), data.draw(st.integers(SIZE, 3 * SIZE))
+    plan = first.at(mask, None, kv_len)
+    assert plan is None or plan.disprove() is None
+    if plan is not None:
+        assert (plan.request.mask, plan.request.kv_len) == (mask, kv_len)
+
+
+def test_a_form_that_computes_something_else_is_not_taken() -> None:
+    query = heads(SIZE, 0)
+    causal = ak.plan(query, query, query, mask=M.Causal(), backend="emulated")
+    assert causal.calls[0].sparse_mode in (2, 3)
+    assert causal.at(M.Chunked(4), None, SIZE) is None
+    assert causal.at(M.Full(), None, SIZE) is None
+
+
+def test_a_module_searches_once_for_masks_of_a_form() -> None:
+    layer = ak.Attention(2, 4, mask=M.Causal(), backend="emulated")
+    x = heads(SIZE, 0)
+    first = layer.plan(x, x, x, mask=M.Padding((3, 12, 7)))
+    second = layer.plan(x, x, x, mask=M.Padding((9, 1, 4)))
+    assert [one.code for one in second.refusals] == ["as-before"]
+    assert "Padding((3, 12, 7)) of 12 keys, planned before" in second.explain()
+    assert layer.plan(x, x, x, mask=M.Padding((9, 1, 4))) is second
+    assert "as-before" not in [one.code for one in first.refusals]
+    assert layer.plan(x, x, x, mask=M.Padding((3, 12, 7))).calls == first.calls
+
+
+def test_many_more_keys_are_a_search() -> None:
+    query, key = heads(1, 0), heads(SIZE, 1)
+    first = ak.plan(query, key, key, mask=M.Causal(), backend="emulated")
+    assert first.at(M.Causal(), None, 2 * SIZE) is not None
+    assert first.at(M.Causal(), None, 2 * SIZE + 1) is None
+    assert first.at(M.Causal(), None, SIZE // 2 - 1) is None
+
+
+def test_training_with_new_lengths_in_every_step_has_the_gradients_of_the_definition() -> None:
+    layer = ak.Attention(2, 4, mask=M.Causal(), backend="emulated")
+    for step in range(4):
+        mask = M.Padding(lengths(random.Random(step), SIZE))
+        given_ = [heads(SIZE, step + k).requires_grad_() for k in range(3)]
+        meant_ = [one.detach().clone().requires_grad_() for one in given_]
+        found = layer(*given_, mask=mask)
+        meant = ak.attention(*meant_, mask=M.Causal() & mask, backend="reference")
+        found.square().sum().backward()
+        meant.square().sum().backward()
+        for one, other in zip([found, *given_], [meant, *meant_], strict=True):
+            a, b = (one, other) if one is found else (one.grad, other.grad)
+            torch.testing.assert_close(a, b)
+
+
+def test_a_call_changed_by_hand_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = heads(SIZE, 0)
+    first = ak.plan(
+        query, query, query, mask=M.Causal() & M.Padding((3, 12, 7)), backend="emulated"
+    )
+    taken = again._like
+
+    def other(*some: object) -> object:
+        for one in taken(*some):  # type: ignore[arg-type]
+            yield replace(one, call=replace(one.call, scale=2.0))
+
+    monkeypatch.setattr(again, "_like", other)
+    assert first.at(M.Causal() & M.Padding((4, 1, 2)), None, SIZE) is None
