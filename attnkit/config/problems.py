@@ -19,7 +19,7 @@ __all__ = ["config_error", "problem", "problems_at"]
 
 _SHOWN = 16
 _WIDTH = 80
-_ROOM = 1_600  # characters, for all problems together
+_ROOM = 1_800  # characters, for all problems together
 Path = tuple[str | int, ...]
 
 

@@ -9,13 +9,15 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
-from attnkit.masks.foreign import Lifted, from_torch
+from attnkit.masks.foreign import Lifted, from_torch, from_transformers
+from attnkit.masks.keys import Keys
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
+from attnkit.masks.same_id import SameId
 from attnkit.masks.slices import Slices
 from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
@@ -38,6 +40,7 @@ __all__ = [
     "Enclosure",
     "Finding",
     "Full",
+    "Keys",
     "Lifted",
     "Mask",
     "Not",
@@ -51,12 +54,14 @@ __all__ = [
     "Recovered",
     "Rectangle",
     "Rows",
+    "SameId",
     "Slices",
     "SlidingWindow",
     "Spans",
     "StackReport",
     "from_token_types",
     "from_torch",
+    "from_transformers",
     "lint_stack",
     "parse",
     "recover",

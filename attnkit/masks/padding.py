@@ -12,13 +12,11 @@ from attnkit.arguments import IntsLike, check_ints, check_readable, describe
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, Slice
-from attnkit.masks.algebra import Or
-from attnkit.masks.base import MASKS, Full, Mask
-from attnkit.masks.per_head import PerBatch
-from attnkit.masks.rectangles import Columns, Prefix
-from attnkit.strips import gaps
+from attnkit.masks.base import MASKS, Mask
+from attnkit.masks.keys import Keys
+from attnkit.masks.rectangles import Prefix
 
-__all__ = ["Padding"]
+__all__ = ["Padding", "padding_of", "runs_of_keys"]
 
 Cells = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -60,7 +58,7 @@ class Padding(Mask):
 
         Where all texts end with the row, the padding is the first keys: ``~Prefix(counts)``, the
         same set however many keys are added, as a cache does. Where all begin with it, a
-        `Padding`; else a `PerBatch` of the runs of keys that each has. The values are read, which
+        `Padding`; else the runs of keys that each has, as `Keys`. The values are read, which
         waits for a device: make it where the batch is made, once. Raises `CompositionError` for
         another shape or other values.
 
@@ -72,14 +70,7 @@ class Padding(Mask):
         tensor([[1, 0, 1],
                 [1, 1, 1]], dtype=torch.int32)
         """
-        cells = _existing(attention_mask)
-        places, lengths = np.arange(cells.shape[1]), cells.sum(1)
-        missing = cells.shape[1] - lengths
-        if (cells == (places >= missing[:, None])).all():
-            return ~Prefix(missing)
-        if (cells == (places < lengths[:, None])).all():
-            return Padding(lengths)
-        return PerBatch([_of_row(row) for row in cells])
+        return padding_of(_existing(attention_mask))
 
     def check(
         self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
@@ -134,8 +125,23 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
     return cells
 
 
-def _of_row(row: Cells) -> Mask:
-    """Return the runs of keys that a text has; one that reaches the end has none."""
-    pairs = gaps(((k, k + 1) for k in np.flatnonzero(~row).tolist()), 0, len(row))
-    runs = [Columns(start, None if stop == len(row) else stop) for start, stop in pairs]
-    return Or.of(*runs) if runs else ~Full()
+def padding_of(cells: Cells) -> Mask:
+    """Return the keys that exist, of a bool array [b, s], as `Padding.of` writes them."""
+    places, lengths = np.arange(cells.shape[1]), cells.sum(1)
+    missing = cells.shape[1] - lengths
+    if (cells == (places >= missing[:, None])).all():
+        return ~Prefix(missing)
+    if (cells == (places < lengths[:, None])).all():
+        return Padding(lengths)
+    return Keys(runs_of_keys(cells))
+
+
+def runs_of_keys(cells: Cells) -> list[list[tuple[int, int | None]]]:
+    """Return the runs of keys that each row has; one that reaches the end has none."""
+    size = cells.shape[1]
+    turns = np.diff(cells.astype(np.int8), axis=1, prepend=0, append=0)
+    rows, ends = (found.tolist() for found in np.nonzero(turns))
+    runs: list[list[tuple[int, int | None]]] = [[] for _ in cells]
+    for row, start, stop in zip(rows[::2], ends[::2], ends[1::2], strict=True):
+        runs[row].append((start, None if stop == size else stop))
+    return runs

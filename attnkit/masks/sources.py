@@ -23,7 +23,7 @@ from attnkit.masks.slices import Slices
 from attnkit.masks.symbols import Extent, symbolic
 from attnkit.masks.trace import Progress, RowReader, cells_of, count_slices, trace
 
-__all__ = ["Source", "source_of"]
+__all__ = ["Source", "indices_used", "source_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,16 +237,23 @@ class _Uses(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_uses(
-    fn: MaskFunction, batch: int | None, heads: int | None, device: torch.device | str | None
-) -> None:
-    """Refuse a function that reads b or h without being told how many there are."""
+def indices_used(fn: MaskFunction, device: torch.device | str | None) -> set[str]:
+    """Return which of "batch" and "heads" a function reads, asked for one cell."""
     b, h = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
     first = torch.zeros(1, dtype=torch.int64, device=device)
     with _Uses(b, h) as uses:
         evaluate(fn, b, h, first, first)
+    used: set[str] = uses.used
+    return used
+
+
+def _check_uses(
+    fn: MaskFunction, batch: int | None, heads: int | None, device: torch.device | str | None
+) -> None:
+    """Refuse a function that reads b or h without being told how many there are."""
+    used = indices_used(fn, device)
     for name, count in (("batch", batch), ("heads", heads)):
-        if count is None and name in uses.used:
+        if count is None and name in used:
             index = "b" if name == "batch" else "h"
             raise CompositionError(
                 f"the mask function {function_name(fn)} reads {index}, and {name}= was not said, "

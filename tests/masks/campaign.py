@@ -124,11 +124,42 @@ class World:
 
     def chunked(self) -> Node:
         a, s = self.align(), self.random.randint(1, 6)
-        return self.node(masks.Chunked(s, a), lambda p, j, i, b: j // s == p // s, a)
+        f = [self.random.randint(0, 7) for _ in range(self.batch)]
+        if self.random.random() < 0.5:
+            return self.node(masks.Chunked(s, a), lambda p, j, i, b: j // s == p // s, a)
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            return (j - np.array(f)[b]) // s == (p - np.array(f)[b]) // s
+
+        return self.node(masks.Chunked(s, a, f), formula, a)
 
     def block_causal(self) -> Node:
         a, s = self.align(), self.random.randint(1, 6)
-        return self.node(masks.BlockCausal(s, a), lambda p, j, i, b: j // s <= p // s, a)
+        f, n = self.random.randint(0, 7), self.random.choice((None, 0, 1, 2))
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            ahead = (p - f) // s - (j - f) // s
+            return (ahead >= 0) & (True if n is None else ahead <= n)
+
+        return self.node(masks.BlockCausal(s, a, f, n), formula, a)
+
+    def keys(self) -> Node:
+        each: list[list[tuple[int, int | None]]] = []
+        for _ in range(self.batch):
+            ends = sorted(self.random.sample(range(9), self.random.choice((0, 2, 4))))
+            runs: list[Any] = list(zip(ends[::2], ends[1::2], strict=True))
+            if runs and self.random.random() < 0.5:
+                runs[-1] = (runs[-1][0], None)
+            each.append(runs)
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            found = np.zeros(np.broadcast_shapes(j.shape, b.shape), bool)
+            for n, runs in enumerate(each):
+                for start, stop in runs:
+                    found |= (b == n) & (start <= j) & (j < (10**6 if stop is None else stop))
+            return found
+
+        return self.node(masks.Keys(each), formula)
 
     def dilated(self) -> Node:
         a, s = self.align(), self.random.randint(1, 5)
@@ -207,6 +238,20 @@ class World:
         others: Any = None if square else tuple(keys) if per_batch else keys[0]
         mask = masks.Documents(lengths, others, inside=None if inside is None else inside.mask)
         return Node(mask, cells, inside is None or inside.writable)
+
+    def numbers(self, q: int, k: int) -> Node:
+        if not (q and k):
+            return self.slices(q, k)
+        rows, keys = (
+            np.array([[self.random.randint(-1, 2) for _ in range(n)] for _ in range(self.batch)])
+            for n in (q, k)
+        )
+        none = self.random.choice((None, -1, 0))
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            return (rows[b, i] == keys[b, j]) & (rows[b, i] != none)
+
+        return self.node(masks.SameId.of(rows, keys, none), formula)
 
     def padding(self, q: int, k: int) -> Node:
         n = [self.random.randint(0, k) for _ in range(self.batch)]
@@ -320,9 +365,9 @@ class World:
 FREE = [
     World.full, World.causal, World.window, World.band, World.chunked, World.block_causal,
     World.dilated, World.columns, World.rows, World.prefix, World.prefixes, World.prefix_lm,
-    World.predicate, World.spans,
+    World.predicate, World.spans, World.keys,
 ]  # fmt: skip
-SIZED = [World.documents, World.documents, World.padding, World.dense, World.slices]
+SIZED = [World.documents, World.documents, World.padding, World.dense, World.slices, World.numbers]
 
 
 def drawn(region: Any, q: int, k: int) -> Cells:

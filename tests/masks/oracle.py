@@ -62,6 +62,20 @@ def anchored_cases(align: str) -> Iterator[Case]:
         )
         yield Case(masks.Chunked(size, align), lambda c, s=size: c.j // s == c.p(align) // s)
         yield Case(masks.BlockCausal(size, align), lambda c, s=size: c.j // s <= c.p(align) // s)
+        for f in (1, 2):
+            yield Case(
+                masks.Chunked(size, align, phase=f),
+                lambda c, s=size, f=f: (c.j - f) // s == (c.p(align) - f) // s,
+            )
+            yield Case(
+                masks.BlockCausal(size, align, f, before=f),
+                lambda c, s=size, f=f: 0 <= (c.p(align) - f) // s - (c.j - f) // s <= f,
+            )
+        phases = (0, 1, 3)
+        yield Case(
+            masks.Chunked(size, align, phase=phases),
+            lambda c, s=size, f=phases: (c.j - f[c.b]) // s == (c.p(align) - f[c.b]) // s,
+        )
         yield Case(masks.Dilated(size, align), lambda c, s=size: (c.p(align) - c.j) % s == 0)
     ends = ((0, 0), (1, 2), (2, 0), (None, 1), (1, None), (None, None), (-1, 3), (3, -2))
     for left, right in ends:
@@ -90,6 +104,10 @@ def free_cases() -> Iterator[Case]:
         yield Case(
             masks.Rows(start, stop), lambda c, a=start, z=stop: a <= c.i < (99 if z is None else z)
         )
+    for runs in ((), ((0, 1), (3, None)), ((1, 2), (3, 5)), ((7, 9),)):
+        yield Case(masks.Keys(runs), lambda c, runs=runs: among(c.j, runs))
+    texts = ((0, 2), (4, None)), (), ((1, None),)
+    yield Case(masks.Keys(texts), lambda c: among(c.j, texts[c.b]))
     for length in (0, 1, 4, 8):
         yield Case(masks.Prefix(length), lambda c, n=length: c.j < n)
     yield Case(masks.Prefix((0, 2, 5)), lambda c: c.j < (0, 2, 5)[c.b])
@@ -114,6 +132,11 @@ def free_cases() -> Iterator[Case]:
             else (c.p("bottom_right") - c.j) % 2 == 0
         ),
     )  # fmt: skip
+
+
+def among(j: int, runs: tuple[tuple[int, int | None], ...]) -> bool:
+    """Whether a key lies in a run."""
+    return any(a <= j < (99 if z is None else z) for a, z in runs)
 
 
 def splits(total: int) -> Iterator[tuple[int, ...]]:
@@ -155,6 +178,7 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         yield Case(one, lambda c: c.j <= c.i or c.i == 1)
         two = masks.Slices((pieces, ()), q_len, kv_len)
         yield Case(two, lambda c: c.b == 0 and (c.j <= c.i or c.i == 1))
+    yield from numbered_cases(q_len, kv_len)
     lengths = (kv_len, kv_len // 2, 0)
     yield Case(masks.Padding(lengths), lambda c: c.j < lengths[c.b])
     yield Case(masks.Padding(lengths, "left"), lambda c: c.j >= c.kv_len - lengths[c.b])
@@ -163,6 +187,22 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
     yield Case(masks.Dense.keep(cells), lambda c: bool(cells[c.b, c.h, c.i, c.j]))
     yield Case(masks.Dense.drop(cells[0]), lambda c: not cells[0, c.h, c.i, c.j])
     yield Case(masks.Dense.keep(cells[1, 2]), lambda c: bool(cells[1, 2, c.i, c.j]))
+
+
+def numbered_cases(q_len: int, kv_len: int) -> Iterator[Case]:
+    """Tokens by number, some of which come back, and some of which have none."""
+    if not (q_len and kv_len):
+        return
+    rows, keys = ([(3 * i // 2) % 3 - 1 for i in range(n)] for n in (q_len, kv_len))
+    if q_len == kv_len:
+        yield Case(masks.SameId.of(rows), lambda c: rows[c.i] == rows[c.j] >= 0)
+        yield Case(masks.SameId.of(rows, none=None), lambda c: rows[c.i] == rows[c.j])
+    yield Case(masks.SameId.of(rows, keys), lambda c: rows[c.i] == keys[c.j] >= 0)
+    each = [rows, [1] * q_len], [keys, keys[::-1]]
+    yield Case(
+        masks.SameId.of(*each, none=0), lambda c: each[0][c.b][c.i] == each[1][c.b][c.j] != 0
+    )
+    yield Case(masks.SameId.of(rows, each[1]), lambda c: rows[c.i] == each[1][c.b][c.j] >= 0)
 
 
 def cases(q_len: int, kv_len: int) -> list[Case]:

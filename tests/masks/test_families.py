@@ -32,6 +32,10 @@ PLANTED = [
     Case(masks.Band(1, 1), lambda c: c.p(ALIGNS[0]) - 1 <= c.j < c.p(ALIGNS[0]) + 1),
     Case(masks.Chunked(2), lambda c: (c.j + 1) // 2 == (c.p(ALIGNS[0]) + 1) // 2),
     Case(masks.BlockCausal(2), lambda c: c.j // 2 < c.p(ALIGNS[0]) // 2),
+    Case(masks.Chunked(2, phase=1), lambda c: c.j // 2 == c.p(ALIGNS[0]) // 2),
+    Case(masks.BlockCausal(2, before=1), lambda c: c.j // 2 <= c.p(ALIGNS[0]) // 2),
+    Case(masks.Keys([(0, 2), (3, None)]), lambda c: c.j != 3),
+    Case(masks.SameId([(0, 2), (1, 1), (0, 2)]), lambda c: (c.i < 2) == (c.j < 2)),
     Case(masks.Dilated(3), lambda c: (c.p(ALIGNS[0]) - c.j) % 3 == 1),
     Case(masks.Columns(1, 3), lambda c: 1 <= c.j <= 3),
     Case(masks.Rows(1, 3), lambda c: 1 < c.i < 3),
@@ -76,6 +80,24 @@ def test_outer_bounds_are_kept_through_the_algebra():
     assert (masks.Dilated(2) & masks.Rows(9)).region(4, 4).area == 0
     assert (masks.Dilated(2) | masks.Full()).is_region(4, 4)
     assert not masks.PerHead([masks.Full(), masks.Dilated(2)]).is_region(4, 4)
+
+
+def test_numbers_that_change_with_each_token_are_known_by_their_cells():
+    ids = torch.arange(512) % 2
+    mask = masks.SameId.of(ids)
+    assert not mask.is_region(512, 512)
+    assert mask.outer(512, 512).area == 512 * 512
+    assert mask.materialize(512, 512)[0, 0].equal(ids[:, None] == ids)
+    some = masks.SameId.of(torch.where(torch.arange(512) < 8, -1, ids))
+    assert some.outer(512, 512).area == 504 * 504
+    rows = masks.SameId.of(torch.arange(512) // 16 % 4)
+    assert rows.is_region(512, 512)
+
+
+def test_keys_to_the_end_are_the_same_set_as_keys_are_added():
+    mask = masks.Keys([(0, 2), (4, None)])
+    assert not mask.anchored
+    assert all(mask._extends(4, longer, 0, 0) for longer in (5, 9))
 
 
 def test_a_dense_mask_recovers_its_region_and_its_band():

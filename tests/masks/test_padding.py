@@ -10,7 +10,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.masks import Padding, PerBatch
+from attnkit.masks import Keys, Padding, PerBatch
 
 
 def test_every_mask_of_two_texts() -> None:
@@ -31,7 +31,7 @@ def test_every_mask_of_two_texts() -> None:
             elif right:
                 assert mask == Padding(lengths)
             else:
-                assert isinstance(mask, PerBatch)
+                assert isinstance(mask, Keys)
 
 
 @pytest.mark.parametrize("rows", [[[0, 1, 1], [1, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[1, 0, 1]] * 2])
