@@ -16,7 +16,7 @@ from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.keys import Keys
 from attnkit.masks.rectangles import Prefix
 
-__all__ = ["Padding", "padding_of", "runs_of_keys"]
+__all__ = ["Padding", "padding_of", "runs_of_keys", "stretch"]
 
 Cells = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -125,23 +125,48 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
     return cells
 
 
-def padding_of(cells: Cells) -> Mask:
-    """Return the keys that exist, of a bool array [b, s], as `Padding.of` writes them."""
-    places, lengths = np.arange(cells.shape[1]), cells.sum(1)
-    missing = cells.shape[1] - lengths
-    if (cells == (places >= missing[:, None])).all():
-        return ~Prefix(missing)
-    if (cells == (places < lengths[:, None])).all():
-        return Padding(lengths)
-    return Keys(runs_of_keys(cells))
+def padding_of(cells: Cells, alike: bool = False) -> Mask:
+    """Return the keys that exist, of a bool array [b, s], as `Padding.of` writes them.
+
+    With `alike`, rows that are all the same have one entry for all batch elements.
+    """
+    missing, lengths = stretch(cells, True), None
+    if missing is None:
+        lengths = stretch(cells, False)
+    for name, counts in (("left", missing), ("right", lengths)):
+        if counts is not None:
+            one = alike and counts.count(counts[0]) == len(counts)
+            if name == "left":
+                return ~Prefix(counts[0] if one else counts)
+            return Prefix(counts[0]) if one else Padding(counts)
+    runs = runs_of_keys(cells)
+    one = alike and runs.count(runs[0]) == len(runs)
+    return Keys(runs[0] if one else runs)
+
+
+def stretch(cells: Cells, missing: bool) -> list[int] | None:
+    """Return how many keys are missing before the first, or exist before one that does not.
+
+    None where that does not tell all keys.
+    """
+    rows, size = cells.shape
+    turns = (cells.argmax(1) if missing else cells.argmin(1)) if size else np.zeros(rows, np.int64)
+    if size:  # of a row without such a key, the answer is 0, too
+        turns = np.where(cells[np.arange(rows), turns] == missing, turns, size)
+    told = int(turns.sum())
+    exist = rows * size - told if missing else told
+    counts: list[int] = turns.tolist()
+    return counts if np.count_nonzero(cells) == exist else None
 
 
 def runs_of_keys(cells: Cells) -> list[list[tuple[int, int | None]]]:
     """Return the runs of keys that each row has; one that reaches the end has none."""
-    size = cells.shape[1]
-    turns = np.diff(cells.astype(np.int8), axis=1, prepend=0, append=0)
-    rows, ends = (found.tolist() for found in np.nonzero(turns))
+    rows, size = cells.shape
+    around = np.zeros((rows, size + 2), np.bool_)
+    around[:, 1:-1] = cells
+    turns = np.flatnonzero(around[:, 1:] != around[:, :-1])
+    pairs = [one.tolist() for one in np.divmod(turns, size + 1)]
     runs: list[list[tuple[int, int | None]]] = [[] for _ in cells]
-    for row, start, stop in zip(rows[::2], ends[::2], ends[1::2], strict=True):
+    for row, start, stop in zip(pairs[0][::2], pairs[1][::2], pairs[1][1::2], strict=True):
         runs[row].append((start, None if stop == size else stop))
     return runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -239,9 +239,11 @@ def runs_of(rows: np.ndarray[tuple[int, int], np.dtype]) -> list[list[tuple[int,
     >>> runs_of(np.array([[7, 7, 3]]))
     [[(7, 2), (3, 1)]]
     """
-    found = []
-    for row in rows:
-        starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 1))
-        lengths = np.diff(starts, append=len(row))
-        found.append(list(zip(row[starts].tolist(), lengths.tolist(), strict=True)))
-    return found
+    count, size = rows.shape
+    last = np.ones((count, size), np.bool_)
+    np.not_equal(rows[:, 1:], rows[:, :-1], out=last[:, :-1])
+    at = np.flatnonzero(last)
+    values, lengths = rows.reshape(-1)[at].tolist(), np.diff(at, prepend=-1).tolist()
+    ends = np.searchsorted(at, np.arange(1, count + 1) * size).tolist()
+    pairs = list(zip(values, lengths, strict=True))
+    return [pairs[a:b] for a, b in pairwise([0, *ends])]

@@ -184,12 +184,12 @@ def _limited(asked: Question) -> Meet | None:
 
 def _blockwise(asked: Question) -> Meet | None:
     ids = numbers(asked, "block_sequence_ids")
-    return asked.frame.alike(asked.frame.of_queries(ids), asked.frame.of_keys(ids), none=True)
+    return asked.frame.alike(*asked.frame.of_both(ids), none=True)
 
 
 def _packed(asked: Question) -> Meet | None:
     ids = numbers(asked, "packed_sequence_mask")
-    return asked.frame.alike(asked.frame.of_queries(ids), asked.frame.of_keys(ids), none=False)
+    return asked.frame.alike(*asked.frame.of_both(ids), none=False)
 
 
 def _padding(asked: Question) -> Meet | None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from attnkit.constants import constant
 from attnkit.errors import CompositionError
 from attnkit.masks.algebra import And, Or
 from attnkit.masks.base import Align, Full, Mask
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.documents import Documents
-from attnkit.masks.keys import Keys
-from attnkit.masks.padding import padding_of, runs_of_keys
+from attnkit.masks.padding import padding_of, stretch
 from attnkit.masks.rectangles import Prefix
 from attnkit.masks.same_id import SameId, runs_of
 from attnkit.masks.spans import Spans
@@ -42,6 +42,8 @@ class Meet:
         return Meet(least, most, self.rest)
 
 
+# Masks of so few rows are kept: each step of a cache finds that of the step before.
+FEW_ROWS = 32
 EVERY = Meet()
 NOTHING = Meet(rest=(~Full(),))
 
@@ -94,9 +96,9 @@ class Frame:
 
     # -- reading tensors -------------------------------------------------------------------
 
-    def of_queries(self, given: Numbers) -> Numbers:
-        """Return the entries [B, S] -> [B, Sq] that the queries have."""
-        return self._taken(self._looked_up(given), self.q_offset, self.q_len)
+    def of_both(self, given: Numbers) -> tuple[Numbers, Numbers]:
+        """Return the entries [B, S] that the queries and the keys have: one array, if alike."""
+        return self._cut(self._looked_up(given))
 
     def of_keys(self, given: Numbers) -> Numbers:
         """Return the entries [B, S] -> [B, Skv] that the keys have."""
@@ -105,8 +107,12 @@ class Frame:
     def chunks(self, starts: Numbers, size: int) -> tuple[Numbers, Numbers]:
         """Return the numbers of chunks that the positions of queries and of keys lie in."""
         at = np.zeros((1, 0), np.int64) if self.positions is None else self.positions
-        numbers = (at - starts[:, None]) // size
+        return self._cut((at - starts[:, None]) // size)
+
+    def _cut(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
         rows = self._taken(numbers, self.q_offset, self.q_len)
+        if (self.q_offset, self.q_len) == (self.kv_offset, self.kv_len):
+            return rows, rows
         return rows, self._taken(numbers, self.kv_offset, self.kv_len)
 
     def _looked_up(self, given: Numbers) -> Numbers:
@@ -147,42 +153,37 @@ class Frame:
 
     def mask(self, meet: Meet) -> Mask:
         """Return the cells as one mask."""
-        reach = self._reached(meet.least, meet.most)
-        if not meet.rest:
-            return Full() if reach is None else reach
-        return And.of(*([] if reach is None else [reach]), *meet.rest)
-
-    def _reached(self, least: int | None, most: int | None) -> Mask | None:
-        if least is most is None:
-            return None
         off = self.ahead - (self.kv_len - self.q_len)
         align: Align = "bottom_right"
         if off and not self.ahead:
             align, off = "top_left", 0
-        if most == 0 and not off:
-            return Causal(align) if least is None else SlidingWindow(1 - least, align)
-        ends = None if least is None else -least - off, None if most is None else most + off
-        return Band(*ends, align)
+        join = _kept if self.q_len <= FEW_ROWS and not off else _joined
+        return join(meet.least, meet.most, off, align, meet.rest)
 
     def existing(self, cells: Numbers) -> Meet:
         """Return the keys that exist, of a bool array [B, Skv]."""
-        if cells.all():
+        if np.count_nonzero(cells) == cells.size:
             return EVERY
-        alike = len(cells) == 1 or (cells == cells[:1]).all()
-        return Meet(rest=(_keys_of_all(cells[0]) if alike else padding_of(cells),))
+        if self.q_len <= FEW_ROWS:
+            missing = stretch(cells, True)
+            if missing is not None:
+                return Meet(rest=(_kept_padding(tuple(missing)),))
+        return Meet(rest=(padding_of(cells, alike=True),))
 
     def alike(self, queries: Numbers, keys: Numbers, none: bool) -> Meet:
         """Return the cells whose numbers are equal; with `none`, those below 0 have no number."""
         if none and not ((queries >= 0).any() and (keys >= 0).any()):
             return NOTHING
-        if len(queries) > 1 and (queries == queries[:1]).all() and (keys == keys[:1]).all():
-            queries, keys = queries[:1], keys[:1]
-        rows, columns = runs_of(queries), runs_of(keys)
+        rows = columns = runs_of(queries)
+        if queries is not keys:
+            columns = runs_of(keys)
+        if all(each.count(each[0]) == len(each) for each in (rows, columns)):
+            rows, columns = rows[:1], columns[:1]
         single = len(rows) == 1
         if rows == columns and _come_once(columns, none):
             if not none:
                 return _documents(rows)
-            if queries.shape == keys.shape and self.ahead == 0:
+            if self.ahead == 0:
                 spans = [_spans(runs) for runs in columns]
                 return Meet(rest=(Spans(spans[0] if single else spans),))
         sides = [
@@ -193,12 +194,26 @@ class Frame:
         return Meet(rest=(found,))
 
 
-def _keys_of_all(row: Numbers) -> Mask:
-    """Return the keys [S] that exist in every batch element."""
-    count = int(row.sum())
-    if row[len(row) - count :].all():
-        return ~Prefix(len(row) - count)
-    return Prefix(count) if row[:count].all() else Keys(runs_of_keys(row[None])[0])
+def _joined(
+    least: int | None, most: int | None, off: int, align: Align, rest: tuple[Mask, ...]
+) -> Mask:
+    """Return a stretch of distances, and what masks allow; `off` is where positions are 0."""
+    if least is most is None:
+        return And.of(*rest) if rest else Full()
+    if most == 0 and not off:
+        reach: Mask = Causal(align) if least is None else SlidingWindow(1 - least, align)
+    else:
+        left, right = None if least is None else -least - off, None if most is None else most + off
+        reach = Band(left, right, align)
+    return And.of(reach, *rest) if rest else reach
+
+
+_kept = constant(_joined)
+
+
+@constant
+def _kept_padding(missing: tuple[int, ...]) -> Mask:
+    return ~Prefix(missing[0] if missing.count(missing[0]) == len(missing) else missing)
 
 
 def _come_once(each: list[list[tuple[int, int]]], none: bool) -> bool:
@@ -248,13 +263,13 @@ def either(frame: Frame, one: Meet, two: Meet) -> Meet:
     if EVERY in (one, two):
         return EVERY
     if not one.rest and not two.rest:
-        joined = _joined(one, two)
+        joined = _one_stretch(one, two)
         if joined is not None:
             return joined
     return Meet(rest=(Or.of(frame.mask(one), frame.mask(two)),))
 
 
-def _joined(one: Meet, two: Meet) -> Meet | None:
+def _one_stretch(one: Meet, two: Meet) -> Meet | None:
     """Return the distances of either, where they are one stretch."""
     for low, high in ((one, two), (two, one)):
         if low.most is not None and high.least is not None and low.most + 1 < high.least:

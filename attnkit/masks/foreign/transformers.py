@@ -111,13 +111,14 @@ def _existing(attention_mask: torch.Tensor, frame: Frame, most: int | None) -> M
         )
     given = attention_mask.detach()[:, frame.kv_offset : frame.kv_offset + frame.kv_len]
     cells = (given if given.dtype == torch.bool else given != 0).cpu().numpy()
-    if cells.shape[1] == frame.kv_len and cells.all():
-        return Meet()
-    whole = np.zeros((rows, frame.kv_len), np.bool_)
-    whole[:, : cells.shape[1]] = cells
-    if most is not None:
-        whole[:, max(frame.ahead + frame.q_len + most, 0) :] = True
-    return frame.existing(whole)
+    count = cells.shape[1]
+    seen = frame.kv_len if most is None else max(frame.ahead + frame.q_len + most, 0)
+    if count < frame.kv_len or seen < count:
+        whole = np.zeros((rows, frame.kv_len), np.bool_)
+        whole[:, :count] = cells
+        whole[:, seen:] = True
+        cells = whole
+    return frame.existing(cells)
 
 
 class _Lifting:
