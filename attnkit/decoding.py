@@ -20,7 +20,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from attnkit.backends import AttentionOutput, Stats
+from attnkit.attend import attend, is_tracing
+from attnkit.attention import Attention
+from attnkit.backends import AttentionOutput, Operands, Stats, run_plan
 from attnkit.cache import KVCache
 from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
@@ -31,6 +33,7 @@ from attnkit.strips import gaps
 from attnkit.texts import Runs, Text, paired
 
 __all__ = [
+    "attend_rows",
     "next_positions",
     "next_rows",
     "rows_of_context",
@@ -318,3 +321,23 @@ def _any_cell(mask: Mask, bounds: Enclosure, at: Rectangle) -> bool:
     starts = range(*at.rows, height)
     blocks = (at._replace(rows=(i, min(i + height, at.rows[1]))) for i in starts)
     return any(mask._read(block).any() for block in blocks)
+
+
+def attend_rows(
+    core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask, pse: Pse | None
+) -> AttentionOutput:
+    """Attend ``[b s n d]`` as a module does, with another mask and bias than its own.
+
+    >>> from attnkit import masks
+    >>> x, core = torch.randn(1, 4, 2, 8), Attention(2, 8)
+    >>> found = attend_rows(core, x, x, x, masks.Columns(2), None)
+    >>> torch.equal(found.output, core(x, x, x, mask=masks.Columns(2)))
+    True
+    """
+    asked = core._asked(None, None)._replace(layout="BSND")
+    if is_tracing():
+        asked = asked._replace(masks=(mask, None), biases=(pse, None))
+        return attend(asked, query, key, value, core.sink, None)
+    asked = asked._replace(masks=(None, mask), biases=(None, pse))
+    plan = core._plan(asked, query, key, value, core.sink, None)
+    return run_plan(plan, Operands(query, key, value, pse, core.sink))

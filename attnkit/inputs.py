@@ -32,11 +32,17 @@ class LayerInputs(NamedTuple):
     seqlens: SeqLens | None = None
     cache: KVCache | StaticCache | None = None
     positions: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def source(self) -> Tensor:
-        """The tokens that keys and values are made of."""
+        """The tokens that keys are made of."""
         return self.x if self.context is None else self.context
+
+    @property
+    def of_values(self) -> Tensor:
+        """The tokens that values are made of, as a rule those of the keys."""
+        return self.source if self.values is None else self.values
 
     @property
     def crosses(self) -> bool:
@@ -65,6 +71,7 @@ class LayerInputs(NamedTuple):
                 f"x {list(x.shape)} and context {list(context.shape)}: give both as [b, s, ...] "
                 "with one batch size, or both packed"
             )
+        self._check_values()
         if isinstance(cache, StaticCache) and (x.ndim == 2 or context is not None):
             raise CompositionError(
                 f"x {list(x.shape)} with {cache}, which takes [b, s, {x.shape[-1]}] of the texts "
@@ -82,6 +89,20 @@ class LayerInputs(NamedTuple):
                 "positions; a cache serves one context (reset() makes it ready for another)"
             )
         self._check_packing()
+
+    def _check_values(self) -> None:
+        if self.values is None:
+            return
+        if self.context is None and self.cache is not None and self.cache.sealed:
+            raise CompositionError(
+                f"values={shown(self.values)}, but {self.cache} holds those of a context already; "
+                "give them with the context"
+            )
+        if self.values.shape[:-1] != self.source.shape[:-1]:
+            raise CompositionError(
+                f"values {list(self.values.shape)} for keys of {list(self.source.shape)}: each key "
+                "has one value"
+            )
 
     def _check_packing(self) -> None:
         x, seqlens = self.x, self.seqlens

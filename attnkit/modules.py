@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from attnkit import layouts
-from attnkit.attend import Asked, attend, is_tracing
+from attnkit.arguments import check_bool
+from attnkit.as_torch import AsTorch
+from attnkit.attend import Asked, is_tracing
 from attnkit.attention import Attention
-from attnkit.backends import AttentionOutput, Operands, run_plan
+from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
-from attnkit.decoding import next_positions, next_rows, rows_of_context, unpadded
+from attnkit.decoding import attend_rows, next_positions, next_rows, rows_of_context, unpadded
 from attnkit.errors import CompositionError
+from attnkit.extra_key import with_extra_key
 from attnkit.inputs import LayerInputs, check_tokens
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
@@ -42,7 +45,7 @@ __all__ = ["MultiHeadAttention"]
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(AsTorch):
     """Multi-head attention: ``out(Attention(q(x), k(context), v(context)))``.
 
     ``x`` is ``[b s dim]``, or packed ``[t dim]`` with `seqlens`; `context` is the same with
@@ -52,6 +55,10 @@ class MultiHeadAttention(nn.Module):
 
     - `num_kv_heads`: fewer key heads than query heads (GQA; 1 is MQA).
     - `head_dim`: default ``dim / num_heads``. `v_head_dim`: of values, where it differs (MLA).
+    - `v_dim`: features of the tokens that values are made of, where these are others than those of
+      the keys (`values` of a call) and differ in width.
+    - `extra_key`: a key and a value of the layer's own, which every query sees besides those of
+      the tokens (`add_bias_kv` of `nn.MultiheadAttention`).
     - `bias`: True for all projections, or the set of those that have one, such as
       ``{"q", "k", "v"}``; the others are "out" and "gate".
     - `qk_norm`: norms `q_norm` and `k_norm` of the heads before they turn: "rms" or "layer" over
@@ -97,9 +104,11 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         v_head_dim: int | None = None,
         kv_dim: int | None = None,
+        v_dim: int | None = None,
         bias: bool | Collection[str] = False,
         qk_norm: Norm = None,
         gate: Literal["head", "elementwise"] | None = None,
+        extra_key: bool = False,
         rotary: bool | Rotary = False,
         mask: Mask | None = None,
         pse: Pse | None = None,
@@ -117,6 +126,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.dim = axis("dim", dim)
         self.kv_dim = axis("kv_dim", dim if kv_dim is None else kv_dim)
+        self.v_dim = axis("v_dim", self.kv_dim if v_dim is None else v_dim)
         size = head_size(dim, axis("num_heads", num_heads), head_dim)
         self.v_head_dim = axis("v_head_dim", size if v_head_dim is None else v_head_dim)
         axis("num_heads * head_dim", num_heads * size)
@@ -143,11 +153,18 @@ class MultiHeadAttention(nn.Module):
         kv_heads = self.attention.num_kv_heads
         self.q_proj: nn.Module = make.linear("q", dim, num_heads * size)
         self.k_proj: nn.Module = make.linear("k", self.kv_dim, kv_heads * size)
-        self.v_proj: nn.Module = make.linear("v", self.kv_dim, kv_heads * self.v_head_dim)
+        self.v_proj: nn.Module = make.linear("v", self.v_dim, kv_heads * self.v_head_dim)
         self.out_proj: nn.Module = make.linear("out", num_heads * self.v_head_dim, dim)
         self.q_norm = make.norm(qk_norm, num_heads, size)
         self.k_norm = make.norm(qk_norm, kv_heads, size)
         self.gate_proj = make.linear("gate", dim, num_heads * gated) if gated else None
+        if check_bool("extra_key", extra_key) and (softcap is not None or score_fn is not None):
+            raise CompositionError(
+                "extra_key=True with a softcap or a score_fn: what these do to the score of a key "
+                "that has no position is not defined; leave one of them out"
+            )
+        self.extra_k = make.own(kv_heads, size) if extra_key else None
+        self.extra_v = make.own(kv_heads, self.v_head_dim) if extra_key else None
 
     @overload
     def forward(
@@ -155,6 +172,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
+        values: Tensor | None = None,
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
@@ -169,6 +187,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
+        values: Tensor | None = None,
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
@@ -182,6 +201,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
+        values: Tensor | None = None,
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
@@ -197,6 +217,10 @@ class MultiHeadAttention(nn.Module):
         of one call with the whole text, or `CompositionError` says why they cannot. In
         cross-attention the first call with an empty cache stores `context`, and later calls
         need not give it.
+
+        `values` are the tokens that values are made of, one for each that keys are made of, where
+        these are others, as where positions are added to queries and keys alone (DETR):
+        ``layer(x + where, values=x)``.
 
         `positions` are what `rotary` turns by: ``[s]``, or ``[b, s]`` where texts differ (with
         `Rotary.sections` one for each axis, ``[a, s]`` or ``[a, b, s]``); packed ``[t]``; with a
@@ -224,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions).read()
+        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values).read()
         self._check(given)
         if cache is None:
             found = self._attend(given, return_stats)
@@ -247,6 +271,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
+        values: Tensor | None = None,
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
@@ -257,9 +282,9 @@ class MultiHeadAttention(nn.Module):
         >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
         4
         """
-        given = LayerInputs(x, context, mask, pse, seqlens).read()
+        given = LayerInputs(x, context, mask, pse, seqlens, values=values).read()
         self._check(given)
-        tokens = {"q": x, "k": given.source, "v": given.source}
+        tokens = {"q": x, "k": given.source, "v": given.of_values}
         heads = (self._heads(which, of, computed_like) for which, of in tokens.items())
         asked, _, laid = self._asked(given, heads)
         return self.attention._plan(asked, *laid, self.attention.sink, seqlens)
@@ -269,6 +294,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
+        values: Tensor | None = None,
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
@@ -278,7 +304,7 @@ class MultiHeadAttention(nn.Module):
         >>> print(MultiHeadAttention(32, 4).explain(torch.randn(2, 6, 32)).splitlines()[0])
         attention on backend 'tiled': the composition itself, no fused call
         """
-        return self.plan(x, context, mask=mask, pse=pse, seqlens=seqlens).explain()
+        return self.plan(x, context, values=values, mask=mask, pse=pse, seqlens=seqlens).explain()
 
     def extra_repr(self) -> str:
         """Describe what the submodules do not show.
@@ -287,6 +313,8 @@ class MultiHeadAttention(nn.Module):
         'dim=32, kv_dim=8'
         """
         kv = f", kv_dim={self.kv_dim}" if self.kv_dim != self.dim else ""
+        kv += f", v_dim={self.v_dim}" if self.v_dim != self.kv_dim else ""
+        kv += ", extra_key=True" if self.extra_k is not None else ""
         return f"dim={self.dim}{kv}" + (f", rotary={self.rotary}" if self.rotary else "")
 
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
@@ -294,15 +322,17 @@ class MultiHeadAttention(nn.Module):
     def _attend(self, given: LayerInputs, return_stats: bool) -> AttentionOutput:
         heads = self._project(given, 0)
         asked, form, laid = self._asked(given, heads)
-        found = self.attention._attend(asked, *laid, given.seqlens, return_stats)
+        stats = return_stats or self.extra_k is not None
+        found = self.attention._attend(asked, *laid, given.seqlens, stats)
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
-        return AttentionOutput(output, found.stats)
+        return self._with_extra(AttentionOutput(output, found.stats), heads[0])
 
     def _decode(self, given: LayerInputs, cache: KVCache | StaticCache) -> AttentionOutput:
         if isinstance(cache, StaticCache):
             where = cache.positions(given.x) if given.positions is None else given.positions
             heads = self._project(given._replace(positions=where), 0)
-            return static_step(self.attention, cache, self._composed(given), heads)
+            found = static_step(self.attention, cache, self._composed(given), heads)
+            return self._with_extra(found, heads[0])
         packed = given.seqlens
         counts, before = (given.x.shape[1],) if packed is None else packed.q, cache.lengths
         rows = next_rows(cache, *self._composed(given), counts, given.x)
@@ -311,42 +341,38 @@ class MultiHeadAttention(nn.Module):
         query, key, value = self._project(given, cache.length)
         keys, values = cache.append(key, value, None if packed is None else counts)
         try:
-            query = query if packed is None else padded(query, counts)
-            found = self._call(query, keys, values, *rows)
+            rows_in = query if packed is None else padded(query, counts)
+            found = attend_rows(self.attention, rows_in, keys, values, *rows)
         except BaseException:
             cache.truncate(before or 0)  # a step that failed has not happened
             raise
-        return found if packed is None else unpadded(found, counts)
+        return self._with_extra(found if packed is None else unpadded(found, counts), query)
 
     def _decode_context(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         query, source = self._heads("q", given.x), given.source
         fresh = not cache.sealed
         if fresh:
-            cache.seal(self._heads("k", source), self._heads("v", source))
+            cache.seal(self._heads("k", source), self._heads("v", given.of_values))
         keys, values = cache.read()
         start, stop = cache.queries, cache.queries + given.x.shape[1]
         try:
             rows = rows_of_context(*self._composed(given), start, stop, cache.length)
-            found = self._call(query, keys, values, *rows)
+            found = attend_rows(self.attention, query, keys, values, *rows)
         except BaseException:
             if fresh:
                 cache.reset()
             raise
         cache.answered(stop - start)
-        return found
+        return self._with_extra(found, query)
 
-    def _call(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, pse: Pse | None
-    ) -> AttentionOutput:
-        """Attend with another mask and bias than the module's."""
-        core = self.attention
-        asked = core._asked(None, None)._replace(layout="BSND")
-        if is_tracing():
-            asked = asked._replace(masks=(mask, None), biases=(pse, None))
-            return attend(asked, query, key, value, core.sink, None)
-        asked = asked._replace(masks=(None, mask), biases=(None, pse))
-        plan = core._plan(asked, query, key, value, core.sink, None)
-        return run_plan(plan, Operands(query, key, value, pse, core.sink))
+    def _with_extra(self, found: AttentionOutput, query: Tensor) -> AttentionOutput:
+        """Return the same with the layer's own key, if it has one."""
+        if self.extra_k is None or self.extra_v is None:
+            return found
+        composed = self.attention.composition
+        scale = self.attention.head_dim**-0.5 if composed.scale is None else composed.scale
+        drops = composed.dropout if self.training else 0.0
+        return with_extra_key(found, query, self.extra_k, self.extra_v, scale, drops)
 
     # -- parts ---------------------------------------------------------------------------
 
@@ -391,7 +417,7 @@ class MultiHeadAttention(nn.Module):
                     else counted_in_each(seqlens, tokens, device)
                 )
             query, key = self.rotary.rotate(query, where), self.rotary.rotate(key, where)
-        return query, key, self._heads("v", given.source)
+        return query, key, self._heads("v", given.of_values)
 
     def _check(self, given: LayerInputs) -> None:
         """Raise for what cannot be attended to, before anything is computed."""
@@ -402,6 +428,13 @@ class MultiHeadAttention(nn.Module):
             raise CompositionError(
                 f"this module was built for cross-attention (kv_dim={self.kv_dim}, "
                 f"dim={self.dim}); pass context=[..., {self.kv_dim}]"
+            )
+        if given.values is not None:
+            check_tokens("values", given.values, self.v_dim, "v_dim", self.v_proj)
+        elif self.v_dim != self.kv_dim and (given.cache is None or not given.cache.sealed):
+            raise CompositionError(
+                f"this module makes values of other tokens (v_dim={self.v_dim}, kv_dim="
+                f"{self.kv_dim}); pass values=[..., {self.v_dim}]"
             )
         given.check_forms()
         given.check_rotary(self.rotary)

@@ -90,6 +90,11 @@ class Projections:
                 "fewer or smaller heads"
             ) from error
 
+    def own(self, count: int, size: int) -> nn.Parameter:
+        """Return a key or a value for each head that follows from no token."""
+        made = torch.empty(count, size, device=self.device, dtype=self.dtype)
+        return nn.Parameter(nn.init.xavier_normal_(made))
+
     def norm(self, kind: Norm, count: int, size: int) -> nn.Module | None:
         """Return a norm for that many heads of a size."""
         if kind is None:

@@ -312,6 +312,10 @@ class MultiHeadAttentionConfig(_Config):
     kv_dim: Count | None = Field(
         default=None, description="width of the context in cross-attention; none given means dim"
     )
+    v_dim: Count | None = Field(
+        default=None,
+        description="width of the tokens that values are made of; none given means kv_dim",
+    )
     bias: StrictBool | tuple[Literal["q", "k", "v", "out", "gate"], ...] = Field(
         default=False, description="whether the projections add a bias, or which of them do"
     )
@@ -320,6 +324,9 @@ class MultiHeadAttentionConfig(_Config):
     )
     gate: Literal["head", "elementwise"] | None = Field(
         default=None, description="what multiplies the output: a number per head, or per dimension"
+    )
+    extra_key: StrictBool = Field(
+        default=False, description="whether every query also sees a key of the layer's own"
     )
     rotary: StrictBool | Annotated[Rotary, _ROTARY] = Field(
         default=False, description="rotary positions"
