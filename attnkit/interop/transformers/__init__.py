@@ -1,7 +1,8 @@
 """transformers on attnkit: `enable(model)`, or ``attn_implementation="attnkit"``."""
 
+from attnkit.interop.transformers.names import NAME
 from attnkit.interop.transformers.reports import LayerReport, ModelReport, expect, masks_of, report
-from attnkit.interop.transformers.switching import NAME, TESTED, Switched, enable, register
+from attnkit.interop.transformers.switching import TESTED, Switched, enable, register
 
 __all__ = [
     "NAME",

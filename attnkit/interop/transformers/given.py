@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnkit.errors import CompositionError
+from attnkit.interop.transformers.bias_tensor import BiasTensor
 from attnkit.interop.transformers.kept import read_once
 from attnkit.interop.transformers.mask_tensor import MaskTensor
 from attnkit.interop.transformers.site import Site
+from attnkit.interop.transformers.tables import has_table, learn_tables
 from attnkit.masks import Dense, Full, Mask, recover
 from attnkit.pse import Dense as DenseBias
 from attnkit.pse import Pse
@@ -86,8 +88,17 @@ def _split(given: Tensor) -> tuple[Mask | None, Pse | None]:
     return mask, DenseBias(rest, validate=False)
 
 
-def bias_of(given: Tensor | None, query: Tensor, key: Tensor) -> Pse | None:
-    """Return the bias that a tensor of the model is, ``[1 | b, 1 | n, s_q, s_kv]``."""
+def bias_of(site: Site, module: nn.Module, given: Tensor | None) -> Pse | None:
+    """Return the bias that a model adds to the scores, ``[1 | b, 1 | n, s_q, s_kv]``."""
     if given is None:
         return None
+    if isinstance(given, BiasTensor):
+        return given.pse
+    if has_table(module):
+        learn_tables(type(module))  # for the next call: the model was not switched by `enable`
+        # Layers without a table of their own make zeros, which are no bias.
+        own = getattr(module, "has_relative_attention_bias", True)
+        if not own and not read_once(given, "any", lambda: bool(given.detach().any())):
+            return None
+    site.notes[f"a bias that the model made, {list(given.shape)}"] += 1
     return DenseBias(given, validate=False)

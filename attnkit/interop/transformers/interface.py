@@ -68,7 +68,7 @@ def _attend_with(
     """Attend with keywords that change what is computed."""
     _check_cache(found)
     mask = _with_masks(module, mask, found, query, key)
-    added = bias_of(found.get("position_bias"), query, key)
+    added = bias_of(site, module, found.get("position_bias"))
     sink = _sink(found.get("s_aux"), query)
     asked = Asked(
         (mask, None),

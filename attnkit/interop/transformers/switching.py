@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from inspect import unwrap
 from typing import Any
 
 import transformers
@@ -15,14 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from attnkit.errors import CompositionError
 from attnkit.interop.transformers.interface import attend
 from attnkit.interop.transformers.lifting import make_mask
+from attnkit.interop.transformers.names import NAME, PACKED, says
+from attnkit.interop.transformers.tables import has_table, learn_tables
 
-__all__ = ["NAME", "PACKED", "TESTED", "Switched", "calling", "enable", "register"]
-
-NAME = "attnkit"
-"""The name to give as ``attn_implementation``."""
-
-PACKED = "attnkit_flash"
-"""The name inside of vision towers, which pass packed sequences only to names with "flash"."""
+__all__ = ["TESTED", "Switched", "calling", "enable", "register"]
 
 TESTED = ("5.23.0", "5.23.0")
 """The first and the last version of transformers that this was tested with."""
@@ -75,6 +70,9 @@ def enable(model: nn.Module, *, strict: bool = True) -> Switched:
         raise CompositionError(f"enable takes a model, got {type(model).__name__}")
     for part in _outermost(model):
         _set_name(part)
+    for module in model.modules():
+        if has_table(module):
+            learn_tables(type(module))
     interface = tuple(calling(model))
     packed = tuple(_pack(model))
     if not interface:
@@ -124,33 +122,14 @@ def _set_name(model: PreTrainedModel) -> None:
 def calling(model: nn.Module) -> Iterator[str]:
     """Yield the names of modules whose code asks for an attention function by name."""
     for name, module in model.named_modules():
-        if _says(type(module), "get_interface"):
+        if says(type(module), "get_interface"):
             yield name
-
-
-def _says(kind: type, name: str) -> bool:
-    """Whether the code of a class uses a name, or passes a keyword of that name."""
-    return any(name in _words(base) for base in kind.__mro__)
-
-
-def _words(kind: type) -> frozenset[str]:
-    """Return the names that the methods of a class use, those of keywords among them."""
-    found: set[str] = set()
-    for method in vars(kind).values():
-        code = getattr(unwrap(method) if callable(method) else method, "__code__", None)
-        if code is not None:
-            found.update(code.co_names)
-            for each in code.co_consts:
-                found.update(one for one in each if isinstance(one, str)) if isinstance(
-                    each, tuple
-                ) else None
-    return frozenset(found)
 
 
 def _passes_packed(module: nn.Module) -> bool:
     """Whether a module's code passes running totals of lengths where a name has "flash" in it."""
     kind = type(module)
-    return _says(kind, "is_flash_attention_requested") and _says(kind, "cu_seq_lens_q")
+    return says(kind, "is_flash_attention_requested") and says(kind, "cu_seq_lens_q")
 
 
 def _pack(model: nn.Module) -> Iterator[str]:
