@@ -11,9 +11,11 @@ from attnkit.interop.transformers.kept import read_once
 from attnkit.interop.transformers.mask_tensor import MaskTensor
 from attnkit.interop.transformers.site import Site
 from attnkit.interop.transformers.tables import has_table, learn_tables
-from attnkit.masks import Dense, Full, Mask, recover
+from attnkit.masks import Dense, Full, Mask
+from attnkit.masks.foreign.torch import from_torch
 from attnkit.pse import Dense as DenseBias
 from attnkit.pse import Pse
+from attnkit.pse.additive import split_additive
 
 __all__ = ["bias_of", "mask_of"]
 
@@ -57,8 +59,15 @@ def _of_tensor(
     site: Site, given: Tensor, q_len: int, kv_len: int
 ) -> tuple[Mask | None, Pse | None]:
     """Split a tensor that is added to the scores, or read one of cells."""
-    if given.shape[-1] > kv_len:
-        given = given[..., :kv_len]
+    site.read[f"a mask tensor {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"] += 1
+    if given.requires_grad:
+        return _split(given, q_len, kv_len)
+    return read_once(given, ("split", q_len, kv_len), lambda: _split(given, q_len, kv_len))
+
+
+def _split(given: Tensor, q_len: int, kv_len: int) -> tuple[Mask | None, Pse | None]:
+    """Return the set of cells that are not as good as -inf, and the bias that remains."""
+    given = given[..., :kv_len]  # a mask may be for more keys than a cache has yet
     if given.dim() not in (2, 3, 4) or given.shape[-1] not in (1, kv_len):
         raise CompositionError(
             f"the attention mask has shape {list(given.shape)}, and the layer has {q_len} queries "
@@ -66,26 +75,9 @@ def _of_tensor(
         )
     if given.dim() == 3:
         given = given[:, None]
-    if given.shape[-1] != kv_len or given.shape[-2] not in (1, q_len):
-        given = given.expand(*given.shape[:-2], q_len, kv_len)
-    site.read[f"a mask tensor {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"] += 1
-    if given.requires_grad:
-        return _split(given)
-    return read_once(given, ("split", q_len, kv_len), lambda: _split(given))
-
-
-def _split(given: Tensor) -> tuple[Mask | None, Pse | None]:
-    """Return the set of cells that are not as good as -inf, and the bias that remains."""
     if given.dtype == torch.bool:
-        return recover(given).mask, None
-    values = given.detach()
-    kept = values > torch.finfo(given.dtype).min / 2
-    every = bool(kept.all())
-    rest = given if every else given.masked_fill(~kept, 0.0)
-    mask = None if every else recover(kept).mask
-    if not given.requires_grad and not bool(rest.any()):
-        return mask, None
-    return mask, DenseBias(rest, validate=False)
+        return from_torch(given, keep=True, q_len=q_len, kv_len=kv_len).mask, None
+    return split_additive(given, q_len=q_len, kv_len=kv_len)
 
 
 def bias_of(site: Site, module: nn.Module, given: Tensor | None) -> Pse | None:

@@ -155,6 +155,8 @@ def _told(plan: Plan) -> str:
     extras += ["training"] if request.needs_grad else []
     told = "; ".join([repr(request.mask), *extras])
     size = f"{request.q_len} x {request.kv_len}"
+    if request.seqlens is not None:
+        size = f"{request.batch} packed sequences, {size} in all"
     return f"{plan.backend}: {how}{size}, {told}"
 
 
