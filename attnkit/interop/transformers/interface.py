@@ -47,7 +47,7 @@ def attend(
         return attend_packed(site, module, query, key, value, scaling, dropout, found), None
     mask, bias = mask_of(site, attention_mask, query, key)
     if not found:
-        asked = Asked((mask, None), (bias, None), "BSND", scaling, dropout)
+        asked = Asked((None, mask), (None, bias), "BSND", scaling, dropout)
         each = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return site.run(asked, *each).output.contiguous(), None
     return _attend_with(site, module, query, key, value, mask, bias, scaling, dropout, found)
@@ -69,10 +69,11 @@ def _attend_with(
     _check_cache(found)
     mask = _with_masks(module, mask, found, query, key)
     added = bias_of(site, module, found.get("position_bias"))
+    both = added if bias is None else bias if added is None else bias + added
     sink = _sink(found.get("s_aux"), query)
     asked = Asked(
-        (mask, None),
-        (bias, added),
+        (None, mask),
+        (None, both),
         "BSND",
         scaling,
         dropout,

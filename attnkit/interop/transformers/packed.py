@@ -37,7 +37,7 @@ def attend_packed(
     causal = found.get("is_causal", getattr(module, "is_causal", True))
     window = found.get("sliding_window", found.get("local_size"))
     asked = Asked(
-        (_mask(causal, window), None), (None, None), "TND", scaling, dropout, found.get("softcap")
+        (None, _mask(causal, window)), (None, None), "TND", scaling, dropout, found.get("softcap")
     )
     q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
     made = site.run(asked, q, k, v, found.get("s_aux"), _lengths(found)).output

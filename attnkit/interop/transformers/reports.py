@@ -111,9 +111,7 @@ def report(model: nn.Module, *, backend: str | None = None) -> ModelReport:
 
 
 def _layer(name: str, module: nn.Module, site: Site, backend: str | None) -> LayerReport:
-    plans = list(site.plans.values())
-    if site.latest is not None and site.latest not in plans:
-        plans.append(site.latest)
+    plans = site.plans
     refused: list[Refusal] = []
     if backend is not None:
         plans, refused = _planned(plans, backend)

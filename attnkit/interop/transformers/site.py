@@ -19,6 +19,8 @@ __all__ = ["Site", "calling_module", "site_at", "site_of"]
 
 _NAME = "_attnkit_site"
 
+_MOST_TERMS = 16  # a share of dropout or a scale that changes in each step is nobody's
+
 
 class Site:
     """Where attention is called: its plans, how often, and what was read or made dense.
@@ -26,10 +28,11 @@ class Site:
     It belongs to the module, and neither pickles nor deep-copies with it: a copy begins anew.
     """
 
-    __slots__ = ("calls", "dense", "latest", "masks", "notes", "plans", "read")
+    __slots__ = ("by_terms", "calls", "dense", "latest", "masks", "notes", "read")
 
     def __init__(self) -> None:
-        self.plans: dict[Hashable, Plan] = {}
+        # By what a module is built with, and then as a module keeps its plans.
+        self.by_terms: dict[Hashable, dict[Hashable, Plan]] = {}
         self.calls = 0
         self.latest: Plan | None = None
         self.dense: Counter[str] = Counter()  # operators that made cells of a mask that is a set
@@ -42,6 +45,14 @@ class Site:
 
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return Site, ()
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The latest plans that differ."""
+        found = [plan for plans in self.by_terms.values() for plan in plans.values()]
+        if self.latest is not None and self.latest not in found:
+            found.append(self.latest)
+        return found
 
     @property
     def told(self) -> bool:
@@ -57,8 +68,18 @@ class Site:
         sink: Tensor | None = None,
         seqlens: SeqLens | None = None,
     ) -> AttentionOutput:
-        """Attend by a plan that is kept here."""
-        plan = plan_again(self.plans, asked, query, key, value, sink, seqlens)
+        """Attend by a plan that is kept here.
+
+        The mask and the bias are the second of each pair: the first are a module's own, which
+        never change.
+        """
+        terms = asked[3:6], asked.deterministic
+        plans = self.by_terms.get(terms)
+        if plans is None:
+            if len(self.by_terms) >= _MOST_TERMS:
+                self.by_terms.clear()
+            plans = self.by_terms[terms] = {}
+        plan = plan_again(plans, asked, query, key, value, sink, seqlens)
         self.calls += 1
         self.latest = plan
         if self.masks is not None:
