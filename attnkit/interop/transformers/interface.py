@@ -15,7 +15,7 @@ from attnkit.interop.transformers.keywords import read_keywords
 from attnkit.interop.transformers.packed import attend_packed, documents
 from attnkit.interop.transformers.site import Site, site_of
 from attnkit.interop.transformers.weights import attention_weights
-from attnkit.masks import Causal, Mask, SlidingWindow
+from attnkit.masks import Causal, Mask
 from attnkit.pse import Pse
 
 __all__ = ["attend"]
@@ -38,13 +38,15 @@ def attend(
     (everything is seen, as in eager attention).
     """
     site = site_of(module)
-    found = read_keywords(module, attention_mask, keywords) if keywords else {}
+    found = read_keywords(module, keywords) if keywords else {}
     if key.shape[0] != query.shape[0]:
         query, key, value = _one_batch(query, key, value)
     if not module.training:
         dropout = 0.0
     if "cu_seq_lens_q" in found and attention_mask is None:
-        return attend_packed(site, module, query, key, value, scaling, dropout, found), None
+        window = keywords.get("sliding_window")
+        terms = (scaling, dropout, window)
+        return attend_packed(site, module, query, key, value, terms, found), None
     mask, bias = mask_of(site, attention_mask, query, key)
     if not found:
         asked = Asked((None, mask), (None, bias), "BSND", scaling, dropout)
@@ -112,20 +114,16 @@ def _with_masks(
 
 
 def _by_flags(module: nn.Module, found: dict[str, Any], q_len: int, kv_len: int) -> Mask | None:
-    """Return the mask of a call without one: everything, unless a keyword says otherwise."""
-    causal = found.get("is_causal") is True and q_len > 1
-    window = found.get("sliding_window", found.get("local_size"))
-    if window is not None and window >= kv_len:
-        window = None
-    if not causal and window is None:
+    """Return the mask of a call without one: everything, unless it is said to be causal."""
+    if found.get("is_causal") is not True or q_len == 1:
         return None
-    if q_len != kv_len or not causal:
+    if q_len != kv_len:
         raise CompositionError(
-            f"{type(module).__name__} calls attention without a mask, but with "
-            f"is_causal={causal}, a window of {window} keys, {q_len} queries and {kv_len} keys; "
-            "these do not say which keys a query sees: give the layer an attention_mask"
+            f"{type(module).__name__} calls attention without a mask, with is_causal=True, {q_len} "
+            f"queries and {kv_len} keys; this does not say which keys a query sees: give the layer "
+            "an attention_mask"
         )
-    return Causal() if window is None else SlidingWindow(window)
+    return Causal()
 
 
 def _check_cache(found: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from attnkit.errors import CompositionError, shown
 
@@ -19,8 +19,6 @@ HONOURED = {
     "block_indices": "the blocks of keys that each query sees, per group of heads",
     "cu_seq_lens_q": "where packed sequences begin, for queries",
     "cu_seq_lens_k": "where packed sequences begin, for keys",
-    "sliding_window": "the window, where no mask holds it",
-    "local_size": "the window, where no mask holds it",
     "is_causal": "causal, where no mask says what is seen",
     "output_attentions": "the weights are computed apart",
     "deterministic": "the same bits in every run",
@@ -31,6 +29,8 @@ HONOURED = {
 RESTATED = frozenset(
     (
         "cache_position",
+        "grid_thw",
+        "input_ids",
         "layer_idx",
         "max_length_k",
         "max_length_q",
@@ -38,29 +38,30 @@ RESTATED = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
+        "local_size",
         "position_ids",
         "return_dict",
         "seq_idx",
+        "sliding_window",
         "use_cache",
     )
 )
-"""Keywords that say again what the tensors and the mask say, or that are about other layers."""
+"""Keywords that say again what the tensors and the mask say, or that are about other layers.
 
-_IGNORED = frozenset((*RESTATED, "sliding_window", "local_size"))
+A window is part of the mask: a layer that is given none on purpose sees everything, as in eager
+attention. Packed sequences without a mask are the exception: there the window is honoured.
+"""
 
 
-def read_keywords(
-    module: nn.Module, mask: Tensor | None, keywords: dict[str, Any]
-) -> dict[str, Any]:
+def read_keywords(module: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that change what is computed, without those that are None.
 
     Raises `CompositionError` for a keyword that is not known here: it may be part of what the
     model computes, and is not ignored.
     """
-    restated = RESTATED if mask is None else _IGNORED
     found = {}
     for name, value in keywords.items():
-        if value is None or name in restated:
+        if value is None or name in RESTATED:
             continue
         if name not in HONOURED:
             _refuse(module, name, value)

@@ -22,20 +22,21 @@ def attend_packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None,
-    dropout: float,
+    terms: tuple[float | None, float, int | None],
     found: dict[str, Any],
 ) -> Tensor:
-    """Attend in each packed sequence by itself; the output is ``b s n d``."""
-    rest = found.keys() - {"cu_seq_lens_q", "cu_seq_lens_k", "is_causal", "sliding_window"}
-    rest -= {"softcap", "s_aux", "local_size"}
+    """Attend in each packed sequence by itself; the output is ``b s n d``.
+
+    `terms` are the scale, the share of dropout and the window.
+    """
+    rest = found.keys() - {"cu_seq_lens_q", "cu_seq_lens_k", "is_causal", "softcap", "s_aux"}
     if rest:
         raise CompositionError(
             f"{type(module).__name__} packs sequences and passes {', '.join(sorted(rest))}; this "
             "is not known for packed sequences: give the layer an attention_mask instead"
         )
     causal = found.get("is_causal", getattr(module, "is_causal", True))
-    window = found.get("sliding_window", found.get("local_size"))
+    scaling, dropout, window = terms
     asked = Asked(
         (None, _mask(causal, window)), (None, None), "TND", scaling, dropout, found.get("softcap")
     )
