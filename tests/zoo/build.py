@@ -197,7 +197,9 @@ def case_of(model_type: str) -> Case:
     made = SPECIAL[model_type](model) if model_type in SPECIAL else candidates(model, 3)
     inputs, why = first_that_runs(model, made)
     if inputs is None:
-        raise NotBuilt("inputs: " + (min(why, key=why.index) if why else "none tried"))
+        raise NotBuilt(
+            "inputs: " + ("; ".join(dict.fromkeys((why[0], why[-1]))) if why else "none")
+        )
     case = Case(model_type, kind_of(model, inputs), model, inputs, None)
     if case.kind in ("decoder", "seq2seq", "encoder"):
         case.media, _ = first_that_runs(model, media_candidates(model, 3))

@@ -90,7 +90,7 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
         or find(config, "image_size", default=32)
     )
     patch = pair(find(part, "patch_size", default=8))[0]
-    time = find(part, "temporal_patch_size", default=1)
+    time = find(part, "temporal_patch_size", "patch_temporal", default=1)
     merge = find(part, "spatial_merge_size", "merge_size", default=1)
     merge = merge if isinstance(merge, int) else 1
     grid = [name for name in ("image_grid_thw", "grid_thw") if name in asked]
@@ -105,6 +105,8 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
                 if "hidden_states" in asked:
                     yield {"hidden_states": flat, name: each}
                     yield {"hidden_states": flat, name: each, "merge_sizes": merges}
+                yield {"pixel_values": flat.reshape(-1, channels, patch, width // channels // patch),
+                       name: each}  # fmt: skip
                 yield {"pixel_values": flat, name: each, "merge_sizes": merges}
                 yield {"pixel_values": flat, name: each, "image_merge_sizes": merges}
     picture = normal(seed, BATCH, channels, high, wide)
@@ -118,6 +120,11 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
         "pixel_attention_mask": torch.ones(BATCH, 1, high, wide, dtype=torch.long),
     }
     yield {"pixel_values": picture, "pixel_mask": torch.ones(BATCH, high, wide, dtype=torch.long)}
+    if "target_sizes" in asked:
+        long = normal(seed, BATCH, channels, patch, 16 * patch)
+        yield {"pixel_values": long, "target_sizes": torch.tensor([[4, 4]] * BATCH)}
+        yield {"pixel_values": long[:1].repeat(1, 1, 1, BATCH),
+               "target_sizes": torch.tensor([[4, 4]] * BATCH)}  # fmt: skip
     if "spatial_shapes" in asked or "pixel_attention_mask" in asked:
         shapes = torch.tensor([[4, 4], [2, 6]])
         there = torch.arange(16) < shapes.prod(-1)[:, None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ViTConfig
+
 from tests.zoo.shrink import DROP
 
 __all__ = ["CLASSES", "OVERRIDES"]
@@ -113,4 +115,119 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": _MROPE_HALF},
 }  # fmt: skip
 
-CLASSES: dict[str, str] = {}
+_SAM_VISION = {"output_channels": 64, "num_pos_feats": 32, "window_size": 2}
+_HIERA = {"hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128],
+          "num_attention_heads_per_stage": [1, 2, 4, 8], "blocks_per_stage": [1, 1, 2, 1],
+          "global_attention_blocks": [3], "window_size_per_stage": [8, 4, 8, 4],
+          "image_size": [64, 64]}  # fmt: skip
+_SAM2 = {"backbone_config": _HIERA, "backbone_channel_list": [128, 64, 32, 16],
+         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}  # fmt: skip
+_HGNET = {"embedding_size": 8, "stem_channels": [3, 8, 8], "hidden_sizes": [16, 16, 32, 32],
+          "stage_in_channels": [8, 16, 16, 32], "stage_mid_channels": [8, 8, 8, 8],
+          "stage_out_channels": [16, 16, 32, 32], "stage_num_blocks": [1, 1, 1, 1],
+          "stage_numb_of_layers": [1, 1, 1, 1], "depths": [1, 1, 1, 1],
+          "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+_HGNET4 = {**_HGNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_DETECTOR = {"encoder_in_channels": [16, 32, 32], "decoder_in_channels": [64, 64, 64],
+             "num_denoising": 0, "backbone_config": _HGNET}  # fmt: skip
+_RT_DETR = {**_DETECTOR, "backbone_config": {
+    "embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1],
+    "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}}  # fmt: skip
+_DAC = {"encoder_hidden_size": 8, "decoder_hidden_size": 64, "downsampling_ratios": [2, 4],
+        "upsampling_ratios": [4, 2], "n_codebooks": 2, "codebook_dim": 8, "hop_length": 8,
+        "hidden_size": 16}  # fmt: skip
+_W2V_BERT = {"feature_projection_input_dim": 160, "layerdrop": 0.0}
+_VIT = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                 image_size=32, patch_size=8, num_labels=64)  # fmt: skip
+_T5 = {"dropout_rate": 0.0, "classifier_dropout_rate": 0.0}
+
+_DOTS3 = {"per_layer_config": {2: {"head_dim": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}}}
+
+OVERRIDES |= {
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3, "vision_config": {"adapter_in_dim": 64,
+                                                            "adapter_out_dim": 64},
+                   "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64}},
+    "align": {"vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.25,
+                                "hidden_dim": 80}, "projection_dim": 80},
+    "clap": {"audio_config": {"spec_size": 64, "num_mel_bins": 16, "patch_embeds_hidden_size": 16,
+                              "depths": [2, 1], "num_attention_heads": [2, 4], "window_size": 4,
+                              "hidden_size": 32}},
+    "dia": {"decoder_config": {"cross_hidden_size": 64, "cross_num_attention_heads": 4,
+                               "cross_head_dim": 16, "cross_num_key_value_heads": 4,
+                               "num_channels": 2}, "delay_pattern": [0, 1]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1],
+                        "downsample_rate": "1/2"},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": DROP},
+    "blip-2": {"image_token_index": 100, "text_config": {"word_embed_proj_dim": 64}},
+    "instructblip": {"image_token_index": 100, "text_config": {"word_embed_proj_dim": 64}},
+    "instructblipvideo": {"video_token_index": 101, "text_config": {"word_embed_proj_dim": 64}},
+    "lw_detr": {"backbone_config": {"num_windows": 4, "num_windows_side": 2,
+                                    "window_block_indices": [0],
+                                    "image_size": 64, "pretrain_image_size": 64,
+                                    "out_features": ["stage1", "stage2"]},
+                "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4,
+                "projector_out_channels": 64, "projector_scale_factors": [1.0],
+                "projector_in_channels": DROP, "num_feature_levels": DROP, "group_detr": 1},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32]},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 32]}},
+    "pe_audio": {"audio_config": {"dac_config": _DAC}},
+    "pe_audio_encoder": {"dac_config": _DAC},
+    "pe_video": {"video_config": {"vision_config": _VIT}},
+    "pe_video_encoder": {"vision_config": _VIT},
+    "pe_audio_video": {"audio_video_config": {"audio_config": {"dac_config": _DAC},
+                                              "video_config": {"vision_config": _VIT}}},
+    "pe_audio_video_encoder": {"audio_config": {"dac_config": _DAC},
+                               "video_config": {"vision_config": _VIT}},
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "d_fine": _DETECTOR,
+    "deimv2": _DETECTOR,
+    "pp_doclayout_v3": {**_DETECTOR, "backbone_config": _HGNET4, "x4_feat_dim": 16},
+    "pp_doclayout_v4": _DETECTOR,
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+                       "indexer_budget": 4, "indexer_compress_ratio": 2},
+    "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1,
+                                  "indexer_head_dim": 16, "indexer_budget": 4,
+                                  "indexer_compress_ratio": 2}},
+    "pocket_tts_audio_tokenizer": {"num_filters": 8, "upsample_groups": 8},
+    "pocket_tts_audio_tokenizer_decoder": {"num_filters": 8, "upsample_groups": 8},
+    "sam": {"vision_config": _SAM_VISION, "prompt_encoder_config": {"image_embedding_size": 4}},
+    "sam_hq": {"vision_config": _SAM_VISION, "prompt_encoder_config": {"image_embedding_size": 4},
+               "mask_decoder_config": {"vit_dim": 64}},
+    "sam_vision_model": _SAM_VISION,
+    "sam_hq_vision_model": _SAM_VISION,
+    "sam2": {"vision_config": _SAM2, "prompt_encoder_config": {"image_size": 64, "patch_size": 16}},
+    "sam2_video": {"vision_config": _SAM2, "prompt_encoder_config": {
+        "image_size": 64, "patch_size": 16}},
+    "sam2_vision_model": _SAM2,
+    "sam2_hiera_det_model": _HIERA,
+    "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+    "sam3_tracker_video": {"vision_config": {
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+    "neucodec": {"semantic_model_config": _W2V_BERT, "quantization_dim": 128},
+    "xcodec2": {"semantic_model_config": _W2V_BERT, "quantization_dim": 128},
+    "informer": {**_SERIES, "feature_size": DROP},
+    "time_series_transformer": {**_SERIES, "feature_size": DROP},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
+    "efficientloftr": {"hidden_size": 256, "num_attention_heads": 8,
+                       "num_key_value_heads": 8, "num_attention_layers": 1},
+    "evolla": {"aligner_num_add_layers": 1, "resampler_depth": 1, "resampler_heads": 2,
+               "resampler_dim_head": 16, "resampler_num_latents": 4},
+    "t5gemma2_encoder": {"text_config": _T5, **_T5},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "n_group": 1,
+                                      "topk_group": 1, "num_experts_per_tok": 2}},
+    "step3p7": {"text_config": {"sliding_window": 5}},
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 32, "latent_channels": 32}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "num_key_value_heads": DROP},
+    "cohere_compass": {"text_config": OVERRIDES["cohere_compass_text"]},
+}  # fmt: skip
+
+# Where the class that an Auto class would take is not the one to test.
+CLASSES: dict[str, str] = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "evolla": "EvollaForProteinText2Text",
+}

@@ -77,6 +77,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_star
           "forced_bos_token_id": 1, "blank_token_id": 6, "image_token_id": MEDIA,
           "image_token_index": MEDIA, "video_token_id": MEDIA + 1, "video_token_index": MEDIA + 1,
           "audio_token_id": MEDIA + 2, "audio_token_index": MEDIA + 2}  # fmt: skip
+STAGES = {"depths", "stage_num_blocks"}  # of backbones whose stages stay as many as they are
 DERIVED = {"qk_head_dim", "stage_names", "out_features", "out_indices", "_out_features",
            "_out_indices", "transformers_version", "architectures", "id2label", "label2id",
            "torch_dtype", "dtype"}  # fmt: skip
@@ -107,7 +108,7 @@ def shrunk(given: Mapping[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     layers = kept_layers(given)
     for name, value in given.items():
-        if name in DERIVED:
+        if name in DERIVED and not (name == "out_features" and STAGES & given.keys()):
             continue
         small[name] = of(name, value, given, layers)
     heads = given.get("num_attention_heads")
@@ -147,14 +148,13 @@ def kept_layers(given: Mapping[str, Any]) -> tuple[int, list[int]] | None:
 
 def of(name: str, value: Any, given: Mapping[str, Any], layers: Any) -> Any:
     """Return the small value of one entry."""
+    if not isinstance(name, str):
+        return value
     if name in TOKENS or name.endswith(("token_id", "token_index")):
         return token(name, value)
     if name == "per_layer_config" and layers and value:
         return {
-            n: {x: of(x, y, given, None) for x, y in value[k].items()}
-            for n, at in enumerate(layers[1])
-            for k in value
-            if int(k) == at
+            n: shrunk(value[k]) for n, at in enumerate(layers[1]) for k in value if int(k) == at
         }
     if isinstance(value, Mapping):
         if name.startswith("rope_") or "rope" in name:

@@ -53,7 +53,7 @@ SPECIAL: dict[str, Maker] = {
             "pixel_values": picture(),
             "qformer_input_ids": ids(c, 4),
             "input_ids": torch.cat(
-                [torch.full((BATCH, c.num_query_tokens), c.image_token_id), ids(c, 3)], 1
+                [torch.full((BATCH, c.num_query_tokens), c.image_token_index), ids(c, 3)], 1
             ),
         }
     ),
@@ -62,7 +62,7 @@ SPECIAL: dict[str, Maker] = {
             "pixel_values": picture(3, 4),
             "qformer_input_ids": ids(c, 4),
             "input_ids": torch.cat(
-                [torch.full((BATCH, 4 * c.num_query_tokens), c.video_token_id), ids(c, 3)], 1
+                [torch.full((BATCH, 4 * c.num_query_tokens), c.video_token_index), ids(c, 3)], 1
             ),
         }
     ),
@@ -70,7 +70,7 @@ SPECIAL: dict[str, Maker] = {
         lambda c: {
             "pixel_values": picture(),
             "input_ids": torch.cat(
-                [torch.full((BATCH, c.num_query_tokens), c.image_token_id), ids(c, 3)], 1
+                [torch.full((BATCH, c.num_query_tokens), c.image_token_index), ids(c, 3)], 1
             ),
         }
     ),
@@ -85,7 +85,7 @@ SPECIAL: dict[str, Maker] = {
             .expand(BATCH, LENGTH),
         }
     ),
-    "patchtst": one(lambda c: {"past_values": normal(3, BATCH, c.context_length, 2)}),
+    "patchtst": one(lambda c: {"past_values": normal(3, BATCH, c.context_length, 1)}),
     "patchtsmixer": one(
         lambda c: {"past_values": normal(3, BATCH, c.context_length, c.num_input_channels)}
     ),
@@ -120,8 +120,8 @@ SPECIAL: dict[str, Maker] = {
     ),
     "muse_glimmer_assistant": one(
         lambda c: {
-            "noise_embeds": normal(3, BATCH, 4, c.hidden_size),
-            "context_hidden_states": normal(4, BATCH, 8, c.hidden_size),
+            "noise_embeds": normal(3, BATCH, c.block_size, c.hidden_size),
+            "context_hidden_states": normal(4, BATCH, 8, 2 * c.hidden_size),
         }
     ),
     "dia": one(
@@ -146,6 +146,93 @@ SPECIAL: dict[str, Maker] = {
         }
     ),
 }
+
+
+def sized(high: int, wide: int) -> Maker:
+    """Return a maker of pictures of a size."""
+    return lambda model: iter([{"pixel_values": normal(3, BATCH, 3, high, wide)}])
+
+
+for _name in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4",
+              "detr", "conditional_detr", "deformable_detr", "lw_detr"):  # fmt: skip
+    SPECIAL[_name] = sized(64, 64)
+SPECIAL["pp_ocrv5_mobile_rec"] = sized(96, 160)
+for _name in ("pp_ocrv5_server_rec", "pp_ocrv6_small_rec"):
+    SPECIAL[_name] = sized(48, 160)
+SPECIAL["align"] = one(lambda c: {"input_ids": ids(c, 3), "pixel_values": picture(size=64)})
+SPECIAL["clap"] = one(
+    lambda c: {
+        "input_ids": ids(c, 3),
+        "input_features": normal(4, BATCH, 1, 256, c.audio_config.num_mel_bins),
+    }
+)
+SPECIAL["pe_audio"] = one(
+    lambda c: {"input_ids": ids(c, 3), "input_values": normal(4, BATCH, 1, 1600)}
+)
+SPECIAL["blt"] = one(lambda c: {"input_ids": ids(c, 3), "use_cache": False})
+SPECIAL["fun_asr_nano_encoder"] = one(
+    lambda c: {
+        "input_features": normal(3, BATCH, 16, c.num_mel_bins * c.num_stacked_frames),
+        "input_features_mask": ones(BATCH, 16),
+    }
+)
+for _name in ("granite_speech5_encoder", "granite_speech5_ctc"):
+    SPECIAL[_name] = one(
+        lambda c: {"input_features": normal(3, BATCH, 24, 4 * find(c, "num_mel_bins"))}
+    )
+SPECIAL["inkling2_vision"] = one(
+    lambda c: {
+        "pixel_values": normal(3, 12, *2 * (c.patch_size * c.spatial_merge_size,), c.num_channels),
+        "image_grid_thw": torch.tensor([[1, 2, 3]] * BATCH),
+    }
+)
+SPECIAL["muse_spark_audio"] = one(lambda c: {"input_values": normal(3, BATCH, 3840)})
+SPECIAL["moonshine"] = one(
+    lambda c: {"input_values": normal(3, BATCH, 4000), "decoder_input_ids": ids(c, 4, 8)}
+)
+SPECIAL["musicgen"] = one(
+    lambda c: {
+        "input_ids": ids(c, 3),
+        "decoder_input_ids": ids(c, 4, 8).repeat(c.decoder.num_codebooks, 1) % 32,
+    }
+)
+SPECIAL["musicgen_melody"] = SPECIAL["musicgen"]
+for _name in ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder"):
+    SPECIAL[_name] = one(lambda c: {"latents": normal(3, BATCH, c.hidden_size, 6)})
+for _name in ("pe_video", "pe_video_encoder"):
+    SPECIAL[_name] = lambda model: iter(
+        [
+            {
+                **(
+                    {}
+                    if model.config.model_type != "pe_video"
+                    else {"input_ids": ids(model.config, 4)}
+                ),
+                "pixel_values_videos": picture(3, 4),
+            }
+        ]
+    )
+for _name in ("pe_audio_video", "pe_audio_video_encoder"):
+    SPECIAL[_name] = lambda model: iter(
+        [
+            {
+                **(
+                    {}
+                    if "encoder" in model.config.model_type
+                    else {"input_ids": ids(model.config, 4)}
+                ),
+                "pixel_values_videos": picture(3, 4),
+                "input_values": normal(5, BATCH, 1, 32),
+            }
+        ]
+    )
+for _name in ("neucodec", "xcodec2"):
+    SPECIAL[_name] = one(
+        lambda c: {
+            "input_values": normal(3, BATCH, 1, 3200),
+            "input_features": normal(4, BATCH, 10, 160),
+        }
+    )
 SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
 for _name in ("informer", "time_series_transformer"):
     SPECIAL[_name] = one(
