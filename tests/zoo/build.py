@@ -80,7 +80,7 @@ def class_of(model_type: str) -> Any:
     return AutoModel
 
 
-def model_of(model_type: str) -> nn.Module:
+def model_of(model_type: str, seed: int = 1) -> nn.Module:
     """Return the model, float32, in eval mode, without dropout."""
     torch.manual_seed(0)
     config = configuration(model_type)
@@ -97,7 +97,7 @@ def model_of(model_type: str) -> nn.Module:
         raise NotBuilt(f"{size / 1e6:.0f}M parameters")
     model = make().float().eval()
     calm(model)
-    scatter(model)
+    scatter(model, seed)
     if model.can_generate():
         settled(model.generation_config)
     return model
@@ -123,9 +123,9 @@ def calm(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def scatter(model: nn.Module) -> None:
+def scatter(model: nn.Module, seed: int) -> None:
     """Fill the weights so that scores differ: of an untrained model every key weighs alike."""
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if any(word in name for word in KEPT) or not weight.is_floating_point():
             continue
@@ -186,10 +186,10 @@ def first_that_runs(model: nn.Module, given: Iterator[dict[str, Any]]) -> tuple[
     return None, why
 
 
-def case_of(model_type: str) -> Case:
+def case_of(model_type: str, seed: int = 1) -> Case:
     """Return the model of a type with inputs; raise NotBuilt with the step that failed."""
     try:
-        model = model_of(model_type)
+        model = model_of(model_type, seed)
     except NotBuilt:
         raise
     except Exception as error:

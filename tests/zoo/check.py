@@ -10,18 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo.build import Case
-from tests.zoo.judge import GRADIENTS, OUTPUTS, differences
+from tests.zoo.judge import GRADIENTS, OUTPUTS, STRUCTURE, differences
 from tests.zoo.modes import MODES, modes_of
 from tests.zoo.ways import WAYS, Calls, counted, environment
 
-__all__ = ["Eager", "checked"]
+__all__ = ["UNSTEADY", "Eager", "checked"]
 
 WITH_GRADIENTS = {"grads", "checkpoint", "dropout", "image_grads"}
 
 
-def go(case: Case, mode: str, model: nn.Module) -> tuple[dict[str, Tensor], Calls]:
+UNSTEADY = "eager itself moves when attention is rounded differently"
+ROUNDING = 5e-7
+
+
+def go(
+    case: Case, mode: str, model: nn.Module, noise: float = 0.0
+) -> tuple[dict[str, Tensor], Calls]:
     """Run a mode; return its numbers and who called attention."""
-    with counted(model) as calls, torch.set_grad_enabled(mode in WITH_GRADIENTS):
+    with counted(model, noise) as calls, torch.set_grad_enabled(mode in WITH_GRADIENTS):
         warnings.simplefilter("ignore")
         return MODES[mode](case, model), calls
 
@@ -45,10 +51,10 @@ class Eager:
             self.kept[mode] = self._run(mode)
         return self.kept[mode]
 
-    def _run(self, mode: str) -> Any:
+    def _run(self, mode: str, noise: float = 0.0) -> Any:
         model = copy.deepcopy(self.case.model)
         try:
-            found, calls = go(self.case, mode, model)
+            found, calls = go(self.case, mode, model, noise)
         except NotImplementedError as error:
             return f"eager has none: {error}"
         except Exception as error:
@@ -68,12 +74,17 @@ class Eager:
             if not isinstance(kept, str)
         }
 
-    def repeats(self, mode: str, most: float) -> bool:
-        """Return whether eager agrees with itself when it runs again."""
-        again = self._run(mode)
-        return (
-            not isinstance(again, str) and differences(self.kept[mode][0], again[0], most) is None
-        )
+    def moves(self, mode: str, most: float) -> str | None:
+        """Return why eager's result is no yardstick here, or None.
+
+        A router that chooses between nearly equal experts, or a quantizer, makes of a rounding
+        error another answer. Such a check is repeated with other weights.
+        """
+        for noise, why in ((0.0, "eager does not repeat itself"), (ROUNDING, UNSTEADY)):
+            again = self._run(mode, noise)
+            if isinstance(again, str) or differences(self.kept[mode][0], again[0], most):
+                return why
+        return None
 
 
 def checked(eager: Eager, way: str, modes: list[str] | None = None) -> dict[str, str]:
@@ -118,8 +129,11 @@ def one(eager: Eager, way: str, mode: str, switched: nn.Module) -> str:
         return coarse(eager, want[0], got)
     most = GRADIENTS if mode in WITH_GRADIENTS else OUTPUTS
     wrong = differences(want[0], got, most)
-    if wrong and not eager.repeats(mode, most):
-        return "skipped: eager does not repeat itself"
+    if wrong and mode != "dropout" and not wrong.startswith(STRUCTURE):
+        with environment("eager"):
+            why = eager.moves(mode, most)
+        if why:
+            return f"skipped: {why}"
     return f"differs {wrong}" if wrong else "ok"
 
 
@@ -145,7 +159,7 @@ def coarse(eager: Eager, want: dict[str, Tensor], got: dict[str, Tensor]) -> str
             continue
         own = (want[name].float() - right).abs().median()
         ours = (got[name].float() - right).abs().median()
-        floor = 1e-3 * right.abs().median()
+        floor = 2**-7 * right.abs().median()
         if not bool(ours.isfinite()) or float(ours) > 2 * float(own) + float(floor):
             return f"differs {name}: median error {float(ours):.1e}, eager's {float(own):.1e}"
     return "ok"

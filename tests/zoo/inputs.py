@@ -105,8 +105,8 @@ def images(model: nn.Module, seed: int) -> Iterator[Inputs]:
                 if "hidden_states" in asked:
                     yield {"hidden_states": flat, name: each}
                     yield {"hidden_states": flat, name: each, "merge_sizes": merges}
-                yield {"pixel_values": flat.reshape(-1, channels, patch, width // channels // patch),
-                       name: each}  # fmt: skip
+                cut = flat.reshape(-1, channels, patch, width // channels // patch)
+                yield {"pixel_values": cut, name: each}
                 yield {"pixel_values": flat, name: each, "merge_sizes": merges}
                 yield {"pixel_values": flat, name: each, "image_merge_sizes": merges}
     picture = normal(seed, BATCH, channels, high, wide)

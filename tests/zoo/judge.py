@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENTS", "OUTPUTS", "differences", "tensors"]
+__all__ = ["GRADIENTS", "OUTPUTS", "STRUCTURE", "differences", "tensors"]
 
 OUTPUTS, GRADIENTS = 2e-5, 2e-4
+STRUCTURE = "other tensors"  # one run has tensors that the other has not
 # Handed through, not computed by attention; caches are seen in the steps that read them.
 PASSED = ("past_key_values", "attentions", "cache", "position_embeddings", "idx_")
 
@@ -33,7 +34,7 @@ def tensors(out: Any, name: str = "out") -> dict[str, Tensor]:
 def differences(want: Mapping[str, Tensor], got: Mapping[str, Tensor], most: float) -> str | None:
     """Return where two runs differ by more than `most` of the largest number, or None."""
     if want.keys() != got.keys():
-        return f"tensors differ: {sorted(want.keys() ^ got.keys())[:4]}"
+        return f"{STRUCTURE}: {sorted(want.keys() ^ got.keys())[:4]}"
     worst, where = 0.0, ""
     for name, right in want.items():
         here = got[name]

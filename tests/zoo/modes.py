@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from tests.zoo.build import Case, run
-from tests.zoo.inputs import BATCH, LENGTH, names
+from tests.zoo.inputs import BATCH, LENGTH, find, names, text_ids
 from tests.zoo.judge import tensors
+from tests.zoo.shrink import MEDIA
 
 __all__ = ["MODES", "applies", "modes_of"]
 
 Found = dict[str, Tensor]
+LONG = 64
 NEW = 5  # tokens that generate adds
 
 
@@ -59,6 +61,19 @@ def padded(side: str) -> Callable[[Case, nn.Module], Found]:
         return rows(tensors(run(model, {**case.inputs, "attention_mask": mask})), mask)
 
     return mode
+
+
+def long(case: Case, model: nn.Module) -> Found:
+    """Rows longer than those of the other modes, twice, with another padding each time."""
+    words = text_ids(21, length=LONG) % min(int(find(model.config, "vocab_size")), MEDIA)
+    found: Found = {}
+    for turn, (first, last) in enumerate(((0, 11), (9, 0) if case.kind == "decoder" else (0, 30))):
+        mask = torch.ones(BATCH, LONG, dtype=torch.long)
+        mask[0, :first] = 0
+        mask[0, LONG - last :] = 0
+        given = {**case.inputs, "input_ids": words, "attention_mask": mask}
+        found |= {f"{n}@{turn}": t for n, t in rows(tensors(run(model, given)), mask).items()}
+    return found
 
 
 def packed(case: Case, model: nn.Module) -> Found:
@@ -292,6 +307,7 @@ MODES: dict[str, Callable[[Case, nn.Module], Found]] = {
     "right": padded("right"),
     "left": padded("left"),
     "holes": padded("holes"),
+    "long": long,
     "packed": packed,
     "custom4d": custom4d,
     "decode": decode,
@@ -308,7 +324,7 @@ MODES: dict[str, Callable[[Case, nn.Module], Found]] = {
     "image": image,
     "image_grads": image_grads,
 }
-DECODER = ("right", "left", "holes", "packed", "custom4d", "decode", "chunked", "static")
+DECODER = ("right", "left", "holes", "long", "packed", "custom4d", "decode", "chunked", "static")
 ALWAYS = ("plain", "grads", "checkpoint", "bf16", "dropout")
 
 
@@ -318,7 +334,7 @@ def modes_of(case: Case) -> list[str]:
     if case.kind == "decoder":
         chosen |= set(DECODER)
     if case.kind == "encoder":
-        chosen |= {"right", "holes"}
+        chosen |= {"right", "holes", "long"}
     if case.kind == "seq2seq":
         chosen |= {"seq2seq_decode"}
         chosen |= {"seq2seq_right"} if "input_ids" in case.inputs else set()

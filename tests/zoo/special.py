@@ -199,33 +199,22 @@ SPECIAL["musicgen"] = one(
 SPECIAL["musicgen_melody"] = SPECIAL["musicgen"]
 for _name in ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder"):
     SPECIAL[_name] = one(lambda c: {"latents": normal(3, BATCH, c.hidden_size, 6)})
+
+
+def film(**more: torch.Tensor) -> Maker:
+    """Return a maker of films, with text where the model is no encoder alone."""
+
+    def make(model: nn.Module) -> Iterator[Inputs]:
+        text = {} if "encoder" in model.config.model_type else {"input_ids": ids(model.config, 4)}
+        yield {**text, "pixel_values_videos": picture(3, 4), **more}
+
+    return make
+
+
 for _name in ("pe_video", "pe_video_encoder"):
-    SPECIAL[_name] = lambda model: iter(
-        [
-            {
-                **(
-                    {}
-                    if model.config.model_type != "pe_video"
-                    else {"input_ids": ids(model.config, 4)}
-                ),
-                "pixel_values_videos": picture(3, 4),
-            }
-        ]
-    )
+    SPECIAL[_name] = film()
 for _name in ("pe_audio_video", "pe_audio_video_encoder"):
-    SPECIAL[_name] = lambda model: iter(
-        [
-            {
-                **(
-                    {}
-                    if "encoder" in model.config.model_type
-                    else {"input_ids": ids(model.config, 4)}
-                ),
-                "pixel_values_videos": picture(3, 4),
-                "input_values": normal(5, BATCH, 1, 32),
-            }
-        ]
-    )
+    SPECIAL[_name] = film(input_values=normal(5, BATCH, 1, 32))
 for _name in ("neucodec", "xcodec2"):
     SPECIAL[_name] = one(
         lambda c: {
@@ -244,4 +233,3 @@ for _name in ("informer", "time_series_transformer"):
             "future_time_features": normal(6, BATCH, c.prediction_length, 2),
         }
     )
-_ = find

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from tests.zoo.build import NotBuilt, case_of
-from tests.zoo.check import Eager, checked
+from tests.zoo.check import UNSTEADY, Eager, checked
 from tests.zoo.plans import Plans
 
 __all__ = ["about", "main"]
@@ -39,16 +39,32 @@ def about(model_type: str, ways: list[str], modes: list[str] | None) -> dict[str
         "media": sorted(case.media or {}),
     }
     eager = Eager(case)
+    answers = {}
     for way in ways:
+        with Plans() as plans:
+            answers[way] = checked(eager, way, modes)
         if way == "attnkit":
-            with Plans() as plans:
-                found[way] = short(checked(eager, way, modes))
             found["plans"] = plans.record()
-        else:
-            found[way] = short(checked(eager, way, modes))
+    with_other_weights(model_type, answers)
+    found |= {way: short(answer) for way, answer in answers.items()}
     found["calls"] = eager.calls()
     found["seconds"] = round(time.perf_counter() - began, 1)
     return found
+
+
+def with_other_weights(model_type: str, answers: dict[str, dict[str, str]]) -> None:
+    """Repeat with other weights what eager was no yardstick for; at most three times."""
+    for seed in (2, 3, 4):
+        again = {
+            way: [mode for mode, text in answer.items() if text.endswith(UNSTEADY)]
+            for way, answer in answers.items()
+        }
+        if not any(again.values()):
+            return
+        eager = Eager(case_of(model_type, seed))
+        for way, modes in again.items():
+            if modes:
+                answers[way] |= checked(eager, way, modes)
 
 
 def short(modes: dict[str, str]) -> dict[str, Any]:
