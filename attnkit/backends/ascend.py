@@ -7,23 +7,29 @@ that is installed; a version that cannot express a call is a refusal, not a surp
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnkit.backends.base import register
+from attnkit.backends.bias_pass import Bits
 from attnkit.backends.fused import Fused
-from attnkit.backends.merged import Answer
+from attnkit.backends.merged import Answer, Drawn
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import Gradients, KernelCall
+from attnkit.kernel.dropout import read_bits
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad, rehearse
 from attnkit.planner import Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
+from attnkit.planner.calls import Solution
 from attnkit.planner.price import time_of_definition
 
 __all__ = ["Ascend"]
+
+_DRAWS = "_npu_dropout_gen_mask"
+"""The operator that the op itself draws its dropout by: packed bits, from a seed and an offset."""
 
 
 class Ascend(Fused):
@@ -64,12 +70,19 @@ class Ascend(Fused):
             reason = "the kernel computes float16, bfloat16 and float32, not float64"
             reasons.append(Refusal("dtype", reason, self.name))
         if reasons:  # searching for calls that cannot be made would cost every plan on a CPU
-            lacks = lacking(request, request.bias)
+            lacks = lacking(request)
             return reasons + [replace(reason, subject=self.name) for reason in lacks]
         reasons += super().refusals(request)
         if not reasons:
-            told = (self._against(step, request.needs_grad) for step in lower(request).steps)
+            found = lower(request)
+            told = (self._against(step, request.needs_grad) for step in found.steps)
             reasons += dict.fromkeys(reason for some in told for reason in some)
+            if found.bias_pass is not None and request.dropout and not hasattr(self.ops, _DRAWS):
+                reason = (
+                    f"the installed torch_npu has no {_DRAWS}, by which the gradient of the bias "
+                    "would know what dropout kept"
+                )
+                reasons.append(Refusal("op-version", reason, self.name))
         return reasons
 
     def yields(self, plan: Plan) -> Refusal | None:
@@ -77,9 +90,10 @@ class Ascend(Fused):
 
         Channels and levels cost launches, which a small score matrix does not repay.
         """
-        if plan.route is None or plan.price is None:
+        if plan.route is None:
             return None
-        ours, plainly = plan.price.nanoseconds, time_of_definition(plan.request)
+        # A pass for the bias's gradient is not for the forward, which is compared here.
+        ours, plainly = Solution(plan.steps).price.nanoseconds, time_of_definition(plan.request)
         if ours <= plainly:
             return None
         reason = (
@@ -109,6 +123,13 @@ class Ascend(Fused):
             "numels": numels,
         }
         return launch_grad(call, tensors, extra, ops=self.ops)
+
+    def decisions(self, call: KernelCall, random: Drawn, query: Tensor) -> Bits:
+        """Draw the bits of a call again, as its grad op does, from the same numbers."""
+        seed, offset, numels = random
+        given = (1.0 - call.keep_prob, seed, offset, call.gen_mask_parallel, call.sync)
+        packed = getattr(self.ops, _DRAWS)(query, [numels], *given)
+        return partial(read_bits, packed)
 
     def _against(self, step: Launch, needs_grad: bool) -> list[Refusal]:
         """Return why the installed op, or this very chip, cannot make a call."""

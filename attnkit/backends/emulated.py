@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import register
+from attnkit.backends.bias_pass import Bits
 from attnkit.backends.fused import Fused
-from attnkit.backends.merged import Answer
+from attnkit.backends.merged import Answer, Drawn
 from attnkit.kernel import Gradients, KernelCall, emulate, emulate_grad
+from attnkit.kernel.dropout import dropout_bits
 
 __all__ = ["Emulated"]
 
@@ -46,6 +48,11 @@ class Emulated(Fused):
             attention_in=merged.out,
             **tensors,
         )
+
+    def decisions(self, call: KernelCall, random: Drawn, query: Tensor) -> Bits:
+        """Return the emulator's decisions again."""
+        seed, offset, _ = random
+        return lambda numbers: dropout_bits(numbers, seed, offset, call.keep_prob)
 
 
 register(Emulated())

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attnkit.backends.base import (
     AttentionOutput,
@@ -23,9 +25,10 @@ from attnkit.backends.base import (
     stats_dtype,
     untransformed,
 )
+from attnkit.backends.bias_pass import Bits, PassedPlan, with_bias_gradient
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, Merged
+from attnkit.backends.merged import Answer, Drawn, Launcher, Merged
 from attnkit.backends.single import Single
 from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
@@ -33,7 +36,8 @@ from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
-from attnkit.planner.request import bias_terms
+from attnkit.planner.calls import widened
+from attnkit.planner.request import state_of
 from attnkit.planner.residues import residue_order
 
 __all__ = ["Fused"]
@@ -61,12 +65,14 @@ class Fused(Backend):
 
     def composition_refusals(self, composition: Composition) -> list[Refusal]:
         """Return what the kernel lacks for the composition, whatever the tensors are."""
-        reasons = lacking(composition, bias_terms(composition.pse))
-        return [replace(reason, subject=self.name) for reason in reasons]
+        return [replace(reason, subject=self.name) for reason in lacking(composition)]
 
     def plan(self, request: Request) -> Plan:
         """Return the cheapest proven call, its dearer rivals and what was refused."""
-        return replace(lower(request), backend=self.name)
+        found = lower(request)
+        if found.bias_pass is None:
+            return replace(found, backend=self.name)
+        return PassedPlan(**{**state_of(found), "backend": self.name})
 
     @abstractmethod
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
@@ -78,34 +84,55 @@ class Fused(Backend):
     ) -> Gradients:
         """Make one grad call, with the statistics and output of the whole softmax."""
 
+    @abstractmethod
+    def decisions(self, call: KernelCall, random: Drawn, query: Tensor) -> Bits:
+        """Return which cells a forward call with dropout kept, by their number in the call."""
+
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the plan's calls and bring their results into the request's form."""
-        if plan.route is not None:
-            return run_on_route(self.run, plan, plan.route, operands)
-        if plan.in_order is not None:
-            return _run_in_order(self, plan, operands)
-        request, layout, first = plan.request, plan.request.layout_of, plan.steps[0]
-        operands = cleared(request, operands)
-        packs = first.partial or first.packs(request)
-        if packs:
-            query = layout.to_tnd(operands.query, request.num_heads)
-            key, value = (
-                layout.to_tnd(t, request.num_kv_heads) for t in (operands.key, operands.value)
-            )
-            operands = replace(operands, query=query, key=key, value=value)
-        if first.partial:
-            out, lse, peak = _run_parts(self, plan, operands)
-        else:
-            tensors = _call_tensors(request, first, operands)
-            out, lse, peak = Single.apply(first.call, self, *tensors)  # type: ignore[no-untyped-call]
-        if packs:
-            out = layout.from_tnd(out, 1 if layout.packed else request.batch)
-            if not layout.packed:
-                lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
-        return AttentionOutput(out, Stats(lse, peak))
+        wide = widened(plan.request)
+        if wide is not plan.request:
+            plan, operands = plan.inner, _widened(plan.request, operands)
+        if plan.bias_pass is not None:
+            return with_bias_gradient(self, _run, plan, operands)
+        return _run(self, plan, operands)
 
 
-def _run_in_order(backend: Fused, plan: Plan, operands: Operands) -> AttentionOutput:
+def _widened(request: Request, operands: Operands) -> Operands:
+    """Give query and key zeros up to the dimensions of the values; gradients of them are cut."""
+    layout, more = request.layout_of, request.value_dim - request.head_dim
+    query, key, _ = (layout.restore(pad(view, (0, more))) for view in operands.by_head(request))
+    return replace(operands, query=query, key=key)
+
+
+def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
+    """Run calls, on their route and in their order."""
+    if plan.route is not None:
+        return run_on_route(partial(_run, launcher), plan, plan.route, operands)
+    if plan.in_order is not None:
+        return _run_in_order(launcher, plan, operands)
+    request, layout, first = plan.request, plan.request.layout_of, plan.steps[0]
+    operands = cleared(request, operands)
+    packs = first.partial or first.packs(request)
+    if packs:
+        query = layout.to_tnd(operands.query, request.num_heads)
+        key, value = (
+            layout.to_tnd(t, request.num_kv_heads) for t in (operands.key, operands.value)
+        )
+        operands = replace(operands, query=query, key=key, value=value)
+    if first.partial:
+        out, lse, peak = _run_parts(launcher, plan, operands)
+    else:
+        tensors = _call_tensors(request, first, operands)
+        out, lse, peak = Single.apply(first.call, launcher, *tensors)  # type: ignore[no-untyped-call]
+    if packs:
+        out = layout.from_tnd(out, 1 if layout.packed else request.batch)
+        if not layout.packed:
+            lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
+    return AttentionOutput(out, Stats(lse, peak))
+
+
+def _run_in_order(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
     """Sort the tokens by residue, run the plan there, and put its rows back."""
     request = plan.inner.request
     axis = request.layout_of.length_axis
@@ -113,7 +140,7 @@ def _run_in_order(backend: Fused, plan: Plan, operands: Operands) -> AttentionOu
     query = operands.query.index_select(axis, queries)
     key, value = (t.index_select(axis, keys) for t in (operands.key, operands.value))
     given = replace(operands, query=query, key=key, value=value)
-    out, stats = backend.run(plan.inner, given)
+    out, stats = _run(launcher, plan.inner, given)
     back = queries.argsort()
     rows = 0 if request.seqlens is not None else 2
     lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
@@ -125,15 +152,15 @@ def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
     return torch.tensor([i for part in order for i in part], device=device)
 
 
-def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Run a plan of several calls on packed tensors, each group of heads by itself."""
     groups = dict.fromkeys(step.heads for step in plan.steps)
     if None in groups:
-        return _run_heads(backend, plan, None, operands)
+        return _run_heads(launcher, plan, None, operands)
     known = {head for heads in groups for head in heads or ()}
     silent = tuple(head for head in range(plan.request.num_heads) if head not in known)
     groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
-    parts = [_run_heads(backend, plan, heads, operands) for heads in groups]
+    parts = [_run_heads(launcher, plan, heads, operands) for heads in groups]
     order = torch.tensor([head for heads in groups for head in heads or ()]).argsort()
     back = order.to(operands.query.device)
     out, lse, peak = (torch.cat(c, dim=1).index_select(1, back) for c in zip(*parts, strict=True))
@@ -141,7 +168,7 @@ def _run_parts(backend: Fused, plan: Plan, operands: Operands) -> tuple[Tensor, 
 
 
 def _run_heads(
-    backend: Fused, plan: Plan, heads: tuple[int, ...] | None, operands: Operands
+    launcher: Launcher, plan: Plan, heads: tuple[int, ...] | None, operands: Operands
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
     launches = [launch for launch in plan.steps if launch.heads == heads]
@@ -157,7 +184,7 @@ def _run_heads(
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
     out: tuple[Tensor, Tensor, Tensor] = Merged.apply(  # type: ignore[no-untyped-call]
-        backend, launches, biases, query, key, value, sink, logits
+        launcher, launches, biases, query, key, value, sink, logits
     )
     return out
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -33,12 +33,10 @@ from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner import Launch
 from attnkit.planner.calls import Ranges, Tokens
 
-if TYPE_CHECKING:
-    from attnkit.backends.fused import Fused
-
-__all__ = ["Answer", "Merged"]
+__all__ = ["Answer", "Drawn", "Launcher", "Merged"]
 
 Drawn = tuple[int, int, int]
+"""The seed, the offset and the number of decisions of a forward call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +47,18 @@ class Answer:
     peak: Tensor
     total: Tensor
     random: Drawn = (0, 0, 0)
+
+
+class Launcher(Protocol):
+    """What makes calls and their grad calls: a backend of the fused kernel."""
+
+    def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
+        """Make one call."""
+
+    def backward(
+        self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
+    ) -> Gradients:
+        """Make one grad call, with the statistics and output of the whole softmax."""
 
 
 # -- tokens ----------------------------------------------------------------------------------
@@ -164,7 +174,7 @@ class Merged(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        launcher: Fused,
+        launcher: Launcher,
         launches: Sequence[Launch],
         biases: Sequence[Tensor | None],
         query: Tensor,

@@ -8,20 +8,17 @@ given is 0 and dy has dlse in that dimension.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnkit import layouts
 from attnkit.backends.base import added
-from attnkit.backends.merged import Answer
+from attnkit.backends.merged import Answer, Launcher
 from attnkit.first_order import first_order
 from attnkit.kernel import KernelCall, unpack_stats
 from attnkit.kernel.scores import MASKED
-
-if TYPE_CHECKING:
-    from attnkit.backends.fused import Fused
 
 __all__ = ["Single"]
 
@@ -36,7 +33,7 @@ class Single(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: KernelCall,
-        launcher: Fused,
+        launcher: Launcher,
         mask: Tensor | None,
         pse: Tensor | None,
         query: Tensor,
@@ -83,7 +80,7 @@ class Single(torch.autograd.Function):
 
 
 def _through_lse(
-    launcher: Fused,
+    launcher: Launcher,
     call: KernelCall,
     tensors: dict[str, Any],
     dlse: Tensor,

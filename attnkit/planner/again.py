@@ -27,7 +27,8 @@ _MOST_GROWTH = 2
 
 def has_form(plan: Plan) -> bool:
     """Whether a plan is one call on whole matrices that are regions, and nothing around it."""
-    if len(plan.steps) != 1 or plan.route is not None or plan.in_order is not None:
+    around = (plan.route, plan.in_order, plan.bias_pass)
+    if len(plan.steps) != 1 or any(one is not None for one in around):
         return False
     return plan.request.matrices.exact and not plan.steps[0].partial
 

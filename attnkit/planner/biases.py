@@ -86,7 +86,7 @@ def part_arguments(
     return matrix_arguments(request, (batch, heads, *blocks[0].sizes))
 
 
-def lacking(composed: Request | Composition, bias: tuple[BiasTerm, ...]) -> list[Refusal]:
+def lacking(composed: Request | Composition) -> list[Refusal]:
     """Return the terms of a composition that no call of the fused kernel computes."""
     reasons = []
     if composed.softcap is not None:
@@ -98,13 +98,6 @@ def lacking(composed: Request | Composition, bias: tuple[BiasTerm, ...]) -> list
             "kernel runs no code but its own; a bias (pse=) that says the same can be planned"
         )
         reasons.append(Refusal("score-function", reason))
-    learnable = [term.text for term in bias if term.requires_grad and not term.low_rank]
-    if learnable:
-        reason = (
-            f"{' and '.join(learnable)} asks for a gradient, which the kernel never writes "
-            "(it would be uninitialised memory)"
-        )
-        reasons.append(Refusal("pse-gradient", reason))
     return reasons
 
 

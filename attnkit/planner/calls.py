@@ -18,6 +18,7 @@ import torch
 
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall, TensorSpec
+from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.price import Price, heads_of, price_call
 from attnkit.planner.request import Request, state_of
 from attnkit.pse import Align
@@ -32,6 +33,7 @@ __all__ = [
     "bare_call",
     "diagonal_blocks",
     "tile_whole",
+    "widened",
 ]
 
 Ranges = tuple[tuple[int, int], ...]
@@ -193,9 +195,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Solution:
-    """Kernel calls that compute a request together: one, or several whose outputs merge."""
+    """Kernel calls that compute a request together: one, or several whose outputs merge.
+
+    And the pass that makes the gradient of a bias beside them, if it takes one.
+    """
 
     launches: tuple[Launch, ...]
+    bias_pass: BiasPass | None = None
 
     __getstate__ = state_of
 
@@ -203,12 +209,14 @@ class Solution:
     def label(self) -> str:
         """The calls' names, equal ones counted."""
         counts = Counter(launch.label for launch in self.launches)
-        return " + ".join(f"{n} x {label}" if n > 1 else label for label, n in counts.items())
+        labels = [f"{n} x {label}" if n > 1 else label for label, n in counts.items()]
+        return " + ".join([*labels, *([str(self.bias_pass)] if self.bias_pass else [])])
 
     @cached_property
     def price(self) -> Price:
-        """The sum of the calls' prices; calls share one compressed mask."""
-        masks, prices = set(), []
+        """The sum of the calls' prices and the pass's; calls share one compressed mask."""
+        masks: set[object] = set()
+        prices = [] if self.bias_pass is None else [self.bias_pass.price]
         for launch in self.launches:
             price, mask = launch.price, launch.call.atten_mask
             if mask in masks:
@@ -217,6 +225,16 @@ class Solution:
             masks.add(mask)
             prices.append(price)
         return Price.total(prices)
+
+
+def widened(request: Request) -> Request:
+    """Return the request with heads of query and key as wide as those of values, at least.
+
+    The kernel takes no wider values. What query and key are given more is 0, so scores stay.
+    """
+    if request.value_dim <= request.head_dim:
+        return request
+    return replace(request, head_dim=request.value_dim)
 
 
 def bare_call(

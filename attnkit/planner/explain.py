@@ -14,6 +14,7 @@ from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
 from attnkit.masks import naming
 from attnkit.masks.predicate import function_name
+from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Solution, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
@@ -71,6 +72,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
                 for launch in found.launches
             ],
             "price": found.price.to_dict(),
+            "bias_pass": None if found.bias_pass is None else found.bias_pass.to_dict(),
         }
 
     def refusal(found: Refusal) -> dict[str, str]:
@@ -183,7 +185,9 @@ def _solution_lines(plan: Plan) -> list[str]:
         lines += _entry(f"call {k}" if several else "call", name)
         lines += _entry("", tensors)
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
-    lines += _price_lines(best.price, request)
+    lines += _price_lines(Solution(best.launches).price, request)
+    if plan.bias_pass is not None:
+        lines += _entry("bias pass", _pass(plan.bias_pass, request))
     if request.bias:
         lines += _entry("bias bytes", _bias(best, request, plan.route))
     lines += _entry("empty rows", _rows(best))
@@ -213,6 +217,17 @@ def _price_lines(price: Price, request: Request) -> list[str]:
     return lines
 
 
+def _pass(found: BiasPass, request: Request) -> str:
+    """Say what the pass for the gradient of the bias does, for which addends, and what it costs."""
+    terms, price = " + ".join(request.bias[k].text for k in found.terms), found.price
+    return (
+        f"the kernel reads {terms} and writes no gradient of it: the backward makes that one in "
+        f"torch, tile by tile from the calls' statistics, in {_flops(price.flops)} and "
+        f"{_bytes(price.copy_bytes)} moved, {_bytes(price.peak_bytes)} at a time, about "
+        f"{price.nanoseconds / 1e3:,.0f} us"
+    )
+
+
 def _bias(best: Solution, request: Request, route: Route | None) -> str:
     """Say how the bias reaches the calls, and what a matrix of it would be."""
     ways = [str(route)] if route is not None else []
@@ -234,7 +249,7 @@ def _way(call: KernelCall) -> str:
 
 def _proof(plan: Plan) -> str:
     """Say what has been proven, now that it has been."""
-    wrong = disprove_plan(plan.request, plan.steps, plan.in_order, plan.route)
+    wrong = disprove_plan(plan)
     if wrong is not None:
         return f"NONE: {wrong.reason} [{wrong.code}]"
     if any(launch.is_opaque for launch in plan.steps):

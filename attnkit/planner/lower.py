@@ -12,8 +12,9 @@ from operator import and_
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks import Band
+from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import Launch, Solution, Zone
+from attnkit.planner.calls import Launch, Solution, Zone, widened
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
 from attnkit.planner.plan import Plan
@@ -52,15 +53,54 @@ def search_for(request: Request, search: Search) -> Plan:
     that are merged. One with such a mask is weighed beside them, up to `MOST_MASK_CELLS`; a
     larger one is for requests that nothing else computes.
     """
-    lacks = lacking(request, request.bias)
+    lacks = lacking(request)
     if lacks:
         return Plan("", request, refusals=tuple(lacks))
     if not request.batch:
         reason = "the kernel needs at least one batch element"
         return Plan("", request, refusals=(Refusal("empty-batch", reason, "any mode"),))
+    wide = widened(request)
+    if wide is not request:
+        return _with_copies(
+            replace(search_for(wide, search), request=request),
+            f"query and key with zeros up to {wide.head_dim} dimensions",
+            2,
+        )
+    trained = {k for k, term in enumerate(request.bias) if term.requires_grad}
+    stuck = tuple(k for k in sorted(trained) if not request.bias[k].low_rank)
+    if stuck:
+        return _with_pass(request, stuck, search_for(frozen(request, stuck), search))
     if any(term.low_rank for term in request.bias):
         return _cheapest_way(request, search)
     return _as_given(request, search)
+
+
+def _with_pass(request: Request, terms: tuple[int, ...], found: Plan) -> Plan:
+    """Return the plan of a request from one where some addends are frozen, and another way apart.
+
+    The pass that makes their gradients is a pass for those that the plan has one for already.
+    """
+    if not found.steps:
+        return replace(found, request=request)
+    more = () if found.bias_pass is None else found.bias_pass.terms
+    made = BiasPass.of(request, tuple(sorted({*terms, *more})))
+    others = tuple(replace(other, bias_pass=made) for other in found.alternatives)
+    return replace(found, request=request, bias_pass=made, alternatives=others)
+
+
+def _with_copies(found: Plan, told: str, launches: int) -> Plan:
+    """Return a plan whose query and key are copied before the calls, and what that costs."""
+    if not found.steps:
+        return found
+    first, *rest = found.steps
+    cells = sum(prod(shape) for shape in found.request.shapes()[:2])
+    first = replace(
+        first,
+        label=f"{first.label}, {told}",
+        copied_bytes=first.copied_bytes + 2 * found.request.dtype.itemsize * cells,
+        small_launches=first.small_launches + launches,
+    )
+    return replace(found, steps=(first, *rest))
 
 
 def _as_given(request: Request, search: Search) -> Plan:
@@ -205,16 +245,16 @@ def _proven(
 
 
 def _cheapest_way(request: Request, search: Search) -> Plan:
-    """Return the cheapest of the kernel's bias input, for what does not train, and the routes."""
-    learnable = [term.text for term in request.bias if term.requires_grad]
-    options = [] if learnable else [_as_given(request, search)]
-    if options and _is_plain(options[0].steps):
+    """Return the cheapest of the kernel's bias input and the routes.
+
+    What trains has its gradient from the calls on a route, and from a pass beside them elsewhere.
+    """
+    learnable = tuple(k for k, term in enumerate(request.bias) if term.requires_grad)
+    given = _as_given(frozen(request, learnable), search)
+    options = [_with_pass(request, learnable, given) if learnable else given]
+    if not learnable and _is_plain(options[0].steps):
         return options[0]
     refusals: list[Refusal] = []
-    if learnable:
-        told = " and ".join(learnable)
-        reason = f"{told} asks for a gradient, which the kernel never writes for its bias input"
-        refusals.append(Refusal("pse-gradient", reason, "the bias input"))
     ways = dict.fromkeys((*routes(request), *routes(request, sloped=True)))
     refusals += (way for way in ways if isinstance(way, Refusal))
     # Few zones are few calls: what they cost bounds the others.
@@ -274,16 +314,10 @@ def on_route(request: Request, route: Route, search: Search, bound: float = inf)
             return on_route(request, parted, search, bound)
     if not found.steps:
         return found
-    first, *rest = found.steps
     # Query and key are copied beside their channels, by a handful of elementwise kernels.
-    cells = sum(prod(shape) for shape in route.request.shapes()[:2])
-    first = replace(
-        first,
-        label=f"{first.label}, {route}",
-        copied_bytes=first.copied_bytes + 2 * request.dtype.itemsize * cells,
-        small_launches=first.small_launches + _CHANNEL_LAUNCHES * len(route.channels),
-    )
-    return replace(found, request=request, steps=(first, *rest), route=route)
+    found = replace(found, request=route.request)
+    found = _with_copies(found, str(route), _CHANNEL_LAUNCHES * len(route.channels))
+    return replace(found, request=request, route=route)
 
 
 def _by_zone(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
 from attnkit.planner.again import has_form, in_same_form
+from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import Launch, Solution
+from attnkit.planner.calls import Launch, Solution, widened
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
 from attnkit.planner.request import Request, bias_terms, state_of
@@ -45,7 +46,8 @@ class Plan:
     the reasons of the backends that "auto" asked before this one; `alternatives` are calls
     that would compute the same, but dearer. `in_order` is what the calls compute where
     positions are sorted before them (`residues`), and put back after. `route` says how biases
-    reach the calls that cannot reach them as biases (`routes`).
+    reach the calls that cannot reach them as biases (`routes`), and `bias_pass` makes the gradient
+    of those that do, which no call writes.
 
     >>> import torch
     >>> import attnkit as ak
@@ -63,6 +65,7 @@ class Plan:
     passed_over: tuple[Refusal, ...] = ()
     in_order: Request | None = None
     route: Route | None = None
+    bias_pass: BiasPass | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -137,17 +140,27 @@ class Plan:
 
     @cached_property
     def solution(self) -> Solution:
-        """The steps together."""
-        return Solution(self.steps)
+        """The steps together, with what is done beside them."""
+        return Solution(self.steps, self.bias_pass)
 
     @property
     def price(self) -> Price | None:
-        """What the plan costs; None where no kernel call is made."""
+        """What the plan costs, its pass included; None where no kernel call is made."""
         return self.solution.price if self.steps else None
 
     @cached_property
     def inner(self) -> Plan:
-        """The plan of the calls themselves: without its route, or else on sorted positions."""
+        """The plan of the calls themselves, without the outermost of what is done around them.
+
+        That is query and key with the dimensions of wider values, the pass for the gradient of
+        a bias, the route, or positions in order.
+        """
+        wide = widened(self.request)
+        if wide is not self.request:
+            return replace(self, request=wide)
+        if self.bias_pass is not None:
+            request = frozen(self.request, self.bias_pass.terms)
+            return replace(self, request=request, bias_pass=None)
         if self.route is not None:
             return replace(self, request=self.route.request, route=None)
         if self.in_order is not None:
@@ -187,7 +200,7 @@ class Plan:
             refused = _readable(lambda: next(iter(runner.refusals(self.request)), None))
             if refused is not None or not self.steps:
                 return refused
-        return disprove_plan(self.request, self.steps, self.in_order, self.route)
+        return disprove_plan(self)
 
     def verify(self) -> None:
         """Check the certificate; see `disprove` for what is proven.
@@ -249,23 +262,25 @@ RUNNERS: Registry[Runner] = Registry("backend", "attnkit.backends")
 # -- the proof of a whole plan ---------------------------------------------------------------
 
 
-def disprove_plan(
-    request: Request,
-    steps: Sequence[Launch],
-    in_order: Request | None = None,
-    route: Route | None = None,
-) -> Refusal | None:
-    """Return why calls do not compute a request; None if they do.
+def disprove_plan(plan: Plan) -> Refusal | None:
+    """Return why the calls of a plan do not compute its request; None if they do.
 
     A plan that cannot even be read, such as one with a sequence fewer in one of two lists, is not
     proven either, so that is an answer as well and no exception.
     """
 
     def check() -> Refusal | None:
+        steps, in_order, route, found = plan.steps, plan.in_order, plan.route, plan.bias_pass
+        asked = widened(plan.request)
+        taken = {part for one in route.channels for part in one.parts} if route else set()
+        rest = tuple(k for k in range(len(asked.bias)) if k not in taken)
+        request = asked if found is None else frozen(asked, found.terms)
         inner = route.request if route else request
         computed = in_order or inner
+        every = (plan.request, request, inner, computed)
         return (
-            next(filter(None, map(_inconsistent, dict.fromkeys((request, inner, computed)))), None)
+            next(filter(None, map(_inconsistent, dict.fromkeys(every))), None)
+            or disprove_pass(asked, rest, found)
             or _other_request(request, in_order, route)
             or _unmergeable(steps)
             or disprove_places(computed, steps, route)
@@ -308,7 +323,7 @@ def _other_request(
         for term in request.bias:
             if any(n not in (None, size) for n, size in zip(term.extent, sizes, strict=True)):
                 return Refusal("other-request", f"{term.text} is not for score matrices of {sizes}")
-    lacks = lacking(request, request.bias)
+    lacks = lacking(request)
     if lacks:
         return lacks[0]
     if in_order is not None and in_order != resort(route.request if route else request):

@@ -21,6 +21,7 @@ __all__ = [
     "heads_of",
     "least_with_full_mask",
     "price_call",
+    "price_of_pass",
     "time_in_tiles",
     "time_of_definition",
 ]
@@ -58,6 +59,8 @@ def chip(name: str = "ascend910b") -> Chip:
 @dataclass(frozen=True)
 class Price:
     """Counted work of a forward pass over all batch elements and heads.
+
+    And of the pass over tiles that a bias's own gradient takes, if there is one.
 
     `cells` are the allowed cells, `tile_cells` those computed after rounding to tiles;
     `mask_bytes` is the size of the mask tensor and `mask_traffic` what is written and read of
@@ -166,6 +169,42 @@ def time_in_tiles(request: Request, cells: int, tiles: int) -> float:
     """Return what the same passes cost over so many cells in so many tiles, in nanoseconds."""
     flops = 2 * cells * (request.head_dim + request.value_dim)
     return chip().nanoseconds(flops, 2 * _PASSES * 4 * cells, 2 * tiles, _PASSES * tiles)
+
+
+# Cells of a pass over tiles that are in memory at a time: as many as one tile of it may have.
+_CELLS_AT_ONCE = 2**24
+# The products, the exponential and the elementwise operators of one tile of such a pass.
+_OPERATORS = 12
+
+
+def price_of_pass(request: Request, weights: Chip | None = None) -> Price:
+    """Price the pass over a request's tiles that makes the gradient of its bias.
+
+    The scores, which a device makes three times to be sure of their sums, the gradients of the
+    weights, and the definition's passes over them, operator by operator, on whole tiles.
+    """
+    weights = weights or chip()
+    share, cells, tile_cells = request.num_heads // len(request.matrices.planes), 0, 0
+    for plane in request.matrices.planes:
+        for (mask, sizes), count in Counter(zip(plane, request.sequences, strict=True)).items():
+            cells += mask.outer.area * count * share
+            tile_cells += _tile_cells(mask.outer, sizes, weights)[0] * count * share
+    flops = 2 * tile_cells * (3 * request.head_dim + request.value_dim)
+    moved = 2 * _PASSES * 4 * tile_cells
+    small = _OPERATORS * -(-tile_cells // _CELLS_AT_ONCE)
+    return Price(
+        cells=cells,
+        tile_cells=tile_cells,
+        flops=flops,
+        mask_bytes=0,
+        mask_traffic=0,
+        bias_bytes=0,
+        copy_bytes=moved,
+        launches=0,
+        small_launches=small,
+        peak_bytes=2 * 4 * min(tile_cells, _CELLS_AT_ONCE),
+        nanoseconds=weights.nanoseconds(flops, moved, 0, small),
+    )
 
 
 def _matrices(

@@ -150,6 +150,8 @@ def _follow(launch: Launch) -> bool:
 def _gathers(request: Request, launch: Launch) -> bool:
     """Whether the heads of a partial call exist, and read the key heads that they belong to."""
     heads, kv_heads = _heads(request, launch)
+    if launch.call.input_layout not in ("BSND", "TND"):  # as tokens are gathered
+        return False
     if launch.heads is None and kv_heads != tuple(range(request.num_kv_heads)):
         return False
     if not set(heads) <= set(range(request.num_heads)) or len(set(heads)) < len(heads):
@@ -186,10 +188,6 @@ def _other_arguments(request: Request, launch: Launch, dim: int) -> Refusal | No
 def _other_bias(request: Request, launch: Launch) -> Refusal | None:
     """Check that a call adds the bias in one of the ways that there are for its blocks."""
     call, blocks = launch.call, launch.blocks
-    trained = [term.text for term in request.bias if term.requires_grad]
-    if trained and call.pse is not None:
-        reason = f"{' and '.join(trained)} trains, and the kernel never writes that gradient"
-        return Refusal("pse-gradient", reason)
     wrong = disprove_bias(request, call, blocks) if request.bias else None
     if wrong is not None:
         return wrong

@@ -152,8 +152,8 @@ def test_without_an_npu_it_is_refused_with_every_reason() -> None:
     with pytest.raises(ak.BackendRefused) as refused:
         ak.attention(q, q, q, pse=table, softcap=3.0, backend="ascend")
     codes = {r.code for r in refused.value.refusals}
-    assert {"device", "dtype", "softcap", "pse-gradient"} <= codes
-    assert str(refused.value).count("\n") >= 4
+    assert {"device", "dtype", "softcap"} <= codes
+    assert str(refused.value).count("\n") >= 3
 
 
 def test_an_npu_without_torch_npu_is_refused() -> None:

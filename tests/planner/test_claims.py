@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -219,8 +220,8 @@ def test_a_dense_bias_goes_before_or_after_the_scale(
 
 def test_terms_that_the_kernel_lacks_are_refused_by_code_and_run_on_the_reference() -> None:
     x = torch.randn(1, 8, 2, 4)
-    table = pse.Dense(torch.nn.Parameter(torch.zeros(2, 8, 8)))
-    for rest, code in (({"softcap": 5.0}, "softcap"), ({"pse": table}, "pse-gradient")):
+    bent: dict[str, Any] = {"score_fn": lambda score, b, h, i, j: score * 2}
+    for rest, code in (({"softcap": 5.0}, "softcap"), (bent, "score-function")):
         for name in ("emulated", "ascend"):
             with pytest.raises(ak.BackendRefused) as refused:
                 ak.attention(x, x, x, backend=name, **rest)
@@ -228,9 +229,6 @@ def test_terms_that_the_kernel_lacks_are_refused_by_code_and_run_on_the_referenc
             with pytest.raises(ak.BackendRefused, match=code):
                 ak.Attention(2, 4, backend=name, **rest)
         assert ak.attention(x, x, x, backend="reference", **rest).shape == x.shape
-    # Where no gradient is recorded, none is asked for.
-    with torch.no_grad():
-        ak.attention(x, x, x, backend="emulated", pse=table)
 
 
 # -- what is refused ----------------------------------------------------------------------

@@ -90,7 +90,8 @@ def a_bias(chance: random.Random, q_len: int, kv_len: int, packed: bool) -> pse.
             torch.randn(HEADS, q_len, kv_len, **wide), before_scale=align == "top_left"
         )
         keys = pse.KeyBias(nn.Parameter(torch.randn(kv_len, **wide)))
-        some += [table, keys, keys + pse.SqrtALiBi(HEADS)]
+        trained = pse.Dense(nn.Parameter(torch.randn(1, HEADS, q_len, kv_len, **wide)))
+        some += [table, keys, keys + pse.SqrtALiBi(HEADS), trained, trained + t5()]
     return chance.choice(some)
 
 
@@ -108,7 +109,11 @@ def make(seed: int) -> tuple[Plan, pse.Pse | None] | None:
         seqlens = ak.SeqLens(q_lens, [q + chance.choice([0, 0, 2]) for q in q_lens])
         q_len, kv_len = seqlens.total_q, seqlens.total_kv
     kv_heads = chance.choice([1, HEADS])
-    shapes = ((q_len, HEADS, 4), (kv_len, kv_heads, 4), (kv_len, kv_heads, chance.choice([4, 2])))
+    shapes = (
+        (q_len, HEADS, 4),
+        (kv_len, kv_heads, 4),
+        (kv_len, kv_heads, chance.choice([4, 2, 6])),
+    )
     form, rows = layouts.get(layout), 1 if packed else batch
     tensors = [
         torch.randn(form.shape(layouts.Sizes(rows, *shape)), dtype=torch.float64)

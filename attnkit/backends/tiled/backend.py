@@ -21,15 +21,13 @@ from attnkit.backends.base import (
     Kept,
     Operands,
     Stats,
-    gradients_of,
-    recorded,
     register,
     untransformed,
     without_cells,
 )
 from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
-from attnkit.backends.tiled.bias import bind, with_tensors
+from attnkit.backends.tiled.bias import Bound, bind
 from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import DEVICE_CELLS, Job
 from attnkit.backends.tiled.passes import (
@@ -40,14 +38,13 @@ from attnkit.backends.tiled.passes import (
     sink_gradient,
 )
 from attnkit.backends.tiled.schedule import RowBlock, Schedule
-from attnkit.backends.tiled.terms import Carried, Term
+from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import steps
 from attnkit.backends.tiled.whole import fits_torch
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 from attnkit.planner.price import time_in_tiles, time_of_definition
 from attnkit.pse import Pse
-from attnkit.pse.base import rebound
 
 __all__ = ["Tiled", "TiledPlan"]
 
@@ -190,8 +187,9 @@ class Tiled(Backend):
             lse = lse.transpose(0, 1)[None]
             grad_lse = None if grad_lse is None else grad_lse.transpose(0, 1)[None]
         query, _, _, _, *carried = operands.leaves
-        bias = _Bound(_job(plan), operands.pse, carried, wanted[4:], query.device)
-        return bias.derivatives(operands.leaves[:4], kept._replace(lse=lse, grad_lse=grad_lse))
+        job, kept = _job(plan), kept._replace(lse=lse, grad_lse=grad_lse)
+        bias = Bound(job.request, operands.pse, carried, wanted[4:], query.device)
+        return _derivatives(job, bias, operands.leaves[:4], kept)
 
 
 def _job(plan: Plan) -> Job:
@@ -280,10 +278,7 @@ def _gradients(
     to_bias = [None if t is None else torch.zeros_like(t, dtype=job.wide) for t in made]
     slopes = _views(job, to_query, to_key, to_value)
     Backward(job, terms, views, seen, slopes, to_bias).go()
-    typed = (
-        g if g is None or t is None else g.to(t.dtype) for g, t in zip(to_bias, made, strict=True)
-    )
-    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *typed)
+    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *to_bias)
 
 
 def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,38 +287,10 @@ def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     return view(query, heads), view(key, key_heads), view(value, key_heads)
 
 
-class _Bound:
-    """What the tiles of a job read of a bias, and how its gradient goes on to the bias's tensors.
-
-    The tiles' tensors, `made`, follow from those, `leaves`, by operators that torch knows and
-    records here.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        pse: Pse | None,
-        carried: Sequence[Tensor],
-        wanted: Sequence[bool],
-        device: torch.device,
-    ) -> None:
-        self.job = job
-        self.leaves = [t.detach().requires_grad_(w) for t, w in zip(carried, wanted, strict=True)]
-        self.made: list[Tensor | None] = []
-        if pse is None or not any(wanted):
-            self.terms = bind(job.request, pse, device)
-            return
-        with recorded():
-            terms = bind(job.request, rebound(pse, self.leaves), device)
-        made = [term.tensor for term in terms if isinstance(term, Carried)]
-        self.terms = with_tensors(terms, [tensor.detach() for tensor in made])
-        self.made = [tensor if tensor.requires_grad else None for tensor in made]
-
-    def derivatives(self, operands: Sequence[Any], kept: Kept) -> Grads:
-        """Return the gradients of query, key, value, sink and of the tensors of the bias."""
-        found = _gradients(self.job, self.terms, operands, kept, self.made)
-        made = zip(self.made, found[4:], strict=True)
-        return (*found[:4], *gradients_of(made, self.leaves, retain=True))
+def _derivatives(job: Job, bias: Bound, operands: Sequence[Any], kept: Kept) -> Grads:
+    """Return the gradients of query, key, value, sink and of the tensors of the bias."""
+    found = _gradients(job, bias.terms, operands, kept, bias.made)
+    return (*found[:4], *bias.handed_on(found[4:]))
 
 
 class _Attend(torch.autograd.Function):
@@ -333,8 +300,9 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, job: Job, pse: Pse | None, seed: Tensor | None, *leaves: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.pse = pse
-        ctx.bias = _Bound(job, pse, leaves[4:], ctx.needs_input_grad[7:], leaves[0].device)
+        ctx.job, ctx.pse = job, pse
+        wanted = ctx.needs_input_grad[7:]
+        ctx.bias = Bound(job.request, pse, leaves[4:], wanted, leaves[0].device)
         output, lse = _compute(job, ctx.bias.terms, seed, *leaves[:4])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(seed, output, lse, *leaves)
@@ -347,9 +315,10 @@ class _Attend(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         kept = Kept(seed, output, lse, grad, grad_lse)
         if torch.is_grad_enabled():  # somebody will ask for the gradients of these gradients
-            grads = _Derivatives.apply(ctx.pse, ctx.bias, *kept, *leaves)  # type: ignore[no-untyped-call]
+            given = (ctx.job, ctx.pse, ctx.bias)
+            grads = _Derivatives.apply(*given, *kept, *leaves)  # type: ignore[no-untyped-call]
         else:
-            grads = ctx.bias.derivatives(leaves[:4], kept)
+            grads = _derivatives(ctx.job, ctx.bias, leaves[:4], kept)
         return (None, None, None, *grads)
 
 
@@ -357,11 +326,11 @@ class _Derivatives(torch.autograd.Function):
     """The backward as a function; its derivatives follow from the definition."""
 
     @staticmethod
-    def forward(ctx: Any, pse: Pse | None, bias: _Bound, *inputs: Any) -> Grads:
-        ctx.request, ctx.pse = bias.job.request, pse
+    def forward(ctx: Any, job: Job, pse: Pse | None, bias: Bound, *inputs: Any) -> Grads:
+        ctx.request, ctx.pse = job.request, pse
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[3:])
-        return bias.derivatives(inputs[5:9], Kept(*inputs[:5]))
+        return _derivatives(job, bias, inputs[5:9], Kept(*inputs[:5]))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
@@ -381,7 +350,7 @@ class _Derivatives(torch.autograd.Function):
         kept = [slope for t, slope in zip(leaves, slopes, strict=True) if t is not None]
         found = iter(derivatives(request, operands, inputs, (grad, grad_lse), kept, further))
         to_leaves = [None if t is None else next(found) for t in leaves]
-        return (None, None, None, None, None, next(found), next(found), *to_leaves)
+        return (*(None,) * 6, next(found), next(found), *to_leaves)
 
 
 register(Tiled())

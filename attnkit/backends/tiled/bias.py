@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from attnkit.backends.base import stats_dtype
+from attnkit.backends.base import gradients_of, recorded, stats_dtype
 from attnkit.backends.biases import by_diagonal, constants, stored
 from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
@@ -20,8 +20,9 @@ from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
 from attnkit.pse import PerKey, Pse, Root
+from attnkit.pse.base import rebound
 
-__all__ = ["Bias", "bind", "with_tensors"]
+__all__ = ["Bias", "Bound", "bind", "with_tensors"]
 
 # Distances are kept for this many shapes of tiles: a window needs one, and memory stays bounded.
 KEPT = 4
@@ -67,6 +68,41 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
     flat = [rearrange(matrix, "1 n i j -> n (i j)").expand(heads, -1) for matrix in matrices]
     cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
     return Stored(torch.cat(flat, dim=1), factor, tuple(cells))
+
+
+class Bound:
+    """What the tiles of a request read of a bias, and how its gradient goes on to its tensors.
+
+    The tiles' tensors, `made`, follow from those, `leaves`, by operators that torch knows and
+    records here. Those that no gradient is `wanted` of are None.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        pse: Pse | None,
+        carried: Sequence[Tensor],
+        wanted: Sequence[bool],
+        device: torch.device,
+    ) -> None:
+        self.leaves = [t.detach().requires_grad_(w) for t, w in zip(carried, wanted, strict=True)]
+        self.made: list[Tensor | None] = []
+        if pse is None or not any(wanted):
+            self.terms = bind(request, pse, device)
+            return
+        with recorded():
+            terms = bind(request, rebound(pse, self.leaves), device)
+        made = [term.tensor for term in terms if isinstance(term, Carried)]
+        self.terms = with_tensors(terms, [tensor.detach() for tensor in made])
+        self.made = [tensor if tensor.requires_grad else None for tensor in made]
+
+    def handed_on(self, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Return what gradients of `made`, of any dtype, give to the tensors of the bias."""
+        pairs = [
+            (t, g if g is None or t is None else g.to(t.dtype))
+            for t, g in zip(self.made, found, strict=True)
+        ]
+        return gradients_of(pairs, self.leaves, retain=True)
 
 
 # -- tiles -------------------------------------------------------------------------------------

@@ -9,17 +9,28 @@ makes the same numbers again; nothing is kept but the seed.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from attnkit.backends.tiled.schedule import KeyChunk
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace
 
-__all__ = ["Dropout"]
+__all__ = ["Decisions", "Dropout"]
 
 # Odd constants with about half of their bits set (from splitmix64 and L'Ecuyer's tables).
 _ROW, _COLUMN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x5851F42D4C957F2D
 _LEVELS = 1 << 16
+
+
+class Decisions(Protocol):
+    """Which weights survived the dropout of a call, tile by tile."""
+
+    kept: float
+
+    def tile(self, work: Workspace, step: Step, chunk: KeyChunk, dtype: torch.dtype) -> Tensor:
+        """Return ``[g r w]`` in `dtype`: 1 where a weight survives, else 0."""
 
 
 class Dropout:

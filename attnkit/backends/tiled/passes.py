@@ -22,7 +22,8 @@ from torch import Tensor
 
 from attnkit.backends.base import Kept
 from attnkit.backends.tiled.job import Job
-from attnkit.backends.tiled.schedule import KeyChunk, RowBlock
+from attnkit.backends.tiled.retraced import Retraced
+from attnkit.backends.tiled.schedule import RowBlock
 from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import (
     Step,
@@ -35,7 +36,6 @@ from attnkit.backends.tiled.tiles import (
 )
 from attnkit.backends.tiled.walk import LN2, LOG2E, Walk, bias_of
 from attnkit.backends.tiled.whole import (
-    LARGE,
     WholeCall,
     in_a_row,
     is_sound,
@@ -51,8 +51,6 @@ __all__ = ["Backward", "Forward", "backward_at_once", "forward_at_once", "sink_g
 FLOOR, EMPTY = 0.25, 0.15
 # A sum of exponentials is at least 1, except in such a row, whose output must be 0.
 LEAST = 1e-30
-# Rows of so few keys are cheap to put right, and may be many for each of their keys.
-FEW = 64
 
 
 class Softmax:
@@ -169,11 +167,11 @@ class Forward(Walk):
         self.lse[rows] = -torch.inf if self.sink is None else self.sink[rows[1], None]
 
 
-class Backward(Walk):
+class Backward(Retraced):
     """Writes the gradients of queries, and adds to those of keys, values and bias tensors.
 
-    What is `kept`, and the gradients of query, key and value, `slopes`, are ``[b n s d]``; keys
-    and values get theirs in the dtype of the scores.
+    The gradients of query, key and value, `slopes`, are ``[b n s d]``; keys and values get theirs
+    in the dtype of the scores.
     """
 
     def __init__(
@@ -185,120 +183,23 @@ class Backward(Walk):
         slopes: tuple[Tensor, Tensor, Tensor],
         to_bias: Sequence[Tensor | None],
     ) -> None:
-        super().__init__(job, terms, tensors, kept.seed)
-        if self.modify is not None:
-            self.modify.records = True
-        self.kept, self.slopes, self.to_bias = kept, slopes, to_bias
-        self.output, self.grad = Strided(kept.output), Strided(kept.arrived)
-        self.lse = Strided(kept.lse[..., None])
-        self.grad_lse = None if kept.grad_lse is None else Strided(kept.grad_lse[..., None])
+        super().__init__(job, terms, tensors, kept, to_bias)
+        self.slopes, self.once = slopes, job.reads_keys_once
         self.to_query, self.to_key, self.to_value = (Strided(slope) for slope in slopes)
-        self.once = job.reads_keys_once
-        # Whether the weights of a row are all there is: nothing else takes a share of its slope.
-        self.whole_rows = not job.request.sink and kept.grad_lse is None
 
     def step(self, step: Step, block: RowBlock) -> None:
         """Add what one tile of rows gives to every gradient."""
         work, wide, scale = self.work, self.wide, self.scale
-        query = query_tile(work, "query", self.query, step, wide)
-        grad = query_tile(work, "grad", self.grad, step, wide)
-        delta, lse = self._delta(step, grad), self._lse(step, grad, block)
-        total = self._total(step, block, query, lse) if _swallows(lse) else None
+        rows = self.rows(step, block)
         with query_gradient(work, self.to_query, step, wide) as to_query:
             for k, chunk in enumerate(block.chunks):
                 key = key_tile(work, "key", self.key, step, chunk, wide)
-                weights, ds = self._weights(step, chunk, (query, key, grad), (lse, total), delta)
+                weights, ds = self.weights(step, chunk, rows, key)
                 with key_gradient(work, self.to_value, step, chunk, wide, self.once) as to_value:
-                    torch.bmm(weights.transpose(1, 2), grad, out=to_value)
+                    torch.bmm(weights.transpose(1, 2), rows.grad, out=to_value)
                 to_query.baddbmm_(ds, key, beta=0.0 if k == 0 else 1.0, alpha=scale)
                 with key_gradient(work, self.to_key, step, chunk, wide, self.once) as to_key:
-                    to_key.baddbmm_(ds.transpose(1, 2), query, beta=0.0, alpha=scale)
-
-    def _weights(
-        self,
-        step: Step,
-        chunk: KeyChunk,
-        operands: tuple[Tensor, Tensor, Tensor],
-        rows: tuple[Tensor, Tensor | None],
-        delta: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weights that the values had, and the gradient of the scores `ds`."""
-        work, wide = self.work, self.wide
-        query, key, grad = operands
-        lse, total = rows
-        p, bend = self._probabilities(step, chunk, query, key, lse)
-        if total is not None:
-            p.div_(total)
-        value = key_tile(work, "value", self.value, step, chunk, wide)
-        ds = work.take("slopes", wide, *p.shape)
-        torch.bmm(grad, value.transpose(1, 2), out=ds)
-        weights = p
-        if self.dropout is not None:
-            keep = self.dropout.tile(work, step, chunk, wide).div_(self.dropout.kept)
-            ds.mul_(keep)
-            weights = keep.mul_(p)
-        ds.sub_(delta).mul_(p)
-        matters = chunk.width <= FEW or total is not None
-        if self.whole_rows and matters and len(step.block.chunks) == 1:
-            # The slopes of a softmax add up to 0. What rounding leaves instead would add up
-            # over all rows that see one key and nothing else, and a huge scale magnifies it.
-            left = torch.sum(ds, -1, keepdim=True, out=work.take("left", wide, *p.shape[:2], 1))
-            ds.addcmul_(p, left, value=-1.0)
-        if self.modify is not None:
-            self.modify.pull(self.by_head(ds, step, chunk))
-            ds.masked_fill_(p == 0.0, 0.0)  # whatever the slope of the function is there
-        if self.bias is not None and any(slope is not None for slope in self.to_bias):
-            self.bias.add_gradient(self.to_bias, self.by_head(ds, step, chunk), step, chunk)
-        if bend is not None:
-            ds.mul_(bend)
-        return weights, ds
-
-    def _probabilities(
-        self, step: Step, chunk: KeyChunk, query: Tensor, key: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the softmax weights of a tile, and the slope of a soft-cap."""
-        p, bend = self.bent(step, chunk, query, key), None
-        if self.cap is not None:
-            bend = self.work.take("bend", self.wide, *p.shape)
-            torch.mul(p, p, out=bend).neg_().add_(1.0)
-        self.finish(p, step, chunk)
-        return p.sub_(lse).exp2_(), bend
-
-    def _total(self, step: Step, block: RowBlock, query: Tensor, lse: Tensor) -> Tensor | None:
-        """Put the rows' maxima in place of their statistics, and return the sums beside them."""
-        peak, total = torch.full_like(lse, -torch.inf), torch.zeros_like(lse)
-        for chunk in block.chunks:
-            key = key_tile(self.work, "key", self.key, step, chunk, self.wide)
-            tile = self.scores(step, chunk, query, key)
-            torch.maximum(peak, tile.amax(-1, keepdim=True), out=peak)
-        peak.masked_fill_(peak == -torch.inf, 0.0)
-        if self.job.request.sink:
-            # The sink has its share; where rounding puts the statistics below a score, it has none.
-            torch.maximum(lse, peak, out=lse)
-            return None
-        lse.copy_(peak)
-        for chunk in block.chunks:
-            key = key_tile(self.work, "key", self.key, step, chunk, self.wide)
-            total += self._probabilities(step, chunk, query, key, lse)[0].sum(-1, keepdim=True)
-        return total.masked_fill_(total == 0.0, 1.0)
-
-    def _delta(self, step: Step, grad: Tensor) -> Tensor:
-        """Return ``sum(do * o) - dlse`` per row, ``[g r 1]``."""
-        work, wide = self.work, self.wide
-        output = query_tile(work, "row values", self.output, step, wide)
-        product = torch.mul(grad, output, out=work.take("row products", wide, *grad.shape))
-        delta = work.take("delta", wide, *grad.shape[:2], 1)
-        torch.sum(product, -1, keepdim=True, out=delta)
-        if self.grad_lse is not None:
-            delta.sub_(query_tile(work, "grad lse", self.grad_lse, step, wide))
-        return delta
-
-    def _lse(self, step: Step, grad: Tensor, block: RowBlock) -> Tensor:
-        """Return the rows' statistics times log2(e); 0 for rows that see nothing."""
-        lse = self.work.take("lse", self.wide, *grad.shape[:2], 1)
-        view = self.lse.rows(step)
-        torch.mul(view, LOG2E, out=lse.view(view.shape))
-        return lse.masked_fill_(lse == -torch.inf, 0.0) if block.bare else lse
+                    to_key.baddbmm_(ds.transpose(1, 2), rows.query, beta=0.0, alpha=scale)
 
     def whole(self, call: WholeCall) -> None:
         """Let torch's kernel make the gradients of a piece, and put them in place."""
@@ -309,12 +210,6 @@ class Backward(Walk):
             rows.add_(dq) if k else rows.copy_(dq)
             one.keys(to_key).add_(dk)
             one.keys(to_value).add_(dv)
-
-    def go(self) -> None:
-        """Walk the schedule, and hand on what it gave to the bias."""
-        super().go()
-        if self.bias is not None:
-            self.bias.hand_on(self.to_bias)
 
     def blank(self, rows: tuple[slice, slice, slice]) -> None:
         """Queries that see nothing have no gradient."""
@@ -371,14 +266,3 @@ def sink_gradient(kept: Kept, sink: Tensor) -> Tensor:
             delta -= kept.grad_lse[:, head]
         grads.append(-(torch.exp(sink[head].to(lse.dtype) - lse) * delta).sum())
     return torch.stack(grads).to(sink.dtype)
-
-
-def _swallows(lse: Tensor) -> bool:
-    """Whether some row's statistics are so large that they swallow the log of its sum.
-
-    A device is not asked, which would wait for it: there the sums are always made again.
-    """
-    if lse.device.type != "cpu":
-        return True
-    low, high = torch.aminmax(lse)  # several times faster than a norm
-    return not bool((low > -LARGE) & (high < LARGE))

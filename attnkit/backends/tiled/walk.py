@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
-from attnkit.backends.tiled.dropout import Dropout
+from attnkit.backends.tiled.dropout import Decisions, Dropout
 from attnkit.backends.tiled.job import Job
 from attnkit.backends.tiled.modify import Modify
 from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
@@ -64,7 +64,7 @@ class Walk(ABC):
         self.alpha = bounded(request.scale * (1.0 if self.unit else unit), self.wide)
         self.per_score = per_score
         self.bias = bias_of(job, terms, self.work)
-        self.dropout: Dropout | None = None
+        self.dropout: Decisions | None = None
         if request.dropout and seed is not None:
             self.dropout = Dropout(request.dropout, seed, job.sizes, key.device)
         self._edges: dict[int, Tensor] = {}

@@ -18,7 +18,7 @@ import attnkit as ak
 from attnkit import masks, pse
 from attnkit.backends import BACKENDS, Operands, make_plan
 from attnkit.backends.base import Kept
-from attnkit.backends.tiled import TiledPlan, passes, walk
+from attnkit.backends.tiled import TiledPlan, retraced, walk
 from tests.agreement import agree, definition, slopes
 from tests.backends.tiled.devices import CASES, bent
 
@@ -66,7 +66,7 @@ def test_what_a_device_computes_is_the_definition(
     if name == "dropout":
         pytest.skip("other cells are dropped by the definition")
     monkeypatch.setattr(walk, "_is_tame", lambda tensor, wide: False)
-    monkeypatch.setattr(passes, "_swallows", lambda lse: True)
+    monkeypatch.setattr(retraced, "_swallows", lambda lse: True)
     how = dict(CASES[name])
     tensors, bias = operands(how), how.pop("pse", None)
     sink = torch.linspace(-1, 1, 4) if how.pop("sink", False) else None
