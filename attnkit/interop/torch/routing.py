@@ -70,7 +70,7 @@ class Calls:
             self._own.within = False
 
 
-class _Watch(TorchFunctionMode):
+class _Routing(TorchFunctionMode):
     """Sees calls of torch's function by whatever name; its own thread's, outside of graphs."""
 
     def __init__(self, calls: Calls) -> None:
@@ -109,7 +109,7 @@ def routed(*, otherwise: Otherwise = "raise") -> Iterator[Calls]:
     >>> print(calls)
     1 calls of scaled_dot_product_attention by attnkit, 0 by torch
     """
-    with install(otherwise=otherwise) as installed, _Watch(installed.calls):
+    with install(otherwise=otherwise) as installed, _Routing(installed.calls):
         yield installed.calls
 
 
