@@ -215,9 +215,10 @@ class _Part:
     def _fused_output(self) -> Tensor:
         (span,) = self.sight.spans
         query = self.query.reshape(self.batch, self.key_heads, -1, self.query.shape[3])
-        keys, values = (
-            one[:, :, slice(*span)] if one.stride(3) == 1 else one[:, :, slice(*span)].contiguous()
-            for one in (self.key, self.value)
+        # The kernel reads the last axis as if its numbers lay one after the other.
+        query, keys, values = (
+            one if one.stride(3) == 1 else one.contiguous()
+            for one in (query, self.key[:, :, slice(*span)], self.value[:, :, slice(*span)])
         )
         mask = None
         if self.sight.hidden:

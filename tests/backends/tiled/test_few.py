@@ -164,3 +164,14 @@ def test_gradients_take_the_way_that_has_them() -> None:
     (expected,) = torch.autograd.grad(right.sum(), query)
     (found,) = torch.autograd.grad(layer(query, keys, keys).sum(), query)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [6, 40])  # few, and more than these
+def test_no_axis_has_to_lie_in_any_order(rows: int) -> None:
+    """Attention over channels (of DaViT) reads each tensor across its memory."""
+    x = torch.randn(2, 3, 16, rows).transpose(2, 3)
+    apart = torch.randn(2, 3, rows, 16)
+    for query, key, value in product((x, apart), repeat=3):
+        found = ak.attention(query, key, value, layout="BNSD", backend="tiled")
+        wanted = ak.attention(query, key, value, layout="BNSD", backend="reference")
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
