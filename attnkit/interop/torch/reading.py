@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdRef
 
 from attnkit.constants import Store
 from attnkit.eager import MASK_IN_GRAPH, untraced
-from attnkit.masks import from_torch
+from attnkit.masks import Lifted, from_torch
 from attnkit.pse import KeyBias, split_additive
 from attnkit.pse.additive import Additive
 from attnkit.pse.tensors import Dense
@@ -34,6 +34,9 @@ def terms_of(tensor: Tensor, *, keep: bool, kv_len: int | None = None) -> Additi
     >>> terms_of(causal, keep=True), terms_of(causal, keep=True) is terms_of(causal, keep=True)
     (Additive(mask=Causal(), bias=None), True)
     """
+    lifted = getattr(tensor, "lifted", None)
+    if isinstance(lifted, Lifted):  # a set in a tensor's clothes, of another adapter
+        return Additive(lifted.mask, None)
     outer = set_eval_frame(None)  # no graph begins within, after one has broken off here
     try:
         return _terms(tensor, keep, kv_len)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from attnkit.errors import CompositionError
+from attnkit.interop.torch.reading import terms_of
 from attnkit.interop.transformers.bias_tensor import BiasTensor
 from attnkit.interop.transformers.kept import read_once
 from attnkit.interop.transformers.mask_tensor import MaskTensor
 from attnkit.interop.transformers.site import Site
 from attnkit.interop.transformers.tables import has_table, learn_tables
 from attnkit.masks import Dense, Full, Mask
-from attnkit.masks.foreign.torch import from_torch
 from attnkit.pse import Dense as DenseBias
 from attnkit.pse import Pse
-from attnkit.pse.additive import split_additive
 
 __all__ = ["bias_of", "mask_of"]
 
@@ -60,13 +58,6 @@ def _of_tensor(
 ) -> tuple[Mask | None, Pse | None]:
     """Split a tensor that is added to the scores, or read one of cells."""
     site.read[f"a mask tensor {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"] += 1
-    if given.requires_grad:
-        return _split(given, q_len, kv_len)
-    return read_once(given, ("split", q_len, kv_len), lambda: _split(given, q_len, kv_len))
-
-
-def _split(given: Tensor, q_len: int, kv_len: int) -> tuple[Mask | None, Pse | None]:
-    """Return the set of cells that are not as good as -inf, and the bias that remains."""
     given = given[..., :kv_len]  # a mask may be for more keys than a cache has yet
     if given.dim() not in (2, 3, 4) or given.shape[-1] not in (1, kv_len):
         raise CompositionError(
@@ -75,9 +66,8 @@ def _split(given: Tensor, q_len: int, kv_len: int) -> tuple[Mask | None, Pse | N
         )
     if given.dim() == 3:
         given = given[:, None]
-    if given.dtype == torch.bool:
-        return from_torch(given, keep=True, q_len=q_len, kv_len=kv_len).mask, None
-    return split_additive(given, q_len=q_len, kv_len=kv_len)
+    found = terms_of(given, keep=True, kv_len=kv_len)
+    return found.mask, found.bias
 
 
 def bias_of(site: Site, module: nn.Module, given: Tensor | None) -> Pse | None:

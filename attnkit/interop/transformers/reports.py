@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from attnkit.backends import make_plan
 from attnkit.errors import BackendRefused, CompositionError, Refusal
+from attnkit.interop.torch.byhand.watch import Spot
 from attnkit.interop.transformers.site import Site, site_at, site_of
 from attnkit.interop.transformers.switching import calling
 from attnkit.masks import Full, Mask
@@ -34,9 +35,9 @@ class LayerReport:
     calls: int
     plans: tuple[Plan, ...] = ()
     refused: tuple[Refusal, ...] = ()
-    dense: Mapping[str, int] = frozenset()  # type: ignore[assignment]
-    read: Mapping[str, int] = frozenset()  # type: ignore[assignment]
-    notes: Mapping[str, int] = frozenset()  # type: ignore[assignment]
+    dense: Mapping[str, int] = field(default_factory=dict)
+    read: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fused(self) -> bool:
@@ -51,10 +52,9 @@ class LayerReport:
         yield from list(told)[-_MOST_TOLD:]
         for refusal in self.refused:
             yield f"refused: {refusal}"
-        for count in (self.dense, self.read, self.notes):
-            word = {id(self.dense): "made dense by", id(self.read): "read cell by cell:"}
-            for what, times in dict(count).items():
-                yield f"{word.get(id(count), 'beside:')} {what} ({times} times)"
+        beside = (("made dense by", self.dense), ("read cell by cell:", self.read))
+        for word, count in (*beside, ("beside:", self.notes)):
+            yield from (f"{word} {what} ({times} times)" for what, times in count.items())
 
 
 _MOST_TOLD = 4
@@ -64,12 +64,10 @@ _MOST_TOLD = 4
 class ModelReport:
     """What `report` found: print it, or look at `layers`.
 
-    `layers` holds the modules that call attnkit, or would; `others` the names of modules that
-    compute attention without it.
+    `layers` holds the modules that call attnkit, or would.
     """
 
     layers: tuple[LayerReport, ...]
-    others: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -86,8 +84,6 @@ class ModelReport:
             head = names[0] if len(names) == 1 else f"{pattern} ({len(names)} modules)"
             lines.append(f"{head}: {said[0]}")
             lines += [f"    {line}" for line in said[1:]]
-        if self.others:
-            lines.append(f"without attnkit: {', '.join(self.others)}")
         return "\n".join(lines)
 
 
@@ -103,25 +99,34 @@ def report(model: nn.Module, *, backend: str | None = None) -> ModelReport:
     layers = []
     for name, module in model.named_modules():
         site = site_at(module)
-        if site is None and name in names:
-            site = Site()
-        if site is not None and (site.told or name in names):
-            layers.append(_layer(name, module, site, backend))
+        spot = getattr(vars(module).get("forward"), "spot", None)
+        if isinstance(spot, Spot):
+            layers.append(_of_spot(name, module, spot, backend))
+        elif name in names or (site is not None and site.told):
+            layers.append(_of_site(name, module, site or Site(), backend))
     return ModelReport(tuple(layers))
 
 
-def _layer(name: str, module: nn.Module, site: Site, backend: str | None) -> LayerReport:
-    plans = site.plans
-    refused: list[Refusal] = []
-    if backend is not None:
-        plans, refused = _planned(plans, backend)
+def _of_site(name: str, module: nn.Module, site: Site, backend: str | None) -> LayerReport:
+    """Report a module that calls attention by name, or one that computed with its mask."""
+    found = _planned(site.plans, backend)
     told = dict(site.dense), dict(site.read), dict(site.notes)
-    kind = type(module).__name__
-    return LayerReport(name, kind, site.calls, tuple(plans), tuple(refused), *told)
+    return LayerReport(name, type(module).__name__, site.calls, *found, *told)
 
 
-def _planned(plans: list[Plan], backend: str) -> tuple[list[Plan], list[Refusal]]:
-    """Plan the same requests for another backend."""
+def _of_spot(name: str, module: nn.Module, spot: Spot, backend: str | None) -> LayerReport:
+    """Report a module that writes attention by hand."""
+    found = _planned([] if spot.latest is None else [spot.latest], backend)
+    notes = {f"as it is written, for {why}": times for why, times in spot.left.items()}
+    return LayerReport(name, type(module).__name__, spot.fused, *found, notes=notes)
+
+
+def _planned(
+    plans: list[Plan], backend: str | None
+) -> tuple[tuple[Plan, ...], tuple[Refusal, ...]]:
+    """Plan the same requests for another backend, if one is asked for."""
+    if backend is None:
+        return tuple(plans), ()
     found: list[Plan] = []
     refused: list[Refusal] = []
     for plan in plans:
@@ -129,7 +134,7 @@ def _planned(plans: list[Plan], backend: str) -> tuple[list[Plan], list[Refusal]
             found.append(make_plan(_narrow(plan.request), backend))
         except BackendRefused as error:
             refused += error.refusals
-    return found, list(dict.fromkeys(refused))
+    return tuple(found), tuple(dict.fromkeys(refused))
 
 
 def _narrow(request: Request) -> Request:

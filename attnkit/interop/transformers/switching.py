@@ -9,9 +9,10 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.interop.torch import MultiheadAttention, fuse, replace
 from attnkit.interop.transformers.interface import attend
 from attnkit.interop.transformers.lifting import make_mask
 from attnkit.interop.transformers.names import NAME, PACKED, says
@@ -25,26 +26,34 @@ TESTED = ("5.23.0", "5.23.0")
 
 @dataclass(frozen=True)
 class Switched:
-    """What `enable` found in a model: names of its modules.
+    """What `enable` found in a model: the names of modules that compute attention.
 
-    `interface` call attention by name, and now call attnkit; `packed` among them pass packed
-    sequences in one call; `fused` had attention of their own, which is computed by attnkit now;
-    `left` are other modules with attention in their name that do not, each with a reason.
+    `interface` call attention by name, and now call attnkit; those of them that are `packed` give
+    packed sequences to one call. `watched` write attention by hand, as products and a softmax, and
+    `replaced` are torch's `nn.MultiheadAttention`: attnkit computes these, too. `left` are other
+    modules with attention in their names, which run as they are.
     """
 
     interface: tuple[str, ...]
     packed: tuple[str, ...] = ()
-    fused: tuple[str, ...] = ()
-    left: tuple[tuple[str, str], ...] = ()
+    watched: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.interface or self.watched or self.replaced)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.interface)} attention modules call attnkit by name"]
-        if self.packed:
-            lines.append(f"{len(self.packed)} of them give packed sequences to one call")
-        if self.fused:
-            lines.append(f"{len(self.fused)} modules with attention of their own call attnkit")
-        lines += [f"left as it is: {name}: {reason}" for name, reason in self.left]
-        return "\n".join(lines)
+        told = (
+            (self.interface, "attention modules call attnkit by name"),
+            (self.packed, "of them give packed sequences to one call"),
+            (self.watched, "modules write attention by hand, which is computed by attnkit"),
+            (self.replaced, "nn.MultiheadAttention are computed by attnkit"),
+        )
+        lines = [f"{len(names)} {what}" for names, what in told if names]
+        if self.left:
+            lines.append(f"left as they are: {', '.join(self.left)}")
+        return "\n".join(lines) or "nothing computes attention here"
 
 
 def register() -> None:
@@ -61,26 +70,29 @@ def register() -> None:
 def enable(model: nn.Module, *, strict: bool = True) -> Switched:
     """Switch the attention of a model of transformers to attnkit, and say what was switched.
 
-    Everything that calls attention by name is switched, vision and text, and attention written by
-    hand where it is known. Raises `CompositionError` where nothing was, and with `strict` where
-    some attention of the model would go on without attnkit.
+    Every module that calls attention by name is switched, in vision towers too, which then give
+    all their images to one call; attention that is written by hand runs through
+    `attnkit.interop.torch.fuse`, and `nn.MultiheadAttention` through
+    `attnkit.interop.torch.replace`. Parameters, state dicts and the modules stay what they are.
+
+    Raises `CompositionError` where nothing was switched, unless `strict` is False.
     """
-    register()
     if not isinstance(model, nn.Module):
-        raise CompositionError(f"enable takes a model, got {type(model).__name__}")
-    for part in _outermost(model):
-        _set_name(part)
+        raise CompositionTypeError(f"enable takes a model, got {type(model).__name__}")
+    register()
+    interface = tuple(calling(model))
     for module in model.modules():
+        _set_name(module)
         if has_table(module):
             learn_tables(type(module))
-    interface = tuple(calling(model))
     packed = tuple(_pack(model))
-    if not interface:
+    found = Switched(interface, packed, *_others(model, interface))
+    if strict and not found:
         raise CompositionError(
-            f"{type(model).__name__} has no module that calls attention by name, so nothing was "
-            "switched"
+            f"{type(model).__name__} has no module whose attention attnkit can compute, so nothing "
+            f"was switched; left as they are: {', '.join(found.left) or 'none has it in its name'}"
         )
-    return Switched(interface, packed)
+    return found
 
 
 def _check_version(version: str) -> None:
@@ -98,25 +110,15 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-def _outermost(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """Yield the models of transformers that are in no other of them."""
-    if isinstance(model, PreTrainedModel):
-        yield model
-        return
-    for child in model.children():
-        yield from _outermost(child)
-
-
-def _set_name(model: PreTrainedModel) -> None:
-    """Set the name in every configuration that some module of the model reads.
+def _set_name(module: nn.Module) -> None:
+    """Set the name in the configuration that a module reads.
 
     Not by `set_attn_implementation`: that warns of each class whose source has some attention
     class without a call by name, and leaves all of it.
     """
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = NAME
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "_attn_implementation_internal"):
+        config._attn_implementation_internal = NAME
 
 
 def calling(model: nn.Module) -> Iterator[str]:
@@ -146,3 +148,41 @@ def _pack(model: nn.Module) -> Iterator[str]:
             config: Any = each[0][1].config
             config._attn_implementation_internal = PACKED
             yield from (name for name, _ in each)
+
+
+def _others(model: nn.Module, interface: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Switch attention that is not called by name; yield names: watched, replaced, and left."""
+    done = set(interface)
+    named = {name: m for name, m in model.named_modules() if name not in done and _attends(m)}
+    torchs = {name: m for name, m in named.items() if isinstance(m, nn.MultiheadAttention)}
+    left: set[str] = set()
+    if any(not isinstance(module, MultiheadAttention) for module in torchs.values()):
+        left.update(replace(model).left)
+    replaced = tuple(name for name in torchs if name not in left)
+    kinds = {type(m) for m in named.values() if any(says(type(m), word) for word in _BY_HAND)}
+    kinds = {kind for kind in kinds if not issubclass(kind, nn.MultiheadAttention)}
+    watched = tuple(fuse(model, kinds).spots) if kinds else ()
+    done.update(watched, replaced)
+    for name, module in named.items():
+        inner = any(f"{name}.{below}" in done for below, _ in module.named_modules() if below)
+        if name not in done and not inner and not _is_within(name, done) and _projects(module):
+            left.add(name)
+    yield from (watched, replaced, tuple(sorted(left)))
+
+
+_BY_HAND = ("softmax", "Softmax", "scaled_dot_product_attention")
+
+
+def _attends(module: nn.Module) -> bool:
+    said = type(module).__name__.lower()
+    return "attention" in said or "attn" in said
+
+
+def _projects(module: nn.Module) -> bool:
+    """Whether a module has several projections: what finishes another's output has one."""
+    return sum(isinstance(child, nn.Linear | nn.Conv2d) for child in module.children()) > 1
+
+
+def _is_within(name: str, names: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:k]) in names for k in range(1, len(parts)))
