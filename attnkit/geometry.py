@@ -244,7 +244,21 @@ class Region:
 
     def complement(self, q_len: int, kv_len: int) -> Region:
         """Return the cells of a `q_len` x `kv_len` score matrix that are not in this region."""
+        if len(self.strips) == 1 and self.strips[0][:2] == (0, q_len):
+            runs = self.strips[0].runs
+            if all(da == db == 0 for _, da, _, db in runs):  # columns
+                return Region.columns(q_len, gaps(((a, b) for a, _, b, _ in runs), 0, kv_len))
         return Region.full(q_len, kv_len) - self
+
+    @classmethod
+    def columns(cls, q_len: int, spans: Iterable[tuple[int, int]]) -> Region:
+        """Return whole columns: every row has these keys, ranges in order with gaps between them.
+
+        >>> Region.columns(2, [(1, 3)]) == Region.of(Slice(0, 2, 1, 3))
+        True
+        """
+        runs = tuple((a, 0, b, 0) for a, b in spans if a < b)
+        return cls((Strip(0, q_len, runs),)) if q_len > 0 and runs else cls(())
 
     def __le__(self, other: Region) -> bool:
         """Whether every cell of this region lies in `other`."""
@@ -343,7 +357,12 @@ class Region:
 
     def empty_rows(self, q_len: int) -> tuple[tuple[int, int], ...]:
         """Return the ranges ``(start, stop)`` of rows below `q_len` with no allowed key."""
-        return tuple(gaps(((i0, i1) for i0, i1, _ in self.strips), 0, q_len))
+        out, row = [], 0
+        for i0, i1, _ in self.strips:
+            if row < min(i0, q_len):
+                out.append((row, min(i0, q_len)))
+            row = i1
+        return (*out, (row, q_len)) if row < q_len else tuple(out)
 
     def tiles(self, block_q: int, block_kv: int, q_len: int, kv_len: int) -> TileCount:
         """Count the tiles of a `q_len` x `kv_len` score matrix by what they hold.

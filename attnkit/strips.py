@@ -24,6 +24,9 @@ class Strip(NamedTuple):
     runs: tuple[Run, ...]
 
 
+_FAR = 1 << 80  # further than any index
+
+
 def advance(runs: tuple[Run, ...], rows: int) -> tuple[Run, ...]:
     """Return the runs `rows` rows further down."""
     if not rows:
@@ -50,8 +53,10 @@ def close_bounds(
 def strip_area(strip: Strip) -> int:
     """Return the number of cells of a strip."""
     n = strip.i1 - strip.i0
-    steps = n * (n - 1) // 2
-    return sum((b - a) * n + (db - da) * steps for a, da, b, db in strip.runs)
+    steps, area = n * (n - 1) // 2, 0
+    for a, da, b, db in strip.runs:
+        area += (b - a) * n + (db - da) * steps
+    return area
 
 
 class Canonical:
@@ -119,6 +124,12 @@ def combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: Table) -> tuple[S
     if not keep_b:
         b = _between(b, a)
     out = Canonical()
+    if table is AND and _single(a) and _single(b):
+        for one in a:
+            for other in b:
+                if other.i0 < one.i1 and one.i0 < other.i1:
+                    _meet(out, one, other)
+        return tuple(out.strips)
     for i0, i1, x, y in _overlay(a, b):
         if x and y:
             for r0, r1 in pairwise(_crossings(x, y, i0, i1)):
@@ -127,6 +138,42 @@ def combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: Table) -> tuple[S
         elif (x and keep_a) or (y and keep_b):
             out.add(i0, i1, x or y)
     return tuple(out.strips)
+
+
+def _single(strips: tuple[Strip, ...]) -> bool:
+    """Whether these are a few strips of one run each."""
+    return len(strips) <= 8 and all(len(strip.runs) == 1 for strip in strips)
+
+
+def _meet(out: Canonical, one: Strip, other: Strip) -> None:
+    """Append the cells of two strips of one run each: a slice, as either of them is one.
+
+    Starts and stops stand still or move along a diagonal. The later start of each kind counts and
+    the earlier stop; and of both kinds, one counts in the rows above some row, the other below.
+    """
+    top, bottom = max(one.i0, other.i0), min(one.i1, other.i1)
+    start = low = -_FAR
+    stop = high = _FAR
+    for i0, _, ((a, da, b, db),) in (one, other):
+        if da:
+            low = max(low, a - i0)
+        else:
+            start = max(start, a)
+        if db:
+            high = min(high, b - i0)
+        else:
+            stop = min(stop, b)
+    if start >= stop or low >= high:
+        return
+    top, bottom = max(top, start - high + 1), min(bottom, stop - low)
+    if top >= bottom:
+        return
+    rows = {top, bottom}
+    rows |= {row for row in (start - low, stop - high) if top < row < bottom}
+    for i0, i1 in pairwise(sorted(rows)):
+        a, da = (low + i0, 1) if low + i0 >= start else (start, 0)
+        b, db = (high + i0, 1) if high + i0 < stop else (stop, 0)
+        out.add(i0, i1, ((a, da, b, db),))
 
 
 def _between(strips: tuple[Strip, ...], others: tuple[Strip, ...]) -> tuple[Strip, ...]:

@@ -98,6 +98,15 @@ class _Joined(Composite):
             known = [self.met(a, b) for a, b in pairs] + known[len(known) & ~1 :]
         return known[0]
 
+    def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
+        """Combine the enclosures of the parts; those of a part that are alike are made once."""
+        known = [part.enclosures(q_len, kv_len, batch, head) for part in self.parts]
+        while len(known) > 1:
+            pairs = zip(known[::2], known[1::2], strict=False)
+            joined = [[self.met(*each) for each in zip(*pair, strict=True)] for pair in pairs]
+            known = joined + known[len(known) & ~1 :]
+        return known[0]
+
     @classmethod
     def met(cls, a: Enclosure, b: Enclosure) -> Enclosure:
         """Return what is known of two masks joined."""
@@ -196,6 +205,11 @@ class Not(Composite):
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """Complement both bounds; they trade places."""
         return self.flipped(self.part.enclosure(q_len, kv_len, batch, head), q_len, kv_len)
+
+    def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
+        """Complement each."""
+        each = self.part.enclosures(q_len, kv_len, batch, head)
+        return [self.flipped(known, q_len, kv_len) for known in each]
 
     @staticmethod
     def flipped(known: Enclosure, q_len: int, kv_len: int) -> Enclosure:

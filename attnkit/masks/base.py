@@ -122,6 +122,21 @@ class Mask(Operators, ABC):
             )
         return Enclosure(region, region)
 
+    def enclosures(self, q_len: int, kv_len: int, batch: int, head: int = 0) -> list[Enclosure]:
+        """Return the enclosures of the first `batch` elements; what is alike is made once.
+
+        >>> from attnkit import masks
+        >>> [known.inner.area for known in masks.Padding([1, 3]).enclosures(2, 3, 2)]
+        [2, 6]
+        """
+        if self.batches is None:
+            return [self.enclosure(q_len, kv_len, 0, head)] * batch
+        return self._each_enclosure(q_len, kv_len, batch, head)
+
+    def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
+        """Return the same of batch elements that the mask tells apart."""
+        return [self.enclosure(q_len, kv_len, b, head) for b in range(batch)]
+
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         """Return the allowed cells of a rectangle as a bool tensor [rows, keys].
 

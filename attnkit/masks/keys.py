@@ -12,7 +12,6 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.slices import is_list
-from attnkit.strips import Strip
 
 __all__ = ["Keys"]
 
@@ -54,8 +53,7 @@ class Keys(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         runs = cast(KeyRuns, self.runs if self.batches is None else self.runs[batch])
         ends = ((a, kv_len if b is None else min(b, kv_len)) for a, b in runs)
-        here = tuple((a, 0, b, 0) for a, b in ends if a < b)
-        return Region((Strip(0, q_len, here),)) if q_len and here else Region.empty()
+        return Region.columns(q_len, ends)
 
     @property
     def batches(self) -> int | None:

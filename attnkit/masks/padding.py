@@ -11,7 +11,7 @@ import torch
 from attnkit.arguments import IntsLike, check_ints, check_readable, describe
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.geometry import Region, Slice
+from attnkit.geometry import Region
 from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.keys import Keys
 from attnkit.masks.rectangles import Prefix
@@ -87,7 +87,7 @@ class Padding(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         length = min(self.lengths[batch], kv_len)  # a cut may ask for fewer keys
         start = 0 if self.side == "right" else kv_len - length
-        return Region.of(Slice(0, q_len, start, start + length))
+        return Region.columns(q_len, [(start, start + length)])
 
     @property
     def batches(self) -> int | None:

@@ -43,7 +43,7 @@ class Columns(_Range):
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         stop = kv_len if self.stop is None else min(self.stop, kv_len)
-        return Region.of(Slice(0, q_len, self.start, stop))
+        return Region.columns(q_len, [(self.start, stop)])
 
 
 @MASKS.register("rows")
@@ -88,7 +88,7 @@ class Prefix(Mask):
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         length = self.length if isinstance(self.length, int) else self.length[batch]
-        return Region.of(Slice(0, q_len, 0, min(length, kv_len)))
+        return Region.columns(q_len, [(0, min(length, kv_len))])
 
     @property
     def batches(self) -> int | None:

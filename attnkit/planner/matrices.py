@@ -60,9 +60,12 @@ class Matrices:
                 known[key] = mask.enclosure(*key)
             return known[key]
 
-        planes = [
-            tuple(one(b, head) for b in range(len(sequences))) for head in range(mask.heads or 1)
-        ]
+        heads = range(mask.heads or 1)
+        if mask.batches is not None and sequences and len(set(sequences)) == 1:
+            each = [mask.enclosures(*sequences[0], len(sequences), head) for head in heads]
+            planes = [tuple(found) for found in each]
+        else:
+            planes = [tuple(one(b, head) for b in range(len(sequences))) for head in heads]
         return cls(tuple(planes[:1] if all(plane == planes[0] for plane in planes) else planes))
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from operator import itemgetter
 
 from attnkit.backends.tiled.schedule import KeyChunk, Patch, Pattern, Piece
 from attnkit.planner.matrices import seen_spans
 from attnkit.strips import Run
 
-__all__ = ["RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
+__all__ = ["Known", "RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
 
 Span = tuple[int, int]
 Spans = list[Span]
 # Strip pieces of a block: (first row from the block's top, rows, runs at that row).
 RunsOfRows = Sequence[tuple[int, int, tuple[Run, ...]]]
+Known = dict[Hashable, tuple[KeyChunk, ...]]
+"""Chunks by what they follow from, their keys counted from a key of theirs; of one schedule."""
 
 # Score tiles are at most this wide, so that memory does not grow with the number of keys.
 WIDEST = 2048
@@ -26,13 +28,67 @@ ALONE = 1024
 GAP = 64
 # Unmasked stretches narrower than this join the masked ones beside them.
 NARROW = 32
+# Runs grow by less than this, so that tiles are aligned.
+REACH = 64
 
 
-def chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyChunk, ...]:
+def chunks_of(
+    pieces: RunsOfRows, rows: int, seen: Sequence[Span], known: Known
+) -> tuple[KeyChunk, ...]:
     """Return the chunks of key runs that hold every allowed cell of the pieces.
 
     `seen` are the ranges of keys that some row of the lane sees: runs grow inside of them only.
+    What differs by a shift of all keys is made once, and kept in `known`.
     """
+    base = pieces[0][2][0][0]
+    last = max(runs[-1][2] + runs[-1][3] * (n - 1) for _, n, runs in pieces)
+    first = min(runs[0][0] for _, _, runs in pieces)
+    moved = tuple(
+        (row, n, tuple((a - base, da, b - base, db) for a, da, b, db in runs))
+        for row, n, runs in pieces
+    )
+    # Runs grow by less than `REACH`, so that nothing further away counts.
+    low, high = first - REACH, last + REACH
+    near = tuple((max(a, low) - base, min(b, high) - base) for a, b in seen if b > low and a < high)
+    key = (moved, rows, near)
+    chunks = known.get(key)
+    if chunks is None:
+        chunks = known[key] = _one_run(*key) or _chunks_of(*key)
+    if not base:
+        return chunks
+    return tuple(
+        KeyChunk(tuple((a + base, b + base, 0) for a, b, _ in runs), width, patches, bare)
+        for runs, width, patches, bare in chunks
+    )
+
+
+def _one_run(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyChunk, ...] | None:
+    """Return the one chunk of rows with one run each, which are next to each other, if it is so."""
+    start = stop = least = 0
+    most, covered = -REACH, 0
+    for k, (_, n, runs) in enumerate(pieces):
+        if len(runs) > 1:
+            return None
+        ((a, da, b, db),) = runs
+        end = b + db * (n - 1)
+        if not k:
+            start, stop, least, most = a, end, a + da * (n - 1), b
+        elif a > stop + GAP or end + GAP < start:
+            return None
+        start, stop = min(start, a), max(stop, end)
+        least, most = max(least, a + da * (n - 1)), min(most, b)
+        covered += n
+    full = [(least, most)] if covered == rows and most - least >= NARROW else []
+    ((start, stop),) = _widened([(start, stop)], full, seen)
+    if stop - start > WIDEST:
+        return None
+    patches = tuple(
+        Patch(a - start, pattern_of(pieces, rows, a, b)) for a, b in _edges(start, stop, full)
+    )
+    return (KeyChunk(((start, stop, 0),), stop - start, patches, covered != rows),)
+
+
+def _chunks_of(pieces: RunsOfRows, rows: int, seen: Sequence[Span]) -> tuple[KeyChunk, ...]:
     full = _full(pieces, rows)
     touched = seen_spans(((0, n, runs) for _, n, runs in pieces), GAP)
     runs = _widened(touched, full, seen)
@@ -80,7 +136,8 @@ def _widened(spans: Spans, full: Spans, seen: Sequence[Span]) -> Spans:
     for k, (start, stop) in enumerate(spans):
         unit = 64 if stop - start > 192 else 16
         lack = -(stop - start) % unit
-        low = max(out[-1][1] if out else 0, span_around(seen, start)[0])
+        low = span_around(seen, start)[0]
+        low = max(out[-1][1], low) if out else low
         high = span_around(seen, stop - 1)[1]
         high = min(high, spans[k + 1][0]) if k + 1 < len(spans) else high
         if start not in starts and start - lack >= low:

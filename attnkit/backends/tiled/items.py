@@ -10,9 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from attnkit.backends.tiled.columns import RunsOfRows, Span, chunks_of, pattern_of, span_around
+from attnkit.backends.tiled.columns import (
+    Known,
+    RunsOfRows,
+    Span,
+    chunks_of,
+    pattern_of,
+    span_around,
+)
 from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
 from attnkit.geometry import Strip
+from attnkit.planner.matrices import seen_spans
 from attnkit.strips import advance
 
 __all__ = ["Traits", "items_of"]
@@ -54,12 +62,17 @@ class Traits(NamedTuple):
     matrices: int = 1
 
 
-def items_of(strips: tuple[Strip, ...], traits: Traits) -> tuple[RowBlock | Whole, ...]:
-    """Return the items of a lane whose region has these strips, in the order of their rows."""
+def items_of(
+    strips: tuple[Strip, ...], traits: Traits, known: Known
+) -> tuple[RowBlock | Whole, ...]:
+    """Return the items of a lane whose region has these strips, in the order of their rows.
+
+    `known` are chunks that lanes of one schedule share.
+    """
     items: list[RowBlock | Whole] = []
     for segment in _segments(strips):
-        items += _wholes(segment, traits) or _even_blocks(segment, traits)
-    return tuple(_merge_small(_repeat(items, traits.alike), strips, traits))
+        items += _wholes(segment, traits) or _even_blocks(segment, traits, known)
+    return tuple(_merge_small(_repeat(items, traits.alike), strips, traits, known))
 
 
 def _segments(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
@@ -169,7 +182,7 @@ def _masked_whole(strips: Sequence[Strip], row: int, rows: int, traits: Traits) 
     return Whole(row, rows, start, stop - start, pattern=pattern_of(pieces, rows, start, stop))
 
 
-def _even_blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[RowBlock]:
+def _even_blocks(segment: Sequence[Strip], traits: Traits, known: Known) -> Iterator[RowBlock]:
     """Cut a segment into blocks of equal height."""
     first, last = segment[0].i0, segment[-1].i1
     height = _height(segment)
@@ -182,7 +195,7 @@ def _even_blocks(segment: Sequence[Strip], traits: Traits) -> Iterator[RowBlock]
             k += 1
         rows = min(height, last - row)
         count = _same_below(segment[k], row, rows, traits)
-        block = _row_block(segment[k:], row, rows, traits)
+        block = _row_block(_runs_of_rows(segment[k:], row, rows), row, rows, traits, known)
         if count > 1:
             steps = segment[k].runs[0][1]
             chunks = tuple(
@@ -232,10 +245,9 @@ def _same_below(strip: Strip, row: int, rows: int, traits: Traits) -> int:
     return max(1, count)
 
 
-def _row_block(strips: Sequence[Strip], row: int, rows: int, traits: Traits) -> RowBlock:
-    """Return the block of rows ``[row, row + rows)``; strips above them are left out already."""
-    pieces = _runs_of_rows(strips, row, rows)
-    return RowBlock(row, rows, 1, 0, chunks_of(pieces, rows, traits.seen))
+def _row_block(pieces: RunsOfRows, row: int, rows: int, traits: Traits, known: Known) -> RowBlock:
+    """Return the block of rows ``[row, row + rows)``, which have these runs."""
+    return RowBlock(row, rows, 1, 0, chunks_of(pieces, rows, traits.seen, known))
 
 
 def _runs_of_rows(strips: Sequence[Strip], row: int, rows: int) -> RunsOfRows:
@@ -289,7 +301,7 @@ def _as_one(above: RowBlock | Whole, below: RowBlock | Whole) -> RowBlock | Whol
 
 def _moved(above: KeyChunk, below: KeyChunk, count: int) -> KeyChunk | None:
     """Return the chunk with the steps that lead to `below`, if it is alike and moves evenly."""
-    if above._replace(runs=()) != below._replace(runs=()) or len(above.runs) != len(below.runs):
+    if above[1:] != below[1:] or len(above.runs) != len(below.runs):  # all but the runs
         return None
     runs = []
     for (a, b, step), (c, d, _) in zip(above.runs, below.runs, strict=True):
@@ -301,7 +313,7 @@ def _moved(above: KeyChunk, below: KeyChunk, count: int) -> KeyChunk | None:
 
 
 def _merge_small(
-    items: list[RowBlock | Whole], strips: tuple[Strip, ...], traits: Traits
+    items: list[RowBlock | Whole], strips: tuple[Strip, ...], traits: Traits, known: Known
 ) -> Iterator[RowBlock | Whole]:
     """Put small neighbours into one piece where masked cells cost less than one more step."""
     held: RowBlock | Whole | None = None
@@ -310,7 +322,7 @@ def _merge_small(
         if held is not None and held.times == item.times == 1:
             while strips[at].i1 <= held.row:
                 at += 1
-            joined = _union(strips, at, held, item, traits)
+            joined = _union(strips, at, held, item, traits, known)
             if joined is not None:
                 held = joined
                 continue
@@ -327,15 +339,31 @@ def _union(
     one: RowBlock | Whole,
     other: RowBlock | Whole,
     traits: Traits,
+    known: Known,
 ) -> RowBlock | Whole | None:
     """Return two neighbours as one piece, if that is cheaper; their strips begin at `at`."""
     both = one.rows + other.rows
     if both > max(HEIGHTS) or one.row + one.rows != other.row:
         return None
-    here = strips[at : at + both]
-    joined = _masked_whole(here, one.row, both, traits) or _row_block(here, one.row, both, traits)
-    cheaper = _cost(joined, traits) < _cost(one, traits) + _cost(other, traits)
-    return joined if cheaper else None
+    apart = _cost(one, traits) + _cost(other, traits)
+    pieces = _runs_of_rows(strips[at : at + both], one.row, both)
+    least = _least_cost(pieces, both, traits)
+    if least >= apart:
+        return None
+    joined: RowBlock | Whole | None = None
+    if least < STEP_CELLS:  # not known to be a block
+        joined = _masked_whole(strips[at : at + both], one.row, both, traits)
+    if joined is None:
+        joined = _row_block(pieces, one.row, both, traits, known)
+    return joined if _cost(joined, traits) < apart else None
+
+
+def _least_cost(pieces: RunsOfRows, rows: int, traits: Traits) -> float:
+    """Return what a block of these rows costs at least; 0 where that takes more than a look."""
+    spans = seen_spans((0, n, runs) for _, n, runs in pieces)
+    start, stop, keys = spans[0][0], spans[-1][1], sum(b - a for a, b in spans)
+    wide = stop - start > SMALL or not (traits.wholes and traits.patterns)
+    return rows * keys * traits.matrices + STEP_CELLS if wide else 0.0
 
 
 def _cost(item: RowBlock | Whole, traits: Traits) -> float:

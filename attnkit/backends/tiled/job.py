@@ -18,7 +18,7 @@ import torch
 from attnkit.backends.base import stats_dtype
 from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.tiled.cells import TileCells
-from attnkit.backends.tiled.columns import Span, span_around
+from attnkit.backends.tiled.columns import Known, Span, span_around
 from attnkit.backends.tiled.items import Traits, items_of
 from attnkit.backends.tiled.schedule import Lane, RowBlock, Schedule, Tile, Whole
 from attnkit.backends.tiled.stacks import stacks
@@ -165,13 +165,14 @@ def schedule(request: Request, wholes: bool = True, apart: bool = False) -> Sche
         most = (DEVICE_CELLS, DEVICE_CELLS)
     known: dict[tuple[object, ...], tuple[RowBlock | Whole, ...]] = {}
     lanes: list[Lane] = []
+    chunks: Known = {}
     for lane, mask, seen in _lanes(request, apart):
         heads, batch = (b - a for a, b in (lane.heads, lane.batches))
         own = traits if mask.exact else traits._replace(wholes=False)
         own = own._replace(q_len=lane.lengths[0], seen=seen, matrices=heads * batch)
         key = (mask.outer.strips, own)
         if key not in known:
-            known[key] = items_of(*key)
+            known[key] = items_of(*key, chunks)
         tiled = (_shared(item, own, heads, batch, mask.exact, most) for item in known[key])
         if request.score_fn is not None:  # it may return -inf wherever it likes
             tiled = (_bare(item) for item in tiled)

@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 from attnkit.strips import Run
 
-__all__ = ["KeyChunk", "Lane", "Patch", "Pattern", "Piece", "RowBlock", "Schedule", "Tile", "Whole"]
+__all__ = [
+    "KeyChunk",
+    "Lane",
+    "Moving",
+    "Patch",
+    "Pattern",
+    "Piece",
+    "RowBlock",
+    "Schedule",
+    "Tile",
+    "Whole",
+]
 
 
 class Piece(NamedTuple):
