@@ -255,6 +255,27 @@ def last_is_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("ijbn,jbnd->ibnd", weights, value)
 
 
+def stabilised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """CogView: the largest score of each row is taken off before a scale."""
+    scores = (query @ key.mT) / 4
+    return ((scores - scores.amax(dim=-1).unsqueeze(-1)) * 4).softmax(-1) @ value
+
+
+def emptied(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Weights are set to 0 where scores were masked, and in rows."""
+    scores = (query @ key.mT).masked_fill(BANNED, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(BANNED.clone(), 0.0)
+    return weights.masked_fill(torch.arange(S).view(S, 1) == 2, 0.0) @ value
+
+
+def listed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Operands of einsum in a list; what comes out is written to."""
+    weights = torch.einsum("bhqd,bhkd->bhqk", [query, key]).softmax(-1)
+    out = torch.einsum("bhqk,bhkd->bhqd", [weights, value])
+    out += 1.0
+    return out
+
+
 ODD: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "windows": (windows, (4, N, S, D), (4, N, S, D)),
     "decomposed": (decomposed, (4, N, 6, D), (4, N, 6, D)),
@@ -262,6 +283,9 @@ ODD: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] =
     "three axes": (three_axes, (4, D, S), (4, D, T)),
     "many queries": (many_queries, (4, N, S, D), (4, T, D)),
     "positions first": (last_is_queries, (S, B, N, D), (T, B, N, D)),
+    "stabilised": (stabilised, (B, N, S, D), (B, N, T, D)),
+    "emptied": (emptied, (B, N, S, D), (B, N, T, D)),
+    "listed": (listed, (B, N, S, D), (B, N, T, D)),
     "one query": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (B, N, 1, D), (B, N, T, D)),
     "one key": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (B, N, S, D), (B, N, 1, D)),
     "one of all": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (1, 1, 1, D), (1, 1, 1, D)),
@@ -314,6 +338,10 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
     "softmax of half": (
         lambda q, k, v: (q @ k.mT).view(B, N, S * T, 1).softmax(-2).view(B, N, S, T) @ v,
         "not over the keys",
+    ),
+    "the largest": (
+        lambda q, k, v: (lambda s: s / s.amax(-1, keepdim=True))(q @ k.mT).softmax(-1) @ v,
+        "follows from scores",
     ),
     "unmasked weights": (
         lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(BANNED, 0.0) @ v,

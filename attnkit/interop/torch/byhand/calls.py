@@ -195,6 +195,7 @@ def _terms(
     dense: list[Tensor] = []
     for hole in reading.holes:
         masks.append(_hole(hole, plane, read))
+    excluded = list(masks)
     for term in reading.terms:
         mask, bias = _term(term, plane, read)
         if mask is not None:
@@ -203,6 +204,7 @@ def _terms(
             biases.append(bias)
         elif bias is not None:
             dense.append(bias.tensor)
+    _check_empty(reading, plane, read, excluded)
     if dense:
         total = reduce(add, (t[(None,) * (4 - t.ndim)] for t in dense))
         rows, keys = plane.shape[2:]
@@ -218,6 +220,15 @@ def _hole(hole: Hole, plane: _Plane, read: Reader) -> Mask:
     if hole.value > EXCLUDES:
         raise NotAttention("a number that excludes cells was made smaller after it was set")
     return read(_full_keys(plane.tensor(hole.labelled), plane), hole.keep).mask
+
+
+def _check_empty(reading: Reading, plane: _Plane, read: Reader, masks: list[Mask]) -> None:
+    """Raise where weights are set to 0 that are not masked already; whole rows may be."""
+    for one in reading.empty:
+        if any(axis in plane.groups[3] for axis in one.labelled.axes):
+            kept = read(plane.tensor(one.labelled), one.keep).mask
+            if kept not in masks:
+                raise NotAttention("weights are set to 0 that were not masked")
 
 
 def _full_keys(tensor: Tensor, plane: _Plane) -> Tensor:
@@ -262,13 +273,18 @@ def _finish(
     if sorted(flat) != sorted(order):
         raise NotAttention("the product of weights and values sums more than the keys")
     shape = [prod(sizes[axis] for axis in group) for group in wanted]
-    gain, gains, empty = reading.gain, reading.gains, reading.empty
+    gain, gains = reading.gain, reading.gains
+    rows = [
+        ~plane.tensor(one.labelled) if one.keep else plane.tensor(one.labelled)
+        for one in reading.empty
+        if not any(axis in plane.groups[3] for axis in one.labelled.axes)
+    ]
 
     def finish(output: Tensor) -> Tensor:
         for one in gains:
             output = (output * plane.tensor(one)).to(output.dtype)
-        for one in empty:
-            output = output.masked_fill(plane.tensor(one), 0.0)
+        for row in rows:
+            output = output.masked_fill(row, 0.0)
         if gain != 1:
             output = output * gain
         if flat == order:

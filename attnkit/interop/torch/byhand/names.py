@@ -28,6 +28,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "where": (torch.where, T.where),
     "maximum": (torch.max, T.max, torch.maximum, T.maximum),
     "clamp": (torch.clamp, T.clamp, T.clamp_, torch.clip, T.clip, torch.clamp_min, T.clamp_min),
+    "largest": (torch.amax, T.amax),
     "tanh": (torch.tanh, T.tanh, T.tanh_, F.tanh),
     "cast": (T.to, T.type, T.type_as, T.float, T.half, T.bfloat16, T.double),
     "same": (T.contiguous, T.clone, torch.clone),

@@ -61,21 +61,24 @@ class Reading:
     holes: list[Hole] = field(default_factory=list)
     sets: list[tuple[Mask, list[list[int]]]] = field(default_factory=list)
     shifted: bool = False
+    shifts: list[Labelled] = field(default_factory=list)
     keys: str | None = None
     dropout: float = 0.0
     gain: float = 1.0
     gains: list[Labelled] = field(default_factory=list)
-    empty: list[Labelled] = field(default_factory=list)
+    empty: list[Hole] = field(default_factory=list)
 
     @property
     def masked(self) -> bool:
         """Whether some cells may take no part already."""
         return bool(self.holes or self.sets or self.terms)
 
-    def operand(self, value: Any) -> float | Tensor:
+    def operand(self, value: Any) -> float | Tensor | Recorded:
         """Return a factor or summand as a number where it is one that can be known."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
+        if isinstance(value, Recorded):
+            return value
         if not isinstance(value, Tensor):
             raise NotAttention(f"the scores meet {type(value).__name__}")
         found = self.number(value)
@@ -83,8 +86,10 @@ class Reading:
 
     # -- what is done to scores ----------------------------------------------------------
 
-    def multiply(self, value: float | Tensor) -> None:
+    def multiply(self, value: float | Tensor | Recorded) -> None:
         """Multiply the scores, or the weights."""
+        if isinstance(value, Recorded):
+            raise NotAttention("scores are multiplied by what follows from scores")
         if isinstance(value, Tensor):
             self._fold(value)
         elif self.keys is not None:
@@ -117,12 +122,15 @@ class Reading:
         for term in self.terms:
             term.folds.append(labelled)
 
-    def add(self, value: float | Tensor, sign: float) -> None:
+    def add(self, value: float | Tensor | Recorded, sign: float) -> None:
         """Add to the scores."""
         if self.keys is not None:
             raise NotAttention("something is added to the weights")
         if not isinstance(value, Tensor):
-            self.shifted = True  # the same for all keys: the softmax does not see it
+            # What is the same for all keys of a row, the softmax does not see.
+            self.shifted = True
+            if isinstance(value, Recorded):
+                self.shifts.append(self.axes.label(value.stand_in))
             return
         lifted = getattr(value, "lifted", None)
         if isinstance(lifted, Lifted) and sign > 0:
@@ -144,22 +152,19 @@ class Reading:
         labelled = self.axes.label(where)
         if self.keys is not None:
             self._empty(labelled, number, keep)
-        elif isinstance(number, Tensor) or number > EXCLUDES:
+        elif not isinstance(number, float) or number > EXCLUDES:
             raise NotAttention("scores are set to a number that does not exclude them")
         else:
             self.holes.append(Hole(labelled, keep, number))
 
-    def _empty(self, labelled: Labelled, number: float | Tensor, keep: bool) -> None:
+    def _empty(self, labelled: Labelled, number: Any, keep: bool) -> None:
         if number != 0 or isinstance(number, Tensor):
             raise NotAttention("weights are set to another number than 0")
         if any(hole.keep == keep and _same(hole.labelled, labelled) for hole in self.holes):
             return  # these weights are 0
-        if any(self.axes.sides[one] == self.keys for one in labelled.axes):
-            raise NotAttention("weights are set to 0 that were not masked")
-        self.empty.append(labelled if not keep else Labelled(~labelled.tensor, list(labelled.axes)))
-        self.axes.known.append(self.empty[-1])
+        self.empty.append(Hole(labelled, keep, 0.0))
 
-    def bound(self, low: float | Tensor | None) -> None:
+    def bound(self, low: Any) -> None:
         """Take the maximum with a number; only one that excludes leaves the weights alone."""
         if self.keys is not None or not isinstance(low, float) or low > EXCLUDES:
             raise NotAttention("scores are bounded from below")
@@ -171,6 +176,8 @@ class Reading:
         over = self.axes.dims[dim]
         for side in ("second", "first"):
             if over == self.axes.of_side(side):
+                if any(one in shift.axes for shift in self.shifts for one in over):
+                    raise NotAttention("scores are shifted by what differs from key to key")
                 self.keys = side
                 return
         raise NotAttention("the softmax is not over the keys")
@@ -278,6 +285,8 @@ def _read_one(reading: Reading, record: Recorded) -> None:
         if place or "rounding_mode" in record.kwargs:
             raise NotAttention("something is divided by the scores")
         divisor = reading.operand(other)
+        if isinstance(divisor, Recorded):
+            raise NotAttention("scores are divided by what follows from scores")
         reading.multiply(divisor.reciprocal() if isinstance(divisor, Tensor) else 1.0 / divisor)
     elif name in ("reshape", "same"):
         reading.axes.reshape(record.stand_in.shape)
@@ -347,11 +356,16 @@ def _nan_to_num(reading: Reading, record: Recorded) -> None:
         raise NotAttention("NaN weights become another number than 0")
 
 
+def _largest(reading: Reading, record: Recorded) -> None:
+    raise NotAttention("the largest score of a row is more than a shift")
+
+
 _LESS_COMMON: dict[str, Callable[[Reading, Recorded], None]] = {
     "masked_fill": _fill,
     "where": _where,
     "maximum": _maximum,
     "clamp": _clamp,
+    "largest": _largest,
     "tanh": lambda reading, _: reading.cap_scores(),
     "cast": lambda reading, _: None,
     "softmax": _softmax,

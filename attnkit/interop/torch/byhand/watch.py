@@ -99,6 +99,9 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """See one call of torch."""
         kwargs = kwargs or {}
+        if func is torch.einsum and len(args) == 2 and isinstance(args[1], list | tuple):
+            args = (args[0], *args[1])
+            types = {type(one) for one in args}
         if Deferred not in types:
             return self._plain(func, args, kwargs)
         if func in ASKS:
@@ -167,9 +170,9 @@ class Watch(TorchFunctionMode):
                 return None
             func = OUT_OF_PLACE.get(func, func)
             kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-        elif name in ("add", "sub", "mul") and len(args) == 2 and isinstance(first, Deferred):
+        if name in ("add", "sub", "mul") and len(args) == 2 and isinstance(first, Deferred):
             other = args[1]
-            if isinstance(other, Deferred):
+            if isinstance(other, Deferred) and other.shape[-1] != 1:
                 args = (first, other.record.compute())
         try:
             made = deferred(name, func, args, kwargs, self._told)
@@ -198,7 +201,9 @@ class Watch(TorchFunctionMode):
             self.spot.left[str(reason)] += 1
             return _quietly(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            return call.finish(self.spot.run(call)).to(call.dtype)
+            found = call.finish(self.spot.run(call)).to(call.dtype)
+            # Its gradient needs it as it is, and a product's does not: one may write to that.
+            return found.clone() if found.requires_grad else found
 
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         product, first, second = product_of(name, args, kwargs)
