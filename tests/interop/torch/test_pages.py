@@ -1,0 +1,31 @@
+"""The pages about torch's own attention: their code runs, and prints what it promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.test_readme import ROOT, run_blocks
+
+FOLDER = ROOT / "docs" / "coming-from"
+PAGES = ("sdpa", "multihead-attention")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*")
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_does_what_it_says(name: str) -> None:
+    text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    with torch.enable_grad():
+        pairs = run_blocks(text)
+    assert pairs
+    for promised, printed in pairs:
+        assert printed.splitlines() == promised.splitlines()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (FOLDER / target).exists(), target
