@@ -14,7 +14,7 @@ from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Block
 from attnkit.pse import PerCell, PerKey, Pse
 
-__all__ = ["by_diagonal", "call_bias", "constants", "numbers_of", "stored"]
+__all__ = ["by_diagonal", "call_bias", "constants", "looked_up", "numbers_of", "stored"]
 
 
 def call_bias(
@@ -98,6 +98,12 @@ def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torc
     if isinstance(part.structure, PerKey):  # every row is the same: one is enough
         tensor = tensor[..., None, :]
     return tensor[(None,) * (4 - tensor.ndim)]
+
+
+def looked_up(part: Pse, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return an indexed bias as entries ``[1 | n, entries]`` and their index ``[1 | b, i, j]``."""
+    table, index = part.tensors
+    return table.to(dtype).t().contiguous(), index if index.ndim == 3 else index[None]
 
 
 def by_diagonal(

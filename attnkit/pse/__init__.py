@@ -15,8 +15,18 @@ from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.composite import Cut, Sum
 from attnkit.pse.parse import parse
-from attnkit.pse.structure import Linear, PerCell, PerKey, Root, Stepped, Structure, Toeplitz
+from attnkit.pse.structure import (
+    Indexed,
+    Linear,
+    PerCell,
+    PerKey,
+    Root,
+    Stepped,
+    Structure,
+    Toeplitz,
+)
 from attnkit.pse.t5_relative import T5Relative, t5_bucket
+from attnkit.pse.table import Table
 from attnkit.pse.tensors import Dense, KeyBias
 
 __all__ = [
@@ -26,6 +36,7 @@ __all__ = [
     "ByDistance",
     "Cut",
     "Dense",
+    "Indexed",
     "KeyBias",
     "LearnableALiBi",
     "Linear",
@@ -40,6 +51,7 @@ __all__ = [
     "Structure",
     "Sum",
     "T5Relative",
+    "Table",
     "Toeplitz",
     "parse",
     "press_slopes",

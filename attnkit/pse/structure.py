@@ -18,6 +18,7 @@ from attnkit.masks.base import Align
 
 __all__ = [
     "Align",
+    "Indexed",
     "Linear",
     "OfDistance",
     "PerCell",
@@ -93,6 +94,19 @@ class PerCell:
 
 
 @dataclass(frozen=True)
+class Indexed:
+    """``bias[b, h, i, j] = tensor[index[b, i, j], h]``, the index the second of its tensors.
+
+    Either may have one column, or batch element, for all.
+
+    >>> import torch
+    >>> from attnkit.pse import Table
+    >>> Table(torch.zeros(3, 2), torch.zeros(4, 4, dtype=torch.int64)).structure
+    Indexed()
+    """
+
+
+@dataclass(frozen=True)
 class Stepped:
     """``bias[h, i, j] = tensor[rows[k], h]`` where ``starts[k] <= j - i' < starts[k + 1]``.
 
@@ -137,4 +151,4 @@ def sum_of_steps(parts: Sequence[Stepped]) -> tuple[Stepped, tuple[tuple[int, ..
 OfDistance = Toeplitz | Linear | Root | Stepped
 """The structures of a bias that depends on the distance ``j - i'`` and the head alone."""
 
-Structure = OfDistance | PerKey | PerCell
+Structure = OfDistance | PerKey | Indexed | PerCell

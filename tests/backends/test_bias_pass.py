@@ -43,6 +43,14 @@ def dense(*shape: int, **rest: Any) -> pse.Pse:
     return pse.Dense(parameter(*shape, LENGTH, LENGTH), **rest)
 
 
+def places(*shape: int) -> Tensor:
+    return torch.randint(30, (*shape, LENGTH, LENGTH))
+
+
+def table(*shape: int) -> pse.Pse:
+    return pse.Table(parameter(30, HEADS), places(*shape))
+
+
 def t5() -> pse.Pse:
     return wide(pse.T5Relative(HEADS, 8, 12, bidirectional=True))
 
@@ -59,6 +67,9 @@ BIASES: dict[str, Callable[[], pse.Pse]] = {
     "dense, and constant slopes": lambda: dense(HEADS) + pse.ALiBi(HEADS),
     "dense, and steps": lambda: dense(1, HEADS) + t5(),
     "two that are dense": lambda: dense(BATCH, 1) + dense(HEADS, before_scale=True),
+    "table": lambda: table(),
+    "table per batch": lambda: table(BATCH),
+    "table of one column": lambda: pse.Table(parameter(30, 1), places()) + dense(BATCH, 1),
     "steps": t5,
     "slopes": alibi,
     "keys": lambda: pse.KeyBias(parameter(BATCH, HEADS, LENGTH)),
@@ -127,7 +138,8 @@ def gradients(found: Any, leaves: list[Tensor]) -> list[Tensor]:
 def check(bias: pse.Pse, leaves: list[Tensor], plan: Plan | None = None, **rest: Any) -> Plan:
     """The pass gives what the reference does, in float64."""
     request = request_of(bias, leaves, **rest)
-    plan, every = plan or passed(request), [*leaves, *bias.tensors]
+    trained = [tensor for tensor in bias.tensors if tensor.requires_grad]
+    plan, every = plan or passed(request), [*leaves, *trained]
     given = Operands(*leaves[:3], bias, leaves[3] if leaves[3:] else None)
     meant = gradients(run_plan(Plan("reference", request), given), every)
     for one, other in zip(gradients(run_plan(plan, given), every), meant, strict=True):

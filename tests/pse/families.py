@@ -179,6 +179,16 @@ def tables(*given: object, **named: object) -> Callable[[], pse.Pse]:
     return make
 
 
+def places(*shape: int) -> Tensor:
+    """Return entries of a table of seven, one of which nothing looks up."""
+    return (torch.arange(math.prod(shape)) * 7919 % 997 % 6).view(shape)
+
+
+def looked_up(p: pse.Table, b: int, h: int, i: int, j: int, q: int, kv: int) -> float:
+    index = p.index if p.index.ndim == 3 else p.index[None]
+    return p.table[index[b % len(index), i, j], h % p.table.shape[1]]
+
+
 SLOPES = (0.5, -0.25)
 ROOT = partial(sloped, "slopes", math.sqrt)
 LINE, TRAINED = partial(sloped, "slopes", float), partial(sloped, "weight", float)
@@ -205,6 +215,11 @@ FAMILIES = {
     "keys per head": Family(lambda: pse.KeyBias(nn.Parameter(numbers(HEADS, KV))), key_entry),
     "keys of both": Family(lambda: pse.KeyBias(numbers(BATCH, HEADS, KV)), key_entry),
     "keys of a batch": Family(lambda: pse.KeyBias(numbers(BATCH, 1, KV)), key_entry),
+    "table": Family(lambda: pse.Table(nn.Parameter(numbers(7, HEADS)), places(Q, KV)), looked_up),
+    "table of one column": Family(lambda: pse.Table(numbers(7, 1), places(1, Q, KV)), looked_up),
+    "table of a batch": Family(
+        lambda: pse.Table(nn.Parameter(numbers(7, HEADS)), places(BATCH, Q, KV).int()), looked_up
+    ),
     "sum": Family(lambda: tables()() + pse.ALiBi(HEADS), summed),
     "cut": Family(lambda: Waves().cut((2, 6), (1, 6), q_len=7, kv_len=9), cut_waves),
     "cut of slopes": Family(

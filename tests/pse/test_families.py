@@ -31,9 +31,12 @@ def by_formula(family: Family, bias: pse.Pse, q_len: int, kv_len: int) -> Tensor
 
 
 def wide(bias: pse.Pse) -> pse.Pse:
-    """Return the bias with its tensors in float64, so that nothing is rounded."""
-    twins = (t.detach().double().requires_grad_(t.requires_grad) for t in bias.tensors)
-    return rebound(bias, list(twins))
+    """Return the bias with its numbers in float64, so that nothing is rounded."""
+    twins = [
+        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for t in bias.tensors
+    ]
+    return rebound(bias, twins)
 
 
 @EVERY
@@ -85,7 +88,7 @@ def test_distances_are_those_of_the_cells(family: Family) -> None:
             found = bias.diagonals(q_len, kv_len, **WIDE)
             order = torch.arange(kv_len) - torch.arange(q_len)[:, None] + q_len - 1
             assert torch.equal(found[:, order], whole)
-    other = pse.PerKey | pse.PerCell | None
+    other = pse.PerKey | pse.Indexed | pse.PerCell | None
     assert bias.toeplitz == (not any(isinstance(part.structure, other) for part in bias.parts))
 
 
@@ -122,7 +125,7 @@ def test_it_is_a_value(family: Family) -> None:
     assert bias != "bias"
     for k in range(len(bias.tensors)):
         other = bias.copy()
-        other.tensors[k].data += 1.0
+        other.tensors[k].data += 1
         assert other != bias
         assert other.key() == bias.key()
 

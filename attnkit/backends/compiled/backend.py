@@ -20,7 +20,7 @@ from attnkit.backends.base import (
     untransformed,
 )
 from attnkit.backends.compiled.library import KINDS, Library
-from attnkit.backends.compiled.table import Table, table_of
+from attnkit.backends.compiled.table import TileTable, table_of
 from attnkit.backends.graph import run_held
 from attnkit.backends.rows import maxima
 from attnkit.backends.tiled.passes import sink_gradient
@@ -42,7 +42,7 @@ class CompiledPlan(Plan):
     """A plan with its table of keys; a copy in another process makes it again."""
 
     @cached_property
-    def table(self) -> Table:
+    def table(self) -> TileTable:
         """Which keys each row reads."""
         return table_of(self.request, LIBRARY.height)
 
@@ -156,7 +156,7 @@ def _refusals(request: Request) -> list[tuple[str, str]]:
     return [(f"compiled-{code}", reason) for code, reason in found]
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: Plan) -> TileTable:
     return plan.table if isinstance(plan, CompiledPlan) else table_of(plan.request, LIBRARY.height)
 
 

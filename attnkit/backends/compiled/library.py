@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.backends.compiled.table import Table
+from attnkit.backends.compiled.table import TileTable
 from attnkit.errors import BackendRefused, Refusal
 
 __all__ = ["KINDS", "Library"]
@@ -106,7 +106,7 @@ class Library:
 
     def run(
         self,
-        table: Table,
+        table: TileTable,
         scale: float,
         tensors: dict[str, Tensor | None],
         parts: int = 0,

@@ -17,11 +17,11 @@ from attnkit.masks import Enclosure
 from attnkit.planner import Request
 from attnkit.strips import Run, Strip
 
-__all__ = ["Table", "table_of"]
+__all__ = ["TileTable", "table_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class TileTable:
     """Tiles, strips and runs; positions are those of the tensors, and of the tables here.
 
     The score matrix of batch element b and head h is ``matrix[b * heads + h]``, and its tiles are
@@ -36,7 +36,7 @@ class Table:
     runs: Tensor
 
 
-def table_of(request: Request, height: int) -> Table:
+def table_of(request: Request, height: int) -> TileTable:
     """Return the table of a request, in tiles of at most `height` rows."""
     planes = request.matrices.planes
     parts: list[tuple[list[int], list[Strip]]] = []
@@ -65,7 +65,7 @@ def _placed(plane: Iterable[Enclosure], origins: list[tuple[int, int]]) -> list[
     return strips
 
 
-def _table(matrix: list[int], parts: list[tuple[list[int], list[Strip]]], height: int) -> Table:
+def _table(matrix: list[int], parts: list[tuple[list[int], list[Strip]]], height: int) -> TileTable:
     tiles, first = [torch.empty(0, 4, dtype=torch.int64)], [0]
     strips: list[tuple[int, int, int, int]] = []
     runs: list[Run] = []
@@ -83,7 +83,7 @@ def _table(matrix: list[int], parts: list[tuple[list[int], list[Strip]]], height
         for i0, i1, found in own:
             strips.append((i0, i1, len(runs), len(runs) + len(found)))
             runs += found
-    return Table(
+    return TileTable(
         torch.tensor(matrix, dtype=torch.int32),
         torch.tensor(first, dtype=torch.int32),
         torch.cat(tiles).int().contiguous(),

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from attnkit.backends.biases import by_diagonal, numbers_of, stored
+from attnkit.backends.biases import by_diagonal, looked_up, numbers_of, stored
 from attnkit.backends.numbers import largest_bias, usable_cap
 from attnkit.masks.base import anchor
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
-from attnkit.pse import Pse, Root
+from attnkit.pse import Indexed, Pse, Root
 
 __all__ = ["ScoreMod", "score_function"]
 
@@ -73,6 +73,8 @@ def _term(part: Pse, known: BiasTerm, request: Request, device: torch.device) ->
         firsts = [1 - q_len - starts.get((q_len, kv), 0) for q_len, kv in request.sequences]
         per_head = (factor * numbers).expand(request.num_heads, -1)
         return _looked_up(per_head, _key_positions(request, firsts).to(device))
+    if isinstance(known.structure, Indexed):
+        return _entries(*looked_up(part, torch.float32), factor)
     return _read_off(stored(part, (request.q_len, request.kv_len), torch.float32, device), factor)
 
 
@@ -125,6 +127,19 @@ def _looked_up(by_distance: Tensor, first: Tensor) -> Term:
         return by_distance[h, (j - first[i]).clamp(0, last)]
 
     return term, "looked up"
+
+
+def _entries(table: Tensor, index: Tensor, factor: float) -> Term:
+    """Return ``factor * table[h, index[b, i, j]]``; axes of one entry are not indexed."""
+    shared = len(table) == 1, len(index) == 1
+    columns = table[0] if shared[0] else table
+    places = index[0] if shared[1] else index
+
+    def term(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at = places[i, j] if shared[1] else places[b, i, j]
+        return factor * (columns[at] if shared[0] else columns[h, at])
+
+    return term, ("entries", shared, factor)
 
 
 def _read_off(matrix: Tensor, factor: float) -> Term:

@@ -12,14 +12,23 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import gradients_of, recorded, stats_dtype
-from attnkit.backends.biases import by_diagonal, constants, stored
+from attnkit.backends.biases import by_diagonal, constants, looked_up, stored
 from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
-from attnkit.backends.tiled.terms import Carried, Diagonals, Distances, Ends, Lengths, Stored, Term
+from attnkit.backends.tiled.terms import (
+    Carried,
+    Diagonals,
+    Distances,
+    Ends,
+    Lengths,
+    LookedUp,
+    Stored,
+    Term,
+)
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
-from attnkit.pse import PerKey, Pse, Root
+from attnkit.pse import Indexed, PerKey, Pse, Root
 from attnkit.pse.base import rebound
 
 __all__ = ["Bias", "Bound", "bind", "with_tensors"]
@@ -56,6 +65,9 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
     if known.by_distance:
         numbers, starts = by_diagonal(request, part, wide, device)
         return Diagonals(numbers, factor, starts)
+    if isinstance(structure, Indexed):
+        entries, index = looked_up(part, wide)
+        return LookedUp(entries, factor, index)
     lengths = set(request.sequences)
     if len(lengths) == 1 or isinstance(structure, PerKey):
         return Stored(stored(part, request.sequences[0], wide, device), factor)

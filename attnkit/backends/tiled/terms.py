@@ -1,7 +1,8 @@
 """The addends of a bias, in the forms that the cells of a tile can be read from.
 
 A term is a formula (`Distances`), or it carries a tensor that its cells follow from: the cells
-themselves (`Stored`), or one number per distance (`Diagonals`). A carried tensor is
+themselves (`Stored`), a table that an index leads into (`LookedUp`), or one number per distance
+(`Diagonals`). A carried tensor is
 what the operator takes, and what gets a gradient, which is added up tile by tile.
 """
 
@@ -20,7 +21,16 @@ from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.masks.base import Align, anchor
 
-__all__ = ["Carried", "Diagonals", "Distances", "Ends", "Lengths", "Stored", "Term"]
+__all__ = [
+    "Carried",
+    "Diagonals",
+    "Distances",
+    "Ends",
+    "Lengths",
+    "LookedUp",
+    "Stored",
+    "Term",
+]
 
 Lengths = tuple[int, int]
 
@@ -114,6 +124,47 @@ class Stored(Carried):
             if tensor.shape[axis] == 1:
                 index[axis] = slice(None)
         return tensor[tuple(index)]
+
+
+@dataclass(frozen=True, eq=False)
+class LookedUp(Carried):
+    """A bias whose cells are entries ``[1 | n, entries]`` of a table, by ``[1 | b, i, j]``."""
+
+    index: Tensor
+
+    def put(
+        self, target: Tensor, step: Step, first: int, work: Workspace, ends: Ends, *, more: bool
+    ) -> None:
+        """Put the entries of the tile's cells."""
+        factor, most = ends
+        index = self._tile(step, first, target.shape[3])
+        entries = (self._heads_of(self.tensor, step) * factor).clamp_(-most, most)
+        found = entries.index_select(1, index.flatten())
+        cells = rearrange(found.view(-1, *index.shape), "h b i j -> b h i j")
+        if more:
+            target.add_(cells).clamp_(-most, most)
+        else:
+            target.copy_(cells)
+
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        """Add every cell to its entry, heads and batch elements that share one together."""
+        index, target = self._tile(step, first, part.shape[3]), self._heads_of(grad, step)
+        if len(index) == 1 < len(part):
+            part = part.sum(0, keepdim=True)
+        if len(target) == 1 < part.shape[1]:
+            part = part.sum(1, keepdim=True)
+        cells = rearrange(part, "b h i j -> h (b i j)")
+        target.index_add_(1, index.flatten(), cells.to(grad.dtype), alpha=self.factor)
+
+    def _tile(self, step: Step, first: int, count: int) -> Tensor:
+        """Return the index of the tile's cells, ``[1 | b, i, j]``."""
+        number = step.lane.matrix + step.batch - step.lane.batches[0]
+        batches = slice(number, number + step.batches) if len(self.index) > 1 else slice(None)
+        return self.index[batches, step.row : step.row + step.block.rows, first : first + count]
+
+    @staticmethod
+    def _heads_of(tensor: Tensor, step: Step) -> Tensor:
+        return tensor if len(tensor) == 1 else tensor.narrow(0, step.head, step.heads)
 
 
 @dataclass(frozen=True, eq=False)
