@@ -9,7 +9,7 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
-from attnkit.masks.foreign import Lifted, from_torch, from_transformers
+from attnkit.masks.foreign import Lifted, from_torch, from_transformers, from_xformers
 from attnkit.masks.keys import Keys
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
@@ -62,6 +62,7 @@ __all__ = [
     "from_token_types",
     "from_torch",
     "from_transformers",
+    "from_xformers",
     "lint_stack",
     "parse",
     "recover",

@@ -10,7 +10,7 @@ import torch
 from tests.test_readme import ROOT, run_blocks
 
 FOLDER = ROOT / "docs" / "coming-from"
-PAGES = ("flash-attn",)
+PAGES = ("flash-attn", "xformers")
 
 
 @pytest.mark.parametrize("name", PAGES)

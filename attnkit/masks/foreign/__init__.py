@@ -6,5 +6,6 @@ One file per library. Each reads objects by their structure and returns a `Lifte
 from attnkit.masks.foreign.lifted import Lifted
 from attnkit.masks.foreign.torch import from_torch
 from attnkit.masks.foreign.transformers import from_transformers
+from attnkit.masks.foreign.xformers import from_xformers
 
-__all__ = ["Lifted", "from_torch", "from_transformers"]
+__all__ = ["Lifted", "from_torch", "from_transformers", "from_xformers"]
