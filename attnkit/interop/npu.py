@@ -38,6 +38,7 @@ __all__ = [
     "npu_fusion_attention",
     "npu_fusion_attention_v2",
     "read_call",
+    "run_call",
 ]
 
 Ints = Sequence[int] | Tensor
@@ -81,7 +82,7 @@ def npu_fusion_attention(
     >>> npu_fusion_attention(x, x, x, 2, "BSND", scale=0.25)[0].shape
     torch.Size([1, 6, 2, 16])
     """
-    return _run(dict(locals()), "v1")
+    return run_call(dict(locals()), "v1")
 
 
 def npu_fusion_attention_v2(
@@ -125,7 +126,7 @@ def npu_fusion_attention_v2(
     >>> npu_fusion_attention_v2(x, x, x, 2, "BSND", scale=0.25, pse=slopes, pse_type=2)[0].shape
     torch.Size([1, 6, 2, 16])
     """
-    return _run(dict(locals()), "v2")
+    return run_call(dict(locals()), "v2")
 
 
 def mindspeed_npu_fusion_attention(
@@ -161,7 +162,7 @@ def mindspeed_npu_fusion_attention(
     >>> mindspeed_npu_fusion_attention(x, x, x, 2, "SBH", scale=0.25).attention_out.shape
     torch.Size([6, 1, 32])
     """
-    return _run(dict(locals()), "mindspeed")
+    return run_call(dict(locals()), "mindspeed")
 
 
 def read_call(
@@ -283,7 +284,8 @@ class FusedResult(Sequence[Any]):
         return (getattr(self, name) for name in self.names)
 
 
-def _run(given: dict[str, Any], version: str) -> FusedResult:
+def run_call(given: dict[str, Any], version: str) -> FusedResult:
+    """Read a call that was given by name, and run it as planned."""
     ours = _as_ours(given)
     reading = read(ours, version)
     for found in reading.findings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from attnkit.errors import KernelContractError
 from attnkit.geometry import Region
 from attnkit.interop.npu_biases import bias_of
 from attnkit.kernel import KernelCall
-from attnkit.kernel.given import checked_call
+from attnkit.kernel.call_tensors import check_devices
+from attnkit.kernel.given import described
+from attnkit.kernel.launch import device_product
 from attnkit.kernel.legality import Target, Violation, contract_error, violations
 from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.sizes import UNBOUNDED
@@ -125,28 +127,52 @@ def read(given: Mapping[str, Any], version: str) -> CallReading:
 
     Raises `KernelContractError` for what the op rejects, and for what is not defined.
     """
-    call, tensors = checked_call({**given, "allow_silent": True})
+    call = described(given)
+    tensors = {name: given[name] for name in _TENSORS}
+    check_devices(tensors)
+    mask, pse, sink = (tensors[name] for name in ("atten_mask", "pse", "sink"))
+    on = _target(tensors, version)
+    _refuse(_broken(call, on))
+    # Content is looked at last: it makes sense only for shapes that are in order.
+    broken = _broken(call, replace(on, mask=mask_facts(call, mask)))
+    _refuse(broken)
     if call.dropout_mask is not None:
         raise KernelContractError(
             "dropout_mask says which weights are dropped, and a planned call draws its own; "
             "attnkit.fusion_attention takes it",
             ["dropout-mask"],
         )
-    mask, pse = tensors["atten_mask"], tensors["pse"]
-    facts = mask_facts(call, mask)
-    learns = pse is not None and pse.requires_grad and torch.is_grad_enabled()
-    silent = _silent(call, Target(version, "emulator", False, learns, facts))
-    undefined = [found for found in silent if found.code in _UNDEFINED]
-    if undefined:
-        raise contract_error(undefined)
     cells, seqlens = _cells(call, mask)
-    said = _said(call, cells)
-    findings = (*map(_as_finding, silent), *_hints(call, cells, pse))
-    return CallReading(call, cells, bias_of(call, pse), seqlens, tensors["sink"], said, findings)
+    said, hints = _told(call, cells)
+    findings = (*map(_as_finding, broken), *hints)
+    return CallReading(call, cells, bias_of(call, pse), seqlens, sink, said, findings)
 
 
-def _silent(call: KernelCall, on: Target) -> list[Violation]:
-    return [found for found in violations(call, on) if found.layer == "silent"]
+_TENSORS = ("query", "key", "value", "atten_mask", "pse", "sink", "dropout_mask")
+
+
+def _target(tensors: Mapping[str, Any], version: str) -> Target:
+    """Return what the rules go by beside the call."""
+    device = tensors["query"].device
+    wanting = [
+        name
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    ]
+    product = device_product(device) if device.type == "npu" else "emulator"
+    return Target(version, product, bool(set(wanting) - {"pse"}), "pse" in wanting)
+
+
+@constant
+def _broken(call: KernelCall, on: Target) -> tuple[Violation, ...]:
+    return violations(call, on)
+
+
+def _refuse(broken: tuple[Violation, ...]) -> None:
+    """Raise for what the op rejects, and for what is not defined."""
+    bad = [found for found in broken if found.layer != "silent" or found.code in _UNDEFINED]
+    if bad:
+        raise contract_error(bad)
 
 
 def _as_finding(found: Violation) -> Finding:
@@ -284,7 +310,12 @@ def _width(call: KernelCall) -> str:
     return f": {call.pre_tokens + call.next_tokens + 1} keys"
 
 
-def _hints(call: KernelCall, mask: Mask, pse: Tensor | None) -> list[Finding]:
+@constant
+def _told(call: KernelCall, mask: Mask) -> tuple[str, tuple[Finding, ...]]:
+    return _said(call, mask), tuple(_hints(call, mask))
+
+
+def _hints(call: KernelCall, mask: Mask) -> list[Finding]:
     """Return where a legal call computes something else than one usually means by it."""
     found = [*_about_windows(call), *_about_polarity(call, mask)]
     if call.scale == 1.0 and call.head_dim > 1:
@@ -296,7 +327,7 @@ def _hints(call: KernelCall, mask: Mask, pse: Tensor | None) -> list[Finding]:
                 f"pass scale={call.head_dim**-0.5:.6g} unless the query is scaled already",
             )
         )
-    if pse is not None and call.pse_type == 1 and call.scale != 1.0:
+    if call.pse is not None and call.pse_type == 1 and call.scale != 1.0:
         found.append(
             Finding(
                 "pse-is-scaled",

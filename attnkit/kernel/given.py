@@ -18,7 +18,7 @@ from attnkit.kernel.mask_facts import mask_facts
 from attnkit.kernel.rules.shapes import argument_type
 from attnkit.kernel.sizes import TensorSpec
 
-__all__ = ["checked_call"]
+__all__ = ["checked_call", "described"]
 
 _REQUIRED = ("query", "key", "value")
 _OPTIONAL = ("pse", "atten_mask", "sink", "dropout_mask")
@@ -34,7 +34,7 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
     alone have a "dy".
     """
     results = {name: given[name] for name in _RESULTS if "dy" in given}
-    call = _described(given)
+    call = described(given)
     for name in (*results, *(["softmax_in"] if given.get("softmax_in") is not None else [])):
         TensorSpec.of(given[name], name)
     tensors = {name: given.get(name) for name in (*_REQUIRED, *_OPTIONAL)}
@@ -47,7 +47,7 @@ def checked_call(given: Mapping[str, Any]) -> tuple[KernelCall, dict[str, Any]]:
     return call, tensors
 
 
-def _described(given: Mapping[str, Any]) -> KernelCall:
+def described(given: Mapping[str, Any]) -> KernelCall:
     """Make the record; parameters that are not fields of it are left aside."""
     arguments: dict[str, Any] = {}
     for name in (f.name for f in fields(KernelCall) if f.name in given):
