@@ -1,4 +1,4 @@
-"""Call sites of the fused kernel: ``torch_npu.npu_fusion_attention``, its v2, and MindSpeed's.
+"""Call sites of the fused kernel: ``torch_npu.npu_fusion_attention`` and its v2.
 
     from attnkit.interop.npu import npu_fusion_attention      # was: torch_npu.npu_fusion_attention
 
@@ -10,7 +10,7 @@ parts included, is `attnkit.fusion_attention`.
 
 Rows without a key are 0, where the op gives some of them the mean of all values.
 
-Sources: op-plugin's schemas 5.0.0 to 26.1.0, MindSpeed's mindspeed/ops/fusion_attention_v2.py.
+Source: op-plugin's schemas of releases 5.0.0 to 26.1.0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from attnkit.kernel.stats import pack_stats
 __all__ = [
     "CallReading",
     "FusedResult",
-    "mindspeed_npu_fusion_attention",
     "npu_fusion_attention",
     "npu_fusion_attention_v2",
     "read_call",
@@ -127,42 +126,6 @@ def npu_fusion_attention_v2(
     torch.Size([1, 6, 2, 16])
     """
     return run_call(dict(locals()), "v2")
-
-
-def mindspeed_npu_fusion_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    input_layout: str,
-    *,
-    pse: Tensor | None = None,
-    padding_mask: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale: float = 1.0,
-    keep_prob: float = 1.0,
-    pre_tokens: int = UNBOUNDED,
-    next_tokens: int = UNBOUNDED,
-    inner_precise: int = 0,
-    prefix: Ints | None = None,
-    actual_seq_qlen: Ints | None = None,
-    actual_seq_kvlen: Ints | None = None,
-    sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
-    pse_type: int = 1,
-    q_start_idx: Ints | None = None,
-    kv_start_idx: Ints | None = None,
-) -> FusedResult:
-    """Attend as ``mindspeed.ops.fusion_attention_v2.npu_fusion_attention`` does.
-
-    With `keep_prob` below 1 there is dropout here; MindSpeed's own binding loses it.
-
-    >>> x = torch.randn(6, 1, 32)
-    >>> mindspeed_npu_fusion_attention(x, x, x, 2, "SBH", scale=0.25).attention_out.shape
-    torch.Size([6, 1, 32])
-    """
-    return run_call(dict(locals()), "mindspeed")
 
 
 def read_call(

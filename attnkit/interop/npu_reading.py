@@ -129,7 +129,7 @@ def read(given: Mapping[str, Any], version: str) -> CallReading:
     """
     call = described(given)
     tensors = {name: given[name] for name in _TENSORS}
-    check_devices(tensors)
+    check_devices({n: t for n, t in tensors.items() if t is not None and not t.is_meta})
     mask, pse, sink = (tensors[name] for name in ("atten_mask", "pse", "sink"))
     on = _target(tensors, version)
     _refuse(_broken(call, on))

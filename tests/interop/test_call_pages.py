@@ -10,7 +10,7 @@ import torch
 from tests.test_readme import ROOT, run_blocks
 
 FOLDER = ROOT / "docs" / "coming-from"
-PAGES = ("flash-attn", "xformers")
+PAGES = ("flash-attn", "mindspore", "npu-fusion-attention", "xformers")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.errors import KernelContractError, KernelContractTypeError
-from attnkit.interop import npu
+from attnkit.errors import CompositionError, KernelContractError, KernelContractTypeError
+from attnkit.interop import mindspeed, npu
 from tests.interop.formulas import near, softmax_attention
 from tests.interop.test_flash_attn import drawn
 
@@ -147,7 +147,7 @@ def test_every_bias(q_len: int, kv_len: int) -> None:
         if starts and kind in (0, 1):
             continue
         named = {} if starts is None else {"q_start_idx": [starts[0]], "kv_start_idx": [starts[1]]}
-        found = npu.mindspeed_npu_fusion_attention(
+        found = mindspeed.npu_fusion_attention(
             *(q, k, v, HEADS, "BNSD"),
             pse=pse,
             pse_type=kind,
@@ -433,13 +433,14 @@ def test_names_order_and_defaults() -> None:
         "atten_mask query_rope key_rope scale keep_prob pre_tokens next_tokens inner_precise "
         "prefix actual_seq_qlen actual_seq_kvlen sparse_mode gen_mask_parallel sync pse_type "
         "q_start_idx kv_start_idx softmax_layout sink dropout_mask seed offset",
-        "mindspeed_npu_fusion_attention": "query key value head_num input_layout * pse "
+        "mindspeed": "query key value head_num input_layout * pse "
         "padding_mask atten_mask scale keep_prob pre_tokens next_tokens inner_precise prefix "
         "actual_seq_qlen actual_seq_kvlen sparse_mode gen_mask_parallel sync pse_type q_start_idx "
         "kv_start_idx",
     }
     for name, text in recorded.items():
-        found = inspect.signature(getattr(npu, name)).parameters
+        call = mindspeed.npu_fusion_attention if name == "mindspeed" else getattr(npu, name)
+        found = inspect.signature(call).parameters
         positional, _, by_name = text.partition(" * ")
         assert list(found) == [*positional.split(), *by_name.split()]
         kinds = {p.kind for n, p in found.items() if n in by_name.split()}
@@ -455,4 +456,38 @@ def test_dropout_acts_and_mindspeed_s_is_told() -> None:
     whole = npu.npu_fusion_attention(x, x, x, 2, "BSND", scale=0.3)[0]
     assert not torch.allclose(one, whole)
     with pytest.warns(UserWarning, match="mindspeed-dropout"):
-        npu.mindspeed_npu_fusion_attention(x, x, x, 2, "BSND", keep_prob=0.5, scale=0.3)
+        mindspeed.npu_fusion_attention(x, x, x, 2, "BSND", keep_prob=0.5, scale=0.3)
+
+
+def megatron_softmax_mask(length: int, pre: int, ahead: int) -> Tensor:
+    """What MindSpeed draws without flash attention; True drops."""
+    ones = torch.ones(length, length).bool()
+    return ones.tril(-(pre + 1)) | ones.triu(ahead + 1)
+
+
+@pytest.mark.parametrize("length", [5, 8])
+def test_flags_of_training_scripts(length: int) -> None:
+    for pre, ahead in product((0, 2, 7, 65536), (0, 1, 9)):
+        named = {"seq_length": length, "pre_tockens": pre, "next_tockens": ahead}
+        plain = mindspeed.read_flags(**named).mask
+        drawn_mask = ~megatron_softmax_mask(length, pre, ahead)
+        assert torch.equal(plain.materialize(length, length)[0, 0], drawn_mask)
+        flash = mindspeed.read_flags(use_flash_attn=True, **named)
+        assert flash.mask == masks.Causal("top_left")
+        assert ("not read" in str(flash)) == (pre < length - 1)
+        how = {"use_flash_attn": True, "use_fusion_attn_v2": True, **named}
+        if pre >= length - 1:
+            assert mindspeed.read_flags(**how).mask == masks.Causal("top_left")
+        else:
+            with pytest.raises(CompositionError, match="as tiles fall"):
+                mindspeed.read_flags(**how)
+        assert mindspeed.read_flags(sparse_mode=1, **how).mask == masks.Causal("top_left")
+        for mode in (2, 3, 4, 6):
+            with pytest.raises(CompositionError):
+                mindspeed.read_flags(sparse_mode=mode, **how)
+    band = mindspeed.read_flags(
+        seq_length=2048, use_flash_attn=True, use_fusion_attn_v2=True, sparse_mode=4, pre_tockens=9
+    )
+    assert band.mask == masks.SlidingWindow(10)
+    with pytest.raises(CompositionError, match="from_torch"):
+        mindspeed.read_flags(seq_length=8, attention_mask_type="general")
