@@ -67,7 +67,9 @@ def memory_efficient_attention(
     >>> memory_efficient_attention(q, k, k, p=0.0, scale=0.5).shape
     torch.Size([2, 3, 4, 8])
     """
-    return _attend(_Call.of(query, key, value, attn_bias, p, scale, op, output_dtype), False)[0]
+    return _attend(
+        _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), False
+    )[0]
 
 
 def memory_efficient_attention_forward(
@@ -87,7 +89,9 @@ def memory_efficient_attention_forward(
     >>> memory_efficient_attention_forward(q, q, q).shape
     torch.Size([2, 3, 4, 8])
     """
-    return _attend(_Call.of(query, key, value, attn_bias, p, scale, op, output_dtype), False)[0]
+    return _attend(
+        _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), False
+    )[0]
 
 
 def memory_efficient_attention_forward_requires_grad(
@@ -111,7 +115,9 @@ def memory_efficient_attention_forward_requires_grad(
     torch.Size([2, 4, 3])
     """
     _without_dropout(p)
-    return _attend(_Call.of(query, key, value, attn_bias, p, scale, op, output_dtype), True)
+    return _attend(
+        _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), True
+    )
 
 
 def memory_efficient_attention_partial(
@@ -138,7 +144,9 @@ def memory_efficient_attention_partial(
     _without_dropout(p)
     if output_dtype is None and query.dtype != torch.float64:
         output_dtype = torch.float32
-    return _attend(_Call.of(query, key, value, attn_bias, p, scale, op, output_dtype), True)
+    return _attend(
+        _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), True
+    )
 
 
 def merge_attentions(
@@ -182,7 +190,7 @@ def merge_attentions(
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class _EfficientCall:
     """What is asked for, with heads on one axis: query ``b s n d``, key and value ``b t m d``."""
 
     query: Tensor
@@ -207,7 +215,7 @@ class _Call:
         scale: float | None,
         op: object,
         output_dtype: torch.dtype | None,
-    ) -> _Call:
+    ) -> _EfficientCall:
         """Read the arguments; `CompositionError` for what they cannot be."""
         if op is not None:
             raise CompositionError(
@@ -227,7 +235,7 @@ class _Call:
         return cls(*heads, *found, p, scale, shape, dtype)
 
 
-def _attend(call: _Call, with_lse: bool) -> tuple[Tensor, Tensor]:
+def _attend(call: _EfficientCall, with_lse: bool) -> tuple[Tensor, Tensor]:
     """Return the output, and the log-sum-exp where it is asked for (else nothing of it)."""
     blocks = call.blocks
     how: dict[str, Any] = {"scale": call.scale, "dropout": call.p, "return_stats": True}
