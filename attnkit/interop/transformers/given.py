@@ -25,6 +25,8 @@ def mask_of(
     if given is None:
         return None, None
     q_len, kv_len = query.shape[2], key.shape[2]
+    if isinstance(given, MaskTensor) and given.written:
+        given = given.cells()
     if isinstance(given, MaskTensor):
         if given.shape[2:] == (q_len, kv_len):
             return given.lifted.mask, None

@@ -27,6 +27,8 @@ class MaskTensor(Tensor):
     """
 
     lifted: Lifted
+    _dense: Tensor | None
+    _views: list[Tensor]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -42,7 +44,7 @@ class MaskTensor(Tensor):
         made: MaskTensor = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=torch.device(device or "cpu")
         )
-        made.lifted = lifted
+        made.lifted, made._dense, made._views = lifted, None, []
         return made
 
     @property
@@ -50,13 +52,21 @@ class MaskTensor(Tensor):
         """The set."""
         return self.lifted.mask
 
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote to its cells, so that they are no longer those of the set."""
+        # Tensors of inference mode do not count what is written to them.
+        return any(view.is_inference() or view._version > 0 for view in self._views)
+
     def cells(self) -> Tensor:
         """Return a plain tensor of it: 0 where allowed, else the dtype's least number."""
-        batch, heads, q_len, kv_len = self.shape
-        kept = self.mask.materialize(q_len, kv_len, batch, heads, self.device)
-        least = torch.finfo(self.dtype).min
-        zeros = torch.zeros((), dtype=self.dtype, device=self.device)
-        return torch.where(kept, zeros, least)
+        if self._dense is None:
+            batch, heads, q_len, kv_len = self.shape
+            kept = self.mask.materialize(q_len, kv_len, batch, heads, self.device)
+            least = torch.finfo(self.dtype).min
+            zeros = torch.zeros((), dtype=self.dtype, device=self.device)
+            self._dense = torch.where(kept, zeros, least)
+        return self._dense
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -68,19 +78,22 @@ class MaskTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         symbolic = _SYMBOLIC.get(func)
-        if symbolic is not None and isinstance(args[0], MaskTensor):
+        if symbolic is not None and isinstance(args[0], MaskTensor) and not args[0].written:
             found = symbolic(*args, **kwargs)
             if found is not None:
                 return found
         if func._schema.is_mutable:
             raise CompositionError(
-                f"{func} writes to a mask that attnkit.interop.transformers made, which holds no "
-                "cells; write to mask.clone().cells(), or give the model a mask of your own"
+                f"{func} writes to a mask that attnkit.interop.transformers made, which is a set "
+                "and holds no cells; write to mask + 0, or give the model a mask of your own"
             )
         module = calling_module()
         if module is not None:
             site_of(module).dense[str(func)] += 1
-        return func(*_plain(args), **_plain(kwargs))
+        found = func(*_plain(args), **_plain(kwargs))
+        if func._schema.returns and func._schema.returns[0].alias_info is not None:
+            args[0]._views += found if isinstance(found, list | tuple) else [found]
+        return found
 
     def __deepcopy__(self, memo: object) -> MaskTensor:
         return self._like()
