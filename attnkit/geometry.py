@@ -246,6 +246,8 @@ class Region:
         """Return the cells of a `q_len` x `kv_len` score matrix that are not in this region."""
         if len(self.strips) == 1 and self.strips[0][:2] == (0, q_len):
             runs = self.strips[0].runs
+            if len(runs) == 1 and runs[0][1] == runs[0][3] == 0:
+                return Region.columns(q_len, [(0, runs[0][0]), (runs[0][2], kv_len)])
             if all(da == db == 0 for _, da, _, db in runs):  # columns
                 return Region.columns(q_len, gaps(((a, b) for a, _, b, _ in runs), 0, kv_len))
         return Region.full(q_len, kv_len) - self

@@ -124,6 +124,11 @@ def combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: Table) -> tuple[S
     if not keep_b:
         b = _between(b, a)
     out = Canonical()
+    if table is AND:
+        if _holds(a, b):
+            return b
+        if _holds(b, a):
+            return a
     if table is AND and _single(a) and _single(b):
         for one in a:
             for other in b:
@@ -138,6 +143,20 @@ def combine(a: tuple[Strip, ...], b: tuple[Strip, ...], table: Table) -> tuple[S
         elif (x and keep_a) or (y and keep_b):
             out.add(i0, i1, x or y)
     return tuple(out.strips)
+
+
+def _holds(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> bool:
+    """Whether the first is a rectangle that holds the second."""
+    if len(a) != 1 or len(a[0].runs) != 1 or not b:
+        return not b
+    i0, i1, ((start, da, stop, db),) = a[0]
+    if da or db or b[0].i0 < i0 or b[-1].i1 > i1:
+        return False
+    for top, bottom, runs in b:
+        end, moves = runs[-1][2:]
+        if runs[0][0] < start or end + moves * (bottom - top - 1) > stop:
+            return False
+    return True
 
 
 def _single(strips: tuple[Strip, ...]) -> bool:

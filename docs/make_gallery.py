@@ -65,6 +65,9 @@ GALLERY: dict[str, masks.Mask] = {
     "Shared prefix": CAUSAL & (masks.Columns(0, 256) | masks.Documents([256] * 8)),
     "Bidirectional spans": CAUSAL
     | masks.Spans([(100, 300), (500, 600), (900, 1300), (1700, 1800)]),
+    "Keys with holes": CAUSAL & masks.Keys([(0, 700), (900, 1500), (1600, None)]),
+    "Numbers that return": CAUSAL
+    & masks.SameId([(0, 500), (1, 400), (0, 600), (None, 148), (1, 400)]),
     "Dilated window": masks.SlidingWindow(256) & masks.Dilated(2),
 }
 

@@ -20,7 +20,7 @@ from attnkit.masks.base import (
     Mask,
     Rectangle,
 )
-from attnkit.masks.composite import Agreement, Composite, all_but_one
+from attnkit.masks.composite import Agreement, Composite, all_but_one, shared
 from attnkit.masks.operators import refuse_operand
 
 __all__ = ["And", "Not", "Or", "Path", "needless_parts", "without_part"]
@@ -103,7 +103,7 @@ class _Joined(Composite):
         known = [part.enclosures(q_len, kv_len, batch, head) for part in self.parts]
         while len(known) > 1:
             pairs = zip(known[::2], known[1::2], strict=False)
-            joined = [[self.met(*each) for each in zip(*pair, strict=True)] for pair in pairs]
+            joined = [shared(self.met, zip(*pair, strict=True)) for pair in pairs]
             known = joined + known[len(known) & ~1 :]
         return known[0]
 
@@ -209,7 +209,7 @@ class Not(Composite):
     def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
         """Complement each."""
         each = self.part.enclosures(q_len, kv_len, batch, head)
-        return [self.flipped(known, q_len, kv_len) for known in each]
+        return shared(lambda known: self.flipped(known, q_len, kv_len), zip(each))
 
     @staticmethod
     def flipped(known: Enclosure, q_len: int, kv_len: int) -> Enclosure:

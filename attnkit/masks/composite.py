@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -154,6 +154,21 @@ def leaves(mask: Mask) -> Iterator[Mask]:
             yield from leaves(member)
     else:
         yield mask
+
+
+def shared(make: Callable[..., T], each: Iterable[tuple[object, ...]]) -> list[T]:
+    """Return what is made of each; of the same objects it is made once.
+
+    >>> one, two = [1], [2]
+    >>> shared(lambda x: x + [0], [(one,), (two,), (one,)])
+    [[1, 0], [2, 0], [1, 0]]
+    """
+    given, known = list(each), dict[tuple[int, ...], T]()
+    for values in given:
+        key = tuple(map(id, values))
+        if key not in known:
+            known[key] = make(*values)
+    return [known[tuple(map(id, values))] for values in given]
 
 
 def all_but_one(values: Sequence[T], join: Callable[[T, T], T]) -> Iterator[T]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attnkit.arguments import IntsLike, check_int, check_ints
 from attnkit.errors import CompositionError
 from attnkit.geometry import Region, Slice
-from attnkit.masks.base import MASKS, Align, Mask
+from attnkit.masks.base import MASKS, Align, Enclosure, Mask
 from attnkit.masks.causal import Causal
 
 __all__ = ["Columns", "Prefix", "PrefixLM", "Rows"]
@@ -89,6 +89,12 @@ class Prefix(Mask):
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         length = self.length if isinstance(self.length, int) else self.length[batch]
         return Region.columns(q_len, [(0, min(length, kv_len))])
+
+    def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
+        """Those of equal lengths are one."""
+        lengths = (self.length,) if isinstance(self.length, int) else self.length[:batch]
+        known = {n: self.enclosure(q_len, kv_len, b) for b, n in enumerate(lengths)}
+        return [known[n] for n in lengths]
 
     @property
     def batches(self) -> int | None:

@@ -296,6 +296,10 @@ class _Part:
 
 def _sight(batches: Span, region: Region, rows: int) -> Sight:
     """Return what the rows of a region see."""
+    if len(region.strips) == 1:
+        i0, i1, runs = region.strips[0]
+        if (i0, i1) == (0, rows) and all(da == db == 0 for _, da, _, db in runs):
+            return Sight(batches, tuple((a, b) for a, _, b, _ in runs), (), ())
     spans = tuple(seen_spans(region.strips))
     hidden, blank = [], []
     for row in range(rows):

@@ -39,14 +39,15 @@ def from_transformers(
     kv_len: int,
     *,
     batch: int | None = None,
-    q_offset: int = 0,
-    kv_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
     attention_mask: torch.Tensor | None = None,
 ) -> Lifted:
     """Return the mask of transformers' ``mask_function(b, h, q_idx, kv_idx)``, as a set.
 
     Query i of the call has ``q_idx = i + q_offset``, and key j ``kv_idx = j + kv_offset``, as the
-    mask interface of transformers hands them over with a cache. `attention_mask` [b, keys] is the
+    mask interface of transformers hands them over with a cache (a static one's offset is a tensor
+    of one number, which is read). `attention_mask` [b, keys] is the
     tokenizer's, by `kv_idx`: keys behind its end do not exist. Keys that no query may see for
     another reason are left as they are, so that steps of a cache have equal masks.
 
