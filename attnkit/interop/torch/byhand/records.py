@@ -44,7 +44,8 @@ class Recorded:
         flat = [t for one in (*args, *kwargs.values()) for t in _flat(one)]
         self.versions = [(t, _version(t)) for t in flat if isinstance(t, Tensor)]
         with _PLAIN():
-            self.stand_in: Tensor = func(*_standing(args), **_standing(kwargs))
+            known = _known(self)
+            self.stand_in = func(*_standing(args), **_standing(kwargs)) if known is None else known
         self.autocast = _autocast(self.device)
         if self.autocast is not None and name not in ("reshape", "permute", "same", "cast"):
             self.stand_in = self.stand_in.to(_autocast_dtype(self))
@@ -171,6 +172,30 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # What writes to its first argument and returns it returns the deferred tensor itself.
     first = args[0] if args else None
     return first if isinstance(first, Deferred) and writes(func) else found
+
+
+def _known(record: Recorded) -> Tensor | None:
+    """Return the stand-in of a call that changes neither shape nor dtype; meta takes its time."""
+    parent, args = record.parent, record.args
+    if parent is None or record.kwargs.get("dtype") is not None:
+        return None
+    like = parent.stand_in
+    if record.name in ("add", "sub", "mul", "div", "masked_fill"):
+        if len(args) < 2 or args[0] is not parent:
+            return None
+        other = args[1]
+        if isinstance(other, Tensor) and record.name != "masked_fill":
+            if torch.result_type(like, other) != like.dtype:
+                return None
+        elif not isinstance(other, int | float | Tensor):
+            return None
+        shape = other.shape if isinstance(other, Tensor) else ()
+        own = like.shape[len(like.shape) - len(shape) :]
+        fits = len(shape) <= like.ndim and all(n in (1, m) for n, m in zip(shape, own, strict=True))
+        return like if fits else None
+    if record.name == "softmax" and len(args) < 3:
+        return like
+    return like if record.name in ("dropout", "tanh", "nan_to_num", "neg") else None
 
 
 def _records(value: Any) -> Any:

@@ -58,8 +58,8 @@ class Spot:
     def __reduce__(self) -> tuple[type[Spot], tuple[()]]:
         return Spot, ()
 
-    def run(self, call: Call) -> Tensor:
-        """Make a call, by a plan that is kept here."""
+    def plan(self, call: Call) -> Plan:
+        """Return the plan of a call, which is kept here."""
         numbers = (call.scale, call.softcap, call.dropout)
         if numbers not in self._plans and len(self._plans) >= _MOST_KINDS:
             self._plans.pop(next(iter(self._plans)))
@@ -72,7 +72,10 @@ class Spot:
             call.dropout,
             call.softcap,
         )
-        plan = plan_again(plans, asked, call.query, call.key, call.value, None, None)
+        return plan_again(plans, asked, call.query, call.key, call.value, None, None)
+
+    def run(self, plan: Plan, call: Call) -> Tensor:
+        """Make a call."""
         self.fused += 1
         self.latest = plan
         return run_plan(plan, Operands(call.query, call.key, call.value, call.bias)).output
@@ -197,11 +200,12 @@ class Watch(TorchFunctionMode):
         """Compute a product of weights and values as one call, if it is attention."""
         try:
             call = self._call(name, args, kwargs)
-        except NotAttention as reason:
+            plan = self.spot.plan(call)
+        except (NotAttention, AttnkitError) as reason:
             self.spot.left[str(reason)] += 1
             return _quietly(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            found = call.finish(self.spot.run(call)).to(call.dtype)
+            found = call.finish(self.spot.run(plan, call)).to(call.dtype)
             # Its gradient needs it as it is, and a product's does not: one may write to that.
             return found.clone() if found.requires_grad else found
 
