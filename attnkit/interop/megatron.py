@@ -184,14 +184,20 @@ def _seqlens(params: Any) -> SeqLens:
     """Return the lengths of packed documents."""
     if params.qkv_format != "thd":
         _refuse(f"qkv_format={shown(params.qkv_format)}; packed_seq_params are of format thd")
-    for name in ("cu_seqlens_q", "cu_seqlens_kv"):
-        padded = getattr(params, f"{name}_padded", None)
-        if padded is not None and padded is not getattr(params, name):
-            _refuse(f"{name}_padded: documents with gaps between them; pack them end to end")
-    rows = ints_on_host("cu_seqlens_q", params.cu_seqlens_q)
+    if getattr(params, "local_cp_size", None) not in (None, 1):
+        _refuse(f"local_cp_size={params.local_cp_size}; CoreAttention sees whole texts")
+    rows = _ends(params, "cu_seqlens_q")
     alike = params.cu_seqlens_kv is None or params.cu_seqlens_kv is params.cu_seqlens_q
-    keys = None if alike else ints_on_host("cu_seqlens_kv", params.cu_seqlens_kv)
-    return SeqLens.from_cu_seqlens(rows, keys)
+    return SeqLens.from_cu_seqlens(rows, None if alike else _ends(params, "cu_seqlens_kv"))
+
+
+def _ends(params: Any, name: str) -> tuple[int, ...]:
+    """Return where documents end, which must be where their tokens in memory do."""
+    given, padded = getattr(params, name), getattr(params, f"{name}_padded", None)
+    ends = ints_on_host(name, given)
+    if padded is not None and padded is not given and ints_on_host(name, padded) != ends:
+        _refuse(f"{name}_padded: documents with gaps between them; pack them end to end")
+    return ends
 
 
 def _refuse(told: str) -> NoReturn:

@@ -56,6 +56,7 @@ class PackedSeqParams:
     cu_seqlens_kv_padded: Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_kv: int | None = None
+    local_cp_size: int | None = None
 
 
 def core(kind: str, number: int = 1, **fields: Any) -> CoreAttention:
@@ -147,12 +148,13 @@ def test_the_type_of_a_call_stands_for_that_of_the_layer() -> None:
     torch.testing.assert_close(causal, formula(query, key, value, window(6, 6, 0)))
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_packed_documents(biased: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_packed_documents(apart: bool) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(9, 4, 8, dtype=torch.float64), torch.randn(9, 2, 8).double()
     ends = torch.tensor([0, 4, 9], dtype=torch.int32)
-    params = PackedSeqParams("thd", ends, ends.clone() if biased else ends)
+    again = ends.clone() if apart else ends
+    params = PackedSeqParams("thd", ends, again, again, again)
     for kind in ("causal", "padding_causal", "padding", "no_mask"):
         found = core(kind)(query, key, key, None, packed_seq_params=params)
         assert found.shape == (9, 32)
@@ -212,6 +214,12 @@ def test_what_is_refused() -> None:
             "gaps between them",
             "causal",
             {"packed_seq_params": PackedSeqParams("thd", ends, ends, ends + 1)},
+        ),
+        (
+            CompositionError,
+            "local_cp_size=2",
+            "causal",
+            {"packed_seq_params": PackedSeqParams("thd", ends, ends, local_cp_size=2)},
         ),
     ]
     for kind, told, of, named in cases:
