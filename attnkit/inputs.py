@@ -61,6 +61,27 @@ class LayerInputs(NamedTuple):
         mask = None if self.mask is None else as_mask(self.mask)
         return self._replace(mask=mask, pse=as_pse(self.pse))
 
+    def check_widths(
+        self, widths: tuple[int, int, int], projections: tuple[nn.Module, nn.Module, nn.Module]
+    ) -> None:
+        """Raise unless tokens are as wide as a layer was built for: of queries, keys and values."""
+        (dim, kv_dim, v_dim), (to_query, to_key, to_value) = widths, projections
+        check_tokens("x", self.x, dim, "dim", to_query)
+        if self.context is not None:
+            check_tokens("context", self.context, kv_dim, "kv_dim", to_key)
+        elif not self.crosses and kv_dim != dim:
+            raise CompositionError(
+                f"this module was built for cross-attention (kv_dim={kv_dim}, dim={dim}); pass "
+                f"context=[..., {kv_dim}]"
+            )
+        if self.values is not None:
+            check_tokens("values", self.values, v_dim, "v_dim", to_value)
+        elif v_dim != kv_dim and (self.cache is None or not self.cache.sealed):
+            raise CompositionError(
+                f"this module makes values of other tokens (v_dim={v_dim}, kv_dim={kv_dim}); pass "
+                f"values=[..., {v_dim}]"
+            )
+
     def check_forms(self) -> None:
         """Raise unless tokens, lengths and cache are of one form, dense or packed."""
         x, context, cache = self.x, self.context, self.cache

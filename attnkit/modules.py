@@ -18,7 +18,7 @@ from attnkit.cache import KVCache
 from attnkit.decoding import attend_rows, next_positions, next_rows, rows_of_context, unpadded
 from attnkit.errors import CompositionError
 from attnkit.extra_key import with_extra_key
-from attnkit.inputs import LayerInputs, check_tokens
+from attnkit.inputs import LayerInputs
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.memory import padded
@@ -421,21 +421,8 @@ class MultiHeadAttention(AsTorch):
 
     def _check(self, given: LayerInputs) -> None:
         """Raise for what cannot be attended to, before anything is computed."""
-        check_tokens("x", given.x, self.dim, "dim", self.q_proj)
-        if given.context is not None:
-            check_tokens("context", given.context, self.kv_dim, "kv_dim", self.k_proj)
-        elif not given.crosses and self.kv_dim != self.dim:
-            raise CompositionError(
-                f"this module was built for cross-attention (kv_dim={self.kv_dim}, "
-                f"dim={self.dim}); pass context=[..., {self.kv_dim}]"
-            )
-        if given.values is not None:
-            check_tokens("values", given.values, self.v_dim, "v_dim", self.v_proj)
-        elif self.v_dim != self.kv_dim and (given.cache is None or not given.cache.sealed):
-            raise CompositionError(
-                f"this module makes values of other tokens (v_dim={self.v_dim}, kv_dim="
-                f"{self.kv_dim}); pass values=[..., {self.v_dim}]"
-            )
+        widths = self.dim, self.kv_dim, self.v_dim
+        given.check_widths(widths, (self.q_proj, self.k_proj, self.v_proj))
         given.check_forms()
         given.check_rotary(self.rotary)
         if given.cache is not None and self.attention._composition.score_fn is not None:

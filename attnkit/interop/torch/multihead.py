@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -220,7 +223,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Return the output ``[b s n d]``."""
         query, key, value = heads
         zero = _zeros(self.num_heads, query.device) if self.add_zero_attn else None
-        found = attention(
+        run: Any = partial(
+            attention,
             query,
             key,
             value,
@@ -228,12 +232,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             pse=bias,
             dropout=self._dropout,
             sink=zero,  # a key of zeros, whose score is 0, and its value adds nothing
-            return_stats=True,
         )
         own = self._own_key()
-        if own is not None:
-            found = with_extra_key(found, query, *own, self.head_dim**-0.5, self._dropout)
-        return found.output
+        if own is None:
+            return cast(Tensor, run())
+        found = run(return_stats=True)
+        return with_extra_key(found, query, *own, self.head_dim**-0.5, self._dropout).output
 
     def _own_key(self) -> tuple[Tensor, Tensor] | None:
         """Return `bias_k` and `bias_v` as heads ``[n d]``."""
