@@ -127,8 +127,9 @@ class Ascend(Fused):
     def decisions(self, call: KernelCall, random: Drawn, query: Tensor) -> Bits:
         """Draw the bits of a call again, as its grad op does, from the same numbers."""
         seed, offset, numels = random
-        given = (1.0 - call.keep_prob, seed, offset, call.gen_mask_parallel, call.sync)
-        packed = getattr(self.ops, _DRAWS)(query, [numels], *given)
+        draw = getattr(self.ops, _DRAWS)
+        how = {"parallel": call.gen_mask_parallel, "sync": call.sync}
+        packed = draw(query, [numels], 1.0 - call.keep_prob, seed, offset, **how)
         return partial(read_bits, packed)
 
     def _against(self, step: Launch, needs_grad: bool) -> list[Refusal]:

@@ -146,6 +146,18 @@ def test_what_a_release_lacks_is_refused_before_any_call(
     attend(Ops(), q, mask=masks.Causal(), **rest)  # the newest release takes it
 
 
+def test_dropout_beside_a_bias_that_trains_needs_the_operator_that_draws_it() -> None:
+    ops = Ops()
+    q = x(1, 6, 2, 4).requires_grad_()
+    bias = pse.Dense(torch.zeros(2, 6, 6, requires_grad=True), before_scale=True)
+    attend(ops, q, bias=bias)
+    with pytest.raises(ak.BackendRefused) as refused:
+        attend(ops, q, bias=bias, dropout=0.5)
+    (reason,) = refused.value.refusals
+    assert (reason.code, reason.subject) == ("op-version", "ascend")
+    assert "no _npu_dropout_gen_mask" in reason.reason
+
+
 def test_without_an_npu_it_is_refused_with_every_reason() -> None:
     q = x().double().requires_grad_()
     table = pse.Dense(torch.zeros(2, 6, 6, dtype=torch.float64, requires_grad=True))

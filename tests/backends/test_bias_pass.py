@@ -24,6 +24,7 @@ from attnkit.planner.decompose import Search
 from attnkit.planner.lower import _as_given, _with_pass
 from attnkit.planner.price import price_of_pass
 from tests.agreement import agreement
+from tests.backends.memory import Allocated
 
 BATCH, LENGTH, HEADS, KV_HEADS, DIM = 2, 20, 4, 2, 4
 EXACT = 1e-10
@@ -384,3 +385,16 @@ def test_a_pass_costs_the_tiles_of_its_mask() -> None:
     assert 0.5 < cells(CAUSAL) / whole < 0.52
     assert cells(masks.SlidingWindow(256)) / whole < 0.1
     assert cells(masks.PerHead([masks.Full(), CAUSAL, CAUSAL, CAUSAL])) < 0.64 * whole
+
+
+def test_no_matrix_is_made_for_the_gradient() -> None:
+    """Slopes reach the kernel as slopes, and their gradient takes a few tiles."""
+    length, heads = 3072, 4
+    bias = pse.ALiBi(heads, learnable=True)
+    x = torch.randn(1, length, heads, 8).requires_grad_()
+    request = ak.plan(x, x, x, mask=CAUSAL, pse=bias, backend="reference").request
+    plan, given = passed(request), Operands(x, x, x, bias)
+    run_plan(plan, given).output.sum().backward()
+    with Allocated() as seen:
+        run_plan(plan, given).output.sum().backward()
+    assert seen.numbers < heads * length**2 // 8

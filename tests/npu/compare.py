@@ -22,6 +22,9 @@ def run(case: Case, backend: str, device: str, dtype: torch.dtype) -> Results:
     result = ak.attention(*inputs, **arguments, sink=sink, backend=backend, return_stats=True)
     result.output.backward(grad)
     found = {"output": result.output, "max": result.stats.max, "sum": result.stats.sum}
+    bias = arguments["pse"]
+    trained = [] if bias is None else [tensor for tensor in bias.tensors if tensor.requires_grad]
+    leaves |= {f"bias {k}": tensor for k, tensor in enumerate(trained)}
     found |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 

@@ -89,6 +89,25 @@ def _matrix(*shape: int, before_scale: bool = False) -> Callable[[Device, torch.
     return make
 
 
+def _trained(make: Callable[[Device, torch.dtype], Pse]) -> Callable[[Device, torch.dtype], Pse]:
+    """The same bias, whose numbers ask for a gradient."""
+
+    def trained(device: Device, dtype: torch.dtype) -> Pse:
+        bias = make(device, dtype)
+        for tensor in bias.tensors:
+            tensor.requires_grad_(tensor.is_floating_point())
+        return bias
+
+    return trained
+
+
+def _table(device: Device, dtype: torch.dtype) -> Pse:
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    index = torch.randint(9, (24, 24), generator=generator)
+    return pse.Table(values.to(dtype).to(device), index.to(device))
+
+
 def _fixed(bias: Pse) -> Callable[[Device, torch.dtype], Pse]:
     return lambda device, dtype: bias
 
@@ -144,12 +163,24 @@ CASES = (
     Case("bias matrix before the scale", _CAUSAL, _matrix(4, 24, 24, before_scale=True)),
     Case("bias matrix per batch element", masks.Full(), _matrix(2, 4, 24, 24)),
     Case("two biases", _CAUSAL, lambda d, t: pse.ALiBi(4) + _matrix(4, 24, 24)(d, t)),
+    Case("bias matrix that trains", _CAUSAL, _trained(_matrix(4, 24, 24))),
+    Case("bias matrix that trains, BSH", _CAUSAL, _trained(_matrix(2, 1, 24, 24)), layout="BSH"),
+    Case("table that trains", masks.Full(), _trained(_table), kv_heads=2),
+    Case(
+        "bias matrix that trains, wide window and first keys",
+        _CAUSAL & (masks.SlidingWindow(75) | masks.Prefix(4)),
+        _trained(_matrix(4, 300, 300)),
+        q_len=300,
+        kv_len=300,
+        batch=1,
+    ),
     Case("sink", _CAUSAL, sink=True),
     Case("sink in a window", _CAUSAL & masks.SlidingWindow(5), sink=True),
     Case("sink, packed", _CAUSAL, layout="TND", seqlens=_EVEN, sink=True),
     Case("grouped heads", _CAUSAL, kv_heads=2),
     Case("one key head", _CAUSAL, kv_heads=1),
     Case("smaller values", _CAUSAL, value_dim=8),
+    Case("wider values", _CAUSAL, value_dim=24, kv_heads=2),
     Case("scale", _CAUSAL, scale=0.37),
     Case("BSH", _CAUSAL, layout="BSH", kv_heads=2),
     Case("SBH", _CAUSAL, layout="SBH", kv_heads=2),

@@ -115,6 +115,30 @@ def test_numbers_are_those_of_the_drawn_bits(case: Case):
         torch.testing.assert_close(found.double(), leaf.grad, **close)
 
 
+def test_the_gradient_of_a_bias_knows_what_was_dropped():
+    """Its pass draws the bits of the forward once more: the formula's, with these bits."""
+    case = by_name("bias matrix that trains")
+    given = {name: tensor.float().npu() for name, tensor in case.tensors().items()}
+    grad = given.pop("grad")
+    arguments = case.arguments("npu", torch.float32)
+    with DEVICE.recording() as calls:
+        output = ak.attention(*given.values(), **arguments, dropout=DROPOUT, backend="ascend")
+        (found,) = torch.autograd.grad(output, arguments["pse"].tensors, grad)
+    draws = drawn(calls)
+    assert len({(c["seed"], c["offset"]) for c in draws}) == 1
+    assert len(draws) >= 2
+    keep = _decisions(case, draws[0])
+    exact = case.tensors()
+    q, k, v = (exact[name].transpose(1, 2) for name in ("query", "key", "value"))
+    bias = case.arguments("cpu", torch.float64)["pse"].tensors[0].detach().requires_grad_()
+    scores = (case.dim**-0.5 * q @ k.mT + bias).masked_fill(
+        ~case.mask.materialize(case.q_len, case.kv_len), -torch.inf
+    )
+    wanted = (scores.softmax(-1) * keep / (1 - DROPOUT)) @ v
+    (meant,) = torch.autograd.grad(wanted.transpose(1, 2), [bias], exact["grad"])
+    torch.testing.assert_close(found.cpu().double(), meant, rtol=1e-5, atol=1e-5)
+
+
 def _decisions(case: Case, call: Call) -> torch.Tensor:
     """Return which cells survived, [b n i j]."""
     shape = (case.batch, case.heads, case.q_len, case.kv_len)
