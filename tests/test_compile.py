@@ -53,7 +53,7 @@ LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-UNKNOWN_TO_THE_KERNEL = ("sink and soft-cap", "a matrix that trains", "a score function")
+UNKNOWN_TO_THE_KERNEL = ("sink and soft-cap", "a score function")
 
 
 @pytest.mark.parametrize("name", UNKNOWN_TO_THE_KERNEL)
