@@ -65,7 +65,7 @@ def npu_fusion_attention(
     >>> npu_fusion_attention(x, x, x, 2, "SBH", scale=0.25).attention_out.shape
     torch.Size([6, 1, 32])
     """
-    return run_call(dict(locals()), "mindspeed")
+    return run_call(locals(), "mindspeed")
 
 
 def read_flags(

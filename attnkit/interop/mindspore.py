@@ -69,7 +69,7 @@ def speed_fusion_attention(
     >>> speed_fusion_attention(x, x, x, 2, "BSH", scale=0.25)[0].shape
     torch.Size([1, 6, 32])
     """
-    return run_call(dict(locals()), "v2")
+    return run_call(locals(), "v2")
 
 
 def flash_attention_score(

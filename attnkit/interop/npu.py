@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import set_eval_frame
 
+from attnkit.eager import untraced
 from attnkit.errors import KernelContractError, KernelContractTypeError, shown
 from attnkit.interop.host import ints_on_host
 from attnkit.interop.npu_reading import CallReading, read
@@ -81,7 +83,7 @@ def npu_fusion_attention(
     >>> npu_fusion_attention(x, x, x, 2, "BSND", scale=0.25)[0].shape
     torch.Size([1, 6, 2, 16])
     """
-    return run_call(dict(locals()), "v1")
+    return run_call(locals(), "v1")
 
 
 def npu_fusion_attention_v2(
@@ -125,7 +127,7 @@ def npu_fusion_attention_v2(
     >>> npu_fusion_attention_v2(x, x, x, 2, "BSND", scale=0.25, pse=slopes, pse_type=2)[0].shape
     torch.Size([1, 6, 2, 16])
     """
-    return run_call(dict(locals()), "v2")
+    return run_call(locals(), "v2")
 
 
 def read_call(
@@ -247,13 +249,28 @@ class FusedResult(Sequence[Any]):
         return (getattr(self, name) for name in self.names)
 
 
+_READ_IN_GRAPH = (
+    "a call of the fused kernel is read and planned between compiled graphs; inside of one, write "
+    "what attnkit.interop.npu.read_call tells of it with ak.attention"
+)
+
+
+@untraced(_READ_IN_GRAPH)
 def run_call(given: dict[str, Any], version: str) -> FusedResult:
     """Read a call that was given by name, and run it as planned."""
+    outer = set_eval_frame(None)  # no graph begins within, after one has broken off here
+    try:
+        return _run(given, version)
+    finally:
+        set_eval_frame(outer)
+
+
+def _run(given: dict[str, Any], version: str) -> FusedResult:
     ours = _as_ours(given)
     reading = read(ours, version)
     for found in reading.findings:
         if found.code not in _HINTS:
-            warnings.warn(f"npu_fusion_attention: {found}", UserWarning, stacklevel=3)
+            warnings.warn(f"npu_fusion_attention: {found}", UserWarning, stacklevel=4)
     if version == "v2" and reading.sink is None and reading.call.softmax_layout:
         reading = replace(reading, call=replace(reading.call, softmax_layout=""))
     output, stats = reading.attend(ours["query"], ours["key"], ours["value"])

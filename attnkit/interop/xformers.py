@@ -27,10 +27,11 @@ from attnkit.arguments import check_bool, check_float_dtype, check_number
 from attnkit.attention import attention
 from attnkit.backends import Stats
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.interop.torch.reading import terms_of
 from attnkit.layouts import SeqLens
 from attnkit.masks import Causal, Mask, from_xformers
 from attnkit.masks.foreign.xformers import BIASED, KeyBlocks, key_blocks, xformers_class
-from attnkit.pse import Pse, split_additive
+from attnkit.pse import Pse
 
 __all__ = [
     "memory_efficient_attention",
@@ -299,13 +300,14 @@ def _split(tensor: Tensor, query: Tensor, kv_len: int) -> tuple[Mask, Pse | None
     """Return the cells that a tensor leaves, and what it adds to them."""
     heads = query.shape[2:-1]
     wanted = (query.shape[0], *heads, query.shape[1], kv_len)
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted:
+    if tuple(tensor.shape) != wanted or not tensor.is_floating_point():
         raise CompositionError(
             f"attn_bias is {shown(tensor)}; for query {shown(query)} and {kv_len} keys it has the "
-            f"shape {list(wanted)}, expanded where it is the same"
+            f"shape {list(wanted)}, expanded where it is the same, and adds numbers and -inf"
         )
     four = tensor[:, None] if not heads else tensor.flatten(1, 2) if len(heads) == 2 else tensor
-    return split_additive(four)
+    found = terms_of(four, keep=True)
+    return found.mask, found.bias
 
 
 def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -491,3 +491,57 @@ def test_flags_of_training_scripts(length: int) -> None:
     assert band.mask == masks.SlidingWindow(10)
     with pytest.raises(CompositionError, match="from_torch"):
         mindspeed.read_flags(seq_length=8, attention_mask_type="general")
+
+
+@pytest.mark.parametrize("layout", ["BSND", "TND"])
+def test_gradients(layout: str) -> None:
+    leaves = [drawn(5, n, 8, seed=n).requires_grad_() for n in (HEADS, 2, 2)]
+    sink = drawn(HEADS).requires_grad_()
+    how = {"atten_mask": CAUSAL, "sparse_mode": 4, "pre_tokens": 2, "next_tokens": 1}
+    if layout == "TND":
+        given, how = leaves, how | {"actual_seq_qlen": [5], "actual_seq_kvlen": [5]}
+    else:
+        given = [x[None] for x in leaves]
+    found = npu.npu_fusion_attention_v2(*given, HEADS, layout, scale=0.3, sink=sink, **how)[0]
+    cells = kept(4, 5, 5, 2, 1, mask=CAUSAL)
+    heads = [x.transpose(0, 1)[None] for x in leaves]
+    meant, _ = softmax_attention(*heads, cells, scale=0.3, sink=sink)
+    pairs = [found.reshape(5, HEADS, 8), meant[0].transpose(0, 1)]
+    wanted = [*leaves, sink]
+    grads = zip(*(torch.autograd.grad(x.square().sum(), wanted) for x in pairs), strict=True)
+    for ours, others in grads:
+        near(ours, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    q, slopes = drawn(1, 12, HEADS, 16).to(dtype), torch.tensor([0.5, 0.25, 0.125, 1.0])
+    found = npu.npu_fusion_attention_v2(
+        *(q, q, q, HEADS, "BSND"),
+        pse=slopes,
+        pse_type=2,
+        atten_mask=CAUSAL,
+        sparse_mode=2,
+        scale=0.25,
+    )
+    heads = [q.double().transpose(1, 2)] * 3
+    bias = bias_of(2, slopes, 12, 12)
+    meant, lse = softmax_attention(
+        *heads, kept(2, 12, 12, 0, 0, mask=CAUSAL), scale=0.25, bias=bias
+    )
+    assert found[0].dtype == dtype
+    assert found[1].dtype == torch.float32
+    near(found[0], meant.transpose(1, 2), 8 * torch.finfo(dtype).eps)
+    near((found[1] + found[2].log())[..., 0], lse, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_it_runs_between_compiled_graphs() -> None:
+    def step(x: Tensor) -> Tensor:
+        return npu.npu_fusion_attention(
+            2 * x, x, x, 2, "BSND", None, None, CAUSAL, 0.3, sparse_mode=2
+        )[0].relu()
+
+    x = drawn(1, 6, 2, 8)
+    near(torch.compile(step, backend="eager")(x), step(x))
+    torch.compiler.reset()
