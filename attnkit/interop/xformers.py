@@ -9,7 +9,7 @@ objects are read by `masks.from_xformers`.
 
 Source: xformers/ops/fmha/__init__.py of version 0.0.35. What differs from it: any device and
 floating dtype; fewer key heads than query heads may be given as such; the log-sum-exp of blocks
-is packed, and partial results have gradients.
+is packed, and partial results have gradients. Dropout of 1 is an error.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from attnkit.pse import Pse
 
 __all__ = [
     "memory_efficient_attention",
+    "memory_efficient_attention_backward",
     "memory_efficient_attention_forward",
     "memory_efficient_attention_forward_requires_grad",
     "memory_efficient_attention_partial",
@@ -119,6 +120,53 @@ def memory_efficient_attention_forward_requires_grad(
     return _attend(
         _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), True
     )
+
+
+def memory_efficient_attention_backward(
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Any = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, from an output and a log-sum-exp given to it.
+
+    These may be of more keys than those given here, as where parts of a ring were merged:
+    ``P = exp(scores - lse)``, ``dS = P * (grad . v - sum(grad * output))``. The shape of `lse` is
+    that which `memory_efficient_attention_forward_requires_grad` returns.
+
+    >>> q, g = torch.randn(2, 3, 4, 8), torch.ones(2, 3, 4, 8)
+    >>> out, lse = memory_efficient_attention_forward_requires_grad(q, q, q)
+    >>> [d.shape for d in memory_efficient_attention_backward(g, out, lse, q, q, q)][0]
+    torch.Size([2, 3, 4, 8])
+    """
+    _without_dropout(p)
+    leaves = q, k, v = [t.detach().requires_grad_() for t in (query, key, value)]
+    with torch.enable_grad():
+        call = _EfficientCall.of(q, k, v, attn_bias, p, scale, op, None)
+        own_output, own = _attend(call, True)
+    if grad.shape != own_output.shape or output.shape != grad.shape or lse.shape != own.shape:
+        raise CompositionError(
+            f"memory_efficient_attention_backward: grad {shown(grad)}, output {shown(output)}, lse "
+            f"{shown(lse)}; give them in the shapes {list(own_output.shape)} and {list(own.shape)}"
+        )
+    # The weights of these keys among all are their own, each row by the share of it they have.
+    # So the gradient is that of what is computed here, with one for its log-sum-exp beside it.
+    share = (own.detach() - lse).exp().masked_fill(own.detach() == -torch.inf, 0.0)
+    by_row = share.movedim(-1, 1).reshape(grad.shape[:-1])
+    wide = grad.to(share.dtype)
+    beside = by_row * (wide * (own_output.detach() - output)).sum(-1)
+    heads = share.shape[1:-1]
+    beside = beside.reshape(len(grad), share.shape[-1], *heads).movedim(1, -1)
+    upstream = (by_row[..., None] * wide).to(own_output.dtype), beside
+    dq, dk, dv = torch.autograd.grad((own_output, own), leaves, upstream)
+    return dq, dk, dv
 
 
 def memory_efficient_attention_partial(

@@ -77,10 +77,13 @@ def test_a_tensor_alone_and_below_the_diagonal(name, scale, causal) -> None:
         near(ours, others)
 
 
-@pytest.mark.parametrize("expanded", [False, True])
-def test_groups_of_heads_and_no_heads(expanded: bool) -> None:
+@pytest.mark.parametrize("expanded", ["", "key", "key and value"])
+def test_groups_of_heads_and_no_heads(expanded: str) -> None:
     q, bias = drawn(2, 3, 2, 4, 6), drawn(2, 2, 4, 3, 5)
-    k, v = (drawn(2, 5, 2, 1 if expanded else 4, n).expand(2, 5, 2, 4, n) for n in (6, 5))
+    k, v = (
+        drawn(2, 5, 2, 1 if name in expanded else 4, n).expand(2, 5, 2, 4, n)
+        for name, n in (("key", 6), ("value", 5))
+    )
     out, lse = xops.memory_efficient_attention_forward_requires_grad(q, k, v, bias)
     flat = [x.flatten(2, 3) for x in (q, k, v)]
     meant, meant_lse = documented(*flat, bias.flatten(1, 2))
@@ -118,6 +121,43 @@ def test_parts_that_are_merged(stacked: bool, groups: bool) -> None:
     near(lse.flatten(1, -2), meant_lse)
     assert xops.merge_attentions(outs, lses, False)[1] is None
     assert xops.merge_attentions(outs, lses, output_dtype=torch.float16)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("axes", [3, 4, 5])
+def test_the_backward_of_a_part_of_the_keys(axes: int) -> None:
+    q, k, v = inputs(4, 6, heads=4, batch=2)
+    bias = torch.zeros(2, 4, 4, 6).masked_fill(drawn(2, 4, 4, 6) > 0.3, -torch.inf).double()
+    bias[0, 0, 1], bias[1, 2, 3, :3] = -torch.inf, -torch.inf
+    if axes == 5:
+        q, k, v, bias = *(x.unflatten(2, (2, 2)) for x in (q, k, v)), bias.unflatten(1, (2, 2))
+    if axes == 3:
+        q, k, v, bias = *(x[:, :, 0] for x in (q, k, v)), bias[:, 0]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = xops.memory_efficient_attention_forward_requires_grad(*leaves, bias)
+    grad = drawn(*out.shape)
+    meant = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    found = [
+        xops.memory_efficient_attention_backward(
+            grad, out.detach(), lse.detach(), q, k[:, own], v[:, own], bias[..., own]
+        )
+        for own in (slice(0, 3), slice(3, 6))
+    ]
+    near(found[0][0] + found[1][0], meant[0])
+    for n in (1, 2):
+        near(torch.cat([part[n] for part in found], 1), meant[n])
+    with pytest.raises(CompositionError, match="in the shapes"):
+        xops.memory_efficient_attention_backward(grad, out, lse[:1], q, k, v, bias)
+
+
+def test_the_backward_of_blocks() -> None:
+    leaves = [x.requires_grad_() for x in inputs(3, 4)]
+    bias = BLOCKS.make_causal_from_bottomright()
+    out, lse = xops.memory_efficient_attention_forward_requires_grad(*leaves, bias)
+    meant, _ = documented(*leaves, bias.materialize((3, 4)))
+    grad = drawn(*out.shape)
+    found = xops.memory_efficient_attention_backward(grad, out, lse, *leaves, bias)
+    for ours, others in zip(found, torch.autograd.grad(meant, leaves, grad), strict=True):
+        near(ours, others)
 
 
 def test_dtypes_of_outputs() -> None:
