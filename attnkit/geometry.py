@@ -36,6 +36,7 @@ from attnkit.strips import (
     close_bounds,
     combine,
     gaps,
+    inside,
     strip_area,
     union_all,
 )
@@ -266,7 +267,7 @@ class Region:
         """Whether every cell of this region lies in `other`."""
         if not isinstance(other, Region):
             return NotImplemented
-        return not (self - other)
+        return inside(self.strips, other.strips)
 
     def isdisjoint(self, other: Region) -> bool:
         """Whether the two regions share no cell."""

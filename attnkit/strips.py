@@ -195,6 +195,28 @@ def _meet(out: Canonical, one: Strip, other: Strip) -> None:
         out.add(i0, i1, ((a, da, b, db),))
 
 
+def inside(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> bool:
+    """Whether every cell of `a` is in `b`; known at the first row that has one outside.
+
+    A run that lies in another of the same strip in its first and its last row does so in between,
+    for their ends are lines. And it stays in the same one: to get into the next it would pass the
+    gap between them.
+    """
+    b = _between(b, a)
+    for i0, i1, x, y in _overlay(a, b):
+        last = i1 - i0 - 1
+        k = 0
+        for p, dp, q, dq in x:
+            while k < len(y) and y[k][2] <= p:
+                k += 1
+            if k == len(y):
+                return False
+            r, dr, s, ds = y[k]
+            if r > p or s < q or r + dr * last > p + dp * last or s + ds * last < q + dq * last:
+                return False
+    return True
+
+
 def _between(strips: tuple[Strip, ...], others: tuple[Strip, ...]) -> tuple[Strip, ...]:
     """Return the strips that share a row with the span of the others; the rest cannot matter."""
     if not others:

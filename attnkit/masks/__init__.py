@@ -9,7 +9,16 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
-from attnkit.masks.foreign import Lifted, from_torch, from_transformers, from_xformers
+from attnkit.masks.foreign import (
+    Lifted,
+    from_cu_seqlens,
+    from_flashmask,
+    from_flex,
+    from_magi,
+    from_torch,
+    from_transformers,
+    from_xformers,
+)
 from attnkit.masks.keys import Keys
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
@@ -59,6 +68,10 @@ __all__ = [
     "SlidingWindow",
     "Spans",
     "StackReport",
+    "from_cu_seqlens",
+    "from_flashmask",
+    "from_flex",
+    "from_magi",
     "from_token_types",
     "from_torch",
     "from_transformers",

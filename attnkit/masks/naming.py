@@ -9,7 +9,8 @@ unless its region equals the target's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from itertools import chain, combinations, compress, product
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from attnkit.masks.hulls import Cells
 __all__ = ["complexity", "name"]
 
 _PARTS = 3  # masks in a frame, and fills in a union, at most
-_MANY_SLICES = 300  # a region this large is completed in few frames only
+_MANY_SLICES = 300  # the larger a region, the fewer frames it is completed in
 _FEW_FRAMES = 4
 
 
@@ -34,6 +35,21 @@ class _Named(NamedTuple):
 
     mask: Mask
     cells: Cells
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """An intersection of masks; its cells are joined where they are asked for."""
+
+    mask: Mask
+    parts: tuple[_Named, ...]
+    everything: Cells
+
+    @cached_property
+    def cells(self) -> Cells:
+        """The cells that all parts have."""
+        found = [one.cells for one in self.parts] or [self.everything]
+        return reduce(Cells.meet, found)
 
 
 def name(regions: tuple[Region, ...], q_len: int, kv_len: int) -> Mask | None:
@@ -51,7 +67,7 @@ def name(regions: tuple[Region, ...], q_len: int, kv_len: int) -> Mask | None:
     best = next((frame.mask for frame in frames if frame.cells == target), None)
     if best is not None and complexity(best)[0] <= 2:
         return best
-    for frame in frames[: _FEW_FRAMES if _size(target) > _MANY_SLICES else None]:
+    for frame in frames[: max(_FEW_FRAMES, _MANY_SLICES // _size(target))]:
         if best is not None and complexity(frame.mask)[0] >= complexity(best)[0]:
             break  # frames come from the simplest on: with a fill, the others cannot win
         for found in _complete(target, frame, everything):
@@ -76,7 +92,7 @@ def _detour(part: Mask) -> int:
     return 70 if beside else 30
 
 
-def _frames(target: Cells, everything: Cells) -> list[_Named]:
+def _frames(target: Cells, everything: Cells) -> list[_Frame]:
     """Return intersections of named masks that hold all cells, from the simplest on."""
     groups = [
         hulls.bands(target),
@@ -87,10 +103,7 @@ def _frames(target: Cells, everything: Cells) -> list[_Named]:
     known = [[(), *((one,) for one in _distinct(group, target, holds=True))] for group in groups]
     chosen = (list(chain(*choice)) for choice in product(*known))
     frames = [
-        _Named(
-            _join(And, [one.mask for one in choice]),
-            reduce(Cells.meet, (one.cells for one in choice), everything),
-        )
+        _Frame(_join(And, [one.mask for one in choice]), tuple(choice), everything)
         for choice in chosen
         if len(choice) <= _PARTS
     ]
@@ -114,7 +127,7 @@ def _join(kind: type[And | Or], parts: list[Mask]) -> Mask:
     return kind.of(*parts) if parts else Full()
 
 
-def _complete(target: Cells, frame: _Named, everything: Cells) -> Iterator[Mask]:
+def _complete(target: Cells, frame: _Frame, everything: Cells) -> Iterator[Mask]:
     """Propose equal masks that have this frame."""
     whole = frame.cells == everything
     fills = _fill(target, frame, everything)
@@ -127,10 +140,10 @@ def _complete(target: Cells, frame: _Named, everything: Cells) -> Iterator[Mask]
 
 
 def _size(cells: Cells) -> int:
-    return sum(len(region.strips) for region in cells.regions)
+    return sum(len(runs) for region in cells.regions for _, _, runs in region.strips)
 
 
-def _fill(target: Cells, frame: _Named, everything: Cells) -> Mask | None:
+def _fill(target: Cells, frame: _Frame, everything: Cells) -> Mask | None:
     """Return a union that is the target inside the frame; what it holds outside is free."""
     allowed = target.join(everything.without(frame.cells))
     found = _distinct(_fills(target, allowed, frame), allowed, holds=False)
@@ -147,7 +160,7 @@ def _fill(target: Cells, frame: _Named, everything: Cells) -> Mask | None:
     return Or.of(*(one.mask for one in parts if id(one) in choice))
 
 
-def _fills(target: Cells, allowed: Cells, frame: _Named) -> Iterator[Mask]:
+def _fills(target: Cells, allowed: Cells, frame: _Frame) -> Iterator[Mask]:
     straight = list(hulls.lines(allowed))
     yield from straight
     yield from hulls.full_bands(allowed, frame.cells)

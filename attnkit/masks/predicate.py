@@ -20,7 +20,7 @@ from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, Rectangle
 from attnkit.masks.trace import row_blocks
 
-__all__ = ["MaskFunction", "Predicate", "evaluate", "function_name"]
+__all__ = ["MaskFunction", "Predicate", "evaluate", "evaluate_at", "function_name"]
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -97,6 +97,15 @@ def evaluate(
 
     The function is called once; each cell is computed as if it were alone.
     """
+    if not (rows.numel() and keys.numel()):
+        return torch.zeros(len(rows), len(keys), dtype=torch.bool, device=rows.device)
+    return evaluate_at(fn, b, h, rows[None], keys[None])[0]
+
+
+def evaluate_at(
+    fn: MaskFunction, b: torch.Tensor, h: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Return ``fn(b, h, i, j)`` for blocks of rows [P, R] and keys [P, K], as bools [P, R, K]."""
     name = f"the mask function {function_name(fn)}"
 
     def cell(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -113,11 +122,11 @@ def evaluate(
             )
         return allowed
 
-    if not (rows.numel() and keys.numel()):
-        return torch.zeros(len(rows), len(keys), dtype=torch.bool, device=rows.device)
     try:
         with torch.no_grad():
-            return torch.vmap(lambda i: torch.vmap(lambda j: cell(i, j))(keys))(rows)
+            row = torch.vmap(cell, in_dims=(None, 0))
+            block = torch.vmap(row, in_dims=(0, None))
+            return torch.vmap(block)(rows, keys)
     except AttnkitError:
         raise
     except Exception as error:  # whatever the author's function does

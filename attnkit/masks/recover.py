@@ -30,7 +30,7 @@ from attnkit.masks.slices import Slices
 from attnkit.masks.sources import Source, source_of
 from attnkit.masks.trace import Progress, count_slices
 
-__all__ = ["Recovered", "recover"]
+__all__ = ["Recovered", "recover", "written_with"]
 
 Sourcelike = Mask | torch.Tensor | np.ndarray[Any, Any] | MaskFunction | Sequence[Any]
 
@@ -145,6 +145,13 @@ def recover(
             return _as_given(given, *place, region)
         found.append(region)
     return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, len(found), heads)))
+
+
+def written_with(
+    regions: tuple[tuple[Region, ...], ...], q_len: int, kv_len: int, said: str
+) -> Recovered:
+    """Return the mask of known regions, ``regions[batch][head]``; `said` is where they are from."""
+    return _write(Source(None, q_len, kv_len, said), regions)
 
 
 def _as_given(given: Source, b: int, h: int, why: str) -> Recovered:

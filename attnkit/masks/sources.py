@@ -232,18 +232,33 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for value in tree_flatten((args, kwargs))[0]:
+        looks = getattr(func, "__name__", "")
+        if looks == "__get__":  # of an attribute
+            looks = getattr(getattr(func, "__self__", None), "__name__", "")
+        values = [] if looks in _BLIND else tree_flatten((args, kwargs))[0]
+        for value in values:
             self.used |= {name for name, one in self.watched.items() if value is one}
         return func(*args, **(kwargs or {}))
 
 
-def indices_used(fn: MaskFunction, device: torch.device | str | None) -> set[str]:
-    """Return which of "batch" and "heads" a function reads, asked for one cell."""
+# What is asked of an index without looking at its number: where it is, and a True beside it.
+_BLIND = {
+    "device", "dtype", "shape", "ndim", "dim", "size", "new_ones", "new_zeros", "new_full",
+    "new_tensor", "ones_like", "zeros_like", "full_like",
+}  # fmt: skip
+
+
+def indices_used(fn: MaskFunction, device: torch.device | str | None = None) -> set[str]:
+    """Return which of "batch" and "heads" a function looks at.
+
+    >>> indices_used(lambda b, h, i, j: i >= j + h)
+    {'heads'}
+    """
     b, h = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
     first = torch.zeros(1, dtype=torch.int64, device=device)
-    with _Uses(b, h) as uses:
+    with _Uses(b, h) as noted:
         evaluate(fn, b, h, first, first)
-    used: set[str] = uses.used
+    used: set[str] = noted.used
     return used
 
 
