@@ -6,6 +6,7 @@ from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.cut import Cut
 from attnkit.masks.dense import Dense
+from attnkit.masks.diff import Difference, diff
 from attnkit.masks.dilated import Dilated
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding
@@ -44,6 +45,7 @@ __all__ = [
     "Columns",
     "Cut",
     "Dense",
+    "Difference",
     "Dilated",
     "Documents",
     "Enclosure",
@@ -68,6 +70,7 @@ __all__ = [
     "SlidingWindow",
     "Spans",
     "StackReport",
+    "diff",
     "from_cu_seqlens",
     "from_flashmask",
     "from_flex",
