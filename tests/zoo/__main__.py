@@ -18,18 +18,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from tests.zoo.chosen import CHOSEN
 from tests.zoo.types import interface_types, own_types
 
 __all__ = ["RESULTS", "main", "read"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
-MOST_SECONDS = 240
+MOST_SECONDS = 600
 ALL_WAYS = "attnkit,sdpa,npu-sdpa,npu-flash"
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the records of a file by type."""
+    """Return the records of a file by type; "*" has the versions."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -129,6 +133,35 @@ def line_of(record: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def new_failures(known: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    """Return what went wrong with attnkit that the results on record do not tell."""
+    found = []
+    for name, record in records.items():
+        old = known.get(name, {})
+        for key in ("failed", "not_built"):
+            if key in record and key not in old:
+                found.append(f"{name}: {record[key]}")
+        before = old.get("attnkit", {}).get("wrong", {})
+        modes = {mode for which in before.values() for mode in which}
+        for text, which in record.get("attnkit", {}).get("wrong", {}).items():
+            if new := sorted(set(which) - modes):
+                found.append(f"{name} {','.join(new)}: {text}")
+    return found
+
+
+def kept(known: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
+    """Return the results on record with the new ones; a way that did not run stays."""
+    found = dict(known)
+    for name, record in records.items():
+        old = known.get(name, {})
+        found[name] = record if "not_built" in record else {**old, **record}
+        for key in {"failed", "not_built"} & (old.keys() - record.keys()):
+            found[name].pop(key, None)
+        found[name].pop("seconds", None)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    return {**found, "*": {"type": "*", **versions}}
+
+
 def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -138,10 +171,15 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="also types without the interface")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo.jsonl")
+    parser.add_argument("--chosen", action="store_true", help="the types of tests.zoo.chosen")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail where the recorded results know no failure"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out what --out has")
     parser.add_argument("--write", action="store_true", help="write tests/zoo/results.jsonl")
     given = parser.parse_args()
     types = given.types.split(",") if given.types else list(interface_types())
+    types = list(CHOSEN) if given.chosen else types
     if given.own and not given.types:
         types += own_types()
     if not given.resume:
@@ -151,8 +189,10 @@ def main() -> None:
     sweep([t for t in types if t not in done], given.workers, given.ways, given.modes, given.out)
     records = read(given.out)
     print(f"{len(records)} types in {(time.perf_counter() - began) / 60:.1f} minutes")
+    if given.strict and (worse := new_failures(read(RESULTS), records)):
+        raise SystemExit("\n".join(["not so in tests/zoo/results.jsonl:", *worse]))
     if given.write:
-        records = read(RESULTS) | records
+        records = kept(read(RESULTS), records)
         lines = [json.dumps(records[name], sort_keys=True) for name in sorted(records)]
         RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -135,7 +135,8 @@ def scatter(model: nn.Module, seed: int) -> None:
             if "sink" in name:
                 weight.copy_(noise)
         else:
-            weight.copy_(noise / math.sqrt(max(1, weight[0].numel())))
+            gain = 0.5 if weight.ndim > 3 else 1.0  # of convolutions, whose sums grow by stages
+            weight.copy_(gain * noise / math.sqrt(max(1, weight[0].numel())))
             if any(word in name for word in ("q_proj", "query", "k_proj", "key.")):
                 weight.mul_(1.5)
 

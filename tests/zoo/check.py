@@ -16,6 +16,7 @@ from tests.zoo.ways import WAYS, Calls, counted, environment
 
 __all__ = ["UNSTEADY", "Eager", "checked"]
 
+CHANGING = {"bf16", "dropout", "checkpoint"}  # modes that leave the model another (batch norms)
 WITH_GRADIENTS = {"grads", "checkpoint", "dropout", "image_grads"}
 
 
@@ -23,11 +24,9 @@ UNSTEADY = "eager itself moves when attention is rounded differently"
 ROUNDING = 5e-7
 
 
-def go(
-    case: Case, mode: str, model: nn.Module, noise: float = 0.0
-) -> tuple[dict[str, Tensor], Calls]:
+def go(case: Case, mode: str, model: nn.Module, **how: Any) -> tuple[dict[str, Tensor], Calls]:
     """Run a mode; return its numbers and who called attention."""
-    with counted(model, noise) as calls, torch.set_grad_enabled(mode in WITH_GRADIENTS):
+    with counted(model, **how) as calls, torch.set_grad_enabled(mode in WITH_GRADIENTS):
         warnings.simplefilter("ignore")
         return MODES[mode](case, model), calls
 
@@ -51,10 +50,10 @@ class Eager:
             self.kept[mode] = self._run(mode)
         return self.kept[mode]
 
-    def _run(self, mode: str, noise: float = 0.0) -> Any:
+    def _run(self, mode: str, **how: Any) -> Any:
         model = copy.deepcopy(self.case.model)
         try:
-            found, calls = go(self.case, mode, model, noise)
+            found, calls = go(self.case, mode, model, **how)
         except NotImplementedError as error:
             return f"eager has none: {error}"
         except Exception as error:
@@ -81,10 +80,19 @@ class Eager:
         error another answer. Such a check is repeated with other weights.
         """
         for noise, why in ((0.0, "eager does not repeat itself"), (ROUNDING, UNSTEADY)):
-            again = self._run(mode, noise)
+            again = self._run(mode, noise=noise)
             if isinstance(again, str) or differences(self.kept[mode][0], again[0], most):
                 return why
         return None
+
+    def with_empty_rows(self, mode: str) -> dict[str, Tensor] | None:
+        """Return eager's result with rows without a key as 0, as they are in attnkit.
+
+        Eager gives such a row the mean of all values. Padding is such a row, and nobody reads it,
+        but for a few models that pool over it.
+        """
+        again = self._run(mode, empty_rows=True)
+        return None if isinstance(again, str) else again[0]
 
 
 def checked(eager: Eager, way: str, modes: list[str] | None = None) -> dict[str, str]:
@@ -118,11 +126,11 @@ def one(eager: Eager, way: str, mode: str, switched: nn.Module) -> str:
     if isinstance(want, str):
         return f"skipped: {want}"
     try:
-        model = copy.deepcopy(switched) if mode in ("bf16", "dropout") else switched
+        model = copy.deepcopy(switched) if mode in CHANGING else switched
         got, calls = go(eager.case, mode, model)
     except Exception as error:
         return f"raises {said(error)}"
-    wrong = called(want[1], calls)
+    wrong = called(want[1], calls, way)
     if wrong:
         return wrong
     if mode == "bf16":
@@ -131,15 +139,20 @@ def one(eager: Eager, way: str, mode: str, switched: nn.Module) -> str:
     wrong = differences(want[0], got, most)
     if wrong and mode != "dropout" and not wrong.startswith(STRUCTURE):
         with environment("eager"):
+            zeroed = eager.with_empty_rows(mode)
+            if zeroed is not None and differences(zeroed, got, most) is None:
+                return "ok"
             why = eager.moves(mode, most)
         if why:
             return f"skipped: {why}"
     return f"differs {wrong}" if wrong else "ok"
 
 
-def called(want: Calls, got: Calls) -> str | None:
+def called(want: Calls, got: Calls, way: str) -> str | None:
     """Return what is wrong with who called attention, or None."""
-    if not got.by_module:
+    if way == "attnkit" and not got.plans:
+        return "attnkit never ran"
+    if not got.by_module and (way != "attnkit" or want.by_module):
         return "never calls the interface"
     if got.by_name.get("eager"):
         return f"{got.by_name['eager']} calls are still eager's"
@@ -150,16 +163,19 @@ def called(want: Calls, got: Calls) -> str | None:
 
 
 def coarse(eager: Eager, want: dict[str, Tensor], got: dict[str, Tensor]) -> str:
-    """Compare in bfloat16: the median error against float32 is at most twice eager's own."""
+    """Compare in bfloat16: the median error against float32 is at most twice eager's own.
+
+    Some roundings of the numbers themselves are allowed besides; few numbers tell nothing.
+    """
     exact = eager.of("plain")
     if isinstance(exact, str):
         return "skipped: " + exact
     for name, right in exact[0].items():
-        if not right.is_floating_point() or name not in got or not right.numel():
+        if not right.is_floating_point() or name not in got or right.numel() < 64:
             continue
         own = (want[name].float() - right).abs().median()
         ours = (got[name].float() - right).abs().median()
-        floor = 2**-7 * right.abs().median()
+        floor = 2**-6 * right.abs().mean()
         if not bool(ours.isfinite()) or float(ours) > 2 * float(own) + float(floor):
             return f"differs {name}: median error {float(ours):.1e}, eager's {float(own):.1e}"
     return "ok"

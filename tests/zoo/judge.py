@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def differences(want: Mapping[str, Tensor], got: Mapping[str, Tensor], most: flo
     if want.keys() != got.keys():
         return f"{STRUCTURE}: {sorted(want.keys() ^ got.keys())[:4]}"
     worst, where = 0.0, ""
+    floor = floor_of(want)
     for name, right in want.items():
         here = got[name]
         if right.shape != here.shape:
@@ -49,7 +51,7 @@ def differences(want: Mapping[str, Tensor], got: Mapping[str, Tensor], most: flo
         right, here = right.double(), here.double()
         if not bool(here.isfinite().all()):
             return f"{name}: not finite"
-        error = float((right - here).abs().max() / scale_of(name, want).clamp_min(1e-6))
+        error = float((right - here).abs().max() / scale_of(name, want).clamp_min(floor))
         if error > worst:
             worst, where = error, name
     return f"{where}: {worst:.1e}" if worst > most else None
@@ -64,3 +66,12 @@ def scale_of(name: str, want: Mapping[str, Tensor]) -> Tensor:
     largest = want[name].double().abs().max()
     weight = want.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
     return largest if weight is None else torch.maximum(largest, weight.double().abs().max())
+
+
+def floor_of(want: Mapping[str, Tensor]) -> float:
+    """Return the number below which a tensor counts as zero.
+
+    A gradient that is 0 in theory, of the queries of a row with one key, say, is rounding alone.
+    """
+    largest = [float(t.abs().max()) for t in want.values() if t.is_floating_point() and t.numel()]
+    return max(1e-6, 1e-3 * median(largest)) if largest else 1e-6

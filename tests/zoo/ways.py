@@ -8,19 +8,21 @@ among them.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash
 from transformers import modeling_utils
 from transformers.integrations import npu_flash_attention, sdpa_attention
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from attnkit import fusion_attention
+from attnkit.backends import run_plan
 
 __all__ = ["NPU_WAYS", "WAYS", "Calls", "counted", "environment"]
 
@@ -32,14 +34,26 @@ class Calls:
     by_module: Counter[int] = field(default_factory=Counter)
     by_name: Counter[str] = field(default_factory=Counter)
     dropped: int = 0  # calls that were told to drop weights
+    plans: int = 0  # plans that attnkit ran, for the interface or in place of a model's own code
+
+
+_MASK = "attention_mask"
+
+
+def without_empty_rows(out: Tensor, mask: Any) -> Tensor:
+    """Return the output ``b s n d`` with 0 where the mask ``b 1 s j`` leaves a row no key."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.is_floating_point():
+        return out
+    empty = (mask <= torch.finfo(mask.dtype).min / 2).all(-1)  # b 1 s
+    return out.masked_fill(empty.transpose(1, 2)[..., None], 0.0)
 
 
 @contextlib.contextmanager
-def counted(model: nn.Module, noise: float = 0.0) -> Iterator[Calls]:
+def counted(model: nn.Module, noise: float = 0.0, empty_rows: bool = False) -> Iterator[Calls]:
     """Count every call that goes through transformers' interface, eager's included.
 
     With `noise` each output is changed by as much of its largest number, as if it were rounded
-    in another way.
+    in another way; with `empty_rows` rows that an additive mask leaves without a key are 0.
     """
     random = torch.Generator().manual_seed(17)
     numbers = {id(module): number for number, module in enumerate(model.modules())}
@@ -54,6 +68,8 @@ def counted(model: nn.Module, noise: float = 0.0) -> Iterator[Calls]:
             calls.by_name[name or "eager"] += 1
             calls.dropped += bool(kwargs.get("dropout"))
             out, *rest = chosen(module, *args, **kwargs)
+            if empty_rows:
+                out = without_empty_rows(out, args[3] if len(args) > 3 else kwargs.get(_MASK))
             if noise:
                 grain = torch.randn(out.shape, generator=random).to(out.dtype)
                 out = out + noise * grain * out.detach().abs().amax()
@@ -61,10 +77,20 @@ def counted(model: nn.Module, noise: float = 0.0) -> Iterator[Calls]:
 
         return call
 
+    def run(plan: Any, operands: Any) -> Any:
+        calls.plans += 1
+        return run_plan(plan, operands)
+
     AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    users = [m for name, m in sys.modules.items() if name.startswith("attnkit.")]
+    users = [m for m in users if vars(m).get("run_plan") is run_plan]
+    for user in users:
+        user.run_plan = run  # type: ignore[attr-defined]
     try:
         yield calls
     finally:
+        for user in users:
+            user.run_plan = run_plan  # type: ignore[attr-defined]
         AttentionInterface.get_interface = plain  # type: ignore[method-assign]
 
 
