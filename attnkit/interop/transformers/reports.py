@@ -158,6 +158,8 @@ def _told(plan: Plan) -> str:
     extras += ["training"] if request.needs_grad else []
     told = "; ".join([repr(request.mask), *extras])
     size = f"{request.q_len} x {request.kv_len}"
+    if plan.of_any_length and not plan.steps:
+        size = f"{request.q_len} x any number"
     if request.seqlens is not None:
         size = f"{request.batch} packed sequences, {size} in all"
     return f"{plan.backend}: {how}{size}, {told}"

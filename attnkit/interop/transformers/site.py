@@ -50,8 +50,9 @@ class Site:
     def plans(self) -> list[Plan]:
         """The latest plans that differ."""
         found = [plan for plans in self.by_terms.values() for plan in plans.values()]
-        if self.latest is not None and self.latest not in found:
-            found.append(self.latest)
+        latest = self.latest
+        if latest is not None and not any(_stands_for(plan, latest) for plan in found):
+            found.append(latest)
         return found
 
     @property
@@ -85,6 +86,14 @@ class Site:
         if self.masks is not None:
             self.masks.append(asked.mask)
         return run_plan(plan, Operands(query, key, value, asked.pse, sink))
+
+
+def _stands_for(kept: Plan, latest: Plan) -> bool:
+    """Whether a plan is the latest one, or that of an earlier step with fewer keys."""
+    if not kept.of_any_length:
+        return kept == latest
+    a, b = kept.request, latest.request
+    return (a.q_len, a.batch, a.mask) == (b.q_len, b.batch, b.mask)
 
 
 def site_of(module: nn.Module) -> Site:
