@@ -157,6 +157,17 @@ def _strips_of(part: Slice) -> list[Strip]:
     return strips
 
 
+def _canonical(part: Slice) -> tuple[Strip, ...]:
+    """Return a slice as maximal strips."""
+    strips = _strips_of(part) if part else []
+    if len(strips) == 1 and strips[0].i1 - strips[0].i0 > 1:
+        return tuple(strips)
+    chain = Canonical()
+    for strip in strips:
+        chain.add(*strip)
+    return tuple(chain.strips)
+
+
 def _operator(table: Table) -> Callable[[Region, Region], Region]:
     """Return the operator of regions with a truth table."""
 
@@ -200,6 +211,8 @@ class Region:
     @classmethod
     def of(cls, *slices: Slice) -> Region:
         """Return the union of slices; they may overlap, and come in any order."""
+        if len(slices) == 1:
+            return cls(_canonical(slices[0]))
         chains = [Canonical()]
         for part in sorted(slices, key=lambda s: s.i0):
             strips = chains[-1].strips

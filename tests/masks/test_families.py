@@ -15,6 +15,19 @@ def test_every_family_is_its_formula(q_len, kv_len):
         assert first_difference(case, q_len, kv_len) is None, case.mask
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(4, 4), (2, 5), (0, 3)])
+def test_what_batch_elements_share_is_what_each_has(q_len, kv_len):
+    each = [case.mask for case in cases(q_len, kv_len)]
+    apart = [mask for mask in each if mask.batches == 3 and mask.heads is None]
+    joined = [a & b | c for a, b, c in zip(each, apart * 9, apart[::-1] * 9, strict=False)
+              if a.batches in (None, 3) and a.heads is None]  # fmt: skip
+    assert len(joined) > 20
+    for mask in [*each, *joined, *(~mask for mask in joined)]:
+        count = mask.batches or 3
+        shared = mask.enclosures(q_len, kv_len, count)
+        assert shared == [mask.enclosure(q_len, kv_len, b) for b in range(count)]
+
+
 def test_every_registered_family_is_proven():
     proven = {type(case.mask).__name__ for case in cases(4, 4)}
     made_by_the_algebra = {"And", "Or", "Not", "Cut"}

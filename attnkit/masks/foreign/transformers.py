@@ -218,6 +218,11 @@ def _is_same(fn: MaskFunction, frame: Frame, found: Meet) -> bool:
         return False
     if not isinstance(cells, torch.Tensor) or cells.dtype != torch.bool:
         return False
-    shape = (2, 1, frame.q_len, frame.kv_len)
-    drawn = frame.mask(found).materialize(frame.q_len, frame.kv_len, 2)
-    return bool((cells.expand(shape) == drawn).all())
+    lengths, mask = (frame.q_len, frame.kv_len), frame.mask(found)
+    drawn = np.zeros((2, 1, *lengths), np.bool_)
+    for text in range(2):  # by rows: an operator of torch may take longer than all of them
+        region = mask.region(*lengths, text if mask.batches is not None else 0)
+        for row in range(frame.q_len):
+            for start, stop in region.row(row):
+                drawn[text, 0, row, start:stop] = True
+    return np.array_equal(cells.expand(drawn.shape).numpy(), drawn)
