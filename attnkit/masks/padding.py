@@ -16,7 +16,7 @@ from attnkit.masks.base import MASKS, Mask
 from attnkit.masks.keys import Keys
 from attnkit.masks.rectangles import Prefix
 
-__all__ = ["Padding", "padding_of", "runs_of_keys", "stretch"]
+__all__ = ["Padding", "padding_of", "runs_of_keys", "told", "written"]
 
 Cells = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -125,26 +125,39 @@ def _existing(attention_mask: torch.Tensor) -> Cells:
     return cells
 
 
-def padding_of(cells: Cells, alike: bool = False) -> Mask:
-    """Return the keys that exist, of a bool array [b, s], as `Padding.of` writes them.
+def padding_of(cells: Cells) -> Mask:
+    """Return the keys that exist, of a bool array [b, s], as `Padding.of` writes them."""
+    return written(*told(cells))
 
-    With `alike`, rows that are all the same have one entry for all batch elements.
+
+def told(cells: Cells) -> tuple[str, tuple[Any, ...]]:
+    """Return what a mask of these keys is written with: the same for the next step of a cache.
+
+    >>> told(np.array([[False, True], [True, True]]))
+    ('left', (1, 0))
     """
-    missing, lengths = stretch(cells, True), None
-    if missing is None:
-        lengths = stretch(cells, False)
-    for name, counts in (("left", missing), ("right", lengths)):
+    for side in ("left", "right"):
+        counts = _stretch(cells, side == "left")
         if counts is not None:
-            one = alike and counts.count(counts[0]) == len(counts)
-            if name == "left":
-                return ~Prefix(counts[0] if one else counts)
-            return Prefix(counts[0]) if one else Padding(counts)
-    runs = runs_of_keys(cells)
-    one = alike and runs.count(runs[0]) == len(runs)
-    return Keys(runs[0] if one else runs)
+            return side, tuple(counts)
+    return "runs", tuple(map(tuple, runs_of_keys(cells)))
 
 
-def stretch(cells: Cells, missing: bool) -> list[int] | None:
+def written(form: str, each: tuple[Any, ...], alike: bool = False) -> Mask:
+    """Return the mask that `told` tells; with `alike`, equal rows have one entry for all.
+
+    >>> written("left", (2, 2), alike=True)
+    ~Prefix(2)
+    """
+    one = each[0] if alike and each.count(each[0]) == len(each) else None
+    if form == "left":
+        return ~Prefix(each if one is None else one)
+    if form == "right":
+        return Padding(each) if one is None else Prefix(one)
+    return Keys(each if one is None else one)
+
+
+def _stretch(cells: Cells, missing: bool) -> list[int] | None:
     """Return how many keys are missing before the first, or exist before one that does not.
 
     None where that does not tell all keys.

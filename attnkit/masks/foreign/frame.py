@@ -14,8 +14,7 @@ from attnkit.masks.algebra import And, Or
 from attnkit.masks.base import Align, Full, Mask
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.documents import Documents
-from attnkit.masks.padding import padding_of, stretch
-from attnkit.masks.rectangles import Prefix
+from attnkit.masks.padding import told, written
 from attnkit.masks.same_id import SameId, runs_of
 from attnkit.masks.spans import Spans
 
@@ -164,11 +163,8 @@ class Frame:
         """Return the keys that exist, of a bool array [B, Skv]."""
         if np.count_nonzero(cells) == cells.size:
             return EVERY
-        if self.q_len <= FEW_ROWS:
-            missing = stretch(cells, True)
-            if missing is not None:
-                return Meet(rest=(_kept_padding(tuple(missing)),))
-        return Meet(rest=(padding_of(cells, alike=True),))
+        write = _kept_padding if self.q_len <= FEW_ROWS else written
+        return Meet(rest=(write(*told(cells), True),))
 
     def alike(self, queries: Numbers, keys: Numbers, none: bool) -> Meet:
         """Return the cells whose numbers are equal; with `none`, those below 0 have no number."""
@@ -209,11 +205,7 @@ def _joined(
 
 
 _kept = constant(_joined)
-
-
-@constant
-def _kept_padding(missing: tuple[int, ...]) -> Mask:
-    return ~Prefix(missing[0] if missing.count(missing[0]) == len(missing) else missing)
+_kept_padding = constant(written)
 
 
 def _come_once(each: list[list[tuple[int, int]]], none: bool) -> bool:
