@@ -258,6 +258,7 @@ def last_is_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def stabilised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """CogView: the largest score of each row is taken off before a scale."""
     scores = (query @ key.mT) / 4
+    scores = scores - scores.amax(-1, keepdim=True).detach()
     return ((scores - scores.amax(dim=-1).unsqueeze(-1)) * 4).softmax(-1) @ value
 
 
@@ -266,6 +267,20 @@ def emptied(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scores = (query @ key.mT).masked_fill(BANNED, -torch.inf)
     weights = scores.softmax(-1).masked_fill(BANNED.clone(), 0.0)
     return weights.masked_fill(torch.arange(S).view(S, 1) == 2, 0.0) @ value
+
+
+def expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """XLM: a mask is expanded as the scores, and they are filled in place."""
+    scores = query @ key.mT
+    scores.masked_fill_(BANNED[:, :, :1].expand_as(scores), LEAST)
+    filled = scores.float() if scores.dtype == torch.float32 else scores.contiguous()
+    filled.masked_fill_(BANNED, LEAST)  # of one dtype, these are the scores themselves
+    return scores.softmax(-1).type_as(scores) @ value
+
+
+def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's own attention, with a mask that is a product."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=query @ key.mT)
 
 
 def listed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -285,8 +300,15 @@ ODD: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] =
     "positions first": (last_is_queries, (S, B, N, D), (T, B, N, D)),
     "stabilised": (stabilised, (B, N, S, D), (B, N, T, D)),
     "emptied": (emptied, (B, N, S, D), (B, N, T, D)),
+    "expanded": (expanded, (B, N, S, D), (B, N, T, D)),
+    "torchs": (torchs, (B, N, S, D), (B, N, T, D)),
     "listed": (listed, (B, N, S, D), (B, N, T, D)),
     "one query": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (B, N, 1, D), (B, N, T, D)),
+    "a bias on one key": (
+        lambda q, k, v: (q @ k.mT + BIAS[:, :1, :1]).softmax(-1) @ v,
+        (B, N, S, D),
+        (B, N, 1, D),
+    ),
     "one key": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (B, N, S, D), (B, N, 1, D)),
     "one of all": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (1, 1, 1, D), (1, 1, 1, D)),
 }
@@ -343,6 +365,7 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: (lambda s: s / s.amax(-1, keepdim=True))(q @ k.mT).softmax(-1) @ v,
         "follows from scores",
     ),
+    "detached": (lambda q, k, v: (q @ k.mT).detach().softmax(-1) @ v, "detached"),
     "unmasked weights": (
         lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(BANNED, 0.0) @ v,
         "not masked",

@@ -21,8 +21,8 @@ from attnkit.pse.additive import Additive
 
 __all__ = ["Call", "Reader", "call_of"]
 
-Reader = Callable[[Tensor, bool | None], Additive]
-"""Reads a tensor [1|b, 1|n, 1|q_len, 1|kv_len]: bool with what True means, or what is added."""
+Reader = Callable[[Tensor, bool | None, int], Additive]
+"""Reads a tensor [1|b, 1|n, 1|q_len, kv_len]: bool with what True means, or what is added."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,14 @@ def _terms(
 def _hole(hole: Hole, plane: _Plane, read: Reader) -> Mask:
     if hole.value > EXCLUDES:
         raise NotAttention("a number that excludes cells was made smaller after it was set")
-    return read(_full_keys(plane.tensor(hole.labelled), plane), hole.keep).mask
+    return read(_full_keys(plane.tensor(hole.labelled), plane), hole.keep, plane.shape[3]).mask
 
 
 def _check_empty(reading: Reading, plane: _Plane, read: Reader, masks: list[Mask]) -> None:
     """Raise where weights are set to 0 that are not masked already; whole rows may be."""
     for one in reading.empty:
         if any(axis in plane.groups[3] for axis in one.labelled.axes):
-            kept = read(plane.tensor(one.labelled), one.keep).mask
+            kept = read(plane.tensor(one.labelled), one.keep, plane.shape[3]).mask
             if kept not in masks:
                 raise NotAttention("weights are set to 0 that were not masked")
 
@@ -240,7 +240,7 @@ def _term(term: Term, plane: _Plane, read: Reader) -> tuple[Mask | None, Dense |
     tensor = _full_keys(plane.tensor(term.labelled), plane)
     if term.factor < 0:
         tensor = -tensor
-    found = read(tensor, None)
+    found = read(tensor, None, plane.shape[3])
     bias, factor = found.bias, abs(term.factor)
     if not isinstance(bias, Dense | KeyBias):
         return found.mask, None

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ASKS", "CONTINUES", "OUT_OF_PLACE", "PRODUCTS", "canonical", "writes"]
+__all__ = [
+    "ASKS",
+    "CONTINUES",
+    "COPIES",
+    "OUT_OF_PLACE",
+    "PRODUCTS",
+    "SIZED",
+    "canonical",
+    "writes",
+]
 
 T = Tensor
 
@@ -29,6 +38,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "maximum": (torch.max, T.max, torch.maximum, T.maximum),
     "clamp": (torch.clamp, T.clamp, T.clamp_, torch.clip, T.clip, torch.clamp_min, T.clamp_min),
     "largest": (torch.amax, T.amax),
+    "detach": (torch.detach, T.detach),
     "tanh": (torch.tanh, T.tanh, T.tanh_, F.tanh),
     "cast": (T.to, T.type, T.type_as, T.float, T.half, T.bfloat16, T.double),
     "same": (T.contiguous, T.clone, torch.clone),
@@ -53,6 +63,11 @@ PRODUCTS = frozenset(("matmul", "baddbmm", "einsum", "sdpa"))
 CONTINUES = frozenset(_SPELLINGS) - PRODUCTS
 """What is recorded when it is done to scores that are not computed yet."""
 
+SIZED: frozenset[Any] = frozenset((T.expand_as, T.view_as, T.reshape_as))
+"""Calls that ask their second argument for its shape alone."""
+
+COPIES: frozenset[Any] = frozenset((T.clone, torch.clone))
+
 ASKS: frozenset[Any] = frozenset(
     (
         *(T.size, T.dim, T.numel, T.nelement, T.is_floating_point, T.is_complex, T.ndimension),
@@ -62,7 +77,10 @@ ASKS: frozenset[Any] = frozenset(
             getattr(T, name).__get__
             for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")
         ),
-        *(getattr(T, name).__get__ for name in ("is_sparse", "is_quantized", "is_nested")),
+        *(
+            getattr(T, name).__get__
+            for name in ("requires_grad", "is_sparse", "is_quantized", "is_nested")
+        ),
     )
 )
 """Questions about a tensor that nobody has to compute it for."""

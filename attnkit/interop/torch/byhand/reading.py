@@ -360,12 +360,17 @@ def _largest(reading: Reading, record: Recorded) -> None:
     raise NotAttention("the largest score of a row is more than a shift")
 
 
+def _detach(reading: Reading, record: Recorded) -> None:
+    raise NotAttention("scores are detached")
+
+
 _LESS_COMMON: dict[str, Callable[[Reading, Recorded], None]] = {
     "masked_fill": _fill,
     "where": _where,
     "maximum": _maximum,
     "clamp": _clamp,
     "largest": _largest,
+    "detach": _detach,
     "tanh": lambda reading, _: reading.cap_scores(),
     "cast": lambda reading, _: None,
     "softmax": _softmax,

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnkit.errors import CompositionError
 from attnkit.interop.torch.byhand.names import ASKS, writes
 
-__all__ = ["Deferred", "Recorded", "computed", "deferred"]
+__all__ = ["Deferred", "Recorded", "asked", "computed", "deferred"]
 
 _PLAIN = torch._C.DisableTorchFunction
 
@@ -65,6 +65,16 @@ class Recorded:
                     return tensor.device
             one = one.parent
         return torch.device("cpu")
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the result would."""
+        one: Recorded | None = self
+        while one is not None:
+            if one.grad and any(tensor.requires_grad for tensor in one.tensors):
+                return True
+            one = one.parent
+        return False
 
     def check(self) -> None:
         """Raise where a tensor was written to after the call was recorded."""
@@ -118,8 +128,7 @@ class Deferred(Tensor):
     ) -> Any:
         """Answer what is known, and compute it for everything else."""
         if func in ASKS:
-            with _PLAIN():
-                return func(*args, **(kwargs or {}))
+            return asked(func, args, kwargs or {})
         return computed(func, args, kwargs or {})
 
     @classmethod
@@ -160,6 +169,17 @@ def deferred(
 ) -> Deferred:
     """Return the result of a call that is not made."""
     return Deferred(Recorded(name, func, _records(args), _records(kwargs)), told)
+
+
+def asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer a question that nobody has to compute the tensor for."""
+    if func == _REQUIRES_GRAD:
+        return args[0].record.requires_grad
+    with _PLAIN():
+        return func(*args, **kwargs)
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,14 +19,16 @@ from attnkit.interop.torch.byhand.calls import Call, call_of
 from attnkit.interop.torch.byhand.names import (
     ASKS,
     CONTINUES,
+    COPIES,
     OUT_OF_PLACE,
     PRODUCTS,
+    SIZED,
     canonical,
     writes,
 )
 from attnkit.interop.torch.byhand.products import product_of
 from attnkit.interop.torch.byhand.reading import read
-from attnkit.interop.torch.byhand.records import Deferred, Recorded, computed, deferred
+from attnkit.interop.torch.byhand.records import Deferred, Recorded, asked, computed, deferred
 from attnkit.interop.torch.reading import terms_of
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 from attnkit.planner import Plan
@@ -108,10 +110,14 @@ class Watch(TorchFunctionMode):
         if Deferred not in types:
             return self._plain(func, args, kwargs)
         if func in ASKS:
+            return asked(func, args, kwargs)
+        if func in SIZED and not isinstance(args[0], Deferred):
             with torch._C.DisableTorchFunction():
-                return func(*args, **kwargs)
+                return func(args[0], args[1].record.stand_in)
         name = canonical(func)
-        if name in PRODUCTS and name != "sdpa":
+        if name == "sdpa":
+            return self._sdpa(func, *_known(args, kwargs))
+        if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
         if name in CONTINUES and _waits(args, kwargs):
             found = self._continued(name, func, args, kwargs)
@@ -186,7 +192,11 @@ class Watch(TorchFunctionMode):
                 return None
             first.record = made.record
             return first
-        if name in ("reshape", "permute", "same", "cast") and isinstance(first, Deferred):
+        if not isinstance(first, Deferred):
+            pass
+        elif name in ("cast", "same") and func not in COPIES and _is_same(made, first):
+            return first  # as torch does
+        elif name in ("reshape", "permute"):
             made.kin = first.kin
             made.kin.append(weakref.ref(made))
         self._pending.append(weakref.ref(made))
@@ -250,6 +260,19 @@ class Watch(TorchFunctionMode):
 _STARTS = PRODUCTS - {"sdpa"}
 
 
+def _known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with deferred tensors computed."""
+
+    def known(one: Any) -> Any:
+        return one.record.compute() if isinstance(one, Deferred) else one
+
+    return tuple(known(one) for one in args), {name: known(one) for name, one in kwargs.items()}
+
+
+def _is_same(made: Deferred, first: Deferred) -> bool:
+    return (made.dtype, made.stride()) == (first.dtype, first.stride())
+
+
 def _waits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(
         one.record.real is None for one in (*args, *kwargs.values()) if isinstance(one, Deferred)
@@ -297,8 +320,8 @@ def _quietly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return computed(func, args, kwargs)
 
 
-def _read_mask(tensor: Tensor, keep: bool | None) -> Additive:
+def _read_mask(tensor: Tensor, keep: bool | None, keys: int) -> Additive:
     """Read a mask or what is added; masks, which all layers share, once."""
     if keep is None and tensor.shape[1] > 1:  # of each head: a bias, and new in each layer
-        return split_additive(tensor)
-    return terms_of(tensor, keep=bool(keep))
+        return split_additive(tensor, kv_len=keys)
+    return terms_of(tensor, keep=bool(keep), kv_len=keys)
