@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnkit import masks
 from attnkit.errors import CompositionError, CompositionTypeError
-from attnkit.interop.torch import reading
+from attnkit.interop.torch import reading, replace
 from attnkit.interop.torch.reading import terms_of
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 
@@ -178,6 +178,10 @@ def test_a_row_of_finfo_min_is_empty_and_other_keys_are_masked() -> None:
     assert not scaled_dot_product_attention(x, x, x, low)[0, 0, 0].any()
 
 
+def copied_in(store: Any) -> list[Tensor]:
+    return [one._copy for one in store.values.values() if hasattr(one, "_copy")]
+
+
 class TestReading:
     """The same tensor is read once, another or a changed one is."""
 
@@ -212,14 +216,34 @@ class TestReading:
         assert terms_of(view, keep=True).mask == masks.Full()
         assert len(seen) == 2
 
-    def test_never_from_what_is_not_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_no_writes_are_counted_it_is_compared(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         seen = self.reads(monkeypatch)
         with torch.inference_mode():
             mask = torch.ones(4, 4).tril().bool()
-            for _ in range(2):
-                terms_of(mask, keep=True)
-                mask.fill_(True)
-        assert [terms_of(mask, keep=True).mask, len(seen)] == [masks.Full(), 3]
+            for _ in range(3):
+                assert terms_of(mask[None], keep=True).mask == masks.Causal()  # new views
+            assert len(seen) == 1
+            mask.fill_(True)
+            assert terms_of(mask[None], keep=True).mask == masks.Full()
+            keys = torch.ones(64).bool().expand(2, 1, 1 << 20, 64)  # 128 MiB, were it copied
+            assert terms_of(keys, keep=True).mask == masks.Full()
+            assert [one.shape.numel() for one in copied_in(reading._READ)][-1] == 64
+        assert terms_of(mask[None], keep=True).mask == masks.Full()
+        assert len(seen) == 3
+
+    def test_every_layer_of_an_inference_reads_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = self.reads(monkeypatch)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = torch.nn.TransformerEncoder(layer, 3).eval()
+        replace(model)
+        later, late = torch.ones(6, 6).triu(1).bool(), torch.zeros(2, 6).bool()
+        for mode in (torch.no_grad, torch.inference_mode):
+            seen.clear()
+            with mode():
+                model(torch.randn(2, 6, 16), later, late)  # makes both float
+            assert len(seen) == 2
 
     def test_kept_masks_do_not_keep_the_tensors(self) -> None:
         import gc
