@@ -207,3 +207,25 @@ class TestExtraKey:
             ak.MultiHeadAttention(16, 2, extra_key=True, softcap=5.0)
         with pytest.raises(CompositionTypeError, match="extra_key=1"):
             ak.MultiHeadAttention(16, 2, extra_key=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("built", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 6}])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(3), masks.Padding([5, 3])])
+def test_the_fused_kernel_computes_it_with_gradients(
+    built: dict[str, Any], mask: masks.Mask
+) -> None:
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(32, 2, batch_first=True, **built)
+    layers = [
+        ak.MultiHeadAttention.from_torch(theirs, mask=mask, backend=backend)
+        for backend in ("emulated", "reference")
+    ]
+    x, context = torch.randn(2, 5, 32), torch.randn(2, 5, built.get("kdim") or 32)
+    values, grads = torch.randn(2, 5, 32), []
+    for layer in layers:
+        output = layer(x, context, values=values)
+        trained = [one for one in layer.parameters() if one.requires_grad]
+        grads.append([output, *torch.autograd.grad(output.square().sum(), trained)])
+    for found, right in zip(*grads, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+    assert layers[0].plan(x, context, values=values, mask=None).calls
