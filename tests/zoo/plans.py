@@ -47,7 +47,11 @@ class Plans:
         for request in self.requests:
             if request.dtype == torch.bfloat16:
                 continue
-            changed = dataclasses.replace(request, dtype=torch.bfloat16, device="meta", dropout=0.0)
+            # A model in bfloat16 has its biases in bfloat16.
+            bias = tuple(dataclasses.replace(term, dtype=torch.bfloat16) for term in request.bias)
+            changed = dataclasses.replace(
+                request, dtype=torch.bfloat16, bias=bias, device="meta", dropout=0.0
+            )
             key = (changed, request.needs_grad)
             if key in seen:
                 continue
