@@ -411,6 +411,24 @@ def test_dropout_follows_the_mode_and_torchs_generator() -> None:
         assert layer.plan(q, q, q).request.dropout == 0
 
 
+@pytest.mark.parametrize("backend", ["tiled", "emulated", "reference"])
+def test_a_sink_of_each_query_is_a_factor_of_the_output(backend: str) -> None:
+    """As docs/backends.md has it, against a softmax with one more column, of value 0."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 4, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    sink, mask = torch.randn(2, 4, 9).double().requires_grad_(), masks.Causal() & masks.Rows(2, 9)
+    output, stats = ak.attention(q, k, v, mask=mask, backend=backend, return_stats=True)
+    found = output * torch.sigmoid(stats.lse - sink).transpose(1, 2).unsqueeze(-1)
+    scores = 8**-0.5 * torch.einsum("bind,bjnd->bnij", q, k)
+    scores = scores.masked_fill(~mask.materialize(9, 9), -torch.inf)
+    weights = torch.cat([scores, sink[..., None]], -1).softmax(-1)[..., :-1]
+    meant = torch.einsum("bnij,bjnd->bind", weights, v)
+    grads = [torch.autograd.grad(t.sin().sum(), [q, k, v, sink]) for t in (found, meant)]
+    torch.testing.assert_close(found, meant, atol=1e-12, rtol=0)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
 def test_freezing_and_unfreezing_is_seen() -> None:
     """A frozen bias goes to the kernel as it is; once it wants a gradient, a pass makes that."""
     q = x()

@@ -250,9 +250,8 @@ def _cheapest_way(request: Request, search: Search) -> Plan:
     What trains has its gradient from the calls on a route, and from a pass beside them elsewhere.
     """
     learnable = tuple(k for k, term in enumerate(request.bias) if term.requires_grad)
-    given = _as_given(frozen(request, learnable), search)
-    options = [_with_pass(request, learnable, given) if learnable else given]
-    if not learnable and _is_plain(options[0].steps):
+    options = [] if learnable else [_as_given(request, search)]
+    if options and _is_plain(options[0].steps):
         return options[0]
     refusals: list[Refusal] = []
     ways = dict.fromkeys((*routes(request), *routes(request, sloped=True)))
@@ -260,9 +259,18 @@ def _cheapest_way(request: Request, search: Search) -> Plan:
     # Few zones are few calls: what they cost bounds the others.
     some = (way for way in ways if isinstance(way, Route))
     for route in sorted(some, key=lambda route: len(route.zones)):
-        rivals = (o.solution for o in options if o.steps and not _last_resort(o.steps))
-        bound = min(map(_nanoseconds, rivals), default=inf)
-        options.append(on_route(request, route, search, bound))
+        options.append(on_route(request, route, search, _least(options)))
+    if learnable:
+        made, bound = BiasPass.of(request, learnable), _least(options)
+        if made.price.nanoseconds < bound:
+            given = _as_given(frozen(request, learnable), search)
+            options.append(_with_pass(request, learnable, given))
+        else:
+            reason = (
+                f"{made} would take {made.price.nanoseconds / 1e3:,.0f} us beside the calls, and "
+                f"all of another way {bound / 1e3:,.0f} us"
+            )
+            refusals.append(Refusal("pass-dearer", reason, "the bias input"))
     refusals += dict.fromkeys(reason for option in options for reason in option.refusals)
     options = [option for option in options if option.steps]
     if not options:
@@ -272,6 +280,12 @@ def _cheapest_way(request: Request, search: Search) -> Plan:
     others += [other for option in options for other in option.alternatives]
     others.sort(key=_nanoseconds)
     return replace(options[0], alternatives=tuple(others), refusals=tuple(refusals))
+
+
+def _least(options: Sequence[Plan]) -> float:
+    """Return what the cheapest of some plans costs, in nanoseconds; infinity if none is one."""
+    found = (o.solution for o in options if o.steps and not _last_resort(o.steps))
+    return min(map(_nanoseconds, found), default=inf)
 
 
 def _is_plain(steps: Sequence[Launch]) -> bool:

@@ -73,7 +73,7 @@ def leaves_of(tensors: list[Tensor], how: dict[str, Any]) -> list[Tensor]:
     return [*tensors, *trained, *([] if sink is None else [sink])]
 
 
-UNKNOWN_TO_THE_KERNEL = ("soft-cap", "matrix")
+UNKNOWN_TO_THE_KERNEL = ("soft-cap",)
 EVERY = [
     (name, backend)
     for backend in ("tiled", "emulated")
