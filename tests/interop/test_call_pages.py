@@ -15,6 +15,8 @@ PAGES = ("flash-attn", "mindspore", "npu-fusion-attention", "xformers")
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_does_what_it_says(name: str) -> None:
+    if name == "xformers":
+        pytest.importorskip("xformers")
     text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
     with torch.enable_grad():
         pairs = run_blocks(text)

@@ -545,3 +545,23 @@ def test_it_runs_between_compiled_graphs() -> None:
     x = drawn(1, 6, 2, 8)
     near(torch.compile(step, backend="eager")(x), step(x))
     torch.compiler.reset()
+
+
+MODES = {
+    2: {},
+    3: {},
+    4: {"pre_tokens": 99, "next_tokens": 0},
+    6: {"prefix": [40]},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_read_is_planned_as_no_more_than_it_was(mode: int) -> None:
+    x = torch.empty(1, 2048, 8, 64, dtype=torch.bfloat16, device="meta")
+    mask = PREFIX if mode == 6 else CAUSAL
+    how = {"atten_mask": mask, "sparse_mode": mode, "scale": 0.125, **MODES[mode]}
+    plan = npu.read_call(x, x, x, 8, "BSND", **how).plan(x, x, x, backend="emulated")
+    (call,) = plan.calls
+    assert call.regions() == npu.read_call(x, x, x, 8, "BSND", **how).call.regions()
+    assert call.atten_mask is None or call.atten_mask.kind != "full"
+    plan.verify()
