@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-npu test-gpu lint format bench bench-gpu clean clean-venv
+.PHONY: help venv demo test test-fast test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,6 +41,9 @@ test: $(READY) ## every test, doctests included
 
 test-fast: $(READY) ## the tests without the exhaustive sweeps
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-models: $(READY) ## models of transformers against eager attention, a chosen set (minutes)
+	$(BIN)/python -m tests.zoo --chosen --strict --workers $(WORKERS)
 
 test-npu: $(READY) ## the ascend backend through the real torch_npu, its kernels emulated (Linux, gcc)
 	$(BIN)/python tests/npu/rig.py

@@ -74,4 +74,4 @@ def floor_of(want: Mapping[str, Tensor]) -> float:
     A gradient that is 0 in theory, of the queries of a row with one key, say, is rounding alone.
     """
     largest = [float(t.abs().max()) for t in want.values() if t.is_floating_point() and t.numel()]
-    return max(1e-6, 1e-3 * median(largest)) if largest else 1e-6
+    return max(1e-6, 1e-2 * median(largest)) if largest else 1e-6

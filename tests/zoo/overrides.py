@@ -144,6 +144,14 @@ _VIT = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, int
                  image_size=32, patch_size=8, num_labels=64)  # fmt: skip
 _T5 = {"dropout_rate": 0.0, "classifier_dropout_rate": 0.0}
 
+_MEMORY = {"image_size": 64, "memory_attention_hidden_size": 128,
+           "memory_attention_feed_forward_hidden_size": 64, "memory_attention_num_layers": 1,
+           "memory_attention_rope_feat_sizes": [4, 4], "memory_encoder_hidden_size": 128,
+           "memory_encoder_output_channels": 64, "mask_downsampler_embed_dim": 128,
+           "memory_fuser_embed_dim": 128, "memory_fuser_intermediate_dim": 64,
+           "prompt_encoder_config": {"hidden_size": 128, "image_size": 64, "patch_size": 16},
+           "mask_decoder_config": {"hidden_size": 128}}  # fmt: skip
+_TRACKER = {**_MEMORY, "vision_config": {**_SAM2, "fpn_hidden_size": 128}}
 _DOTS3 = {"per_layer_config": {2: {"head_dim": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}}}
 
 OVERRIDES |= {
@@ -203,13 +211,20 @@ OVERRIDES |= {
     "sam_vision_model": _SAM_VISION,
     "sam_hq_vision_model": _SAM_VISION,
     "sam2": {"vision_config": _SAM2, "prompt_encoder_config": {"image_size": 64, "patch_size": 16}},
-    "sam2_video": {"vision_config": _SAM2, "prompt_encoder_config": {
-        "image_size": 64, "patch_size": 16}},
+    "sam2_video": _TRACKER,
+    "edgetam_video": {**_TRACKER, "memory_attention_rope_k_sizes": [2, 2],
+                      "memory_attention_mlp_hidden_size": 64,
+                      "perceiver_resampler_num_latents": 4,
+                      "perceiver_resampler_num_latents_2d": 4,
+                      "perceiver_resampler_hidden_size": 64,
+                      "perceiver_resampler_attention_head_dim": 64,
+                      "perceiver_resampler_mlp_intermediate_size": 32},
     "sam2_vision_model": _SAM2,
     "sam2_hiera_det_model": _HIERA,
     "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
-    "sam3_tracker_video": {"vision_config": {
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+    "sam3_tracker_video": {**_MEMORY, "vision_config": {
+        "fpn_hidden_size": 128, "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "backbone_config": {"image_size": 64, "patch_size": 16}}},
     "neucodec": {"semantic_model_config": _W2V_BERT, "quantization_dim": 128},
     "xcodec2": {"semantic_model_config": _W2V_BERT, "quantization_dim": 128},
     "informer": {**_SERIES, "feature_size": DROP},
@@ -226,6 +241,31 @@ OVERRIDES |= {
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 32, "latent_channels": 32}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "num_key_value_heads": DROP},
     "cohere_compass": {"text_config": OVERRIDES["cohere_compass_text"]},
+}  # fmt: skip
+
+_SWIN = {"embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2,
+         "num_layers": 2, "hidden_size": 48}  # fmt: skip
+_SWIN4 = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 4, 4], "window_size": 2,
+          "hidden_size": 192}  # fmt: skip
+
+# Types with attention of their own.
+OVERRIDES |= {
+    "autoformer": {**_SERIES, "feature_size": DROP},
+    "dab-detr": _TIMMLESS,
+    "table-transformer": _TIMMLESS,
+    "omdet-turbo": _TIMMLESS,
+    "donut-swin": _SWIN,
+    "swinv2": _SWIN,
+    "mask2former": {"backbone_config": _SWIN4, "feature_size": 64, "mask_feature_size": 64},
+    "grounding-dino": {"backbone_config": _SWIN4},
+    "mm-grounding-dino": {"backbone_config": _SWIN4},
+    "flaubert": {"emb_dim": 64, "n_words": 128, "n_heads": 4, "n_layers": 2},
+    "xlm": {"emb_dim": 64, "n_words": 128, "n_heads": 4, "n_layers": 2},
+    "luke": {"entity_vocab_size": 64, "entity_emb_size": 32},
+    "gptj": {"rotary_dim": 8},
+    "xlnet": {"d_head": 16},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": 16, "d_inner": 64},
+    "pvt": {"image_size": 64, "hidden_sizes": [8, 16, 32, 64]},
 }  # fmt: skip
 
 # Where the class that an Auto class would take is not the one to test.

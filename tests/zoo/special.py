@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from tests.zoo.inputs import BATCH, LENGTH, find, ids, normal
@@ -157,7 +158,18 @@ for _name in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v3", "p
               "detr", "conditional_detr", "deformable_detr", "lw_detr"):  # fmt: skip
     SPECIAL[_name] = sized(64, 64)
 SPECIAL["pp_ocrv5_mobile_rec"] = sized(96, 160)
-for _name in ("pp_ocrv5_server_rec", "pp_ocrv6_small_rec"):
+SPECIAL["mobilevitv2"] = sized(128, 128)
+SPECIAL["pvt"] = sized(64, 64)
+for _name in ("dab-detr", "table-transformer", "mask2former"):
+    SPECIAL[_name] = sized(64, 64)
+SPECIAL["lxmert"] = one(
+    lambda c: {
+        "input_ids": ids(c, 3),
+        "visual_feats": normal(4, BATCH, 5, c.visual_feat_dim),
+        "visual_pos": normal(5, BATCH, 5, c.visual_pos_dim).abs(),
+    }
+)
+for _name in ("pp_ocrv5_server_rec", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec"):
     SPECIAL[_name] = sized(48, 160)
 SPECIAL["align"] = one(lambda c: {"input_ids": ids(c, 3), "pixel_values": picture(size=64)})
 SPECIAL["clap"] = one(
@@ -222,8 +234,7 @@ for _name in ("neucodec", "xcodec2"):
             "input_features": normal(4, BATCH, 10, 160),
         }
     )
-SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
-for _name in ("informer", "time_series_transformer"):
+for _name in ("informer", "time_series_transformer", "autoformer"):
     SPECIAL[_name] = one(
         lambda c: {
             "past_values": normal(3, BATCH, c.context_length + max(c.lags_sequence)),
@@ -233,3 +244,32 @@ for _name in ("informer", "time_series_transformer"):
             "future_time_features": normal(6, BATCH, c.prediction_length, 2),
         }
     )
+
+
+def tracked(name: str) -> Maker:
+    """Return a maker of a video's second frame, in which what a mask showed in the first moves."""
+
+    def make(model: nn.Module) -> Iterator[Inputs]:
+        size = find(model.config, "image_size", default=64)
+        size = size if isinstance(size, int) else size[0]
+        session = getattr(transformers, name)(
+            video=normal(3, 2, 3, size, size),
+            video_height=size,
+            video_width=size,
+            dtype=torch.float32,
+        )
+        at = session.obj_id_to_idx(1)
+        mask = torch.zeros(1, 1, size, size)
+        mask[..., 8:24, 8:24] = 1.0
+        session.add_mask_inputs(at, 0, mask)
+        session.obj_with_new_inputs = [1]
+        with torch.no_grad():
+            model(inference_session=session, frame_idx=0)
+        yield {"inference_session": session, "frame_idx": 1}
+
+    return make
+
+
+SPECIAL["sam2_video"] = tracked("Sam2VideoInferenceSession")
+SPECIAL["edgetam_video"] = tracked("EdgeTamVideoInferenceSession")
+SPECIAL["sam3_tracker_video"] = tracked("Sam3TrackerVideoInferenceSession")
