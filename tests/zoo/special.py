@@ -123,6 +123,7 @@ SPECIAL: dict[str, Maker] = {
         lambda c: {
             "noise_embeds": normal(3, BATCH, c.block_size, c.hidden_size),
             "context_hidden_states": normal(4, BATCH, 8, 2 * c.hidden_size),
+            "attention_mask": ones(BATCH, 8 + c.block_size),
         }
     ),
     "dia": one(
