@@ -179,9 +179,8 @@ def plans(found: dict[str, Record]) -> list[str]:
     lines = [
         "## Plans for Ascend",
         "",
-        "Every request that these runs put to the planner, planned again in bfloat16 (float32 where",
-        "there is a bias) on meta tensors for the emulated kernel. A type counts by its worst",
-        "request.",
+        "Every request that these runs put to the planner, planned again in bfloat16 on meta",
+        "tensors for the emulated kernel. A type counts by its worst request.",
         "",
         *table(["", "one fused call", "several calls", "a request refused"], rows),
         "",

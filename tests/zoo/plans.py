@@ -1,8 +1,7 @@
 """The requests that a model's attention puts to the planner, planned for Ascend.
 
 Each request of a run is planned again in bfloat16 on meta tensors for the emulated kernel, which
-refuses exactly what the hardware's would. A request with a bias keeps its dtype, float32: the bias
-that it names is a tensor of that dtype, and the kernel takes one of its queries' own.
+refuses exactly what the hardware's would.
 """
 
 from __future__ import annotations
