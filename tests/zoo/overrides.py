@@ -78,9 +78,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                    "num_heads": [2, 2, 4, 4], "window_size": 2, "hidden_size": 192},
                    "fpn_feature_size": 64, "mask_feature_size": 64},
     "maskformer-swin": {"embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2,
-                        "num_layers": 2, "hidden_size": 48},
+                        "num_layers": 2, "hidden_size": 48, "out_features": ["stage2"]},
     "swin": {"embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2,
-             "num_layers": 2, "hidden_size": 48},
+             "num_layers": 2, "hidden_size": 48, "out_features": ["stage2"]},
     "nemotron": {"num_key_value_heads": 2},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1]}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 3,
@@ -244,7 +244,7 @@ OVERRIDES |= {
 }  # fmt: skip
 
 _SWIN = {"embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2,
-         "num_layers": 2, "hidden_size": 48}  # fmt: skip
+         "num_layers": 2, "hidden_size": 48, "out_features": ["stage2"]}  # fmt: skip
 _SWIN4 = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 4, 4], "window_size": 2,
           "hidden_size": 192}  # fmt: skip
 
