@@ -239,9 +239,28 @@ def each(found: dict[str, Record]) -> list[str]:
     return ["## Type by type", "", text, "", *table(head, rows), ""]
 
 
+def beyond(others: dict[str, Record]) -> list[str]:
+    """Return what came of the types that have no interface of their own."""
+    texts = {
+        "own": "Attention written by hand, lifted by `enable`; transformers has no way for it.",
+        "parts": "Types made of others, those that `make test-models` runs.",
+    }
+    lines = ["## Types without an interface of their own", ""]
+    for kind, text in texts.items():
+        chosen = {n: r for n, r in others.items() if r.get("set") == kind}
+        if not chosen:
+            continue
+        count = Counter(verdict(r, "attnkit") or "not built" for r in chosen.values())
+        told = ", ".join(f"{number} {what}" for what, number in count.most_common())
+        lines += [text, "", f"{len(chosen)} types: {told}.", ""]
+    return lines
+
+
 def render() -> str:
     """Return the page."""
-    found, versions = records()
+    every, versions = records()
+    found = {name: r for name, r in every.items() if r.get("set") == "interface"}
+    others = {name: r for name, r in every.items() if name not in found}
     lines = [_INTRO.format(**versions), *summary(found)]
     lines += [
         "## attnkit, by mode and kind",
@@ -256,7 +275,8 @@ def render() -> str:
         "Types right / wrong without a word / raising, by mode.",
         "",
     ]
-    lines += [*beside(found), "", *silent(found), *plans(found), *named(found), *each(found)]
+    lines += [*beside(found), "", *silent(found), *plans(found)]
+    lines += [*beyond(others), *named(every), *each(every)]
     return "\n".join(lines).rstrip() + "\n"
 
 

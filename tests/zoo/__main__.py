@@ -154,12 +154,21 @@ def kept(known: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     found = dict(known)
     for name, record in records.items():
         old = known.get(name, {})
-        found[name] = record if "not_built" in record else {**old, **record}
-        for key in {"failed", "not_built"} & (old.keys() - record.keys()):
-            found[name].pop(key, None)
-        found[name].pop("seconds", None)
+        new = record if "not_built" in record else {**old, **record}
+        new = {**new, "set": set_of(name)}
+        if "calls" in record:
+            new["calls"] = {**old.get("calls", {}), **record["calls"]}
+        gone = {"seconds"} | ({"failed", "not_built"} - record.keys())
+        found[name] = {key: value for key, value in new.items() if key not in gone}
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     return {**found, "*": {"type": "*", **versions}}
+
+
+def set_of(model_type: str) -> str:
+    """Return by what a type attends: transformers' interface, its own code, or other types."""
+    if model_type in interface_types():
+        return "interface"
+    return "own" if model_type in own_types() else "parts"
 
 
 def main() -> None:
@@ -168,7 +177,7 @@ def main() -> None:
     parser.add_argument("--types", default="", help="commas between; all by default")
     parser.add_argument("--modes", default="", help="commas between; those that apply by default")
     parser.add_argument("--ways", default="attnkit", help=f"of {ALL_WAYS}")
-    parser.add_argument("--own", action="store_true", help="also types without the interface")
+    parser.add_argument("--own", action="store_true", help="also types without an interface")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo.jsonl")
     parser.add_argument("--chosen", action="store_true", help="the types of tests.zoo.chosen")
@@ -181,7 +190,7 @@ def main() -> None:
     types = given.types.split(",") if given.types else list(interface_types())
     types = list(CHOSEN) if given.chosen else types
     if given.own and not given.types:
-        types += own_types()
+        types += [t for t in (*own_types(), *CHOSEN) if t not in types]
     if not given.resume:
         given.out.unlink(missing_ok=True)
     done = read(given.out)

@@ -91,7 +91,7 @@ def test_a_failure_that_is_not_on_record_is_told():
     worse = {"a": {"type": "a", "attnkit": {"ok": [], "wrong": {"differs": ["plain"]}}}}
     assert new_failures(known, worse) == ["a plain: differs"]
     assert new_failures(worse, worse) == []
-    assert kept(known, worse)["a"] == {**known["a"], **worse["a"]}
+    assert kept(known, worse)["a"] == {**known["a"], **worse["a"], "set": "parts"}
 
 
 def test_the_page_is_current():
