@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 ROUNDS = 7
 
@@ -66,6 +67,35 @@ def cases(n: int) -> Iterator[Case]:
     )
 
 
+def forms(n: int) -> Iterator[Case]:
+    """Yield what reads masks of others."""
+    cuts = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:63] + 1
+    ids = torch.bucketize(torch.arange(n), cuts.sort().values, right=True)
+    functions: dict[str, Any] = {
+        "causal": lambda b, h, i, j: i >= j,
+        "window": lambda b, h, i, j: (i >= j) & (i - j < 256),
+        "64 documents": lambda b, h, i, j: (i >= j) & (ids[i] == ids[j]),
+        "window, not understood": lambda b, h, i, j: (i >= j) & (i - j + 0 * (i * j) < 256),
+    }
+    for name, fn in functions.items():
+        blocks = create_block_mask(fn, None, None, n, n, device="cpu")
+        yield f"from_flex(BlockMask), {name}", lambda masks, given=blocks: masks.from_flex(given)
+    ends = torch.searchsorted(ids, ids, right=True)[None, None, :, None]
+    yield (
+        "from_flashmask, 64 documents",
+        lambda masks: masks.from_flashmask(ends, causal=True),
+    )
+    lengths = torch.cat((torch.zeros(1, dtype=torch.int64), ids.bincount().cumsum(0)))
+    ranges = torch.stack((lengths[:-1], lengths[1:]), 1)
+    yield "from_magi, 64 slices", lambda masks: masks.from_magi(ranges, ranges, [1] * 64)
+    yield "from_cu_seqlens, 64", lambda masks: masks.from_cu_seqlens(lengths, causal=True)
+    exists = torch.arange(n) < torch.arange(32)[:, None] * (n // 32) + 1
+    yield (
+        "from_torch [32, 1, 1, n], padding",
+        lambda masks: masks.from_torch(exists[:, None, None], keep=True),
+    )
+
+
 def measure(run: Callable[[], object]) -> float:
     """Return the CPU time of one call in milliseconds."""
     start = time.thread_time()
@@ -82,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trees = [load(Path(__file__).parents[1])]
     trees += [load(given.other)] if given.other else []
-    for name, case in cases(given.length):
+    for name, case in (*cases(given.length), *forms(given.length)):
         told = []
         times: list[list[float]] = [[] for _ in trees]
         for _ in range(ROUNDS):

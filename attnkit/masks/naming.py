@@ -38,7 +38,7 @@ class _Named(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Frame:
+class _Meeting:
     """An intersection of masks; its cells are joined where they are asked for."""
 
     mask: Mask
@@ -92,7 +92,7 @@ def _detour(part: Mask) -> int:
     return 70 if beside else 30
 
 
-def _frames(target: Cells, everything: Cells) -> list[_Frame]:
+def _frames(target: Cells, everything: Cells) -> list[_Meeting]:
     """Return intersections of named masks that hold all cells, from the simplest on."""
     groups = [
         hulls.bands(target),
@@ -103,7 +103,7 @@ def _frames(target: Cells, everything: Cells) -> list[_Frame]:
     known = [[(), *((one,) for one in _distinct(group, target, holds=True))] for group in groups]
     chosen = (list(chain(*choice)) for choice in product(*known))
     frames = [
-        _Frame(_join(And, [one.mask for one in choice]), tuple(choice), everything)
+        _Meeting(_join(And, [one.mask for one in choice]), tuple(choice), everything)
         for choice in chosen
         if len(choice) <= _PARTS
     ]
@@ -127,7 +127,7 @@ def _join(kind: type[And | Or], parts: list[Mask]) -> Mask:
     return kind.of(*parts) if parts else Full()
 
 
-def _complete(target: Cells, frame: _Frame, everything: Cells) -> Iterator[Mask]:
+def _complete(target: Cells, frame: _Meeting, everything: Cells) -> Iterator[Mask]:
     """Propose equal masks that have this frame."""
     whole = frame.cells == everything
     fills = _fill(target, frame, everything)
@@ -143,7 +143,7 @@ def _size(cells: Cells) -> int:
     return sum(len(runs) for region in cells.regions for _, _, runs in region.strips)
 
 
-def _fill(target: Cells, frame: _Frame, everything: Cells) -> Mask | None:
+def _fill(target: Cells, frame: _Meeting, everything: Cells) -> Mask | None:
     """Return a union that is the target inside the frame; what it holds outside is free."""
     allowed = target.join(everything.without(frame.cells))
     found = _distinct(_fills(target, allowed, frame), allowed, holds=False)
@@ -160,7 +160,7 @@ def _fill(target: Cells, frame: _Frame, everything: Cells) -> Mask | None:
     return Or.of(*(one.mask for one in parts if id(one) in choice))
 
 
-def _fills(target: Cells, allowed: Cells, frame: _Frame) -> Iterator[Mask]:
+def _fills(target: Cells, allowed: Cells, frame: _Meeting) -> Iterator[Mask]:
     straight = list(hulls.lines(allowed))
     yield from straight
     yield from hulls.full_bands(allowed, frame.cells)

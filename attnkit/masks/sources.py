@@ -20,7 +20,8 @@ from attnkit.masks.base import Mask
 from attnkit.masks.dense import Dense, boolean_cells
 from attnkit.masks.predicate import MaskFunction, Predicate, evaluate, function_name
 from attnkit.masks.slices import Slices
-from attnkit.masks.symbols import Extent, symbolic
+from attnkit.masks.symbolic import symbolic
+from attnkit.masks.symbols import Extent
 from attnkit.masks.trace import Progress, RowReader, cells_of, count_slices, trace
 
 __all__ = ["Source", "indices_used", "source_of"]

@@ -1,10 +1,4 @@
-"""A function of indices read as a set: called once, with indices that note what it does to them.
-
-Most mask functions compare a number that follows from the row with one that follows from the key:
-``i >= j``, ``i - j < 256``, ``ids[i] == ids[j]``. Called with `Side`s for i and j, such a function
-returns the set of its cells itself, from as many numbers as there are rows and keys. Whatever else
-it does is not understood (None), and its cells are read.
-"""
+"""What stands for the indices of a function, and notes what the function does to them."""
 
 from __future__ import annotations
 
@@ -18,10 +12,9 @@ import torch
 from torch import Tensor
 
 from attnkit.geometry import Region
-from attnkit.masks.predicate import MaskFunction, evaluate
 from attnkit.masks.relations import Order, compare, marked
 
-__all__ = ["Extent", "symbolic"]
+__all__ = ["Extent", "NotUnderstoodError", "Side", "Symbol", "call", "plain_name", "region_of"]
 
 _ORDERS: dict[str, Order] = {
     "le": "le", "less_equal": "le", "ge": "ge", "greater_equal": "ge", "eq": "eq",
@@ -44,23 +37,28 @@ _EACH = {
     "truediv", "div", "divide", "true_divide", "neg", "negative", "abs", "absolute", "where",
     "clamp", "clip", "clamp_min", "clamp_max", "minimum", "maximum", "rshift", "lshift",
     "bitwise_right_shift", "bitwise_left_shift", "to", "long", "int", "bool", "float", "double",
-    "square", "sign",
+    "square", "sign", "log", "log2", "log1p", "exp", "exp2", "sqrt", "rsqrt", "pow", "floor",
+    "ceil", "trunc", "sigmoid", "tanh",
 }  # fmt: skip
-_SAMPLES = 6
 
 
-class _NotUnderstoodError(Exception):
+class NotUnderstoodError(Exception):
     """The function does something that is not known as a set; its cells say what."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The rows and keys that a function is asked for: how many, and the first of each."""
+    """The rows and keys that a function is asked for: how many, and the first of each.
+
+    `by_distance`: what follows from ``j - i`` alone is kept as a number for each distance, from
+    ``1 - q_len`` to ``kv_len - 1`` (a `Side` of axis 2).
+    """
 
     q_len: int
     kv_len: int
     q_offset: int = 0
     kv_offset: int = 0
+    by_distance: bool = False
 
     def indices(self, axis: int, device: torch.device | str | None) -> Tensor:
         """Return the rows (axis 0) or keys (1)."""
@@ -68,102 +66,62 @@ class Extent:
         return torch.arange(start, start + (self.q_len, self.kv_len)[axis], device=device)
 
 
-def symbolic(
-    fn: MaskFunction,
-    window: Extent,
-    batch: int = 0,
-    head: int = 0,
-    device: torch.device | str | None = None,
-) -> Region | None:
-    """Return the cells of ``fn(b, h, i, j)`` as a region, or None where it is not understood.
-
-    A few rows are evaluated cell by cell and compared.
-
-    >>> symbolic(lambda b, h, i, j: (i >= j) & (i - j < 4), Extent(8, 8)).area
-    26
-    """
-    b, h = (torch.full((), one, dtype=torch.int64, device=device) for one in (batch, head))
-    sides = [Side(window, axis, window.indices(axis, device)) for axis in (0, 1)]
-    try:
-        with torch.no_grad():
-            given: Any = fn(b, h, *sides)  # type: ignore[arg-type]
-            region = _region(given, window)
-    except Exception:  # whatever it does, its cells are read then, and errors are told there
-        return None
-    return region if _agrees(region, fn, window, b, h, device) else None
-
-
-def _agrees(
-    region: Region, fn: MaskFunction, window: Extent, b: Tensor, h: Tensor, device: Any
-) -> bool:
-    """Whether a few rows are what the function says when it is asked for each cell."""
-    if not (window.q_len and window.kv_len):
-        return True
-    picked = np.unique(np.linspace(0, window.q_len - 1, _SAMPLES).astype(int))
-    rows = window.indices(0, device)[torch.from_numpy(picked)]
-    cells = evaluate(fn, b, h, rows, window.indices(1, device)).cpu().numpy()
-    for i, row in zip(picked.tolist(), cells, strict=True):
-        mine = np.zeros(window.kv_len, dtype=np.bool_)
-        for start, stop in region.row(i):
-            mine[start:stop] = True
-        if not np.array_equal(mine, row):
-            return False
-    return True
-
-
 # -- what stands for indices -------------------------------------------------------------
 
 
-class _Symbol:
+class Symbol:
     """Something that follows from i and j; operators and torch's functions are noted."""
 
     window: Extent
+    takes_all = False
+
+    def taken(self, name: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """Return what an operation makes of this, where it `takes_all` of them."""
+        raise NotUnderstoodError
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return _call(func, args, kwargs or {})
+        return call(func, args, kwargs or {})
 
     def __bool__(self) -> NoReturn:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
 
     __int__ = __float__ = __index__ = __len__ = __iter__ = __bool__
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name, None)
         if name.startswith("__") or not callable(method):
-            raise _NotUnderstoodError
-        return lambda *args, **named: _call(method, (self, *args), named)
+            raise NotUnderstoodError
+        return lambda *args, **named: call(method, (self, *args), named)
 
 
 def _operators() -> None:
-    names = "add sub mul floordiv mod truediv rshift lshift and or xor lt le gt ge eq ne"
+    names = "add sub mul pow floordiv mod truediv rshift lshift and or xor lt le gt ge eq ne"
     for name in names.split():
         function = getattr(operator, f"{name}_" if name in ("and", "or") else name)
 
-        def forward(self: _Symbol, other: Any, function: Any = function) -> Any:
-            return _call(function, (self, other), {})
+        def forward(self: Symbol, other: Any, function: Any = function) -> Any:
+            return call(function, (self, other), {})
 
-        def backward(self: _Symbol, other: Any, function: Any = function) -> Any:
-            return _call(function, (other, self), {})
+        def backward(self: Symbol, other: Any, function: Any = function) -> Any:
+            return call(function, (other, self), {})
 
-        setattr(_Symbol, f"__{name}__", forward)
+        setattr(Symbol, f"__{name}__", forward)
         if name not in _ORDERS:
-            setattr(_Symbol, f"__r{name}__", backward)
+            setattr(Symbol, f"__r{name}__", backward)
     for name in ("neg", "abs", "invert"):
         function = getattr(operator, name)
-        setattr(
-            _Symbol, f"__{name}__", lambda self, function=function: _call(function, (self,), {})
-        )
+        setattr(Symbol, f"__{name}__", lambda self, function=function: call(function, (self,), {}))
 
 
 _operators()
 
 
 @dataclass(frozen=True, eq=False)
-class Side(_Symbol):
-    """A number (or bool) for each row, axis 0, or for each key, axis 1."""
+class Side(Symbol):
+    """A number (or bool) for each row, axis 0, key, 1, or distance, 2; for each cell, 3."""
 
     window: Extent
     axis: int
@@ -198,7 +156,7 @@ class Side(_Symbol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Total(_Symbol):
+class _Total(Symbol):
     """An integer of the row plus one of the key; its absolute value, if `folded`."""
 
     window: Extent
@@ -208,7 +166,7 @@ class _Total(_Symbol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Set(_Symbol):
+class _Set(Symbol):
     """Cells."""
 
     window: Extent
@@ -218,39 +176,42 @@ class _Set(_Symbol):
 # -- what is done with them --------------------------------------------------------------
 
 
-def _call(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def call(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """Return what a function of torch, or an operator, makes of symbols."""
-    name = _name(func)
+    name = plain_name(func)
     if name == "rsub":  # the only reversed function that torch hands over
         name, func, args = "sub", operator.sub, args[::-1]
     if name == "getitem":
         return _looked_up(*args)
-    symbols = [one for one in (*args, *named.values()) if isinstance(one, _Symbol)]
+    symbols = [one for one in (*args, *named.values()) if isinstance(one, Symbol)]
+    for one in symbols:
+        if one.takes_all:
+            return one.taken(name, args, named)
     sides = [one for one in symbols if isinstance(one, Side)]
     if len(sides) == len(symbols) and len({side.axis for side in sides}) == 1:
         return _of_one_side(name, func, args, named, sides[0])
     if named:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     window = symbols[0].window
     if name == "where" and len(args) == 3:
-        chosen, a, b = (_region(one, window) for one in args)
+        chosen, a, b = (region_of(one, window) for one in args)
         return _Set(window, (chosen & a) | (b - chosen))
     if name in _INVERSIONS:
-        return _Set(window, _region(args[0], window).complement(window.q_len, window.kv_len))
+        return _Set(window, region_of(args[0], window).complement(window.q_len, window.kv_len))
     if name in ("abs", "absolute", "neg", "negative"):
         one = _total(args[0], window)
         sign = -1 if name[0] == "n" else 1
         return _Total(window, sign * one.row, sign * one.key, folded=name[0] == "a")
     if len(args) != 2:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return _of_two(name, args[0], args[1], window)
 
 
-def _name(func: Any) -> str:
+def plain_name(func: Any) -> str:
     """Return a function's name without underscores; what writes in place is not understood."""
     name: str = getattr(func, "__name__", "_")
     if name.endswith("_") and not name.endswith("__") and func not in (operator.and_, operator.or_):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return name.strip("_")
 
 
@@ -258,12 +219,12 @@ def _of_one_side(
     name: str, func: Any, args: tuple[Any, ...], named: Mapping[str, Any], side: Side
 ) -> Side:
     if name not in _EACH:
-        raise _NotUnderstoodError
-    count = len(side.values)
+        raise NotUnderstoodError
+    count = side.values.shape
     plain = [_spread(_plain(one), count) for one in args]
     values = func(*plain, **{key: _spread(_plain(one), count) for key, one in named.items()})
     if not isinstance(values, Tensor) or values.shape != side.values.shape:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return Side(side.window, side.axis, values)
 
 
@@ -271,14 +232,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Side):
         return value.values
     if isinstance(value, Tensor) and value.dim():  # one for each cell: not a number
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return value
 
 
-def _spread(value: Any, count: int) -> Any:
+def _spread(value: Any, shape: torch.Size) -> Any:
     """Return a single number as often as needed, so that dtypes are promoted as of two numbers."""
     if isinstance(value, Tensor) and not value.dim():
-        return value.expand(count)
+        return value.expand(shape)
     return value
 
 
@@ -287,40 +248,65 @@ def _looked_up(table: Any, at: Any) -> Side:
     places = at if isinstance(at, tuple) else (at,)
     sides = [one for one in places if isinstance(one, Side)]
     if not isinstance(table, Tensor) or table.dim() != len(places):
-        raise _NotUnderstoodError
-    if not sides or len({side.axis for side in sides}) != 1:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
+    axes = {side.axis for side in sides}
+    if axes == {0, 1} and sides[0].window.by_distance:
+        return _cells_of(table, places, sides[0].window)
+    if len(axes) != 1:
+        raise NotUnderstoodError
     if any(side.dtype == torch.bool for side in sides):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     if not all(isinstance(one, Side | int) or _is_number(one) for one in places):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     values = table[tuple(_plain(one) for one in places)]
     return Side(sides[0].window, sides[0].axis, values)
+
+
+def _cells_of(table: Tensor, places: tuple[Any, ...], window: Extent) -> Side:
+    """Return ``table[.., i, j]``: one entry for each cell."""
+    shapes = {0: (-1, 1), 1: (1, -1)}
+    at = [one.values.view(shapes[one.axis]) if isinstance(one, Side) else one for one in places]
+    if not all(isinstance(one, Side | int) or _is_number(one) for one in places):
+        raise NotUnderstoodError
+    return Side(window, 3, table[tuple(at)])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.dim() and value.dtype != torch.bool
 
 
-def _of_two(name: str, a: Any, b: Any, window: Extent) -> _Symbol:
+def _of_two(name: str, a: Any, b: Any, window: Extent) -> Symbol:
     """Return what joins a row with a key: a sum, a comparison, or an operation of sets."""
     sets = [isinstance(one, _Set) or _is_bool(one) for one in (a, b)]
     if all(sets) and name in _JOINS:
-        joined = _JOINS[name](_region(a, window), _region(b, window))
+        joined = _JOINS[name](region_of(a, window), region_of(b, window))
         if name == "eq":
             joined = joined.complement(window.q_len, window.kv_len)
         return _Set(window, joined)
     if any(sets):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     if name in ("add", "sub", "subtract"):
         x, y = _total(a, window), _total(b, window)
         sign = 1 if name == "add" else -1
         if x.folded or y.folded:
-            raise _NotUnderstoodError
-        return _Total(window, x.row + sign * y.row, x.key + sign * y.key)
+            raise NotUnderstoodError
+        total = _Total(window, x.row + sign * y.row, x.key + sign * y.key)
+        return _by_distance(total) if window.by_distance else total
     if name in _ORDERS:
         return _Set(window, _compared(a, _ORDERS[name], b, window))
-    raise _NotUnderstoodError
+    raise NotUnderstoodError
+
+
+def _by_distance(total: _Total) -> Symbol:
+    """Return a sum that is the distance, or its negative, and a constant, for each distance."""
+    rows, keys = np.diff(total.row), np.diff(total.key)
+    for step in (1, -1):
+        if (keys == step).all() and (rows == -step).all() and len(total.row) and len(total.key):
+            window = total.window
+            first = 1 - window.q_len
+            values = torch.arange(first, window.kv_len) * step
+            return Side(window, 2, values + int(total.row[0] + total.key[0]))
+    return total
 
 
 def _is_bool(value: Any) -> bool:
@@ -339,7 +325,7 @@ def _compared(a: Any, order: Order, b: Any, window: Extent) -> Region:
         a, b, order = b, a, _MIRRORED[order]
     x, y = _total(a, window), _total(b, window)
     if y.folded:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     if not x.folded:
         return compare(x.row - y.row, order, y.key - x.key)
     # |x| <= y is x <= y and -x <= y; what is above is the rest.
@@ -347,7 +333,7 @@ def _compared(a: Any, order: Order, b: Any, window: Extent) -> Region:
         inside = _compared(a, "le" if order == "gt" else "lt", b, window)
         return inside.complement(window.q_len, window.kv_len)
     if order not in ("le", "lt"):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return compare(x.row - y.row, order, y.key - x.key) & compare(
         -x.row - y.row, order, y.key + x.key
     )
@@ -357,12 +343,12 @@ def _numbers(values: Tensor, other: Tensor) -> np.ndarray[Any, Any]:
     """Return numbers in the dtype that torch compares two in."""
     common = torch.promote_types(values.dtype, other.dtype)
     if common.is_complex or (common == torch.bool):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     numbers = values.detach().to(common).cpu()
     if common.is_floating_point:
         numbers = numbers.double()  # exact; numpy has no bfloat16
         if bool(numbers.isnan().any()):
-            raise _NotUnderstoodError
+            raise NotUnderstoodError
     return numbers.numpy()
 
 
@@ -373,24 +359,26 @@ def _total(value: Any, window: Extent) -> _Total:
     row, key = (np.zeros(n, np.int64) for n in (window.q_len, window.kv_len))
     if isinstance(value, Side):
         if value.dtype not in (torch.int64, torch.int32):
-            raise _NotUnderstoodError  # sums of others round, or begin anew
+            raise NotUnderstoodError  # sums of others round, or begin anew
         numbers = value.values.detach().to(torch.int64).cpu().numpy()
         return _Total(window, numbers, key) if value.axis == 0 else _Total(window, row, numbers)
     if _is_number(value) and not value.dtype.is_floating_point:
         value = int(value)
     if type(value) is not int:
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return _Total(window, row + value, key)
 
 
-def _region(value: Any, window: Extent) -> Region:
+def region_of(value: Any, window: Extent) -> Region:
     """Return the cells that an answer marks."""
     if isinstance(value, _Set):
         return value.region
     if not _is_bool(value):
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     if isinstance(value, Side):
+        if value.axis > 1:
+            raise NotUnderstoodError  # a region is made of comparisons of rows with keys
         return marked(value.values.cpu().numpy(), value.axis, window.q_len, window.kv_len)
     if isinstance(value, Tensor) and value.dim():
-        raise _NotUnderstoodError
+        raise NotUnderstoodError
     return Region.full(window.q_len, window.kv_len) if value else Region.empty()

@@ -14,6 +14,7 @@ from attnkit.pse.alibi import ALiBi, LearnableALiBi, Sloped, SqrtALiBi, press_sl
 from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.composite import Cut, Sum
+from attnkit.pse.distance_bias import DistanceBias
 from attnkit.pse.parse import parse
 from attnkit.pse.structure import (
     Indexed,
@@ -36,6 +37,7 @@ __all__ = [
     "ByDistance",
     "Cut",
     "Dense",
+    "DistanceBias",
     "Indexed",
     "KeyBias",
     "LearnableALiBi",

@@ -10,7 +10,14 @@ import torch
 from tests.test_readme import ROOT, run_blocks
 
 FOLDER = ROOT / "docs" / "coming-from"
-PAGES = ("README", "flash-attn", "mindspore", "npu-fusion-attention", "xformers")
+PAGES = (
+    "README",
+    "flash-attn",
+    "flex-attention",
+    "mindspore",
+    "npu-fusion-attention",
+    "xformers",
+)
 
 
 @pytest.mark.parametrize("name", PAGES)

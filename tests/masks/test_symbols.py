@@ -11,7 +11,8 @@ import torch
 from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.masks.relations import TooManyRuns, compare
-from attnkit.masks.symbols import Extent, symbolic
+from attnkit.masks.symbolic import symbolic
+from attnkit.masks.symbols import Extent
 
 N = 10
 IDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 0, -1])

@@ -53,7 +53,7 @@ def from_flashmask(
     >>> import torch
     >>> ends = torch.tensor([2, 2, 5, 5, 5])[None, None, :, None]
     >>> print(from_flashmask(ends, causal=True))
-    Documents((2, 3)) & Causal(), of FlashMask's startend_row_indices [1, 1, 5, 1]: causal, and \
+    Causal() & Documents((2, 3)), of FlashMask's startend_row_indices [1, 1, 5, 1]: causal, and \
 rows from a start on masked
     """
     check_bool("from_flashmask causal", causal)

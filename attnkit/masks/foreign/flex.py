@@ -19,7 +19,8 @@ from attnkit.masks.predicate import MaskFunction, evaluate_at, function_name
 from attnkit.masks.recover import Recovered, recover, written_with
 from attnkit.masks.runs import Runs
 from attnkit.masks.sources import indices_used
-from attnkit.masks.symbols import Extent, symbolic
+from attnkit.masks.symbolic import symbolic
+from attnkit.masks.symbols import Extent
 from attnkit.masks.trace import CHUNK_CELLS
 from attnkit.strips import Canonical
 
