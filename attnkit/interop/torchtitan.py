@@ -1,8 +1,8 @@
 """torchtitan's models on attnkit (read with 0.3.0).
 
 Its attention modules have an `inner_attention`, one of three classes: `VarlenAttention` for packed
-documents, `ScaledDotProductAttention` for one text in a row, and `FlexAttention`, which takes any
-function of indices and stays.
+documents, `ScaledDotProductAttention` for one text in a row, and `FlexAttention`, for masks and
+scores as functions of indices.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from attnkit.interop.flash_core import WindowSize, window_mask
 from attnkit.interop.host import ints_on_host
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 from attnkit.layouts import SeqLens
+from attnkit.planner.scoring import ScoreFunction
 
-__all__ = ["enable", "one_text", "packed"]
+__all__ = ["by_functions", "enable", "one_text", "packed"]
 
 Transform = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,7 +31,7 @@ def enable(model: nn.Module) -> tuple[str, ...]:
 
     To be called on a model that was built, before it is parallelised or compiled. Modules stay what
     they are, with their configuration: a window ``(W, 0)`` keeps ``W + 1`` keys here too. Raises
-    `CompositionError` where there is none, and for `FlexAttention`: configure `VarlenAttention`.
+    `CompositionError` where there is none.
     """
     if not isinstance(model, nn.Module):
         raise CompositionTypeError(f"enable got {shown(model)}; give a model of torchtitan")
@@ -42,15 +43,11 @@ def enable(model: nn.Module) -> tuple[str, ...]:
         elif "ScaledDotProductAttention" in kinds:
             found[name] = module, one_text
         elif "FlexAttention" in kinds:
-            raise CompositionError(
-                f"{name} is a FlexAttention, whose masks are made for it alone; configure the "
-                "model with VarlenAttention.Config, which has the documents and the window as "
-                "numbers"
-            )
+            found[name] = module, by_functions
     if not found:
         raise CompositionError(
-            f"{type(model).__name__} has no inner attention of torchtitan: no VarlenAttention and "
-            "no ScaledDotProductAttention"
+            f"{type(model).__name__} has no inner attention of torchtitan: no VarlenAttention, no "
+            "ScaledDotProductAttention and no FlexAttention"
         )
     for module, forward in found.values():
         module.forward = forward
@@ -121,6 +118,37 @@ def one_text(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True
     )
     return output.transpose(1, 2)
+
+
+def by_functions(
+    q_BLNH: Tensor,
+    k_BLNH: Tensor,
+    v_BLNH: Tensor,
+    *,
+    attention_masks: object,
+    score_mod: ScoreFunction | None = None,
+    scale: float | None = None,
+    out_transform: Transform | None = None,
+    **known: object,
+) -> Tensor:
+    """`FlexAttention.forward`: tensors ``[b s n d]``, a `BlockMask`, which is read as a set."""
+    # Not before: torch's module of that name loads its compiler, for seconds.
+    from attnkit.interop.flex import flex_attention
+
+    _check(known)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (q_BLNH, k_BLNH, v_BLNH))
+    output, lse = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=attention_masks,
+        scale=scale,
+        enable_gqa=True,
+        return_lse=True,
+    )
+    output = output.transpose(1, 2)
+    return output if out_transform is None else out_transform(output, lse.transpose(1, 2))
 
 
 def _check(known: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ as FlexAttention's `BlockMask`, which is made for CUDA alone; here a set says th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.interop.host import IntsOnHost, ints_on_host
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 from attnkit.masks import Causal, Documents, Mask
+from attnkit.masks.foreign.flex import is_block_mask
 
 __all__ = ["attend", "enable", "packed_block_causal_mask"]
 
@@ -23,14 +25,14 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | Mask | None,
+    mask: Tensor | Mask | object | None,
     dropout_p: float,
     is_causal: bool,
 ) -> Tensor:
     """Attend as torchtune's modules ask for it: heads ``[b n s d]``.
 
     `mask` is a bool tensor ``[b s s]``, True = allowed, or a mask of attnkit, such as that of
-    `packed_block_causal_mask`; `is_causal` goes without one.
+    `packed_block_causal_mask`; `is_causal` goes without one. A `BlockMask` is read as a set, once.
 
     >>> import torch
     >>> x = torch.randn(1, 2, 6, 8)
@@ -41,14 +43,26 @@ def attend(
         if is_causal:
             raise CompositionError(f"is_causal=True and {mask!r}; intersect them: Causal() & mask")
         return attention(q, k, v, mask=mask, dropout=dropout_p, layout="BNSD")
+    if is_block_mask(mask):
+        return _of_blocks(q, k, v, mask, dropout_p)
     if not isinstance(mask, Tensor | None):
         raise CompositionTypeError(
-            f"mask={shown(mask)}; give a bool tensor [b, s, s] or a mask of attnkit. torchtune's "
-            "packed_block_causal_mask makes a BlockMask: the one of attnkit.interop.torchtune has "
-            "the same cells, on any device"
+            f"mask={shown(mask)}; give a bool tensor [b, s, s], a BlockMask or a mask of attnkit"
         )
     cells = mask[:, None] if mask is not None else None
     return scaled_dot_product_attention(q, k, v, cells, dropout_p, is_causal)
+
+
+def _of_blocks(q: Tensor, k: Tensor, v: Tensor, mask: object, dropout_p: float) -> Tensor:
+    # Not before: torch's module of that name loads its compiler, for seconds.
+    from attnkit.interop.flex import flex_attention
+
+    if dropout_p:
+        raise CompositionError(
+            f"a BlockMask and dropout_p={dropout_p}: FlexAttention has no dropout; make the mask "
+            "with attnkit.interop.torchtune.packed_block_causal_mask"
+        )
+    return cast(Tensor, flex_attention(q, k, v, block_mask=mask))
 
 
 def packed_block_causal_mask(seq_lens: Sequence[IntsOnHost]) -> Mask:

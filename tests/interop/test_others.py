@@ -115,6 +115,19 @@ class TestTorchtune:
         close(ours(x, mask=self.dense()), right)
         close(ours(x, mask=torchtune.packed_block_causal_mask(self.LENGTHS)), right)
 
+    def test_a_block_mask_is_read(self) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        cells = self.dense()
+        blocks = create_block_mask(lambda b, h, i, j: cells[b, i, j], 2, None, 6, 6, device="cpu")
+        theirs, x = TuneAttention(), torch.randn(2, 6, 16)
+        ours = copy.deepcopy(theirs)
+        torchtune.enable(ours)
+        close(ours(x, mask=blocks), theirs(x, mask=cells))
+        ours.attn_dropout = 0.5
+        with pytest.raises(CompositionError, match="FlexAttention has no dropout"):
+            ours(x, mask=blocks)
+
     def test_packed_masks_are_torchtunes(self) -> None:
         mask = torchtune.packed_block_causal_mask(self.LENGTHS)
         assert torch.equal(mask.materialize(6, 6, 2)[:, 0], self.dense())
@@ -126,8 +139,8 @@ class TestTorchtune:
         mask = torchtune.packed_block_causal_mask([[6]])
         with pytest.raises(CompositionError, match="intersect them"):
             torchtune.attend(x, x, x, mask, 0.0, True)
-        with pytest.raises(CompositionTypeError, match="makes a BlockMask"):
-            torchtune.attend(x, x, x, object(), 0.0, False)  # type: ignore[arg-type]
+        with pytest.raises(CompositionTypeError, match="a BlockMask or a mask of attnkit"):
+            torchtune.attend(x, x, x, object(), 0.0, False)
         with pytest.raises(CompositionError, match="got no rows"):
             torchtune.packed_block_causal_mask([])
         with pytest.raises(CompositionError, match="none has an _attention_call"):
@@ -220,6 +233,35 @@ class TestTorchtitan:
         alone = heads[0][0, 0] * 0.3 * heads[1][0, 0].repeat_interleave(2, 0)
         torch.testing.assert_close(seen[0][0, 0], alone.sum(-1))  # it sees itself
 
+    def test_masks_and_scores_as_functions(self) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        layer, (query, key, value) = FlexAttention(), self.heads()
+        torchtitan.enable(layer)
+        masks = create_block_mask(
+            lambda b, h, i, j: (i >= j) & (i - j < 3), None, None, 6, 6, device="cpu"
+        )
+        seen: list[Tensor] = []
+
+        def transform(output: Tensor, lse: Tensor) -> Tensor:
+            seen.append(lse)
+            return output * 2
+
+        i, j = torch.arange(6)[:, None], torch.arange(6)
+        cells = (i >= j) & (i - j < 3)
+        turned = [t.transpose(1, 2) for t in (query, key, value)]
+        bias = torch.zeros(6, 6).double().masked_fill(~cells, -torch.inf)
+        for mod, more in ((None, 0.0), (lambda s, b, h, i, j: s + (i - j) * 0.5, (i - j) * 0.5)):
+            right = F.scaled_dot_product_attention(
+                *turned, attn_mask=bias + more, scale=0.3, enable_gqa=True
+            ).transpose(1, 2)
+            named = {"attention_masks": masks, "score_mod": mod, "scale": 0.3}
+            found = layer(query, key, value, **named, enable_gqa=True)
+            torch.testing.assert_close(found, right)
+            doubled = layer(query, key, value, **named, out_transform=transform)
+            torch.testing.assert_close(doubled, right * 2)
+        assert seen[0].shape == (2, 6, 4)
+
     def test_one_text(self) -> None:
         layer, heads = ScaledDotProductAttention(), self.heads()
         torchtitan.enable(layer)
@@ -239,8 +281,6 @@ class TestTorchtitan:
             layer(*heads, attention_masks=None, score_mod=None)
         with pytest.raises(CompositionError, match="takes no attention_masks"):
             torchtitan.one_text(*heads, attention_masks=object())
-        with pytest.raises(CompositionError, match="inner is a FlexAttention"):
-            torchtitan.enable(nn.ModuleDict({"inner": FlexAttention()}))
         with pytest.raises(CompositionError, match="no inner attention"):
             torchtitan.enable(nn.Linear(2, 2))
         with pytest.raises(CompositionTypeError, match="a model of torchtitan"):
