@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import reduce
 from operator import add
@@ -448,8 +448,10 @@ def rebound(pse: Some, tensors: Sequence[Tensor]) -> Some:
     >>> rebound(bias, [torch.ones(2, 3, 3)]).tensors[0].sum()
     tensor(18.)
     """
-    places = {id(old): new for old, new in zip(pse.tensors, tensors, strict=True)}
-    found = cast(Some, _replaced(pse, places))
+    places: dict[int, list[Tensor]] = {}  # one that several addends share is met as often
+    for old, new in zip(pse.tensors, tensors, strict=True):
+        places.setdefault(id(old), []).append(new)
+    found = cast(Some, _replaced(pse, {key: iter(new) for key, new in places.items()}))
     if any(a is not b for a, b in zip(found.tensors, tensors, strict=True)):
         raise CompositionError(
             f"the tensors of {pse!r} were replaced (by copying, moving, casting or loading), and "
@@ -458,11 +460,11 @@ def rebound(pse: Some, tensors: Sequence[Tensor]) -> Some:
     return found
 
 
-def _replaced(value: Any, places: dict[int, Tensor]) -> Any:
+def _replaced(value: Any, places: dict[int, Iterator[Tensor]]) -> Any:
     if isinstance(value, tuple):
         return tuple(_replaced(part, places) for part in value)
     if not isinstance(value, Pse):
-        return places.get(id(value), value)
+        return next(places.get(id(value), iter(())), value)
     twin = copy.copy(value)
     for item in fields(cast(Any, value)):
         object.__setattr__(twin, item.name, _replaced(getattr(value, item.name), places))

@@ -281,6 +281,15 @@ def test_what_the_calls_keep_is_not_written_to() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("backend", ["tiled", "emulated"])
+def test_one_tensor_in_two_addends(backend: str) -> None:
+    weight, leaves = parameter(HEADS, LENGTH, LENGTH), tensors()
+    bias = pse.Dense(weight) + pse.Dense(weight, before_scale=True)
+    made = (ak.attention(*leaves, pse=bias, backend=name) for name in (backend, "reference"))
+    one, other = (torch.autograd.grad(out.sin().sum(), [weight])[0] for out in made)
+    torch.testing.assert_close(one, other, atol=EXACT, rtol=0)
+
+
 def test_a_bias_alone_may_train() -> None:
     bias, leaves = dense(HEADS), [t.detach() for t in tensors()]
     found = ak.attention(*leaves, pse=bias, mask=CAUSAL, backend="emulated")

@@ -449,6 +449,23 @@ def biases() -> Iterator[Case]:
         "rank 4": lambda: torch.ones(1, 1, 1, 4),
     }
     yield from each("KeyBias", pse.KeyBias, NOT_A_TENSOR, without(strange_tensors(4), "meta"), odd)
+    index = torch.zeros(4, 4, dtype=torch.int64)
+    yield from each(
+        "pse.Table",
+        lambda bad: pse.Table(bad, index),
+        NOT_A_TENSOR,
+        {"rank 1": lambda: torch.ones(4)},
+    )
+    yield from each(
+        "pse.Table index",
+        lambda bad: pse.Table(torch.ones(3, 2), bad),
+        NOT_A_TENSOR,
+        {
+            "numbers": lambda: torch.ones(4, 4),
+            "rank 1": lambda: index[0],
+            "past": lambda: index + 3,
+        },
+    )
     yield from each(
         "pse.Sum",
         pse.Sum,
@@ -473,6 +490,7 @@ def bias_methods() -> Iterator[Case]:
         "T5Relative": pse.T5Relative(2),
         "Dense": pse.Dense(torch.zeros(4, 4)),
         "KeyBias": pse.KeyBias(torch.zeros(4)),
+        "Table": pse.Table(torch.zeros(3, 2), torch.zeros(4, 4, dtype=torch.int64)),
         "Sum": pse.ALiBi(2) + pse.SqrtALiBi(2),
     }
     ranges: Values = {
