@@ -180,17 +180,23 @@ def plan_again(
         return found
     # A decoding step has one key more than the last: such plans are for any number of them.
     step = any_length(known, asked.layout)
-    plan = None if step is None else plans.get(step[0])
-    if plan is not None and step is not None:
-        found = plan.at(asked.mask, asked.pse, step[1])
+    alike = None if step is None else plans.pop(step[0], None)
+    if alike is not None and step is not None:
+        plans[step[0]] = alike  # the newest again, so that steps do not drop it
+        found = alike.at(asked.mask, asked.pse, step[1])
     if found is None:
         found = plan_of(asked, query, key, value, sink, seqlens)
-        kept = step[0] if step is not None and found.of_any_length else known
-        if kept is not None:
-            if len(plans) >= MOST_PLANS:
-                plans.pop(next(iter(plans)), None)  # the oldest
-            plans[kept] = found
+        if step is not None and found.of_any_length:
+            _keep(plans, step[0], found)
+    if known is not None:
+        _keep(plans, known, found)
     return found
+
+
+def _keep(plans: dict[Hashable, Plan], known: Hashable, plan: Plan) -> None:
+    if len(plans) >= MOST_PLANS:
+        plans.pop(next(iter(plans)), None)  # the oldest
+    plans[known] = plan
 
 
 def attend(
