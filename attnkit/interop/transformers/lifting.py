@@ -11,6 +11,7 @@ from transformers.masking_utils import causal_mask_function
 
 from attnkit.errors import CompositionError
 from attnkit.interop.transformers.mask_tensor import MaskTensor
+from attnkit.masks import Full
 from attnkit.masks.foreign.transformers import from_transformers
 
 __all__ = ["make_mask"]
@@ -41,10 +42,11 @@ def make_mask(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **hints: Any,
-) -> Tensor:
+) -> Tensor | None:
     """Return the mask of a model's call: the interface of transformers' mask registry.
 
-    It never returns None, which means something else to each attention function.
+    None, which means something else to each attention function, only where it is for eager
+    attention, too: where everything is seen, and the model allows it.
     """
     unknown = hints.keys() - _HINTS
     if unknown:
@@ -62,4 +64,6 @@ def make_mask(
         kv_offset=kv_offset,
         attention_mask=attention_mask,
     )
+    if hints.get("allow_is_bidirectional_skip") and lifted.mask == Full():
+        return None
     return MaskTensor(lifted, (batch_size, 1, q_length, kv_length), dtype, device)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -63,8 +64,20 @@ def register() -> None:
     """
     _check_version(transformers.__version__)
     for name in (NAME, PACKED):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, make_mask)
+        AttentionInterface.register(name, _outside(attend))
+        AttentionMaskInterface.register(name, _outside(make_mask))
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that graphs of `torch.compile` leave off for: what it reads is no data."""
+    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    return disable(function, reason=_IN_GRAPH)
+
+
+_IN_GRAPH = (
+    "masks of transformers are read as sets, and planned, between graphs; compile without "
+    "fullgraph=True"
+)
 
 
 def enable(model: nn.Module, *, strict: bool = True) -> Switched:

@@ -248,3 +248,17 @@ def test_weights_are_said_to_be_computed_apart() -> None:
     layer = Layer()
     attend(layer, query, key, value, None, output_attentions=True)
     assert "attention weights computed apart" in str(report(layer))
+
+
+def test_none_only_where_eager_attention_has_none() -> None:
+    every = torch.ones(2, 4).bool()
+    some = every.clone()
+    some[1, 2:] = False
+    both_ways = transformers.masking_utils.bidirectional_mask_function
+    causal = transformers.masking_utils.causal_mask_function
+    for exists in (None, every, some):
+        for skip in (False, True):
+            made = make_mask(2, 4, 4, 0, 0, both_ways, exists, allow_is_bidirectional_skip=skip)
+            assert (made is None) == (skip and exists is not some)
+        hints = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": False}
+        assert make_mask(2, 4, 4, 0, 0, causal, exists, **hints) is not None
