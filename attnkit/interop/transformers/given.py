@@ -28,6 +28,8 @@ def mask_of(
     if isinstance(given, MaskTensor) and given.written:
         given = given.cells()
     if isinstance(given, MaskTensor):
+        if given.lifted.cells_read:
+            site.read[str(given.lifted)] += 1
         if given.shape[2:] == (q_len, kv_len):
             return given.lifted.mask, None
         return _fitted(given, q_len, kv_len), None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnkit import masks
 from attnkit.errors import CompositionError
-from attnkit.interop.transformers import enable, report
+from attnkit.interop.transformers import enable, expect, report
 from attnkit.interop.transformers.interface import attend
 from attnkit.interop.transformers.keywords import HONOURED, RESTATED
 from attnkit.interop.transformers.lifting import make_mask
@@ -262,3 +262,17 @@ def test_none_only_where_eager_attention_has_none() -> None:
             assert (made is None) == (skip and exists is not some)
         hints = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": False}
         assert make_mask(2, 4, 4, 0, 0, causal, exists, **hints) is not None
+
+
+def test_a_mask_function_that_is_not_known_is_told_by_name() -> None:
+    def every_other(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i - j) % 2 == 0
+
+    query, key, value = tensors()
+    layer = Layer()
+    made = make_mask(2, 7, 7, 0, 0, every_other, None, F64)
+    kept = torch.arange(7)[:, None] % 2 == torch.arange(7) % 2
+    near(attend(layer, query, key, value, made)[0], formula(query, key, value, kept)[0])
+    assert "every_other is not known, and was read cell by cell" in str(report(layer))
+    with pytest.raises(CompositionError, match="every_other"):
+        expect(layer, sets=True)
