@@ -258,6 +258,7 @@ def last_is_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def stabilised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """CogView: the largest score of each row is taken off before a scale."""
     scores = (query @ key.mT) / 4
+    scores = scores - scores.max()
     scores = scores - scores.amax(-1, keepdim=True).detach()
     return ((scores - scores.amax(dim=-1).unsqueeze(-1)) * 4).softmax(-1) @ value
 

@@ -181,7 +181,7 @@ class Watch(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
         if name in ("add", "sub", "mul") and len(args) == 2 and isinstance(first, Deferred):
             other = args[1]
-            if isinstance(other, Deferred) and other.shape[-1] != 1:
+            if isinstance(other, Deferred) and other.ndim and other.shape[-1] != 1:
                 args = (first, other.record.compute())
         try:
             made = deferred(name, func, args, kwargs, self._told)
