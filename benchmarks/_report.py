@@ -24,6 +24,7 @@ TABLES = {
     "flex": "FlexAttention's block masks from regions and from cells",
     "overhead": "a call beside its operators",
     "imports": "what importing attnkit adds to importing torch",
+    "lifting": "masks of other libraries read as sets",
     "compiled": "steps that are all different in one compiled graph",
     "planner": "first plans and cached calls",
     "emulator": "the fused kernel's emulator: time and memory",

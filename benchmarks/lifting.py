@@ -1,8 +1,7 @@
-"""How long masks of others take to be read as sets, on one thread; CPU time, medians.
+"""How long masks of others take to be read as sets: ``python benchmarks/lifting.py``.
 
-    python benchmarks/lifting.py [path of another tree] [--length 16384]
-
-With a path the same is measured with that tree's attnkit, in turns in one process.
+CPU time on one thread, medians of seven. With the path of another tree the same is measured with
+that tree's attnkit, in turns in one process. Writes benchmarks/results/lifting.md.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "lifting.md"
 ROUNDS = 7
 
 
@@ -104,16 +105,19 @@ def measure(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write a table."""
+    parser = argparse.ArgumentParser(description="masks of others as sets")
     parser.add_argument("other", nargs="?", type=Path)
     parser.add_argument("--length", type=int, default=16384)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    trees = [load(Path(__file__).parents[1])]
+    trees = [load(ROOT)]
     trees += [load(given.other)] if given.other else []
+    told = ["ms"] + ["ms, the other tree"] * (len(trees) - 1)
+    lines = [f"# Masks of others as sets, {given.length} x {given.length}", ""]
+    lines += [__doc__.partition("\n\n")[2].partition(" Writes")[0].replace("\n", " "), ""]
+    lines += [f"| what is read | {' | '.join(told)} |", "|---|" + "---|" * len(told)]
     for name, case in (*cases(given.length), *forms(given.length)):
-        told = []
         times: list[list[float]] = [[] for _ in trees]
         for _ in range(ROUNDS):
             for tree, own in zip(trees, times, strict=True):
@@ -121,8 +125,10 @@ def main() -> None:
                     own.append(measure(partial(case, tree)))
                 except AttributeError:  # what the other tree does not have yet
                     own.append(float("nan"))
-        told = [f"{statistics.median(own):9.2f} ms" for own in times]
-        print(f"{name:50}", *told, flush=True)
+        medians = [f"{statistics.median(own):.2f}".replace("nan", "-") for own in times]
+        lines.append(f"| {name} | {' | '.join(medians)} |")
+        print(lines[-1], flush=True)
+    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

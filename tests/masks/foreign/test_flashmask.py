@@ -44,12 +44,12 @@ def test_every_bound_of_a_small_matrix(causal, k):
 def test_random_bounds(causal, k, q_len):
     torch.manual_seed(0)
     for _ in range(2):
-        given = torch.randint(0, 9, (2, 2, 7, k), dtype=torch.int32)
+        given = torch.randint(0, 9, (1, 2, 7, k), dtype=torch.int32)
         if torch.rand(()) < 0.5:
             given = given.sort(2).values
         found = masks.from_flashmask(given, causal=causal, q_len=q_len, heads=4)
         want = dense(given, causal, q_len or 7).repeat_interleave(2, 1)
-        assert found.mask.materialize(q_len or 7, 7, 2, 4).equal(want)
+        assert found.mask.materialize(q_len or 7, 7, 1, 4).equal(want)
         assert found.cells_read == 0
 
 
