@@ -40,6 +40,10 @@ _MOST = 8  # readings of one BlockMask or function: at other lengths, or of chan
 _OPTIONS = frozenset(get_annotations(getattr(theirs, "FlexKernelOptions", object)))
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="functions of FlexAttention are read outside of graphs; in one graph, give the mask and "
+    "the bias that masks.from_flex and lift_score_mod found to ak.Attention"
+)
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -63,7 +67,8 @@ def flex_attention(
 
     What differs: of a `BlockMask` the blocks count, as in compiled FlexAttention (its eager path
     asks `mask_mod` alone); gradients, float64 and any head size on the CPU too. Functions are
-    read once, and again when a tensor that they look at was changed in place.
+    read once, and again when a tensor that they look at was changed in place. Nothing has to be
+    compiled; inside of a compiled function the call stands between two graphs.
 
     Raises `CompositionError` for arguments that contradict each other.
 

@@ -219,6 +219,17 @@ def test_what_is_read_once_is_read_again_when_its_tensors_change(monkeypatch):
     assert len(read) == 2
 
 
+def test_a_call_stands_between_compiled_graphs():
+    given = blocks(causal)
+
+    def layer(query, key, value):
+        return flex_attention(2 * query, key, value, SCORES["ALiBi"][0], given) + 1
+
+    compiled = torch.compile(layer, backend="eager")
+    for _ in range(2):
+        close(compiled(*drawn()), layer(*drawn()))
+
+
 def test_arguments_that_contradict_each_other_are_refused():
     q, k, v = drawn()
     with pytest.raises(CompositionError, match="enable_gqa=True"):
