@@ -60,12 +60,21 @@ def differences(want: Mapping[str, Tensor], got: Mapping[str, Tensor], most: flo
 def scale_of(name: str, want: Mapping[str, Tensor]) -> Tensor:
     """Return the number that an error is compared with: the largest of the tensor.
 
-    A bias of keys changes no softmax, so its gradient is rounding alone. A bias is therefore
-    compared with the gradient of its weight where that is larger.
+    A bias of keys changes no softmax, and where values are nearly equal the scores change
+    little: such a gradient is what is left when large numbers cancel. A bias is therefore
+    compared with its weight's gradient, and both with a hundredth of those of their module.
     """
-    largest = want[name].double().abs().max()
-    weight = want.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
-    return largest if weight is None else torch.maximum(largest, weight.double().abs().max())
+    found = [want[name].double().abs().max()]
+    if (
+        name.endswith("bias")
+        and (weight := want.get(name.removesuffix("bias") + "weight")) is not None
+    ):
+        found.append(weight.double().abs().max())
+    module = ".".join(name.split(".")[:-2])
+    if module and name.endswith(("weight", "bias")):
+        beside = [t for other, t in want.items() if other.startswith(module + ".") and t.numel()]
+        found.append(1e-2 * torch.stack([t.double().abs().max() for t in beside]).max())
+    return torch.stack(found).max()
 
 
 def floor_of(want: Mapping[str, Tensor]) -> float:

@@ -52,13 +52,18 @@ def without_empty_rows(out: Tensor, mask: Any) -> Tensor:
 def counted(model: nn.Module, noise: float = 0.0, empty_rows: bool = False) -> Iterator[Calls]:
     """Count every call that goes through transformers' interface, eager's included.
 
-    With `noise` each output is changed by as much of its largest number, as if it were rounded
-    in another way; with `empty_rows` rows that an additive mask leaves without a key are 0.
+    With `noise` queries and outputs are changed by as much of their largest number, as if they
+    were rounded in another way; with `empty_rows` rows that an additive mask leaves without a key
+    are 0.
     """
     random = torch.Generator().manual_seed(17)
     numbers = {id(module): number for number, module in enumerate(model.modules())}
     calls = Calls()
     plain = AttentionInterface.get_interface
+
+    def grained(tensor: Tensor) -> Tensor:
+        grain = torch.randn(tensor.shape, generator=random).to(tensor.dtype)
+        return tensor + noise * grain * tensor.detach().abs().amax()
 
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         chosen = plain(self, name, default)
@@ -67,13 +72,12 @@ def counted(model: nn.Module, noise: float = 0.0, empty_rows: bool = False) -> I
             calls.by_module[numbers.get(id(module), -1)] += 1
             calls.by_name[name or "eager"] += 1
             calls.dropped += bool(kwargs.get("dropout"))
+            if noise and args:
+                args = (grained(args[0]), *args[1:])
             out, *rest = chosen(module, *args, **kwargs)
             if empty_rows:
                 out = without_empty_rows(out, args[3] if len(args) > 3 else kwargs.get(_MASK))
-            if noise:
-                grain = torch.randn(out.shape, generator=random).to(out.dtype)
-                out = out + noise * grain * out.detach().abs().amax()
-            return out, *rest
+            return grained(out) if noise else out, *rest
 
         return call
 
