@@ -40,7 +40,7 @@ _MOST = 8  # readings of one BlockMask or function: at other lengths, or of chan
 _OPTIONS = frozenset(get_annotations(getattr(theirs, "FlexKernelOptions", object)))
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator]
+@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
     reason="functions of FlexAttention are read outside of graphs; in one graph, give the mask and "
     "the bias that masks.from_flex and lift_score_mod found to ak.Attention"
 )
