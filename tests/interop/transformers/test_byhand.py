@@ -117,3 +117,20 @@ def test_every_class_of_the_installed_version_is_in_a_table() -> None:
     assert {one for one in written() if not model.search(one)} <= known
     assert len(WRITTEN) >= 60
     assert not {f"{file}.{name}" for file, names in WRITTEN.items() for name in names} & set(LEFT)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Mpt", "Falcon", "GPTJ"])
+def test_generation_with_a_cache_is_the_same(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**MODELS[name], bos_token_id=1, eos_token_id=2)
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation="eager"
+    )
+    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    asked = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    given = {"input_ids": ids, "attention_mask": mask}
+    wanted = model.eval().generate(**given, **asked)
+    enable(model)
+    assert torch.equal(model.generate(**given, **asked), wanted)
+    assert sum(layer.calls for layer in report(model).layers) == 2 * 4
