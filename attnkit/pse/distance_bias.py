@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit.arguments import check_align, check_floats, check_int
 from attnkit.errors import CompositionError
-from attnkit.pse.base import Align
+from attnkit.pse.base import Align, Rectangle
 from attnkit.pse.by_distance import ByDistance
 
 __all__ = ["DistanceBias"]
@@ -52,18 +52,31 @@ class DistanceBias(ByDistance):
         return self.tensor.shape[0] if self.tensor.ndim == 2 else None
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
-        """Look the distances up, ``[n | 1, *distance.shape]``."""
-        held = self.tensor.shape[-1]
-        low, high = self.first, self.first + held - 1
-        if distance.numel() and not distance.is_meta:
-            ends = torch.stack(torch.aminmax(distance)).tolist()
-            if ends[0] < low or ends[1] > high:
-                raise CompositionError(
-                    f"pse.{self} holds the distances {low} to {high}, and was asked for "
-                    f"{ends[0]} to {ends[1]}"
-                )
+        """Look the distances up, ``[n | 1, *distance.shape]``; each is one that it holds."""
         table = self.tensor if self.tensor.ndim == 2 else self.tensor[None]
-        return table.to(dtype)[:, (distance - low).to(table.device)]
+        return table.to(dtype)[:, (distance - self.first).to(table.device)]
+
+    def diagonals(
+        self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Return the number of each distance of a score matrix."""
+        first = 1 - q_len - self.offset(q_len, kv_len)
+        self._check(first, first + q_len + kv_len - 2)
+        return super().diagonals(q_len, kv_len, dtype=dtype, device=device)
+
+    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        offset = self.offset(at.q_len, at.kv_len)
+        self._check(at.keys[0] - at.rows[1] + 1 - offset, at.keys[1] - 1 - at.rows[0] - offset)
+        return super()._values(at, dtype, device)
+
+    def _check(self, least: int, most: int) -> None:
+        """Raise `CompositionError` for distances that it does not hold; no number is read."""
+        low, high = self.first, self.first + self.tensor.shape[-1] - 1
+        if least <= most and (least < low or most > high):
+            raise CompositionError(
+                f"pse.{self} holds the distances {low} to {high}, and was asked for {least} to "
+                f"{most}"
+            )
 
     def __repr__(self) -> str:
         dtype = str(self.tensor.dtype).removeprefix("torch.")
