@@ -126,7 +126,10 @@ def one(eager: Eager, way: str, mode: str, switched: nn.Module) -> str:
     if isinstance(want, str):
         return f"skipped: {want}"
     try:
-        model = copy.deepcopy(switched) if mode in CHANGING else switched
+        model = switched
+        if mode in CHANGING:
+            model = copy.deepcopy(eager.case.model)
+            WAYS[way](model)
         got, calls = go(eager.case, mode, model)
     except Exception as error:
         return f"raises {said(error)}"
