@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,10 +50,11 @@ class Site:
     @property
     def plans(self) -> list[Plan]:
         """The latest plans that differ."""
-        found = [plan for plans in self.by_terms.values() for plan in plans.values()]
-        latest = self.latest
-        if latest is not None and not any(_stands_for(plan, latest) for plan in found):
-            found.append(latest)
+        found: list[Plan] = []
+        each = [plan for plans in self.by_terms.values() for plan in plans.values()]
+        for plan in (*each, *(() if self.latest is None else (self.latest,))):
+            if not any(_stands_for(kept, plan) for kept in found):
+                found.append(plan)
         return found
 
     @property
@@ -88,12 +90,12 @@ class Site:
         return run_plan(plan, Operands(query, key, value, asked.pse, sink))
 
 
-def _stands_for(kept: Plan, latest: Plan) -> bool:
-    """Whether a plan is the latest one, or that of an earlier step with fewer keys."""
+def _stands_for(kept: Plan, other: Plan) -> bool:
+    """Whether a plan is another one, or that of another step with as many rows."""
     if not kept.of_any_length:
-        return kept == latest
-    a, b = kept.request, latest.request
-    return (a.q_len, a.batch, a.mask) == (b.q_len, b.batch, b.mask)
+        return kept == other
+    a, b = kept.request, other.request
+    return replace(a, kv_len=b.kv_len) == b
 
 
 def site_of(module: nn.Module) -> Site:
