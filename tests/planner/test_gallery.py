@@ -42,6 +42,8 @@ AT_MOST = {
     "Shared prefix": 1,
     "Bidirectional spans": 1,
     "Dilated window": 1,
+    "Keys with holes": 1,
+    "Numbers that return": 1,
 }
 
 
