@@ -185,7 +185,8 @@ def _stack(side: str, given: object) -> dict[str, Mask]:
         if not found:
             raise CompositionError(
                 f"diff: no submodule of {side} ({type(given).__name__}) has a mask; give masks by "
-                "layer: a list, or a mapping"
+                "layer: a list, or a mapping (of a model of transformers: "
+                "attnkit.interop.transformers.masks_of(model, **inputs))"
             )
         return found
     if isinstance(given, Mapping):

@@ -59,6 +59,22 @@ def test_masks_by_layer() -> None:
     }
 
 
+def test_two_ports_of_a_model_are_proven_equal_or_the_first_cell_is_shown() -> None:
+    stacks = []
+    for window in (4, 4, 5):
+        model, _, inputs = pair("mistral")
+        model.config.sliding_window = window
+        with pytest.raises(CompositionError, match=r"masks_of\(model"):
+            masks.diff(model, model, 10)
+        enable(model)
+        stacks.append(masks_of(model, **inputs))
+    assert masks.diff(*stacks[:2], 10).equal
+    found = masks.diff(stacks[0], stacks[2], 10)
+    assert found.differing == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    assert found.first is not None
+    assert (found.first.i, found.first.j, found.first.allowed_by) == (4, 0, "b")
+
+
 def test_plans_stay_behind_in_copies() -> None:
     _, model, inputs = pair("llama")
     enable(model)
