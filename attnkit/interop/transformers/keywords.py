@@ -39,6 +39,7 @@ RESTATED = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "local_size",
+        "logits_to_keep",
         "position_ids",
         "return_dict",
         "seq_idx",
