@@ -25,6 +25,7 @@ TABLES = {
     "overhead": "a call beside its operators",
     "imports": "what importing attnkit adds to importing torch",
     "lifting": "masks of other libraries read as sets",
+    "switching": "the adapter of transformers: a layer's call, a new padding, a step",
     "compiled": "steps that are all different in one compiled graph",
     "planner": "first plans and cached calls",
     "emulator": "the fused kernel's emulator: time and memory",

@@ -112,13 +112,18 @@ def settled(generation: Any) -> None:
 
 
 def calm(model: nn.Module) -> None:
-    """Switch every dropout off, in training too: two runs then compute the same."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
+    """Switch every dropout off, in training too: two runs then compute the same.
+
+    Of configurations as well: some models make modules of theirs in the first forward.
+    """
+    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "__dict__")]
+    for one in (*model.modules(), *configs):
+        for name, value in list(vars(one).items()):
             if ("dropout" in name or "drop_path" in name or "layerdrop" in name) and isinstance(
                 value, float
             ):
-                setattr(module, name, 0.0)
+                setattr(one, name, 0.0)
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 

@@ -37,6 +37,15 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:180]}"
 
 
+@torch.no_grad()
+def shake(model: nn.Module, noise: float) -> None:
+    """Round the weights in another way, where attention that a model writes out cannot be."""
+    random = torch.Generator().manual_seed(17)
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.mul_(1 + noise * torch.randn(weight.shape, generator=random).to(weight.dtype))
+
+
 class Eager:
     """What eager attention gives for each mode of a case: computed once, for every way."""
 
@@ -52,6 +61,8 @@ class Eager:
 
     def _run(self, mode: str, **how: Any) -> Any:
         model = copy.deepcopy(self.case.model)
+        if how.get("noise") and not self.kept[mode][1].by_module:
+            shake(model, how["noise"])
         try:
             found, calls = go(self.case, mode, model, **how)
         except NotImplementedError as error:
