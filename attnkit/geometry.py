@@ -228,6 +228,18 @@ class Region:
         return cls(union_all([r.strips for r in regions if r.strips]))
 
     @classmethod
+    def stacked(cls, strips: Iterable[Strip]) -> Region:
+        """Return the region of strips that share no row, in any order.
+
+        >>> Region.stacked([Strip(2, 4, ((0, 0, 3, 0),)), Strip(0, 2, ((0, 0, 3, 0),))]).slices
+        (Slice(i0=0, i1=4, j0=0, j1=3, lo=-3, hi=2),)
+        """
+        out = Canonical()
+        for strip in sorted(strips, key=lambda strip: strip.i0):
+            out.add(*strip)
+        return cls(tuple(out.strips))
+
+    @classmethod
     def from_rows(cls, rows: Iterable[Iterable[tuple[int, int]]]) -> Region:
         """Return the region with the given runs ``(start, stop)`` in rows 0, 1, 2, ...
 

@@ -180,13 +180,11 @@ class _Numbered:
 
     @property
     def ends(self) -> tuple[int, int, int, int]:
-        block = self.launch.blocks[self.number]
-        return block.i0, block.i1, block.j0, block.j1
+        return self.launch.blocks[self.number].ends
 
     @property
     def target(self) -> Region:
-        block = self.launch.blocks[self.number]
-        return self.launch.targets[self.number].shift(block.i0, block.j0)
+        return self.launch.blocks[self.number].image(self.launch.targets[self.number])
 
 
 class KeptCells:

@@ -11,7 +11,7 @@ from attnkit.constants import constant
 from attnkit.kernel import TensorSpec
 from attnkit.planner import Launch, Request
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.calls import Block
+from attnkit.planner.sequences import Block
 from attnkit.pse import PerCell, PerKey, Pse
 
 __all__ = ["by_diagonal", "call_bias", "constants", "looked_up", "numbers_of", "stored"]
@@ -34,14 +34,15 @@ def call_bias(
         inside = (block for block in launch.blocks if all(block.sizes))
         block = max(inside, key=lambda block: block.sizes)
         rows = min(block.sizes[0], COMPRESSED_ROWS)
-        last = Block(block.batch, block.i1 - rows, block.i1, block.j0, block.j1)
+        _, i1, *keys = block.ends
+        last = Block.at(block.batch, i1 - rows, i1, *keys)
         # Rows above a short sequence are never read.
         parts = [pad(_piece(request, pse, last, before, spec, device), (0, 0, 1024 - rows, 0))]
     elif launch.partial:
         blocks = launch.blocks[: spec.shape[0]]
         parts = [_piece(request, pse, block, before, spec, device) for block in blocks]
     else:
-        whole = Block(0, 0, request.q_len, 0, request.kv_len)
+        whole = Block.at(0, 0, request.q_len, 0, request.kv_len)
         parts = [_piece(request, pse, whole, before, spec, device, every=True)]
     if heads is not None:
         own = torch.tensor(heads, device=device)
@@ -61,7 +62,7 @@ def _piece(
 ) -> Tensor:
     """Return a block's cells of the bias, ``[1 | b, 1 | n, i, j]``; `every`: of all the batch."""
     q_len, kv_len = request.sequences[block.batch]
-    rows, keys = (block.i0, block.i1), (block.j0, block.j1)
+    rows, keys = block.ends[:2], block.ends[2:]
     if (rows, keys) != ((0, q_len), (0, kv_len)):
         pse = pse.cut(rows, keys, q_len=q_len, kv_len=kv_len)
     index = None if every else block.batch

@@ -36,7 +36,7 @@ from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import widened
+from attnkit.planner.calls import Parts, widened
 from attnkit.planner.request import state_of
 from attnkit.planner.residues import residue_order
 
@@ -154,24 +154,25 @@ def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
 
 def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Run a plan of several calls on packed tensors, each group of heads by itself."""
-    groups = dict.fromkeys(step.heads for step in plan.steps)
-    if None in groups:
-        return _run_heads(launcher, plan, None, operands)
-    known = {head for heads in groups for head in heads or ()}
+    groups = plan.parts
+    if groups[0].heads is None:
+        return _run_heads(launcher, plan, groups[0], operands)
+    known = {head for some in groups for head in some.heads or ()}
     silent = tuple(head for head in range(plan.request.num_heads) if head not in known)
-    groups |= {silent: None} if silent else {}  # heads whose mask allows nothing
-    parts = [_run_heads(launcher, plan, heads, operands) for heads in groups]
-    order = torch.tensor([head for heads in groups for head in heads or ()]).argsort()
+    if silent:  # heads whose mask allows nothing
+        groups += (Parts(silent, (), once=True),)
+    parts = [_run_heads(launcher, plan, some, operands) for some in groups]
+    order = torch.tensor([head for some in groups for head in some.heads or ()]).argsort()
     back = order.to(operands.query.device)
     out, lse, peak = (torch.cat(c, dim=1).index_select(1, back) for c in zip(*parts, strict=True))
     return out, lse, peak
 
 
 def _run_heads(
-    launcher: Launcher, plan: Plan, heads: tuple[int, ...] | None, operands: Operands
+    launcher: Launcher, plan: Plan, parts: Parts, operands: Operands
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
-    launches = [launch for launch in plan.steps if launch.heads == heads]
+    launches, heads = parts.launches, parts.heads
     query, key, value, sink = operands.query, operands.key, operands.value, operands.sink
     logits = operands.logits if isinstance(operands, Leveled) else None
     biases = [call_bias(plan.request, one, operands.pse, query.device) for one in launches]
@@ -184,7 +185,7 @@ def _run_heads(
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
     out: tuple[Tensor, Tensor, Tensor] = Merged.apply(  # type: ignore[no-untyped-call]
-        launcher, launches, biases, query, key, value, sink, logits
+        launcher, parts, biases, query, key, value, sink, logits
     )
     return out
 

@@ -31,7 +31,7 @@ from attnkit.constants import constant
 from attnkit.first_order import first_order
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner import Launch
-from attnkit.planner.calls import Ranges, Tokens
+from attnkit.planner.calls import Parts, Tokens
 
 __all__ = ["Answer", "Drawn", "Launcher", "Merged"]
 
@@ -65,23 +65,29 @@ class Launcher(Protocol):
 
 
 @constant
-def _index(ranges: Ranges, device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(a, b, device=device) for a, b in ranges])
+def _index(tokens: Tokens, device: torch.device) -> Tensor:
+    places = [torch.arange(one.start, one.stop, one.step) for one in tokens.ranges]
+    return torch.cat(places).to(device)
 
 
 def _taken(tensor: Tensor, tokens: Tokens) -> Tensor:
     """Return tokens in a call's order: a view where that is possible."""
     if tokens.span is not None:
         return tensor[tokens.span]
-    return tensor.index_select(0, _index(tokens.ranges, tensor.device))
+    return tensor.index_select(0, _index(tokens, tensor.device))
 
 
 def _add(total: Tensor, tokens: Tokens, part: Tensor) -> None:
     """Add rows in a call's order back to the tokens; a token may occur twice."""
     if tokens.span is not None:
         total[tokens.span] += part
-    else:
-        total.index_add_(0, _index(tokens.ranges, total.device), part.to(total.dtype))
+        return
+    part = part.to(total.dtype)
+    if not torch.are_deterministic_algorithms_enabled():
+        total.index_add_(0, _index(tokens, total.device), part)
+        return
+    for there, mine in tokens.layers:  # in the same order each time
+        _put(total, there, _taken(total, there) + _taken(part, mine))
 
 
 def _put(total: Tensor, tokens: Tokens, values: Tensor) -> None:
@@ -89,7 +95,7 @@ def _put(total: Tensor, tokens: Tokens, values: Tensor) -> None:
     if tokens.span is not None:
         total[tokens.span] = values
     else:
-        total.index_copy_(0, _index(tokens.ranges, total.device), values.to(total.dtype))
+        total.index_copy_(0, _index(tokens, total.device), values.to(total.dtype))
 
 
 # -- one call between them ---------------------------------------------------------------------
@@ -175,7 +181,7 @@ class Merged(torch.autograd.Function):
     def forward(
         ctx: Any,
         launcher: Launcher,
-        launches: Sequence[Launch],
+        parts: Parts,
         biases: Sequence[Tensor | None],
         query: Tensor,
         key: Tensor,
@@ -183,30 +189,26 @@ class Merged(torch.autograd.Function):
         sink: Tensor | None,
         logits: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the calls in order, and merge each into the softmax of the rows that it answers."""
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        rows, heads = query.shape[:2]
-        out = query.new_zeros(rows, heads, value.shape[-1], dtype=wide)
-        if sink is None:
-            peak = query.new_full((rows, heads), -torch.inf, dtype=wide)
-            total = torch.zeros_like(peak)
-        else:
-            peak = sink.to(wide).expand(rows, heads).clone()
-            total = torch.ones_like(peak)
+        """Run the calls in order, and merge each into the softmax of the rows that it answers.
+
+        Where every row is answered once, and no sink has a part in it, rows are written as they
+        come.
+        """
+        rows = _Rows(query, value.shape[-1], sink, parts.once)
         random: list[Drawn] = []
         kept: list[Tensor] = []
-        for launch, bias in zip(launches, biases, strict=True):
+        for launch, bias in zip(parts.launches, biases, strict=True):
             answer = launcher.forward(launch.call, _tensors(launch, query, key, value, bias))
             random.append(answer.random)
             own, level = _by_token(launch.call, answer), _level(launch, logits)
-            _merge(launch.queries, own, out, peak, total, level)
+            rows.take(launch.queries, own, level)
             if level is not None and ctx.needs_input_grad[7]:
                 kept += own
-        out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-        result = out.to(query.dtype)
+        result, peak, total = rows.answer()
         lse = peak + total.log()
         ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
-        ctx.launcher, ctx.launches, ctx.biases, ctx.random = launcher, launches, biases, random
+        ctx.launcher, ctx.launches, ctx.biases = launcher, parts.launches, biases
+        ctx.random = random
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(peak)
         return result, lse, peak
@@ -227,6 +229,62 @@ class Merged(torch.autograd.Function):
             return way.found(ctx.needs_input_grad[6])
 
         return (None, None, None, *first_order(make, dy, dlse, *saved[:5]))
+
+
+class _Rows:
+    """The rows of an answer while they come in: output [t n d], maximum and sum [t n]."""
+
+    def __init__(self, query: Tensor, dim: int, sink: Tensor | None, once: bool) -> None:
+        self.query, self.dim, self.sink, self.once = query, dim, sink, once and sink is None
+        self.wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.found: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def take(
+        self, queries: Tokens, part: tuple[Tensor, Tensor, Tensor], level: Tensor | None
+    ) -> None:
+        """Take the rows of one call: as they are, written to their places, or merged."""
+        if not self.once:
+            self._merge(queries, part, level)
+        elif queries.span == slice(0, len(self.query)):
+            self.found = part[0], part[1].contiguous(), part[2].contiguous()
+        else:
+            self.found = self.found or self._none(self.query.dtype)
+            for whole, some in zip(self.found, part, strict=True):
+                _put(whole, queries, some)
+
+    def answer(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, and the maximum and the sum of every row."""
+        out, peak, total = self.found or self._none(self.wide)
+        if not self.once:
+            out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        return out.to(self.query.dtype), peak, total
+
+    def _none(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what rows are that nobody has answered yet; a sink alone is a weight of 1."""
+        size = self.query.shape[:2]
+        out = self.query.new_zeros(*size, self.dim, dtype=dtype)
+        if self.sink is None:
+            peak = self.query.new_full(size, -torch.inf, dtype=self.wide)
+            return out, peak, torch.zeros_like(peak)
+        peak = self.sink.to(self.wide).expand(size).clone()
+        return out, peak, torch.ones_like(peak)
+
+    def _merge(
+        self, queries: Tokens, part: tuple[Tensor, Tensor, Tensor], level: Tensor | None
+    ) -> None:
+        """Merge rows into the running maximum, sum and weighted output."""
+        self.found = out, peak, total = self.found or self._none(self.wide)
+        answers, peaks, totals = part
+        peaks = peaks if level is None else peaks + level
+        for rows, own in queries.layers:
+            m_new, l_new, o_new = (_taken(t, own) for t in (peaks, totals, answers))
+            m_old, l_old, o_old = (_taken(t, rows) for t in (peak, total, out))
+            m = torch.maximum(m_old, m_new)
+            # A row that nothing has answered yet has weight 0: exp(-inf - m) is 0, m is finite.
+            keep, weight = (m_old - m).exp(), l_new * (m_new - m).exp()
+            _put(peak, rows, m)
+            _put(total, rows, l_old * keep + weight)
+            _put(out, rows, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))
 
 
 class _Back:
@@ -314,25 +372,3 @@ class _Back:
         typed = [g.to(t.dtype) for g, t in zip(self.sums, self.leaves, strict=True)]
         sink = self.to_sink.to(self.sink.dtype) if wants_sink and self.to_sink is not None else None
         return (*typed, sink, self.to_logits)
-
-
-def _merge(
-    queries: Tokens,
-    part: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    peak: Tensor,
-    total: Tensor,
-    level: Tensor | None,
-) -> None:
-    """Merge the rows of one call into the running maximum, sum and weighted output."""
-    answers, peaks, totals = part
-    peaks = peaks if level is None else peaks + level
-    for rows, own in queries.layers:
-        m_new, l_new, o_new = (_taken(t, own) for t in (peaks, totals, answers))
-        m_old, l_old, o_old = (_taken(t, rows) for t in (peak, total, out))
-        m = torch.maximum(m_old, m_new)
-        # A row that nothing has answered yet has weight 0: exp(-inf - m) is 0, m is finite.
-        keep, weight = (m_old - m).exp(), l_new * (m_new - m).exp()
-        _put(peak, rows, m)
-        _put(total, rows, l_old * keep + weight)
-        _put(out, rows, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))

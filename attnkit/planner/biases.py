@@ -17,8 +17,8 @@ from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.masks.base import anchor
 from attnkit.masks.predicate import function_name
-from attnkit.planner.calls import Block
 from attnkit.planner.request import BiasTerm, Composition, Request
+from attnkit.planner.sequences import Block
 from attnkit.pse import Linear
 
 __all__ = [
@@ -75,12 +75,15 @@ def part_arguments(
     terms = request.bias
     if not terms:
         return {}
+    if not all(block.is_rectangle for block in blocks):
+        reason = "the kernel counts a bias's positions in the call, where gathered keys have others"
+        return Refusal("pse-gathered", reason)
     if packed:
         if len(terms) > 1 or not terms[0].sloped:
             return Refusal("pse-packed", "packed pieces take slopes, and one bias of them")
         return slope_arguments(request, heads, anchor_in(request, blocks[0], terms[0]))
     sizes = {request.sequences[block.batch] for block in blocks}
-    places = {(block.i0, block.j0) for block in blocks}
+    places = {block.ends for block in blocks}
     alike = len(sizes) == len(places) == 1 and all(term.batch in (None, 1) for term in terms)
     batch = 1 if alike else len(blocks)
     return matrix_arguments(request, (batch, heads, *blocks[0].sizes))
@@ -126,7 +129,8 @@ def matrix_arguments(request: Request, shape: tuple[int, ...]) -> Arguments | Re
 def anchor_in(request: Request, block: Block, term: BiasTerm) -> int:
     """Return the key, in a block's own numbering, that its query 0 is at."""
     q_len, kv_len = request.sequences[block.batch]
-    return block.i0 + anchor(term.align, q_len, kv_len) - block.j0
+    i0, _, j0, _ = block.ends
+    return i0 + anchor(term.align, q_len, kv_len) - j0
 
 
 def is_compressed(call: KernelCall) -> bool:

@@ -8,7 +8,7 @@ kept on it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -21,73 +21,98 @@ from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.price import Price, heads_of, price_call
 from attnkit.planner.request import Request, state_of
+from attnkit.planner.sequences import Block, Ranges
 from attnkit.pse import Align
 from attnkit.strips import diagonal_chain
 
 __all__ = [
     "Block",
     "Launch",
+    "Parts",
     "Solution",
     "Tokens",
     "Zone",
     "bare_call",
+    "by_heads",
     "diagonal_blocks",
     "tile_whole",
     "widened",
 ]
 
-Ranges = tuple[tuple[int, int], ...]
+# What follows from a launch's call and blocks alone.
+_OF_CELLS = ("computed", "distinct", "keys", "queries")
 
 # The elementwise kernels that merge the rows of one part.
 _MERGE_LAUNCHES = 6
-
-
-@dataclass(frozen=True)
-class Block:
-    """A rectangle of the score matrix of batch element (or packed sequence) `batch`."""
-
-    batch: int
-    i0: int
-    i1: int
-    j0: int
-    j1: int
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """``(q_len, kv_len)`` of the rectangle."""
-        return self.i1 - self.i0, self.j1 - self.j0
+# Those that write its output, maximum and sum, where no other part has these rows.
+_WRITE_LAUNCHES = 3
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The tokens that the sequences of a call are, as ranges of the request's token axis.
 
-    >>> Tokens(((2, 5), (5, 5), (5, 7))).span, Tokens(((2, 5), (6, 7))).span
+    >>> Tokens((range(2, 5), range(5, 7))).span, Tokens((range(2, 5), range(6, 7))).span
     (slice(2, 7, None), None)
     """
 
     ranges: Ranges
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # The key of a kept index, on the call path.
+        return hash(self.ranges)
+
+    __getstate__ = state_of
+
+    @classmethod
+    def of(cls, starts: Sequence[int], blocks: Iterable[tuple[int, Ranges]]) -> Tokens:
+        """Return the positions of batch elements whose tokens begin at `starts`."""
+        return cls(
+            tuple(
+                range(one.start + starts[batch], one.stop + starts[batch], one.step)
+                for batch, ranges in blocks
+                for one in ranges
+            )
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ranges))
+
     @cached_property
     def span(self) -> slice | None:
         """Where the tokens lie if they follow each other, so that a view will do."""
-        filled = [one for one in self.ranges if one[0] < one[1]]
-        if any(a[1] != b[0] for a, b in pairwise(filled)):
+        if any(one.step < 0 for one in self.ranges):
             return None
-        return slice(filled[0][0], filled[-1][1]) if filled else slice(0, 0)
+        if any(a.stop != b.start for a, b in pairwise(self.ranges)):
+            return None
+        return slice(self.ranges[0].start, self.ranges[-1].stop) if self.ranges else slice(0, 0)
 
     @cached_property
     def layers(self) -> tuple[tuple[Tokens, Tokens], ...]:
         """The sequences in layers in which no token occurs twice, and where the call has them."""
-        ends = list(accumulate((b - a for a, b in self.ranges), initial=0))
-        out: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
-        for (a, b), own in sorted(zip(self.ranges, pairwise(ends), strict=True)):
-            home = next((layer for layer in out if layer[0][-1][1] <= a), None)
-            if home is None:
-                out.append(home := ([], []))
-            home[0].append((a, b))
-            home[1].append(own)
-        return tuple((Tokens(tuple(there)), Tokens(tuple(own))) for there, own in out)
+        ends = pairwise(accumulate(map(len, self.ranges), initial=0))
+        lies = sorted(
+            (min(one[0], one[-1]), max(one[0], one[-1]), k, range(*own))
+            for k, (one, own) in enumerate(zip(self.ranges, ends, strict=True))
+        )
+        out: list[tuple[int, list[range], list[range]]] = []
+        for first, last, k, own in lies:
+            home = next((n for n, layer in enumerate(out) if layer[0] < first), len(out))
+            if home == len(out):
+                out.append((last, [], []))
+            out[home][1].append(self.ranges[k])
+            out[home][2].append(own)
+            out[home] = (last, *out[home][1:])
+        return tuple((Tokens(tuple(there)), Tokens(tuple(own))) for _, there, own in out)
+
+    @property
+    def are_distinct(self) -> bool:
+        """Whether no token occurs twice."""
+        return len(self.layers) <= 1
 
 
 @dataclass(frozen=True)
@@ -147,14 +172,12 @@ class Launch:
     @cached_property
     def queries(self) -> Tokens:
         """The query tokens of the call."""
-        starts = self.starts[0]
-        return Tokens(tuple((starts[k.batch] + k.i0, starts[k.batch] + k.i1) for k in self.blocks))
+        return Tokens.of(self.starts[0], ((block.batch, block.rows) for block in self.blocks))
 
     @cached_property
     def keys(self) -> Tokens:
         """The key tokens of the call."""
-        starts = self.starts[1]
-        return Tokens(tuple((starts[k.batch] + k.j0, starts[k.batch] + k.j1) for k in self.blocks))
+        return Tokens.of(self.starts[1], ((block.batch, block.keys) for block in self.blocks))
 
     @cached_property
     def distinct(self) -> frozenset[tuple[tuple[int, int], Region]]:
@@ -182,15 +205,26 @@ class Launch:
         """What the call costs; counted when somebody asks, for a packed batch is many regions."""
         return price_call(self.call, self.copied_bytes, self.small_launches)
 
-    def as_part(self) -> Launch:
-        """Return the launch as one of several, with what is gathered and merged around it."""
+    def as_part(self, rows: int | None = None) -> Launch:
+        """Return the launch as one of several, with what is gathered and merged around it.
+
+        Where every row is in one sequence of them only, so that nothing is merged, `rows` counts
+        those of the request: they are written to their places, or are there already.
+        """
         gathered = [] if self.queries.span else [self.call.query]
         gathered += [] if self.keys.span else [self.call.key, self.call.value]
         # Gathered tokens are read and written; every part's rows are merged in float32.
         copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
-        copied += (self.call.dtype.itemsize + 2 * 4) * prod(self.call.output.shape)
-        around = len(gathered) + _MERGE_LAUNCHES
-        return replace(self, partial=True, copied_bytes=copied, small_launches=around)
+        each, around = self.call.dtype.itemsize + 2 * 4, _MERGE_LAUNCHES
+        if rows is not None:
+            in_place = self.queries.span == slice(0, rows)
+            each, around = (0, 0) if in_place else (2 * self.call.dtype.itemsize, _WRITE_LAUNCHES)
+        copied += each * prod(self.call.output.shape)
+        found = replace(
+            self, partial=True, copied_bytes=copied, small_launches=len(gathered) + around
+        )
+        vars(found).update((name, vars(self)[name]) for name in _OF_CELLS if name in vars(self))
+        return found
 
 
 @dataclass(frozen=True)
@@ -225,6 +259,33 @@ class Solution:
             masks.add(mask)
             prices.append(price)
         return Price.total(prices)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The calls on some heads that answer their rows together; `heads` is None for all heads.
+
+    `once` says that every row is in one sequence of them at most, so that nothing is merged.
+    """
+
+    heads: tuple[int, ...] | None
+    launches: tuple[Launch, ...]
+    once: bool
+
+
+def by_heads(launches: Sequence[Launch]) -> tuple[Parts, ...]:
+    """Return calls by the heads that they have, in the order of the calls."""
+    alike: dict[tuple[int, ...] | None, list[Launch]] = {}
+    for launch in launches:
+        alike.setdefault(launch.heads, []).append(launch)
+    return tuple(Parts(heads, tuple(some), _once(some)) for heads, some in alike.items())
+
+
+def _once(launches: Sequence[Launch]) -> bool:
+    if any(launch.zone is not None for launch in launches):
+        return False
+    every = Tokens(tuple(one for launch in launches for one in launch.queries.ranges))
+    return every.are_distinct
 
 
 def widened(request: Request) -> Request:
@@ -279,7 +340,9 @@ def bare_call(
 
 def tile_whole(batch: int, sequences: Sequence[tuple[int, int]]) -> tuple[Block, ...]:
     """Return one block per score matrix, each covering all of it."""
-    return tuple(Block(b, 0, q, 0, kv) for b, (q, kv) in zip(range(batch), sequences, strict=True))
+    return tuple(
+        Block.at(b, 0, q, 0, kv) for b, (q, kv) in zip(range(batch), sequences, strict=True)
+    )
 
 
 def diagonal_blocks(region: Region, q_len: int, kv_len: int, batch: int) -> tuple[Block, ...]:
@@ -293,4 +356,4 @@ def diagonal_blocks(region: Region, q_len: int, kv_len: int, batch: int) -> tupl
     >>> [block.sizes for block in diagonal_blocks(packed, 5, 5, 0)]
     [(2, 2), (3, 3)]
     """
-    return tuple(Block(batch, *ends) for ends in diagonal_chain(region.strips, q_len, kv_len))
+    return tuple(Block.at(batch, *ends) for ends in diagonal_chain(region.strips, q_len, kv_len))

@@ -23,8 +23,9 @@ from attnkit.kernel import UNBOUNDED, AttenMask
 from attnkit.kernel.modes import mode_region
 from attnkit.kernel.sizes import LAYOUTS
 from attnkit.planner.biases import Arguments, bias_arguments
-from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks, tile_whole
+from attnkit.planner.calls import Launch, bare_call, diagonal_blocks, tile_whole
 from attnkit.planner.request import Request
+from attnkit.planner.sequences import Block
 
 __all__ = ["candidates", "is_in_order", "opaque_shape", "whole_calls"]
 
@@ -45,7 +46,7 @@ def whole_calls(request: Request) -> Iterator[Launch]:
     chain: list[Block] = []
     for b, region in enumerate(known.regions()):
         chain += diagonal_blocks(region, request.q_len, request.kv_len, b)
-    targets = tuple(known.regions()[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in chain)
+    targets = tuple(known.regions()[k.batch].cut(k.ends[:2], k.ends[2:]) for k in chain)
     if len(chain) > request.batch:
         yield _bare(request, "TND", tuple(chain), targets)
     cells = tuple(cell for pair in zip(chain, targets, strict=True) for cell in _cells(*pair))
@@ -76,9 +77,10 @@ def _cells(block: Block, target: Region) -> Iterator[tuple[Block, Region]]:
     if not few or target != Region.of(Slice(0, rows, 0, rows, 0, 0)):
         yield block, target
         return
+    i0, _, j0, _ = block.ends
     for n in range(rows):
-        at = (block.i0 + n, block.i0 + n + 1, block.j0 + n, block.j0 + n + 1)
-        yield Block(block.batch, *at), Region.full(1, 1)
+        at = (i0 + n, i0 + n + 1, j0 + n, j0 + n + 1)
+        yield Block.at(block.batch, *at), Region.full(1, 1)
 
 
 def candidates(request: Request, bare: Launch, full_masks: bool) -> Iterator[Launch | Refusal]:

@@ -1,55 +1,76 @@
 """A region that no single call computes without a full mask, as a few calls that are merged.
 
-Each score matrix is split into its diagonal blocks, each block is cut into segments (see `cuts`),
-segments with a common window are packed into one TND call (see `grouping`), and the partial
-outputs are merged by their softmax statistics. Several cuts are tried; the price chooses. A
-learnable sink takes part in the merge, not in the calls.
+Each score matrix is parted by rows into segments that gather all of their keys (see
+`staircases`); or it is split into its diagonal blocks, each of which is cut into segments whose
+keys lie side by side (see `cuts`). Segments with a common window are packed into one TND call (see
+`grouping`). Where a row is in several segments the partial outputs are merged by their softmax
+statistics. Several ways are tried; the price chooses. A learnable sink takes part in the merge,
+not in the calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any, NamedTuple
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
 from attnkit.planner.biases import Arguments, anchor_in, part_arguments
-from attnkit.planner.calls import Block, Launch, bare_call, diagonal_blocks
+from attnkit.planner.calls import Launch, bare_call, diagonal_blocks
 from attnkit.planner.cuts import cuts
 from attnkit.planner.grouping import MOST_WINDOWS, Segment, Window, group
 from attnkit.planner.request import Request
+from attnkit.planner.sequences import Block
+from attnkit.planner.staircases import partitions
 
 __all__ = ["Search", "decompositions", "head_groups"]
 
 _MOST_CUTS = 8
+_MOST_PARTITIONS = 4
 _MOST_GROUPINGS = 4
 _MOST_CELLS = 1024
 _MOST_CALLS = 8
 # What the contract takes (rules batch-limit and prefix-batch).
 _MOST_SEQUENCES = 2048
 _MOST_PREFIXES = 32
-_NOTHING = Slice(0, 0, 0, 0)
+_NOTHING = Region.empty()
 
 
 @dataclass(eq=False)
 class Search:
     """What one search finds on its way: its zones share it, and those for requests close by.
 
-    `covers` are the sets of calls that are merged, by request and groups of heads.
+    `covers` are the sets of calls that are merged, by request and groups of heads. Keys are
+    gathered from several places unless `gathers` says otherwise.
     """
 
-    cuts: dict[Region, tuple[tuple[Slice, ...], ...]] = field(default_factory=dict)
-    covers: dict[Any, Any] = field(default_factory=dict)
-    regions: dict[Slice, Region] = field(default_factory=dict)
+    gathers: bool = True
 
-    def region(self, part: Slice) -> Region:
-        """Return the region of one slice: those of a packed batch are alike."""
-        if part not in self.regions:
-            self.regions[part] = Region.of(part)
-        return self.regions[part]
+    cuts: dict[Region, tuple[tuple[Slice, ...], ...]] = field(default_factory=dict)
+    partitions: dict[Region, tuple[tuple[Segment, ...], ...]] = field(default_factory=dict)
+    covers: dict[Any, Any] = field(default_factory=dict)
+    regions: dict[Any, Region] = field(default_factory=dict)
+
+    def region(self, one: Segment | None) -> Region:
+        """Return what a segment is to compute: those of a packed batch are alike."""
+        if one is None:
+            return _NOTHING
+        shape = (one.block.sizes, one.lo, one.hi)
+        if shape not in self.regions:
+            self.regions[shape] = Region.of(one.target)
+        return self.regions[shape]
+
+    def all_partitions(self, region: Region) -> tuple[tuple[Segment, ...], ...]:
+        """Return the ways to part a region by rows, the first few."""
+        if region not in self.partitions:
+            ways = islice(partitions(region), _MOST_PARTITIONS)
+            # In the order of their rows, which may then be where the call has them.
+            found = tuple(tuple(sorted(way, key=lambda one: one.block.ends)) for way in ways)
+            self.partitions[region] = found if region else ((),)
+        return self.partitions[region]
 
     def all_cuts(self, region: Region) -> tuple[tuple[Slice, ...], ...]:
         """Return the ways to cut a region, the first few."""
@@ -73,33 +94,68 @@ def decompositions(
         return
     groups = head_groups(request) if groups is None else groups
     search = search or Search()
+    seen = set()
+    for pieces in chain(_gathered(request, groups, search), _cut(request, groups, search)):
+        if pieces not in seen and any(pieces):
+            seen.add(pieces)
+            yield from _packings(request, groups, pieces, search)
+
+
+Pieces = tuple[tuple[Segment, ...], ...]
+"""The segments that make up a request, for each group of heads."""
+
+
+def _gathered(
+    request: Request, groups: Sequence[tuple[int, ...]], search: Search
+) -> Iterator[Pieces]:
+    """Yield the ways to part every score matrix by rows, each with all of its keys.
+
+    Not where the calls have a bias: its positions are those of the call.
+    """
+    if request.bias or not search.gathers:
+        return
+    planes = [request.matrices.regions(heads[0]) for heads in groups]
+    ways = [search.all_partitions(region) for regions in planes for region in set(regions)]
+    for depth in range(max(map(len, ways), default=0) if all(ways) else 0):
+        yield tuple(
+            tuple(
+                replace(one, block=replace(one.block, batch=b)) if b else one
+                for b, region in enumerate(regions)
+                for one in search.all_partitions(region)[: depth + 1][-1]
+            )
+            for regions in planes
+        )
+
+
+def _cut(request: Request, groups: Sequence[tuple[int, ...]], search: Search) -> Iterator[Pieces]:
+    """Yield the ways to cut every score matrix into pieces whose keys lie side by side."""
     inside = [_diagonal(request, heads[0]) for heads in groups]
     depths = max((len(search.all_cuts(own)) for some in inside for _, own in some), default=0)
-    seen = set()
     # The grad op takes no packed window of width 1, so such bands are single cells in training.
     for depth, cells in product(range(depths), (True,) if request.needs_grad else (False, True)):
-        pieces = tuple(_segments(search, some, depth, cells) for some in inside)
-        if pieces in seen or not any(pieces):
-            continue
-        seen.add(pieces)
-        choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
-        if any(some and not options for some, options in zip(pieces, choices, strict=True)):
-            reason = (
-                f"its pieces ask for more than {MOST_WINDOWS} windows, and each is another call"
-            )
-            yield Refusal("cut-windows", reason, "several calls")
-            continue
-        for n in range(max(map(len, choices))):
-            parts = [
-                part
-                for heads, some, options in zip(groups, pieces, choices, strict=True)
-                for window, chosen in (options[min(n, len(options) - 1)] if options else [])
-                for part in _Maker(request, heads, window, search).calls([some[k] for k in chosen])
-            ]
-            refused = [part for part in parts if isinstance(part, Refusal)]
-            yield from refused
-            if not refused:
-                yield tuple(part for part in parts if isinstance(part, Launch))
+        yield tuple(_segments(search, some, depth, cells) for some in inside)
+
+
+def _packings(
+    request: Request, groups: Sequence[tuple[int, ...]], pieces: Pieces, search: Search
+) -> Iterator[tuple[Launch, ...] | Refusal]:
+    """Yield the calls that compute some segments, for each choice of windows, or why not."""
+    choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
+    if any(some and not options for some, options in zip(pieces, choices, strict=True)):
+        reason = f"its pieces ask for more than {MOST_WINDOWS} windows, and each is another call"
+        yield Refusal("cut-windows", reason, "several calls")
+        return
+    for n in range(max(map(len, choices))):
+        parts = [
+            part
+            for heads, some, options in zip(groups, pieces, choices, strict=True)
+            for window, chosen in (options[min(n, len(options) - 1)] if options else [])
+            for part in _Maker(request, heads, window, search).calls([some[k] for k in chosen])
+        ]
+        refused = [part for part in parts if isinstance(part, Refusal)]
+        yield from refused
+        if not refused:
+            yield tuple(part for part in parts if isinstance(part, Launch))
 
 
 def head_groups(request: Request) -> list[tuple[int, ...]]:
@@ -126,7 +182,7 @@ def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
 def _diagonal(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
     """Return the diagonal blocks with rows and keys, and the region of each from its corner."""
     return tuple(
-        (block, region.cut((block.i0, block.i1), (block.j0, block.j1)))
+        (block, region.cut(block.ends[:2], block.ends[2:]))
         for b, region in enumerate(request.matrices.regions(head))
         for block in diagonal_blocks(region, *request.sequences[b], b)
         if all(block.sizes)
@@ -138,10 +194,10 @@ def _segments(
 ) -> tuple[Segment, ...]:
     """Cut every block in its `depth`-th way (the last one, where it has fewer)."""
     return tuple(
-        Segment(block.batch, cell)
+        Segment.of(block.batch, cell)
         for block, region in inside
         for part in search.all_cuts(region)[: depth + 1][-1]
-        for cell in _split(part.shift(block.i0, block.j0), cells)
+        for cell in _split(part.shift(block.ends[0], block.ends[2]), cells)
     )
 
 
@@ -211,7 +267,7 @@ class _Maker(NamedTuple):
             return bias
         known = {one.block: one for one in segments}
         found = [known.get(block) for block in blocks]
-        targets = tuple(search.region(one.target if one else _NOTHING) for one in found)
+        targets = tuple(search.region(one) for one in found)
         prefix = (
             window.prefix(one) if one else block.sizes[1]
             for one, block in zip(found, blocks, strict=True)
@@ -248,19 +304,20 @@ def _mask_arguments(window: Window, prefix: Iterable[int]) -> Arguments:
 def _in_place(request: Request, blocks: list[Block]) -> list[Block] | None:
     """Return blocks in the order of their keys, those between them filled in.
 
-    None where a key occurs twice.
+    None where a key occurs twice, or the keys of a block lie in several places.
     """
-    first, *rest = sorted(blocks, key=lambda block: (block.batch, block.j0, block.j1))
+    if not all(block.is_rectangle for block in blocks):
+        return None
+    first, *rest = sorted(blocks, key=lambda block: (block.batch, *block.ends[2:]))
     out = [first]
     for block in rest:
-        last = out[-1]
-        if last.batch == block.batch and last.j1 > block.j0:
+        last, begin = out[-1], block.ends[2]
+        if last.batch == block.batch and last.ends[3] > begin:
             return None
         for b in range(last.batch, block.batch + 1):
-            start = last.j1 if b == last.batch else 0
-            stop = block.j0 if b == block.batch else request.sequences[b][1]
-            row = last.i1 if b == last.batch else 0
+            start = last.ends[3] if b == last.batch else 0
+            stop = begin if b == block.batch else request.sequences[b][1]
             if start < stop:
-                out.append(Block(b, row, row, start, stop))
+                out.append(Block(b, (), (range(start, stop),)))
         out.append(block)
     return out

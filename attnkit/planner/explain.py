@@ -23,6 +23,7 @@ from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route
+from attnkit.planner.sequences import Block
 
 __all__ = ["as_data", "explain"]
 
@@ -53,6 +54,12 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _block(block: Block) -> dict[str, Any]:
+    """Return a block as plain data: ranges as ``[first, stop, step]``."""
+    rows, keys = ([[r.start, r.stop, r.step] for r in some] for some in (block.rows, block.keys))
+    return {"batch": block.batch, "rows": rows, "keys": keys}
+
+
 def as_data(plan: Plan) -> dict[str, Any]:
     """Return the dictionary that `Plan.to_dict` documents."""
     request = plan.request
@@ -66,7 +73,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
                         name: _as_json(value)
                         for name, value in launch.call.non_default_arguments().items()
                     },
-                    "blocks": [[k.batch, k.i0, k.i1, k.j0, k.j1] for k in launch.blocks],
+                    "blocks": [_block(k) for k in launch.blocks],
                     "heads": None if launch.heads is None else list(launch.heads),
                 }
                 for launch in found.launches
@@ -165,7 +172,7 @@ def _named(region: Region, q_len: int, kv_len: int) -> str:
     if len(cells) < 2:
         return f"{len(region.slices)} slices"
     kinds: dict[str, None] = {}
-    for part in {(region.cut((k.i0, k.i1), (k.j0, k.j1)), k.sizes): None for k in cells}:
+    for part in {(region.cut(k.ends[:2], k.ends[2:]), k.sizes): None for k in cells}:
         kinds[_named(part[0], *part[1])] = None
         if len(kinds) > 2:
             return f"{len(cells)} diagonal blocks"

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, product
 
 from attnkit.geometry import Slice
 from attnkit.kernel import UNBOUNDED
-from attnkit.planner.calls import Block
+from attnkit.planner.sequences import Block
 
 __all__ = ["MOST_WINDOWS", "Segment", "Window", "group"]
 
@@ -30,47 +29,38 @@ _MOST_PREFIXES = 32
 
 @dataclass(frozen=True)
 class Segment:
-    """A slice of the score matrix of one batch element, as a sequence of a packed call.
+    """A sequence of a packed call, and the band of its own numbers that it is to compute.
 
-    In its own coordinates (rows and keys counted from its corner) it is the band
-    ``lo <= j - i <= hi``; None for an end that its rectangle does not feel.
+    With rows u and keys v counted in the order of its block, that is ``lo <= v - u <= hi``; None
+    for an end that no cell of the sequence feels.
     """
 
-    batch: int
-    part: Slice
+    block: Block
+    lo: int | None = None
+    hi: int | None = None
 
-    @cached_property
-    def block(self) -> Block:
-        """Where its queries and keys are."""
-        part = self.part
-        return Block(self.batch, part.i0, part.i1, part.j0, part.j1)
+    @classmethod
+    def of(cls, batch: int, part: Slice) -> Segment:
+        """Return a slice of the score matrix of a batch element, whose keys lie side by side."""
+        block = Block.at(batch, part.i0, part.i1, part.j0, part.j1)
+        lo, hi = (end + part.i0 - part.j0 for end in (part.lo, part.hi))
+        rows, keys = part.i1 - part.i0, part.j1 - part.j0
+        return cls(block, lo if lo > 1 - rows else None, hi if hi < keys - 1 else None)
 
     @property
     def rows(self) -> int:
         """The number of queries."""
-        return self.part.i1 - self.part.i0
+        return self.block.sizes[0]
 
     @property
     def keys(self) -> int:
         """The number of keys."""
-        return self.part.j1 - self.part.j0
-
-    @cached_property
-    def lo(self) -> int | None:
-        """The lower end of the band in its own coordinates."""
-        end = self.part.lo + self.part.i0 - self.part.j0
-        return end if end > 1 - self.rows else None
-
-    @cached_property
-    def hi(self) -> int | None:
-        """The upper end of the band in its own coordinates."""
-        end = self.part.hi + self.part.i0 - self.part.j0
-        return end if end < self.keys - 1 else None
+        return self.block.sizes[1]
 
     @property
     def target(self) -> Slice:
-        """The slice in its own coordinates."""
-        return self.part.shift(-self.part.i0, -self.part.j0)
+        """The cells that it is to compute, in its own numbers."""
+        return Slice(0, self.rows, 0, self.keys, self.lo, self.hi)
 
 
 @dataclass(frozen=True)
@@ -115,7 +105,7 @@ def group(segments: Sequence[Segment]) -> list[list[tuple[Window, list[int]]]]:
     so on; none is returned where that takes more than `MOST_WINDOWS`.
 
     >>> from attnkit.geometry import Slice
-    >>> squares = [Segment(0, Slice(k, k + 2, k, k + 2)) for k in (0, 2, 4)]
+    >>> squares = [Segment.of(0, Slice(k, k + 2, k, k + 2)) for k in (0, 2, 4)]
     >>> [window.mode for window, _ in group(squares)[0]]
     [None]
     """

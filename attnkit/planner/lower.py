@@ -14,7 +14,7 @@ from attnkit.kernel import KernelCall
 from attnkit.masks import Band
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import Launch, Solution, Zone, widened
+from attnkit.planner.calls import Launch, Solution, Zone, by_heads, widened
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
 from attnkit.planner.plan import Plan
@@ -226,8 +226,15 @@ def _covers(
         ]
         refusals += reasons
         if parts and not reasons:
-            found.append(Solution(tuple(part for part, _ in judged)))
+            found.append(Solution(_without_merge(request, [part for part, _ in judged])))
     return found, refusals
+
+
+def _without_merge(request: Request, launches: Sequence[Launch]) -> tuple[Launch, ...]:
+    """Return calls with what is done around them where no row of theirs is merged."""
+    rows = sum(q_len for q_len, _ in request.sequences)
+    once = {some.heads for some in by_heads(launches) if some.once}
+    return tuple(one.as_part(rows) if one.heads in once else one for one in launches)
 
 
 def _proven(
@@ -365,7 +372,7 @@ def _by_zone(
         if best is None:
             return Plan("", request, refusals=tuple(refusals))
         spent += best.price.nanoseconds
-        launches += (_in_zone(launch, zone) for launch in best.launches)
+        launches += (_in_zone(launch.as_part(), zone) for launch in best.launches)
     return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
 
 

@@ -76,7 +76,7 @@ def _launch_region(launch: Launch, batch: int, head: int) -> Region:
     if launch.is_opaque or (launch.heads is not None and head not in launch.heads):
         return Region.empty()
     return Region.union(
-        region.shift(block.i0, block.j0)
+        block.image(region)
         for block, region in zip(launch.blocks, launch.regions(head), strict=True)
         if block.batch == batch
     )

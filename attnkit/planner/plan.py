@@ -12,7 +12,7 @@ from attnkit.kernel import KernelCall
 from attnkit.planner.again import has_form, in_same_form
 from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import Launch, Solution, widened
+from attnkit.planner.calls import Launch, Parts, Solution, by_heads, widened
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
 from attnkit.planner.request import Request, bias_terms, state_of
@@ -142,6 +142,11 @@ class Plan:
     def solution(self) -> Solution:
         """The steps together, with what is done beside them."""
         return Solution(self.steps, self.bias_pass)
+
+    @cached_property
+    def parts(self) -> tuple[Parts, ...]:
+        """The steps by the heads that they have: those of the same heads are merged."""
+        return by_heads(self.steps)
 
     @property
     def price(self) -> Price | None:

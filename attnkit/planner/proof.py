@@ -19,11 +19,12 @@ from attnkit.geometry import Region
 from attnkit.kernel import UNBOUNDED, KernelCall, expressing_versions
 from attnkit.kernel.modes import MASK_DECIDES
 from attnkit.planner.biases import Arguments, bias_arguments, disprove_bias, part_arguments
-from attnkit.planner.calls import Block, Launch, bare_call, tile_whole
+from attnkit.planner.calls import Launch, bare_call, tile_whole
 from attnkit.planner.candidates import opaque_shape
 from attnkit.planner.price import heads_of
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
+from attnkit.planner.sequences import Block, are_distinct
 
 __all__ = [
     "disprove",
@@ -130,21 +131,17 @@ def _lies_in_place(request: Request, launch: Launch) -> bool:
 
 
 def _within(request: Request, block: Block) -> bool:
-    """Whether a block lies in its score matrix."""
+    """Whether a block lies in its score matrix, with no row and no key twice."""
     if block.batch not in range(request.batch):
         return False
     q_len, kv_len = request.sequences[block.batch]
-    return 0 <= block.i0 <= block.i1 <= q_len and 0 <= block.j0 <= block.j1 <= kv_len
+    return are_distinct(block.rows, q_len) and are_distinct(block.keys, kv_len)
 
 
 def _follow(launch: Launch) -> bool:
     """Whether blocks follow each other in the order of the packed tokens."""
-    row = key = 0
-    for queries, keys in zip(launch.queries.ranges, launch.keys.ranges, strict=True):
-        if (queries[0], keys[0]) != (row, key):
-            return False
-        row, key = queries[1], keys[1]
-    return True
+    spans = (launch.queries.span, launch.keys.span)
+    return all(span is not None and span.start == 0 for span in spans)
 
 
 def _gathers(request: Request, launch: Launch) -> bool:
@@ -275,8 +272,7 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
             if averaged is not None:
                 return averaged
             for block, region in zip(launch.blocks, regions, strict=True):
-                moved = region.shift(block.i0, block.j0) if block.i0 or block.j0 else region
-                parts[block.batch].append(moved)
+                parts[block.batch].append(block.image(region))
         for b, (found, target) in enumerate(zip(parts, known.regions(head), strict=True)):
             missed = _uncovered(found, target)
             if missed:
@@ -329,4 +325,4 @@ def _disprove_opaque(call: KernelCall, outer: Sequence[Region]) -> Refusal | Non
 
 
 def _bounds(launch: Launch, outer: Sequence[Region]) -> tuple[Region, ...]:
-    return tuple(outer[k.batch].cut((k.i0, k.i1), (k.j0, k.j1)) for k in launch.blocks)
+    return tuple(outer[k.batch].cut(k.ends[:2], k.ends[2:]) for k in launch.blocks)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
-from attnkit.masks import Band, Or
+from attnkit.masks import Band, Mask, Or
 from attnkit.masks.base import anchor
-from attnkit.planner.calls import Block, Launch, Zone
+from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.request import Request
 from attnkit.planner.residues import Resorted
 from attnkit.planner.routes import (
@@ -20,6 +20,7 @@ from attnkit.planner.routes import (
     distances_of,
     structure_of,
 )
+from attnkit.planner.sequences import Block
 from attnkit.pse import Align, Linear, PerKey, Stepped
 
 __all__ = ["disprove_route"]
@@ -104,10 +105,13 @@ def _at_distances(
     sizes, box = request.sequences[block.batch], region.bounds
     if box is None:
         return True
-    if isinstance(request.mask, Resorted):
-        order = replace(request.mask, rest=Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
-        return region.shift(block.i0, block.j0) <= order.region(*sizes)
-    shift = block.j0 - block.i0 - anchor(align, *sizes)
+    if isinstance(request.mask, Resorted) or not block.is_rectangle:
+        near: Mask = Or.of(*(Band(-lo, hi, align) for lo, hi in bands))
+        if isinstance(request.mask, Resorted):
+            near = replace(request.mask, rest=near)
+        return block.image(region) <= near.region(*sizes)
+    i0, _, j0, _ = block.ends
+    shift = j0 - i0 - anchor(align, *sizes)
     if any(_within((box.lo + shift, box.hi + shift), band) for band in bands):
         return True
     inside = (Slice(box.i0, box.i1, box.j0, box.j1, lo - shift, hi - shift) for lo, hi in bands)

@@ -33,8 +33,9 @@ from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec, expressing_versions
 from attnkit.planner import Composition, Request, read_request
-from attnkit.planner.calls import Block, Launch, Solution
+from attnkit.planner.calls import Launch, Solution
 from attnkit.planner.price import Chip, price_call
+from attnkit.planner.sequences import Block
 
 DIM = 8
 DTYPE = torch.float32
@@ -43,6 +44,7 @@ MERGE_LAUNCHES = 6
 MERGE_BYTES = DTYPE.itemsize + 2 * 4
 
 Sizes = tuple[int, int]
+Ends = tuple[int, int, int, int]
 Costs = npt.NDArray[np.float64]
 
 
@@ -125,13 +127,18 @@ class Window:
 class Spot:
     """One sequence of a call: where it is, its prefix, its cells, and what they cost."""
 
-    block: Block
+    ends: Ends
     prefix: int
     cells: int
     cost: float
     blank: bool
     """Whether some row has no key."""
     apart: bool = False
+
+    @property
+    def block(self) -> Block:
+        """Its rows and keys."""
+        return Block.at(0, *self.ends)
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,12 @@ class Shape:
     region: Region
     cost: float
     blank: bool
+
+
+def sizes_of(ends: Ends) -> Sizes:
+    """Return the sizes of a rectangle."""
+    i0, i1, j0, j1 = ends
+    return i1 - i0, j1 - j0
 
 
 @cache
@@ -211,25 +224,26 @@ class Search:
 
     # -- spots ---------------------------------------------------------------------------
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Ends]:
         """Yield every rectangle, those without queries or without keys too."""
         q_len, kv_len = self.sizes
         rows = [(a, b) for a in range(q_len + 1) for b in range(a, q_len + 1)]
         keys = [(a, b) for a in range(kv_len + 1) for b in range(a, kv_len + 1)]
         for (i0, i1), (j0, j1) in product(rows, keys):
             if i1 > i0 or j1 > j0:
-                yield Block(0, i0, i1, j0, j1)
+                yield i0, i1, j0, j1
 
-    def spots(self, window: Window, blocks: Iterable[Block], apart: bool = False) -> Trail:
+    def spots(self, window: Window, blocks: Iterable[Ends], apart: bool = False) -> Trail:
         """Return what a window computes in rectangles, where it is legal."""
-        found: dict[tuple[Block, int], Spot] = {}
-        for block in blocks:
-            for prefix in range(block.sizes[1] + 1) if window.mode == 6 else (0,):
-                shape = shape_of(window, block.sizes, prefix, self.weights)
+        found: dict[tuple[Ends, int], Spot] = {}
+        for ends in blocks:
+            sizes = sizes_of(ends)
+            for prefix in range(sizes[1] + 1) if window.mode == 6 else (0,):
+                shape = shape_of(window, sizes, prefix, self.weights)
                 if shape is not None:
-                    cells = bits(shape.region, self.sizes[1], (block.i0, block.j0))
-                    spot = Spot(block, prefix, cells, shape.cost, shape.blank, apart)
-                    found.setdefault((block, cells), spot)
+                    cells = bits(shape.region, self.sizes[1], ends[::2])
+                    spot = Spot(ends, prefix, cells, shape.cost, shape.blank, apart)
+                    found.setdefault((ends, cells), spot)
         return tuple(found.values())
 
     @cached_property
@@ -245,16 +259,16 @@ class Search:
         for window in windows("TND", most):
             if window.mode in (7, 8):
                 rest = Window("TND", 3 if window.mode == 7 else 2)
-                full = [block for block in blocks if all(block.sizes)]
+                full = [ends for ends in blocks if all(sizes_of(ends))]
                 apart = self.spots(window, full, apart=True)
                 add(Family(window, self.spots(rest, blocks), apart))
             else:
                 add(Family(window, self.spots(window, blocks)))
         packed = [set(family.spots) for family in found.values() if not family.apart]
         by_size = defaultdict(list)
-        for block in blocks:
-            if all(block.sizes):
-                by_size[block.sizes].append(block)
+        for ends in blocks:
+            if all(sizes_of(ends)):
+                by_size[sizes_of(ends)].append(ends)
         for window, same in product(windows("BSND", most), by_size.values()):
             spots = self.spots(window, same)
             if not any(known.issuperset(spots) for known in packed):
@@ -315,9 +329,9 @@ class Search:
         q_len, kv_len = self.sizes
         steps = defaultdict(list)
         for spot in self.usable((*family.spots, *family.apart), walk):
-            block = spot.block
-            start = (0 if walk.queries else block.i0, 0 if walk.keys else block.j0)
-            stop = (0 if walk.queries else block.i1, 0 if walk.keys else block.j1)
+            i0, i1, j0, j1 = spot.ends
+            start = (0 if walk.queries else i0, 0 if walk.keys else j0)
+            stop = (0 if walk.queries else i1, 0 if walk.keys else j1)
             if start != stop:
                 steps[start].append((stop, self.price(spot, walk), spot))
         goal = (0 if walk.queries else q_len, 0 if walk.keys else kv_len)
@@ -440,10 +454,7 @@ class Search:
             call = window.call(sizes, [s.prefix for s in trail], any(s.blank for s in trail))
             blocks = tuple(spot.block for spot in trail)
             targets = tuple(
-                region_of(s.cells, self.sizes).cut(
-                    (s.block.i0, s.block.i1), (s.block.j0, s.block.j1)
-                )
-                for s in trail
+                region_of(s.cells, self.sizes).cut(s.ends[:2], s.ends[2:]) for s in trail
             )
             launch = Launch(f"mode {window.mode}", call, blocks, targets, request.token_starts)
             launches.append(replace(launch, kv_heads=(0,)).as_part() if walk.merged else launch)

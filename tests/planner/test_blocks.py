@@ -7,6 +7,7 @@ import pytest
 from attnkit import masks
 from attnkit.geometry import Region, Slice
 from attnkit.planner.calls import diagonal_blocks
+from attnkit.planner.sequences import Block
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,9 @@ def test_blocks_cover_every_cell_in_order() -> None:
     blocks = diagonal_blocks(staircase, 12, 12, 3)
     row = key = 0
     for block in blocks:
-        assert (block.batch, block.i0, block.j0) == (3, row, key)
-        row, key = block.i1, block.j1
+        (q_len, kv_len), ends = block.sizes, (row, row + block.sizes[0], key, key + block.sizes[1])
+        assert block == Block.at(3, *ends)
+        row, key = row + q_len, key + kv_len
     assert (row, key) == (12, 12)
-    inside = Region.union(Region.of(Slice(b.i0, b.i1, b.j0, b.j1)) for b in blocks)
+    inside = Region.union(block.image(Region.full(*block.sizes)) for block in blocks)
     assert staircase <= inside

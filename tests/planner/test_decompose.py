@@ -57,12 +57,12 @@ def test_a_head_without_grouping_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_grouping_gives_every_piece_to_a_window_that_computes_it() -> None:
-    odd = [Segment(0, Slice(0, 4, 0, 9, k, k + w)) for k, w in product(range(5), range(1, 5))]
+    odd = [Segment.of(0, Slice(0, 4, 0, 9, k, k + w)) for k, w in product(range(5), range(1, 5))]
     (some,) = group(odd)
     assert len(some) <= MOST_WINDOWS
     taken = sorted(k for _, members in some for k in members)
     assert taken == list(range(len(odd)))
     assert all(window.computes(odd[k]) for window, members in some for k in members)
     widths = range(1, MOST_WINDOWS + 2)
-    many = [Segment(0, Slice(0, 40, 0, 90, 0, w)) for w in widths]
+    many = [Segment.of(0, Slice(0, 40, 0, 90, 0, w)) for w in widths]
     assert group(many) == []  # more calls than are ever worth it

@@ -107,7 +107,7 @@ def test_blocks_that_are_missing_swapped_or_overlap_are_caught(planned: Planned)
         (first, second),
         (second, first, third),
         (first, first, third),
-        (first, replace(second, j0=0, j1=16), third),
+        (first, replace(second, keys=(range(16),)), third),
         (replace(first, batch=1), second, third),
     ):
         assert caught(tampered(plan, {"blocks": blocks})) in ("other-sequences", "misplaced")
