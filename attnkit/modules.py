@@ -150,21 +150,27 @@ class MultiHeadAttention(AsTorch):
             backend=backend,
         ).to(device=device)
         self.rotary = rotary_of(rotary, self.attention.head_dim)
-        kv_heads = self.attention.num_kv_heads
-        self.q_proj: nn.Module = make.linear("q", dim, num_heads * size)
-        self.k_proj: nn.Module = make.linear("k", self.kv_dim, kv_heads * size)
-        self.v_proj: nn.Module = make.linear("v", self.v_dim, kv_heads * self.v_head_dim)
-        self.out_proj: nn.Module = make.linear("out", num_heads * self.v_head_dim, dim)
-        self.q_norm = make.norm(qk_norm, num_heads, size)
-        self.k_norm = make.norm(qk_norm, kv_heads, size)
-        self.gate_proj = make.linear("gate", dim, num_heads * gated) if gated else None
+        self._make_projections(make, gated, qk_norm)
         if check_bool("extra_key", extra_key) and (softcap is not None or score_fn is not None):
             raise CompositionError(
                 "extra_key=True with a softcap or a score_fn: what these do to the score of a key "
                 "that has no position is not defined; leave one of them out"
             )
+        kv_heads = self.attention.num_kv_heads
         self.extra_k = make.own(kv_heads, size) if extra_key else None
         self.extra_v = make.own(kv_heads, self.v_head_dim) if extra_key else None
+
+    def _make_projections(self, make: Projections, gated: int, qk_norm: Norm) -> None:
+        """Make the projections and the norms; a gate of 0 numbers for each head is none."""
+        heads, size = self.attention.num_heads, self.attention.head_dim
+        kv_heads = self.attention.num_kv_heads
+        self.q_proj: nn.Module = make.linear("q", self.dim, heads * size)
+        self.k_proj: nn.Module = make.linear("k", self.kv_dim, kv_heads * size)
+        self.v_proj: nn.Module = make.linear("v", self.v_dim, kv_heads * self.v_head_dim)
+        self.out_proj: nn.Module = make.linear("out", heads * self.v_head_dim, self.dim)
+        self.q_norm = make.norm(qk_norm, heads, size)
+        self.k_norm = make.norm(qk_norm, kv_heads, size)
+        self.gate_proj = make.linear("gate", self.dim, heads * gated) if gated else None
 
     @overload
     def forward(

@@ -7,7 +7,7 @@ float64, within what the definition's own rounding explains; `near` takes stated
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -145,6 +145,21 @@ def near(
             atol=atol,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def slope_error(loss: Callable[[], Tensor], leaf: Tensor) -> float:
+    """How far the gradient of `leaf` is from a difference of `loss`, relative to the difference.
+
+    Along one random step. A loss that draws has to draw the same numbers each time.
+    """
+    (slope,) = torch.autograd.grad(loss(), [leaf])
+    step, found = torch.randn_like(leaf), []
+    for sign in (1, -1):
+        leaf.data += sign * 1e-5 * step
+        found.append(loss().item())
+        leaf.data -= sign * 1e-5 * step
+    meant = (slope * step).sum().item()
+    return abs((found[0] - found[1]) / 2e-5 - meant) / abs(meant)
 
 
 def distance(one: Tensor, other: Tensor) -> float:

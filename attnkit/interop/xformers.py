@@ -91,9 +91,9 @@ def memory_efficient_attention_forward(
     >>> memory_efficient_attention_forward(q, q, q).shape
     torch.Size([2, 3, 4, 8])
     """
-    return _attend(
-        _EfficientCall.of(query, key, value, attn_bias, p, scale, op, output_dtype), False
-    )[0]
+    return memory_efficient_attention(
+        query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
+    )
 
 
 def memory_efficient_attention_forward_requires_grad(

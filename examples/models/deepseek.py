@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from models.parts import SwiGLU, each, load, rotary, stretch, tokens_of
+from models.parts import SwiGLU, load, rotary, stretch, through, tokens_of
 
 RENAMED = {"model.": ""}
 
@@ -171,8 +171,7 @@ class DeepSeek(nn.Module):
         mask = None if attention_mask is None else masks.Padding.of(attention_mask)
         places = tokens_of(attention_mask, ids, caches[0] if caches else None)
         x = self.embed_tokens(ids)
-        for block, cache in zip(self.layers, each(caches, len(self.layers)), strict=True):
-            x = block(x, mask, places, cache)
+        x = through(self.layers, x, caches, mask, places)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from models.parts import Shifted, SwiGLU, each, load, rotary
+from models.parts import Shifted, SwiGLU, load, rotary, through
 
 RENAMED = {"model.": "", "o_proj": "out_proj"}
 
@@ -71,8 +71,7 @@ class Gemma3(nn.Module):
         """Return the logits; `images` ``[b s]`` numbers the tokens of each image, 0 is text."""
         spans = None if images is None else masks.Spans.of(images)
         x = self.embed_tokens(ids) * self.embed_tokens.embedding_dim**0.5
-        for block, cache in zip(self.layers, each(caches, len(self.layers)), strict=True):
-            x = block(x, spans, cache)
+        x = through(self.layers, x, caches, spans)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 

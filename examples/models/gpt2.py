@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from models.parts import each, load
+from models.parts import load, through
 
 RENAMED = {"transformer.": "", "attn.c_proj": "attn.out_proj", "mlp.c_fc": "mlp.0"}
 RENAMED |= {"mlp.c_proj": "mlp.2"}
@@ -67,8 +67,7 @@ class GPT2(nn.Module):
             same = documents[:, :, None] == documents[:, None]
             places = same.tril().sum(-1)[:, start : start + ids.shape[1]] - 1
         x = self.wte(ids) + self.wpe(places)
-        for block, cache in zip(self.h, each(caches, len(self.h)), strict=True):
-            x = block(x, mask, cache)
+        x = through(self.h, x, caches, mask)
         logits: Tensor = self.lm_head(self.ln_f(x))
         return logits
 

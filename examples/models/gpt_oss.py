@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from models.parts import each, load, rotary
+from models.parts import load, rotary, through
 
 RENAMED = {"model.": "", "o_proj": "out_proj", "self_attn.sinks": "self_attn.attention.sink"}
 
@@ -95,8 +95,7 @@ class GptOss(nn.Module):
     def forward(self, ids: Tensor, caches: Sequence[ak.KVCache] | None = None) -> Tensor:
         """Return the logits; with `caches`, one for each layer, `ids` are the next tokens."""
         x = self.embed_tokens(ids)
-        for block, cache in zip(self.layers, each(caches, len(self.layers)), strict=True):
-            x = block(x, cache)
+        x = through(self.layers, x, caches)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 

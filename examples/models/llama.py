@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from models.parts import SwiGLU, each, load, rotary, tokens_of
+from models.parts import SwiGLU, load, rotary, through, tokens_of
 
 RENAMED = {"model.": "", "o_proj": "out_proj"}
 
@@ -77,8 +77,7 @@ class Llama(nn.Module):
         mask = None if attention_mask is None else masks.Padding.of(attention_mask)
         places = tokens_of(attention_mask, ids, caches[0] if caches else None)
         x = self.embed_tokens(ids)
-        for block, cache in zip(self.layers, each(caches, len(self.layers)), strict=True):
-            x = block(x, mask, places, cache)
+        x = through(self.layers, x, caches, mask, places)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 

@@ -77,9 +77,14 @@ def tokens_of(mask: Tensor | None, ids: Tensor, cache: ak.KVCache | None) -> Ten
     return places[:, start : start + ids.shape[1]]
 
 
-def each(caches: Sequence[ak.KVCache] | None, layers: int) -> Sequence[ak.KVCache | None]:
-    """Return the cache of each layer, None where there are none."""
-    return caches if caches is not None else [None] * layers
+def through(
+    layers: nn.ModuleList, x: Tensor, caches: Sequence[ak.KVCache] | None, *told: Any
+) -> Tensor:
+    """Return tokens after all layers, each with its own cache where there are caches."""
+    each = caches if caches is not None else [None] * len(layers)
+    for layer, cache in zip(layers, each, strict=True):
+        x = layer(x, *told, cache)
+    return x
 
 
 def load(model: M, state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> M:
