@@ -151,14 +151,8 @@ class MultiHeadAttention(AsTorch):
         ).to(device=device)
         self.rotary = rotary_of(rotary, self.attention.head_dim)
         self._make_projections(make, gated, qk_norm)
-        if check_bool("extra_key", extra_key) and (softcap is not None or score_fn is not None):
-            raise CompositionError(
-                "extra_key=True with a softcap or a score_fn: what these do to the score of a key "
-                "that has no position is not defined; leave one of them out"
-            )
-        kv_heads = self.attention.num_kv_heads
-        self.extra_k = make.own(kv_heads, size) if extra_key else None
-        self.extra_v = make.own(kv_heads, self.v_head_dim) if extra_key else None
+        plain = softcap is None and score_fn is None
+        self.extra_k, self.extra_v = self._extra(make, check_bool("extra_key", extra_key), plain)
 
     def _make_projections(self, make: Projections, gated: int, qk_norm: Norm) -> None:
         """Make the projections and the norms; a gate of 0 numbers for each head is none."""
@@ -171,6 +165,19 @@ class MultiHeadAttention(AsTorch):
         self.q_norm = make.norm(qk_norm, heads, size)
         self.k_norm = make.norm(qk_norm, kv_heads, size)
         self.gate_proj = make.linear("gate", self.dim, heads * gated) if gated else None
+
+    def _extra(
+        self, make: Projections, wanted: bool, plain: bool
+    ) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Return the layer's own key and value, of scores that are `plain`; None if unwanted."""
+        if wanted and not plain:
+            raise CompositionError(
+                "extra_key=True with a softcap or a score_fn: what these do to the score of a key "
+                "that has no position is not defined; leave one of them out"
+            )
+        kv_heads, sizes = self.attention.num_kv_heads, (self.attention.head_dim, self.v_head_dim)
+        key, value = (make.own(kv_heads, size) if wanted else None for size in sizes)
+        return key, value
 
     @overload
     def forward(
