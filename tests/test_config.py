@@ -61,6 +61,8 @@ MASKS_OF_EVERY_KIND = [
     masks.Keys([[(0, 2)], [(3, None)]]),
     masks.SameId([(0, 2), (None, 1), (0, 3)]),
     masks.SameId([[(0, 2)], [(1, 2)]], [(0, 1), (1, 3)]),
+    masks.Neighborhood((4, 6), 3),
+    masks.Neighborhood((4, 4, 6), (1, 3, 2), (1, 1, 2), (True, False, False)),
     masks.Dilated(2),
     masks.Dense.keep(torch.tensor([[True, False, True], [False, True, True]])),
     masks.PerBatch([masks.Causal(), masks.Columns(0, 2)]),

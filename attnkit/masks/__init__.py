@@ -21,6 +21,7 @@ from attnkit.masks.foreign import (
     from_xformers,
 )
 from attnkit.masks.keys import Keys
+from attnkit.masks.neighborhood import Neighborhood
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
@@ -54,6 +55,7 @@ __all__ = [
     "Keys",
     "Lifted",
     "Mask",
+    "Neighborhood",
     "Not",
     "Or",
     "Padding",

@@ -95,6 +95,9 @@ def paint(
         block = cells[s.i0 : s.i1, s.j0 : s.j1]
         if s.is_rectangle:
             block.fill_(True)
+        elif 8 * (s.hi - s.lo) < s.j1 - s.j0:  # a narrow band: its diagonals, not its square
+            for offset in range(s.lo + s.i0 - s.j0, s.hi + s.i0 - s.j0 + 1):
+                block.diagonal(offset).fill_(True)
         else:
             shift = s.i0 - s.j0
             block |= torch.ones_like(block).tril(s.hi + shift).triu(s.lo + shift)

@@ -107,6 +107,7 @@ def families() -> Iterator[Case]:
     }
     for name, make in sized.items():
         yield from each(name, make, NOT_A_COUNT)
+    yield from grids()
     ends: dict[str, Callable[[Any], object]] = {
         "Columns start": masks.Columns,
         "Rows start": masks.Rows,
@@ -216,6 +217,17 @@ def families() -> Iterator[Case]:
         without(NOT_A_NAME, "empty", "mistyped", "a megabyte"),
         {"taken": lambda: "causal"},
     )
+
+
+def grids() -> Iterator[Case]:
+    counts = without(NOT_A_COUNT, "a list")
+    yield from each("Neighborhood shape", lambda bad: masks.Neighborhood(bad, 1), counts)
+    yield from each("Neighborhood height", lambda bad: masks.Neighborhood((bad, 4), 1), NOT_A_COUNT)
+    yield from each("Neighborhood kernel", lambda bad: masks.Neighborhood((4, 4), bad), NOT_A_COUNT)
+    yield from each("Neighborhood dilation", lambda bad: masks.Neighborhood(4, 1, bad), counts)
+    flags = without(NOT_A_COUNT, "bool")
+    yield from each("Neighborhood causal", lambda bad: masks.Neighborhood(4, 1, 1, bad), flags)
+    yield Case("Neighborhood of other lengths", lambda: masks.Neighborhood((2, 3), 1).region(5, 6))
 
 
 def bomb() -> str:

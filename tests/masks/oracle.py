@@ -179,6 +179,7 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         two = masks.Slices((pieces, ()), q_len, kv_len)
         yield Case(two, lambda c: c.b == 0 and (c.j <= c.i or c.i == 1))
     yield from numbered_cases(q_len, kv_len)
+    yield from grid_cases(q_len) if q_len == kv_len else ()
     lengths = (kv_len, kv_len // 2, 0)
     yield Case(masks.Padding(lengths), lambda c: c.j < lengths[c.b])
     yield Case(masks.Padding(lengths, "left"), lambda c: c.j >= c.kv_len - lengths[c.b])
@@ -203,6 +204,20 @@ def numbered_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         masks.SameId.of(*each, none=0), lambda c: each[0][c.b][c.i] == each[1][c.b][c.j] != 0
     )
     yield Case(masks.SameId.of(rows, each[1]), lambda c: rows[c.i] == each[1][c.b][c.j] >= 0)
+
+
+def grid_cases(size: int) -> Iterator[Case]:
+    """Tokens of a grid of two rows, and of a line (all grids: tests/masks/test_grids.py)."""
+    if size < 4:
+        return
+    yield Case(masks.Neighborhood(size, 3), lambda c: -1 <= c.j - min(max(c.i, 1), size - 2) <= 1)
+    yield Case(masks.Neighborhood(size, 2, dilation=2, causal=True), lambda c: c.i - c.j in (0, 2))
+    if size % 2 == 0:
+        wide = size // 2
+        yield Case(
+            masks.Neighborhood((2, wide), (1, 2), causal=(False, True)),
+            lambda c: c.i // wide == c.j // wide and c.i % wide - c.j % wide in (0, 1),
+        )
 
 
 def cases(q_len: int, kv_len: int) -> list[Case]:

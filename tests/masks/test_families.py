@@ -49,6 +49,7 @@ PLANTED = [
     Case(masks.BlockCausal(2, before=1), lambda c: c.j // 2 <= c.p(ALIGNS[0]) // 2),
     Case(masks.Keys([(0, 2), (3, None)]), lambda c: c.j != 3),
     Case(masks.SameId([(0, 2), (1, 1), (0, 2)]), lambda c: (c.i < 2) == (c.j < 2)),
+    Case(masks.Neighborhood(5, 3), lambda c: abs(c.i - c.j) <= 1),
     Case(masks.Dilated(3), lambda c: (c.p(ALIGNS[0]) - c.j) % 3 == 1),
     Case(masks.Columns(1, 3), lambda c: 1 <= c.j <= 3),
     Case(masks.Rows(1, 3), lambda c: 1 < c.i < 3),

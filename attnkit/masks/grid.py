@@ -1,0 +1,231 @@
+"""Grids of tokens: masks that say, axis by axis, which positions see each other.
+
+The tokens of an image or a video stand row by row: position ``(y, x)`` of an H x W grid is token
+``y * W + x``, the last axis fastest, as ``flatten`` and ``rearrange(x, "h w -> (h w)")`` have it.
+A query sees a key where it sees it along every axis. So the mask of a grid is a product of small
+masks, one for each axis, and its region is made of theirs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import pairwise
+from math import prod
+from typing import TypeVar
+
+import torch
+
+from attnkit.arguments import LARGEST, check_int
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.geometry import Region
+from attnkit.masks.base import Enclosure, Mask, Rectangle
+from attnkit.masks.trace import paint
+from attnkit.strips import Canonical, Run, advance
+
+__all__ = ["GridMask", "check_per_axis", "check_shape", "grid_product", "per_axis"]
+
+T = TypeVar("T", bool, int)
+
+MOST_RUNS = 1 << 17
+"""Runs of a region that is still built; a mask with more is known by its cells."""
+
+_MOST_AXES = 3
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GridMask(Mask):
+    """What masks of a grid share: tokens in row-major order, and a region for each axis.
+
+    A family says `_axes`; the set is ``all((i[a], j[a]) in axes[a] for a in axes)``, i and j the
+    coordinates of query and key.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def _axes(self) -> tuple[Region, ...]:
+        """The square region of each axis alone."""
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """The tokens of the grid."""
+        return prod(self.shape), prod(self.shape)
+
+    @cached_property
+    def _known(self) -> Enclosure:
+        """The region; or, where it would be too large, what the first axes leave of everything."""
+        axes = self._axes
+        kept = next(n for n in range(len(axes), -1, -1) if _runs_of(axes[:n]) <= MOST_RUNS)
+        region = grid_product(axes[:kept], self.shape[:kept])
+        if kept == len(axes):
+            return Enclosure(region, region)
+        rest = prod(self.shape[kept:])
+        return Enclosure(Region.empty(), _product(region, Region.full(rest, rest), rest))
+
+    @cached_property
+    def _tables(self) -> tuple[torch.Tensor, ...]:
+        """The cells of each axis alone."""
+        pairs = zip(self._axes, self.shape, strict=True)
+        return tuple(paint(region, size, size, "cpu") for region, size in pairs)
+
+    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
+        """The product of the axes, or a bound around it."""
+        known = self._known
+        if known.outer.fits(q_len, kv_len):
+            return known
+        whole = Region.full(q_len, kv_len)  # a cut may ask for fewer rows or keys than there are
+        return Enclosure(known.inner & whole, known.outer & whole)
+
+    def _read(self, at: Rectangle, device: torch.device | str | None = None) -> torch.Tensor:
+        # The formula itself: a region of thousands of runs takes longer to paint.
+        return self._cells(at, device)
+
+    def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
+        device = torch.get_default_device() if device is None else device
+        (i0, i1), (j0, j1) = at.rows, at.keys
+        rows, stride = torch.arange(i0, i1, device=device), prod(self.shape)
+        first = 0
+        cells = torch.ones(i1 - i0, 1, dtype=torch.bool, device=device)
+        for axis, (size, table) in enumerate(zip(self.shape, self._tables, strict=True)):
+            stride //= size
+            seen = table.to(device)[rows // stride % size]
+            if axis == 0:  # only what the keys lie in
+                first = j0 // stride
+                seen = seen[:, first : -(-j1 // stride)]
+                first *= stride
+            cells = (cells[:, :, None] & seen[:, None, :]).flatten(1)
+        return cells[:, j0 - first : j1 - first]
+
+
+# -- products ------------------------------------------------------------------------------
+
+
+def grid_product(axes: Sequence[Region], shape: Sequence[int]) -> Region:
+    """Return the region of a grid from the square region of each axis.
+
+    >>> diagonal, all_of_2 = Region.from_rows([[(0, 1)], [(1, 2)]]), Region.full(2, 2)
+    >>> grid_product([diagonal, all_of_2], (2, 2)).slices[0]
+    Slice(i0=0, i1=2, j0=0, j1=2, lo=-1, hi=1)
+    """
+    if not axes:
+        return Region.full(1, 1)
+    whole, size = axes[-1], shape[-1]
+    for region, own in zip(axes[-2::-1], shape[-2::-1], strict=True):
+        whole, size = _product(region, whole, size), size * own
+    return whole
+
+
+def _product(outer: Region, inner: Region, size: int) -> Region:
+    """Return the cells ``(i * size + u, j * size + v)``: (i, j) of `outer`, (u, v) of `inner`."""
+    pieces = list(_pieces(inner, size))
+    out = Canonical()
+    for i0, i1, runs in outer.strips:
+        for i in range(i0, i1):
+            keys = advance(runs, i - i0)
+            for u0, u1, own, joins in pieces:
+                out.add(i * size + u0, i * size + u1, _spread(keys, own, joins, size))
+    return Region(tuple(out.strips))
+
+
+def _pieces(inner: Region, size: int) -> Iterator[tuple[int, int, tuple[Run, ...], bool]]:
+    """Cut strips where rows have both the first and the last key: their runs in two blocks join."""
+    for i0, i1, runs in inner.strips:
+        both = _both_ends(i1 - i0, runs, size)
+        cuts = (0, both.start, both.stop, i1 - i0) if both else (0, i1 - i0)
+        for u0, u1 in pairwise(cuts):
+            if u0 < u1:
+                yield i0 + u0, i0 + u1, advance(runs, u0), u0 in both
+
+
+def _both_ends(rows: int, runs: tuple[Run, ...], size: int) -> range:
+    """Return the rows of a strip, counted from its first one, that have both ends of the keys."""
+    (a, da, _, _), (_, _, b, db) = runs[0], runs[-1]
+    if a > 0 or (b < size and not db):
+        return range(0)
+    # Ends only move to the right: a moving start is at key 0 in the first row only.
+    first = range(1 if da else rows)
+    last = range(size - b, size - b + 1) if db else range(rows)
+    return range(max(first.start, last.start), min(first.stop, last.stop))
+
+
+def _spread(keys: tuple[Run, ...], own: tuple[Run, ...], joins: bool, size: int) -> tuple[Run, ...]:
+    """Return the runs of one row in each of the blocks of keys that the row of the outer sees."""
+    if joins and len(own) == 1:  # all keys of each block
+        return tuple((a * size, 0, b * size, 0) for a, _, b, _ in keys)
+    out: list[Run] = []
+    for first, _, stop, _ in keys:
+        for j in range(first, stop):
+            at = j * size
+            moved = [(a + at, da, b + at, db) for a, da, b, db in own]
+            if joins and j > first:
+                out[-1] = (*out[-1][:2], *moved.pop(0)[2:])
+            out += moved
+    return tuple(out)
+
+
+def _runs_of(axes: Sequence[Region]) -> int:
+    """Return how many runs a product has, or a few more."""
+    *outer, inner = axes or [Region.full(1, 1)]
+    return reduce(lambda runs, axis: runs * axis.area, outer, _count(inner))
+
+
+def _count(region: Region) -> int:
+    return sum(len(runs) for _, _, runs in region.strips)
+
+
+# -- arguments -----------------------------------------------------------------------------
+
+
+def check_shape(owner: str, shape: object) -> tuple[int, ...]:
+    """Return the sizes of a grid, one to three of them; an int is a grid of one axis.
+
+    >>> check_shape("Neighborhood", 8), check_shape("Neighborhood", [4, 8])
+    ((8,), (4, 8))
+    """
+    given = (shape,) if isinstance(shape, int) and not isinstance(shape, bool) else shape
+    if not isinstance(given, tuple | list):
+        raise CompositionTypeError(
+            f"{owner} shape={shown(shape)} is of type {type(shape).__name__}; it is the sizes of "
+            "the grid: (height, width), (frames, height, width), or the length of a line"
+        )
+    if not 1 <= len(given) <= _MOST_AXES:
+        raise CompositionError(
+            f"{owner} shape={shown(shape)} has {len(given)} axes; a grid has 1, 2 or 3: (height, "
+            "width), (frames, height, width), or the length of a line"
+        )
+    sizes = tuple(check_int(f"{owner} shape[{k}]", size, 1) for k, size in enumerate(given))
+    if prod(sizes) > LARGEST:
+        raise CompositionError(f"{owner} shape={shown(shape)} has more tokens than int64 counts")
+    return sizes
+
+
+def check_per_axis(
+    name: str, given: object, shape: tuple[int, ...], check: Callable[[str, object], T]
+) -> T | tuple[T, ...]:
+    """Return what is said once for all axes or once for each; one value where all are alike.
+
+    >>> check_per_axis("kernel", [3, 3], (8, 8), lambda name, value: check_int(name, value, 1))
+    3
+    """
+    if not isinstance(given, tuple | list):
+        return check(name, given)
+    if len(given) != len(shape):
+        raise CompositionError(
+            f"{name}={shown(given)} has {len(given)} entries, and the grid {shown(shape)} has "
+            f"{len(shape)} axes; give one value for all of them, or one for each"
+        )
+    each = tuple(check(f"{name}[{k}]", one) for k, one in enumerate(given))
+    return each[0] if len(set(each)) == 1 else each
+
+
+def per_axis(value: T | tuple[T, ...], shape: tuple[int, ...]) -> tuple[T, ...]:
+    """Return the value of each axis.
+
+    >>> per_axis(3, (8, 8)), per_axis((1, 3), (8, 8))
+    ((3, 3), (1, 3))
+    """
+    return value if isinstance(value, tuple) else (value,) * len(shape)
