@@ -50,7 +50,7 @@ def frozen(request: Request, terms: tuple[int, ...]) -> Request:
         replace(term, requires_grad=False) if k in terms else term
         for k, term in enumerate(request.bias)
     )
-    return replace(request, bias=bias)
+    return request.like(replace(request, bias=bias))
 
 
 def disprove_pass(

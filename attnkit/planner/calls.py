@@ -26,6 +26,7 @@ from attnkit.pse import Align
 from attnkit.strips import diagonal_chain
 
 __all__ = [
+    "MERGE_LAUNCHES",
     "Block",
     "Launch",
     "Parts",
@@ -42,8 +43,9 @@ __all__ = [
 # What follows from a launch's call and blocks alone.
 _OF_CELLS = ("computed", "distinct", "keys", "queries")
 
-# The elementwise kernels that merge the rows of one part.
-_MERGE_LAUNCHES = 6
+
+MERGE_LAUNCHES = 6
+"""The elementwise kernels that merge the rows of one part."""
 # Those that write its output, maximum and sum, where no other part has these rows.
 _WRITE_LAUNCHES = 3
 
@@ -215,7 +217,7 @@ class Launch:
         gathered += [] if self.keys.span else [self.call.key, self.call.value]
         # Gathered tokens are read and written; every part's rows are merged in float32.
         copied = 2 * sum(prod(spec.shape) * spec.dtype.itemsize for spec in gathered)
-        each, around = self.call.dtype.itemsize + 2 * 4, _MERGE_LAUNCHES
+        each, around = self.call.dtype.itemsize + 2 * 4, MERGE_LAUNCHES
         if rows is not None:
             in_place = self.queries.span == slice(0, rows)
             each, around = (0, 0) if in_place else (2 * self.call.dtype.itemsize, _WRITE_LAUNCHES)
@@ -295,7 +297,7 @@ def widened(request: Request) -> Request:
     """
     if request.value_dim <= request.head_dim:
         return request
-    return replace(request, head_dim=request.value_dim)
+    return request.like(replace(request, head_dim=request.value_dim))
 
 
 def bare_call(

@@ -14,15 +14,15 @@ from attnkit.kernel import KernelCall
 from attnkit.masks import Band
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import Launch, Solution, Zone, by_heads, widened
+from attnkit.planner.calls import MERGE_LAUNCHES, Launch, Solution, Zone, by_heads, widened
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
 from attnkit.planner.plan import Plan
-from attnkit.planner.price import Price, least_with_full_mask
+from attnkit.planner.price import Price, chip, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.residues import resort
-from attnkit.planner.routes import Route, in_parts, routes
+from attnkit.planner.routes import Route, in_parts, routes, rows_in, zones_with_cells
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
 
@@ -33,7 +33,8 @@ Such masks are built once and kept (4,096 x 4,096 is one of 16.8 MB). A larger o
 in every step, and is taken only where nothing else computes the request.
 """
 
-# The elementwise kernels that make the channels of one bias: positions, pieces, concatenations.
+# Query and key are copied beside their channels, by a handful of elementwise kernels for each
+# bias: positions, pieces, concatenations.
 _CHANNEL_LAUNCHES = 8
 
 
@@ -93,14 +94,18 @@ def _with_copies(found: Plan, told: str, launches: int) -> Plan:
     if not found.steps:
         return found
     first, *rest = found.steps
-    cells = sum(prod(shape) for shape in found.request.shapes()[:2])
     first = replace(
         first,
         label=f"{first.label}, {told}",
-        copied_bytes=first.copied_bytes + 2 * found.request.dtype.itemsize * cells,
+        copied_bytes=first.copied_bytes + _copied(found.request),
         small_launches=first.small_launches + launches,
     )
     return replace(found, steps=(first, *rest))
+
+
+def _copied(request: Request) -> int:
+    """Return the bytes that are moved where query and key are copied."""
+    return 2 * request.dtype.itemsize * sum(prod(shape) for shape in request.shapes()[:2])
 
 
 def _as_given(request: Request, search: Search) -> Plan:
@@ -335,7 +340,6 @@ def on_route(request: Request, route: Route, search: Search, bound: float = inf)
             return on_route(request, parted, search, bound)
     if not found.steps:
         return found
-    # Query and key are copied beside their channels, by a handful of elementwise kernels.
     found = replace(found, request=route.request)
     found = _with_copies(found, str(route), _CHANNEL_LAUNCHES * len(route.channels))
     return replace(found, request=request, route=route)
@@ -351,12 +355,14 @@ def _by_zone(
     groups = tuple(head_groups(in_order or route.request))
     launches: list[Launch] = []
     refusals: list[Refusal] = []
-    spent = 0.0
+    least = {} if in_order else _least_of_zones(route, bound)
+    spent = _cost_of_channels(route)
     for k, zone in enumerate(route.zones):
-        if spent >= bound:
+        floor = spent + sum(least.get(later, 0.0) for later in route.zones[k:])
+        if floor >= bound:
             reason = (
-                f"the first {k} of {len(route.zones)} zones of distances cost {spent / 1e3:,.0f} "
-                f"us, all of another way {bound / 1e3:,.0f} us"
+                f"{len(route.zones)} zones of distances cost {floor / 1e3:,.0f} us at least, all "
+                f"of another way {bound / 1e3:,.0f} us"
             )
             refusals.append(Refusal("dearer", reason, str(route)))
             return Plan("", request, refusals=tuple(refusals))
@@ -374,6 +380,33 @@ def _by_zone(
         spent += best.price.nanoseconds
         launches += (_in_zone(launch.as_part(), zone) for launch in best.launches)
     return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
+
+
+def _cost_of_channels(route: Route) -> float:
+    """Return what it costs to copy query and key beside their channels, in nanoseconds."""
+    return chip().nanoseconds(0, _copied(route.request), 0, _CHANNEL_LAUNCHES * len(route.channels))
+
+
+def _least_of_zones(route: Route, bound: float) -> dict[Zone, float]:
+    """Return what zones cost at least, in nanoseconds, before any of them is planned.
+
+    Each that has cells is launched and merged by itself. Its rows, which are merged and lie in some
+    tile each, are counted only where launches alone are cheaper than `bound`.
+    """
+    held, launched = zones_with_cells(route), chip().nanoseconds(0, 0, 1, MERGE_LAUNCHES)
+    if len(held) * launched >= bound:
+        return dict.fromkeys(held, launched)
+    return {zone: launched + _least_of_rows(route, zone) for zone in held}
+
+
+def _least_of_rows(route: Route, zone: Zone) -> float:
+    """Return what it costs at least to compute and merge the rows of a zone, in nanoseconds."""
+    request, weights, rows = route.request, chip(), rows_in(route, zone)
+    tiles = sum(-(-count // weights.tile_q) * often for count, often in rows.items())
+    flops = 2 * tiles * weights.tile_q * weights.tile_kv
+    merged = sum(count * often for count, often in rows.items()) * request.value_dim
+    moved = (request.dtype.itemsize + 2 * 4) * merged  # as `Launch.as_part` counts it
+    return weights.nanoseconds(flops * (route.dim_of(zone) + request.value_dim), moved, 0)
 
 
 def _in_zone(launch: Launch, zone: Zone) -> Launch:

@@ -20,6 +20,7 @@ from attnkit.arguments import FLOATS, check_bool, check_int, check_number, check
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
+from attnkit.masks.base import anchor
 from attnkit.masks.parse import as_mask
 from attnkit.planner.matrices import Matrices, seen_spans
 from attnkit.planner.repeats import is_repeatable
@@ -29,6 +30,9 @@ from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 
 __all__ = ["BiasTerm", "Composition", "Request", "read_request", "read_sizes", "state_of"]
+
+
+_ALIGNS: tuple[Align, ...] = ("bottom_right", "top_left")
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,30 @@ class Request:
     def matrices(self) -> Matrices:
         """The score matrices as regions: what the mask allows of each."""
         return Matrices.of(self.mask, self.sequences)
+
+    @cached_property
+    def distances(self) -> dict[Align, tuple[int, int]]:
+        """The smallest and largest distance ``j - i'`` of an allowed cell; (0, 0) for none."""
+        planes = self.matrices.planes
+        pairs = {p for plane in planes for p in zip(plane, self.sequences, strict=True)}
+        boxes = [(e.outer.bounds, sizes) for e, sizes in pairs]
+        found: dict[Align, tuple[int, int]] = {}
+        for align in _ALIGNS:
+            ends = [(b.lo - at, b.hi - at) for b, s in boxes if b for at in (anchor(align, *s),)]
+            lows, highs = zip(*ends, strict=True) if ends else ((0,), (0,))
+            found[align] = min(lows), max(highs)
+        return found
+
+    def like(self, changed: Request) -> Request:
+        """Return a request for the same mask and lengths, with what is known of these.
+
+        Another head size or bias changes neither.
+        """
+        same = (self.mask, self.batch, self.q_len, self.kv_len, self.seqlens)
+        if same == (changed.mask, changed.batch, changed.q_len, changed.kv_len, changed.seqlens):
+            kept = ("sequences", "token_starts", "matrices", "distances")
+            vars(changed).update({name: vars(self)[name] for name in kept if name in vars(self)})
+        return changed
 
     @cached_property
     def sees_all_keys(self) -> bool:

@@ -17,7 +17,6 @@ from attnkit.planner.routes import (
     Route,
     Span,
     channel_dims,
-    distances_of,
     structure_of,
 )
 from attnkit.planner.sequences import Block
@@ -48,12 +47,11 @@ def disprove_route(
         if structure_of(request, one.parts) != one.structure:
             text = " + ".join(request.bias[part].text for part in one.parts)
             return Refusal("other-bias", f"{text} is not the bias of the channels")
-    known = {align: distances_of(request, align) for align in ("bottom_right", "top_left")}
     for launch in launches:
         wrong = _other_channels(request, route, launch)
         for one, dims_of in channel_dims(request, route.channels):
             if wrong is None and not isinstance(one.structure, PerKey):
-                hull = known[one.structure.align]
+                hull = request.distances[one.structure.align]
                 bands = _served(one, dims_of, launch.zone, hull)
                 # Most requests lie in one of these as a whole, and cells need not be looked at.
                 if not any(_within(hull, band) for band in bands):

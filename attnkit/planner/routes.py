@@ -33,6 +33,7 @@ calculation for softmax" (2018).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
@@ -40,6 +41,7 @@ from itertools import accumulate, pairwise, product
 import torch
 
 from attnkit.errors import Refusal
+from attnkit.geometry import Slice
 from attnkit.masks.base import anchor
 from attnkit.planner.calls import Zone
 from attnkit.planner.request import Request
@@ -52,10 +54,11 @@ __all__ = [
     "Route",
     "Span",
     "channel_dims",
-    "distances_of",
     "in_parts",
     "routes",
+    "rows_in",
     "structure_of",
+    "zones_with_cells",
 ]
 
 BASE = 256
@@ -175,7 +178,7 @@ def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
         return
     *others, last = found
     align = last.structure.align  # type: ignore[union-attr]
-    for span, levels in _splits(last.structure, distances_of(request, align)):  # type: ignore[arg-type]
+    for span, levels in _splits(last.structure, request.distances[align]):  # type: ignore[arg-type]
         near = [(*span, None)] if span is not None else []
         yield _fitting(request, (*others, replace(last, span=span)), {align: (*near, *levels)})
 
@@ -200,7 +203,7 @@ def _fitting(
             f"{_MOST_DIMS} that the kernel takes"
         )
         return Refusal("channels-too-many", reason, f"{width} channels")
-    inner = replace(request, bias=rest, head_dim=dims)
+    inner = request.like(replace(request, bias=rest, head_dim=dims))
     return Route(inner, channels, _zones(request, channels, steps))
 
 
@@ -214,7 +217,7 @@ def _zones(
     sloped = {one.structure.align for one in channels if isinstance(one.structure, Linear)}
     cuts: list[list[tuple[Align, int, int, int | None]]] = []
     for align in sorted(sloped | set(steps)):
-        hull = distances_of(request, align)
+        hull = request.distances[align]
         parts = steps.get(align, ((*hull, None),))
         if align in sloped:
             parts = tuple((*half, row) for lo, hi, row in parts for half in _halves(lo, hi))
@@ -300,7 +303,7 @@ def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
             f"resolves; up to {_MOST_POSITIONS:,} they do not"
         )
         return Refusal("channels-positions", reason, "channels")
-    lo, hi = distances_of(request, structure.align)
+    lo, hi = request.distances[structure.align]
     digits = 2 if low and longest > BASE else 1
     return Channels(parts, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
 
@@ -315,16 +318,42 @@ def _anchored(request: Request, one: Channels) -> Channels:
     return replace(one, anchors=tuple((2 * k + 1) * longest // (2 * count) for k in range(count)))
 
 
-def distances_of(request: Request, align: Align) -> tuple[int, int]:
-    """Return the smallest and largest distance ``j - i'`` of an allowed cell; (0, 0) for none."""
-    known, ends = request.matrices, []
-    for plane in known.planes:
-        pairs = {(e.outer, sizes) for e, sizes in zip(plane, request.sequences, strict=True)}
-        for region, sizes in pairs:
-            bounds, at = region.bounds, anchor(align, *sizes)
-            if bounds is not None:
-                ends += [bounds.lo - at, bounds.hi - at]
-    return (min(ends), max(ends)) if ends else (0, 0)
+def zones_with_cells(route: Route) -> list[Zone]:
+    """Return the zones that hold a cell of the request; none where its cells are not known."""
+    matrices = route.request.matrices
+    if not matrices.exact:
+        return []
+    each = {
+        (part, sizes)
+        for plane in matrices.planes
+        for known, sizes in set(zip(plane, route.request.sequences, strict=True))
+        for part in known.outer.slices
+    }
+    # The largest come first: what they have no cell in, the others seldom have.
+    order = sorted(each, key=lambda pair: pair[0].i0 - pair[0].i1)
+    return [zone for zone in route.zones if any(_rows(zone, *pair) for pair in order)]
+
+
+def rows_in(route: Route, zone: Zone) -> Counter[int]:
+    """Return how many rows have a cell in a zone, or fewer, and in how many score matrices."""
+    request, found = route.request, Counter[int]()
+    share = request.num_heads // len(request.matrices.planes)
+    for plane in request.matrices.planes:
+        for (known, sizes), often in Counter(zip(plane, request.sequences, strict=True)).items():
+            rows = max((_rows(zone, part, sizes) for part in known.outer.slices), default=0)
+            found[rows] += often * share
+    return found
+
+
+def _rows(zone: Zone, part: Slice, sizes: tuple[int, int]) -> int:
+    """Return how many rows of a slice have a cell in a zone."""
+    lo, hi = part.lo, part.hi
+    for align, first, last in zone.spans:
+        at = anchor(align, *sizes)
+        lo, hi = max(lo, first + at), min(hi, last + at)
+    if lo > hi:
+        return 0
+    return max(0, min(part.i1, part.j1 - lo) - max(part.i0, part.j0 - hi))
 
 
 def _splits(
