@@ -45,6 +45,7 @@ from attnkit.tiles import TileCount, tile_rows
 __all__ = ["Region", "RowCount", "Slice", "Strip", "TileCount"]
 
 _BOUNDS = ("i0", "i1", "j0", "j1", "lo", "hi")
+_END = (int, type(None))
 
 
 class RowCount(NamedTuple):
@@ -84,15 +85,19 @@ class Slice:
     def __init__(
         self, i0: int, i1: int, j0: int, j1: int, lo: int | None = None, hi: int | None = None
     ) -> None:
-        given = (i0, i1, j0, j1, lo, hi)
-        for bound, name in zip(given, _BOUNDS, strict=True):
-            if type(bound) is not int and not (bound is None and name in ("lo", "hi")):
-                raise CompositionTypeError(
-                    f"Slice got {name}={shown(bound)} ({type(bound).__name__}); bounds are Python "
-                    "ints" + (", or None for no bound" if name in ("lo", "hi") else "")
-                )
+        ints = type(i0) is type(i1) is type(j0) is type(j1) is int
+        if not (ints and type(lo) in _END and type(hi) in _END):
+            raise _not_a_bound(i0, i1, j0, j1, lo, hi)
         # A frozen instance takes its values through its dict.
-        self.__dict__.update(zip(_BOUNDS, close_bounds(*given), strict=True))
+        own = self.__dict__
+        (
+            own["i0"],
+            own["i1"],
+            own["j0"],
+            own["j1"],
+            own["lo"],
+            own["hi"],
+        ) = close_bounds(i0, i1, j0, j1, lo, hi)
 
     def __bool__(self) -> bool:
         return self.i1 > self.i0
@@ -143,6 +148,17 @@ class Slice:
         return self.lo == self.j0 - self.i1 + 1 and self.hi == self.j1 - 1 - self.i0
 
 
+def _not_a_bound(*given: object) -> CompositionTypeError:
+    """Return the error for the first bound of a slice that is not what it should be."""
+    for bound, name in zip(given, _BOUNDS, strict=True):
+        if type(bound) not in (_END if name in ("lo", "hi") else (int,)):
+            return CompositionTypeError(
+                f"Slice got {name}={shown(bound)} ({type(bound).__name__}); bounds are Python "
+                "ints" + (", or None for no bound" if name in ("lo", "hi") else "")
+            )
+    return CompositionTypeError(f"Slice got {shown(given)}")
+
+
 def _strips_of(part: Slice) -> list[Strip]:
     """Cut a slice at the rows where a diagonal end meets a vertical one (at most 3 strips)."""
     i0, i1, j0, j1, lo, hi = part.i0, part.i1, part.j0, part.j1, part.lo, part.hi
@@ -158,14 +174,22 @@ def _strips_of(part: Slice) -> list[Strip]:
 
 
 def _canonical(part: Slice) -> tuple[Strip, ...]:
-    """Return a slice as maximal strips."""
-    strips = _strips_of(part) if part else []
-    if len(strips) == 1 and strips[0].i1 - strips[0].i0 > 1:
-        return tuple(strips)
-    chain = Canonical()
-    for strip in strips:
-        chain.add(*strip)
-    return tuple(chain.strips)
+    """Return a slice as maximal strips, as `Canonical` would make them, without trying rows."""
+    i1, j0, j1, lo, hi = part.i1, part.j0, part.j1, part.lo, part.hi
+    strips, row = [], part.i0
+    while row < i1:
+        start, stop, end = max(j0, row + lo), min(j1, row + hi + 1), i1
+        if row + 1 == i1:  # slopes of a single row mean nothing: keep them unique
+            strips.append(Strip(row, i1, ((start, 0, stop, 0),)))
+            break
+        moves, follows = row + lo >= j0, row + hi + 1 < j1
+        if not moves:  # until the diagonal is met
+            end = min(end, j0 - lo + 1)
+        if follows:
+            end = min(end, j1 - hi)
+        strips.append(Strip(row, end, ((start, int(moves), stop, int(follows)),)))
+        row = end
+    return tuple(strips)
 
 
 def _operator(table: Table) -> Callable[[Region, Region], Region]:
@@ -361,15 +385,26 @@ class Region:
     @property
     def bounds(self) -> Slice | None:
         """The smallest slice that holds the region; None when it is empty."""
-        if not (parts := self.slices):
+        if not self.strips:
             return None
+        left: list[int] = []
+        right: list[int] = []
+        low: list[int] = []
+        high: list[int] = []
+        for i0, i1, runs in self.strips:
+            n = i1 - i0 - 1
+            for a, da, b, db in runs:  # ends move by 0 or 1 per row, so their own rows tell
+                left.append(a)
+                right.append(b + db * n)
+                low.append(a - i0 - n * (1 - da))
+                high.append(b - 1 - i0)
         return Slice(
-            min(s.i0 for s in parts),
-            max(s.i1 for s in parts),
-            min(s.j0 for s in parts),
-            max(s.j1 for s in parts),
-            min(s.lo for s in parts),
-            max(s.hi for s in parts),
+            self.strips[0].i0,
+            self.strips[-1].i1,
+            min(left),
+            max(right),
+            min(low),
+            max(high),
         )
 
     def row_counts(self) -> tuple[RowCount, ...]:
