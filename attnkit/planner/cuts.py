@@ -107,21 +107,26 @@ def _boxes(region: Region) -> tuple[Slice, ...]:
 
 
 def _stacked(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
-    """Join slices that lie on each other while their union is one slice."""
-    done: list[Slice] = []
-    open_: list[Slice] = []
+    """Join slices that lie on each other while their union is one slice.
+
+    They are the runs of rows, from the top. From one row to the next no end of a slice moves by
+    more than one key, so only two that end right above a slice could go on in it.
+    """
+    ending: dict[tuple[int, int], tuple[int, Slice]] = {}  # row, start -> stop, of the last row
     for part in slices:
-        still = []
-        grown = part
-        for above in open_:
-            if above.i1 < part.i0:
-                done.append(above)
-            elif above.i1 == part.i0 and (hull := _hull(above, part)) is not None:
+        grown, row = part, part.i0
+        start, stop = max(part.j0, part.lo + row), min(part.j1, part.hi + row + 1)
+        for before in (start, start - 1):
+            end, above = ending.get((row, before), (0, None))
+            if above is None or stop - end not in (0, 1):
+                continue
+            if (hull := _hull(above, part)) is not None:
                 grown = hull
-            else:
-                still.append(above)
-        open_ = [*still, grown]
-    return tuple(sorted([*done, *open_], key=lambda s: (s.i0, s.j0)))
+                del ending[row, before]
+        last = grown.i1 - 1
+        start, stop = max(grown.j0, grown.lo + last), min(grown.j1, grown.hi + last + 1)
+        ending[last + 1, start] = stop, grown
+    return tuple(sorted((part for _, part in ending.values()), key=lambda s: (s.i0, s.j0)))
 
 
 def _hull(above: Slice, below: Slice) -> Slice | None:
