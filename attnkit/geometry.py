@@ -387,24 +387,14 @@ class Region:
         """The smallest slice that holds the region; None when it is empty."""
         if not self.strips:
             return None
-        left: list[int] = []
-        right: list[int] = []
-        low: list[int] = []
-        high: list[int] = []
-        for i0, i1, runs in self.strips:
-            n = i1 - i0 - 1
-            for a, da, b, db in runs:  # ends move by 0 or 1 per row, so their own rows tell
-                left.append(a)
-                right.append(b + db * n)
-                low.append(a - i0 - n * (1 - da))
-                high.append(b - 1 - i0)
+        # Ends only ever move right, by a key per row, so the first and last row of a strip tell.
         return Slice(
             self.strips[0].i0,
             self.strips[-1].i1,
-            min(left),
-            max(right),
-            min(low),
-            max(high),
+            min(strip.runs[0][0] for strip in self.strips),
+            max(runs[-1][2] + runs[-1][3] * (i1 - i0 - 1) for i0, i1, runs in self.strips),
+            min(r[0][0] - (i0 if r[0][1] else i1 - 1) for i0, i1, r in self.strips),
+            max(strip.runs[-1][2] - 1 - strip.i0 for strip in self.strips),
         )
 
     def row_counts(self) -> tuple[RowCount, ...]:

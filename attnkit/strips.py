@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 # A run of allowed keys in the first row of a strip, and how its ends move per row:
@@ -295,11 +295,27 @@ def _intersect_rows(a: tuple[Run, ...], b: tuple[Run, ...]) -> tuple[Run, ...]:
 
 
 def union_all(parts: list[tuple[Strip, ...]]) -> tuple[Strip, ...]:
-    """Return the union of many sets, pairwise, so that n of them cost n log n."""
+    """Return the union of many sets, pairwise, so that n of them cost n log n.
+
+    Those that share no row lie between each other's strips, and need no sweep.
+    """
+    if len(parts) > 2 and (apart := _interleaved(parts)) is not None:
+        return apart
     while len(parts) > 1:
         merged = [union(x, y) for x, y in zip(parts[::2], parts[1::2], strict=False)]
         parts = merged + parts[len(parts) - len(parts) % 2 :]
     return parts[0] if parts else ()
+
+
+def _interleaved(parts: list[tuple[Strip, ...]]) -> tuple[Strip, ...] | None:
+    """Return the union of sets that share no row; None where they do."""
+    strips = sorted(chain.from_iterable(parts), key=lambda strip: strip.i0)
+    if any(above.i1 > below.i0 for above, below in pairwise(strips)):
+        return None
+    out = Canonical()
+    for strip in strips:
+        out.add(*strip)
+    return tuple(out.strips)
 
 
 def union(a: tuple[Strip, ...], b: tuple[Strip, ...]) -> tuple[Strip, ...]:
