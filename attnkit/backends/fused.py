@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attnkit.backends.arranged import arranged
 from attnkit.backends.base import (
     AttentionOutput,
     Backend,
@@ -31,14 +32,12 @@ from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, Drawn, Launcher, Merged
 from attnkit.backends.single import Single
 from attnkit.backends.unseen import cleared
-from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Parts, widened
 from attnkit.planner.request import state_of
-from attnkit.planner.residues import residue_order
 
 __all__ = ["Fused"]
 
@@ -110,7 +109,7 @@ def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
     if plan.route is not None:
         return run_on_route(partial(_run, launcher), plan, plan.route, operands)
     if plan.in_order is not None:
-        return _run_in_order(launcher, plan, operands)
+        return arranged(partial(_run, launcher), plan, plan.in_order, operands)
     request, layout, first = plan.request, plan.request.layout_of, plan.steps[0]
     operands = cleared(request, operands)
     packs = first.partial or first.packs(request)
@@ -130,26 +129,6 @@ def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
         if not layout.packed:
             lse, peak = (rearrange(t, "(b s) n -> b n s", b=request.batch) for t in (lse, peak))
     return AttentionOutput(out, Stats(lse, peak))
-
-
-def _run_in_order(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
-    """Sort the tokens by residue, run the plan there, and put its rows back."""
-    request = plan.inner.request
-    axis = request.layout_of.length_axis
-    queries, keys = (_positions(order, operands.query.device) for order in residue_order(request))
-    query = operands.query.index_select(axis, queries)
-    key, value = (t.index_select(axis, keys) for t in (operands.key, operands.value))
-    given = replace(operands, query=query, key=key, value=value)
-    out, stats = _run(launcher, plan.inner, given)
-    back = queries.argsort()
-    rows = 0 if request.seqlens is not None else 2
-    lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
-    return AttentionOutput(out.index_select(axis, back), Stats(lse, peak))
-
-
-@constant
-def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
-    return torch.tensor([i for part in order for i in part], device=device)
 
 
 def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

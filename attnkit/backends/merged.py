@@ -173,8 +173,9 @@ def _by_call(call: KernelCall, out: Tensor, peak: Tensor, total: Tensor, random:
 class Merged(torch.autograd.Function):
     """Attends packed tensors ``[t n d]``, with a bias per call: output, log-sum-exp, maximum.
 
-    The output is ``[t n d]``, the statistics are ``[t n]``. A row that no call answers has
-    output 0, log-sum-exp and maximum -inf (with a sink: the sink's).
+    The output is ``[t n d]``, the statistics are ``[t n]``; a sink is ``[n]``, or ``[t n]`` where
+    rows have their own. A row that no call answers has output 0, log-sum-exp and maximum -inf
+    (with a sink: the sink's).
     """
 
     @staticmethod
@@ -365,7 +366,7 @@ class _Back:
         """Add the gradient of the sink, whose weight is that of one more score."""
         if self.sink is not None:
             share = (self.sink.to(self.wide) - self.merged.peak).exp() / self.merged.total
-            self.to_sink += (share * slope).sum(0)
+            self.to_sink += (share * slope).sum_to_size(self.sink.shape)
 
     def found(self, wants_sink: bool) -> tuple[Tensor | None, ...]:
         """Return the gradients in the dtypes of their tensors."""

@@ -18,10 +18,10 @@ from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Solution, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
+from attnkit.planner.orders import resort
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
-from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
 

@@ -17,11 +17,12 @@ from attnkit.planner.biases import lacking
 from attnkit.planner.calls import MERGE_LAUNCHES, Launch, Solution, Zone, by_heads, widened
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
+from attnkit.planner.folded import has_own_sinks
+from attnkit.planner.orders import moves, resort, restated
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, chip, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
-from attnkit.planner.residues import resort
 from attnkit.planner.routes import Route, in_parts, routes, rows_in, zones_with_cells
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
@@ -109,13 +110,59 @@ def _copied(request: Request) -> int:
 
 
 def _as_given(request: Request, search: Search) -> Plan:
-    """Return how the kernel computes a request whose biases reach it as biases."""
-    if not request.matrices.exact:
-        in_order = resort(request)
-        if in_order is not None:
-            return replace(search_for(in_order, search), request=request, in_order=in_order)
+    """Return how the kernel computes a request whose biases reach it as biases.
+
+    What is a region once its tokens are moved has no calls but on moved tokens; where there are
+    both, the price chooses.
+    """
+    ways = tuple(restated(request))
+    others = [way for way in ways if isinstance(way, Request)]
+    options = [] if others and not request.matrices.exact else [_in_place(request, search)]
+    options += (in_other_order(request, other, search) for other in others)
+    best = min(options, key=lambda plan: (_last_resort(plan.steps), _least([plan])))
+    refused = [way for way in ways if isinstance(way, Refusal)]
+    for other in options:
+        if other is not best:
+            refused += other.refusals if not other.steps else [_dearer_than(other, best)]
+    return replace(best, refusals=(*best.refusals, *refused)) if refused else best
+
+
+def in_other_order(request: Request, other: Request, search: Search) -> Plan:
+    """Return how the kernel computes a request restated (`orders`), with the tokens' ways there."""
+    found = _in_place(other, search)
+    if not found.steps:
+        return replace(found, request=request)
+    copied, launches = moves(request, other)
+    ways = [
+        replace(way, launches=(_moving(way.launches[0], copied, launches), *way.launches[1:]))
+        for way in (Solution(found.steps), *found.alternatives)
+    ]
+    steps, others = ways[0].launches, tuple(ways[1:])
+    return replace(found, request=request, steps=steps, alternatives=others, in_order=other)
+
+
+def _moving(first: Launch, copied: int, launches: int) -> Launch:
+    """Return the first call of some, with what is moved around all of them."""
+    return replace(
+        first,
+        copied_bytes=first.copied_bytes + copied,
+        small_launches=first.small_launches + launches,
+    )
+
+
+def _dearer_than(other: Plan, best: Plan) -> Refusal:
+    where = f"{other.in_order.mask!r}" if other.in_order else "tokens where they are"
+    reason = (
+        f"{other.solution.label} would cost {_nanoseconds(other.solution) / 1e3:,.1f} us, and the "
+        f"calls taken {_nanoseconds(best.solution) / 1e3:,.1f} us"
+    )
+    return Refusal("dearer-order", reason, where)
+
+
+def _in_place(request: Request, search: Search) -> Plan:
+    """Return how the kernel computes a request with its tokens where they are."""
     refusals: list[Refusal] = []
-    bare_calls = tuple(whole_calls(request))
+    bare_calls = () if has_own_sinks(request) else tuple(whole_calls(request))
     found: list[Solution] = []
     for bare in bare_calls:
         ordered = candidates(request, bare, full_masks=False)

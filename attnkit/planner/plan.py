@@ -13,10 +13,11 @@ from attnkit.planner.again import has_form, in_same_form
 from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Parts, Solution, by_heads, widened
+from attnkit.planner.folded import has_own_sinks
+from attnkit.planner.orders import restated
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
 from attnkit.planner.request import Request, bias_terms, state_of
-from attnkit.planner.residues import resort
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.registry import Registry
@@ -45,7 +46,7 @@ class Plan:
     (the reference) has none. `refusals` are the candidates that were dropped, `passed_over`
     the reasons of the backends that "auto" asked before this one; `alternatives` are calls
     that would compute the same, but dearer. `in_order` is what the calls compute where
-    positions are sorted before them (`residues`), and put back after. `route` says how biases
+    tokens are moved before them (`orders`), and put back after. `route` says how biases
     reach the calls that cannot reach them as biases (`routes`), and `bias_pass` makes the gradient
     of those that do, which no call writes.
 
@@ -158,7 +159,7 @@ class Plan:
         """The plan of the calls themselves, without the outermost of what is done around them.
 
         That is query and key with the dimensions of wider values, the pass for the gradient of
-        a bias, the route, or positions in order.
+        a bias, the route, or tokens in another order.
         """
         wide = widened(self.request)
         if wide is not self.request:
@@ -287,7 +288,7 @@ def disprove_plan(plan: Plan) -> Refusal | None:
             next(filter(None, map(_inconsistent, dict.fromkeys(every))), None)
             or disprove_pass(asked, rest, found)
             or _other_request(request, in_order, route)
-            or _unmergeable(steps)
+            or _unmergeable(computed, steps)
             or disprove_places(computed, steps, route)
             or disprove_cover(computed, steps)
             or _other_route(request, route, steps, in_order)
@@ -322,7 +323,7 @@ def _inconsistent(request: Request) -> Refusal | None:
 def _other_request(
     request: Request, in_order: Request | None, route: Route | None
 ) -> Refusal | None:
-    """Check that no term is lost, and that sorted positions are those of this request."""
+    """Check that no term is lost, and that moved tokens are those of this request."""
     for sizes in set(request.sequences):
         request.mask.check(*sizes, request.batch, request.num_heads)  # raises what is caught above
         for term in request.bias:
@@ -331,15 +332,17 @@ def _other_request(
     lacks = lacking(request)
     if lacks:
         return lacks[0]
-    if in_order is not None and in_order != resort(route.request if route else request):
+    if in_order is not None and in_order not in restated(route.request if route else request):
         return Refusal("other-request", "the calls are for other positions than asked for")
     return None
 
 
-def _unmergeable(steps: Sequence[Launch]) -> Refusal | None:
+def _unmergeable(request: Request, steps: Sequence[Launch]) -> Refusal | None:
     """Check that there is one call, or that all are parts, in groups of heads that are disjoint."""
     if not steps:
         return Refusal("no-calls", "it has no calls")
+    if has_own_sinks(request) and not all(step.partial for step in steps):
+        return Refusal("misplaced", "a call that answers whole rows has one sink for all of them")
     if len(steps) == 1 and not steps[0].partial:
         return None
     if not all(step.partial for step in steps):

@@ -10,8 +10,8 @@ from attnkit.geometry import Region, Slice
 from attnkit.masks import Band, Mask, Or
 from attnkit.masks.base import anchor
 from attnkit.planner.calls import Launch, Zone
+from attnkit.planner.orders import Resorted
 from attnkit.planner.request import Request
-from attnkit.planner.residues import Resorted
 from attnkit.planner.routes import (
     Channels,
     Route,

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
+from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.masks import And, Dilated, Full, Mask
 from attnkit.masks.base import anchor
+from attnkit.planner.folded import Folded, folded
 from attnkit.planner.request import Request
 
-__all__ = ["Resorted", "residue_order", "resort"]
+__all__ = ["Resorted", "moves", "residue_order", "resort", "restated"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,3 +133,35 @@ def residue_order(request: Request) -> tuple[tuple[range, ...], tuple[range, ...
         keys += (range(r.start + key, r.stop + key, r.step) for r in kv_order)
         row, key = row + q_len, key + kv_len
     return tuple(queries), tuple(keys)
+
+
+def restated(request: Request) -> Iterator[Request | Refusal]:
+    """Yield the requests whose calls compute this one once its tokens are moved around them.
+
+    Positions may be sorted, or heads folded into the batch. Each is a function of the request, so
+    that a proof can make it again.
+    """
+    for way in (resort(request), folded(request)):
+        if way is not None:
+            yield way
+
+
+def moves(request: Request, other: Request) -> tuple[int, int]:
+    """Return the bytes that are moved around the calls of a restated request, by how many kernels.
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.empty(1, 64, 2, 16, device="meta")
+    >>> plan = ak.plan(x, x, x, mask=Dilated(2), backend="emulated")
+    >>> moves(plan.request, plan.in_order)
+    (65536, 6)
+    """
+    query, key, value = (prod(shape) for shape in other.shapes())
+    out = query // other.head_dim * other.value_dim
+    if isinstance(other.mask, Folded):
+        by_head = request.layout_of.pattern.startswith("b n ")
+        tensors = [] if by_head and other.num_heads == 1 else [query, out]
+        tensors += [] if by_head and key == prod(request.shapes()[1]) else [key, value]
+        return 2 * request.dtype.itemsize * sum(tensors), len(tensors)
+    # Beside these tensors, two of statistics.
+    return 2 * request.dtype.itemsize * (query + key + value + out), 6

@@ -11,7 +11,7 @@ import torch
 import attnkit as ak
 from attnkit import masks
 from attnkit.masks import Dilated
-from attnkit.planner.residues import Resorted
+from attnkit.planner.orders import Resorted
 
 RESTS = (
     masks.Full(),
