@@ -195,7 +195,7 @@ class Merged(torch.autograd.Function):
         Where every row is answered once, and no sink has a part in it, rows are written as they
         come.
         """
-        rows = _Rows(query, value.shape[-1], sink, parts.once)
+        rows = _Answered(query, value.shape[-1], sink, parts.once)
         random: list[Drawn] = []
         kept: list[Tensor] = []
         for launch, bias in zip(parts.launches, biases, strict=True):
@@ -232,7 +232,7 @@ class Merged(torch.autograd.Function):
         return (None, None, None, *first_order(make, dy, dlse, *saved[:5]))
 
 
-class _Rows:
+class _Answered:
     """The rows of an answer while they come in: output [t n d], maximum and sum [t n]."""
 
     def __init__(self, query: Tensor, dim: int, sink: Tensor | None, once: bool) -> None:
