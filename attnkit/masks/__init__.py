@@ -2,6 +2,7 @@
 
 from attnkit.masks.algebra import And, Not, Or
 from attnkit.masks.base import MASKS, Align, Enclosure, Full, Mask, Rectangle
+from attnkit.masks.block_table import Blocks
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.cut import Cut
@@ -32,6 +33,7 @@ from attnkit.masks.same_id import SameId
 from attnkit.masks.slices import Slices
 from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
+from attnkit.masks.tree import Tree
 
 register = MASKS.register
 
@@ -41,6 +43,7 @@ __all__ = [
     "And",
     "Band",
     "BlockCausal",
+    "Blocks",
     "Causal",
     "Chunked",
     "Columns",
@@ -72,6 +75,7 @@ __all__ = [
     "SlidingWindow",
     "Spans",
     "StackReport",
+    "Tree",
     "diff",
     "from_cu_seqlens",
     "from_flashmask",

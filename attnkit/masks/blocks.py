@@ -15,7 +15,7 @@ Phase = int | tuple[int, ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class _Blocks(Mask):
+class _Chunks(Mask):
     """Keys of the query's block and of some before; a block starts at each `size` + phase."""
 
     size: int
@@ -73,7 +73,7 @@ class _Blocks(Mask):
 
 @MASKS.register("chunked")
 @dataclass(frozen=True, init=False, repr=False, eq=False)
-class Chunked(_Blocks):
+class Chunked(_Chunks):
     """Keys in the query's own chunk: ``(j - phase) // size == (p - phase) // size``.
 
     p is the query's position. `phase` is where a chunk starts, 0 unless it is said: one number,
@@ -99,7 +99,7 @@ class Chunked(_Blocks):
 
 @MASKS.register("block_causal")
 @dataclass(frozen=True, repr=False, eq=False)
-class BlockCausal(_Blocks):
+class BlockCausal(_Chunks):
     """Keys in the query's own block and the blocks before: ``j // size <= p // size``.
 
     `phase` is where a block starts, one number or one for each batch element: ``(j - phase) //

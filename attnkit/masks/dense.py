@@ -19,7 +19,7 @@ from attnkit.geometry import Region, Slice
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.trace import enclosed
 
-__all__ = ["Dense", "boolean_cells"]
+__all__ = ["Dense", "boolean_cells", "packed_cells", "unpacked_cells"]
 
 _MOST_CELLS = 1 << 33  # a GiB of bits
 
@@ -67,7 +67,7 @@ class Dense(Mask):
     @cached_property
     def _content(self) -> tuple[_Shape, bytes]:
         """The shape, and the cells packed into bits."""
-        return _unpack(self.packed)
+        return unpacked_cells(self.packed)
 
     @cached_property
     def _enclosures(self) -> dict[tuple[int, int], Enclosure]:
@@ -77,7 +77,7 @@ class Dense(Mask):
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:
         """Build from a tensor where True marks an allowed cell."""
-        return cls(_pack(boolean_cells(tensor, "keep"), True))
+        return cls(packed_cells(boolean_cells(tensor, "keep"), True))
 
     @classmethod
     def drop(cls, tensor: torch.Tensor) -> Dense:
@@ -87,7 +87,7 @@ class Dense(Mask):
         >>> Dense.drop(torch.tensor([[False, True]])).region(1, 2).area
         1
         """
-        return cls(_pack(boolean_cells(tensor, "drop"), False))
+        return cls(packed_cells(boolean_cells(tensor, "drop"), False))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The region itself where it is small, else a hull of the cells."""
@@ -199,7 +199,7 @@ def boolean_cells(tensor: object, name: str) -> torch.Tensor:
 
 
 @untraced(MASK_IN_GRAPH)
-def _pack(tensor: torch.Tensor, keep: bool) -> str:
+def packed_cells(tensor: torch.Tensor, keep: bool) -> str:
     """Return ``BxNxSqxSkv:`` (without B of three axes) and the bits, deflated, in base 64."""
     if tensor.numel() > _MOST_CELLS:  # nothing is allocated before
         raise CompositionError(
@@ -213,7 +213,8 @@ def _pack(tensor: torch.Tensor, keep: bool) -> str:
     return "x".join(map(str, shape)) + ":" + base64.b64encode(bits).decode()
 
 
-def _unpack(packed: str) -> tuple[_Shape, bytes]:
+def unpacked_cells(packed: str, owner: str = "Dense") -> tuple[_Shape, bytes]:
+    """Return the four sizes of packed cells, and their bits."""
     try:
         head, _, body = packed.partition(":")
         found = _SHAPE.fullmatch(head)
@@ -234,7 +235,7 @@ def _unpack(packed: str) -> tuple[_Shape, bytes]:
             raise ValueError("bits are set beyond the last cell")
     except (ValueError, zlib.error) as error:
         raise CompositionError(
-            f"Dense got packed={packed[:40]!r}, not a packed mask ({error}); build one with "
-            "Dense.keep(tensor) or Dense.drop(tensor)"
+            f"{owner} got packed={packed[:40]!r}, not a packed mask ({error}); build one with "
+            + ("Dense.keep(tensor) or Dense.drop(tensor)" if owner == "Dense" else "a bool tensor")
         ) from None
     return (b, n, q_len, kv_len), bits

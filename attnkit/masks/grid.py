@@ -22,15 +22,12 @@ from attnkit.arguments import LARGEST, check_int
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
 from attnkit.masks.base import Enclosure, Mask, Rectangle
-from attnkit.masks.trace import paint
+from attnkit.masks.trace import MOST_RUNS, paint
 from attnkit.strips import Canonical, Run, advance
 
 __all__ = ["GridMask", "check_per_axis", "check_shape", "grid_product", "per_axis"]
 
 T = TypeVar("T", bool, int)
-
-MOST_RUNS = 1 << 17
-"""Runs of a region that is still built; a mask with more is known by its cells."""
 
 _MOST_AXES = 3
 

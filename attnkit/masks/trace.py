@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHUNK_CELLS",
+    "MOST_RUNS",
     "Enclosure",
     "Progress",
     "Rectangle",
@@ -38,6 +39,9 @@ __all__ = [
 
 CHUNK_CELLS = 1 << 20
 """Cells that are read at a time, so that memory does not follow the score matrix."""
+
+MOST_RUNS = 1 << 17
+"""Runs of a region that a family still builds; a mask with more is known by its cells."""
 
 # The cells of rows i0 <= i < i1, as a bool tensor [i1 - i0, kv_len].
 RowReader = Callable[[int, int], torch.Tensor]

@@ -108,6 +108,7 @@ def families() -> Iterator[Case]:
     for name, make in sized.items():
         yield from each(name, make, NOT_A_COUNT)
     yield from grids()
+    yield from tables_and_trees()
     ends: dict[str, Callable[[Any], object]] = {
         "Columns start": masks.Columns,
         "Rows start": masks.Rows,
@@ -228,6 +229,33 @@ def grids() -> Iterator[Case]:
     flags = without(NOT_A_COUNT, "bool")
     yield from each("Neighborhood causal", lambda bad: masks.Neighborhood(4, 1, 1, bad), flags)
     yield Case("Neighborhood of other lengths", lambda: masks.Neighborhood((2, 3), 1).region(5, 6))
+
+
+def tables_and_trees() -> Iterator[Case]:
+    tables: Values = {
+        **without(NOT_CELLS, "a list"),
+        "a list of int": lambda: [4],
+        "a word": lambda: "mask",
+        "nothing": list,
+        "rows of nothing": lambda: [[], []],
+        "no rows": lambda: torch.ones(0, 4, dtype=torch.bool),
+        "objects": lambda: [[Odd()]],
+        "an array of objects": lambda: np.array([[None]], dtype=object),
+    }
+    yield from each("Blocks table", lambda bad: masks.Blocks(bad, 2, 2), tables)
+    yield from each("Blocks q_block", lambda bad: masks.Blocks("#", bad, 2), NOT_A_COUNT)
+    yield from each("Blocks kv_block", lambda bad: masks.Blocks("#", 2, bad), NOT_A_COUNT)
+    flags = without(NOT_A_COUNT, "bool")
+    yield from each("Blocks causal", lambda bad: masks.Blocks("#", 2, 2, bad), flags)
+    aligned: Callable[[Any], object] = lambda bad: masks.Blocks("#", 2, 2, align=bad)  # noqa: E731
+    yield from each("Blocks align", aligned, NOT_AN_ALIGN)
+    yield Case("Blocks of other lengths", lambda: masks.Blocks("##", 2, 2).region(2, 5))
+    yield from each("Tree parents", masks.Tree, NOT_INTS)
+    yield from each("Trees", lambda bad: masks.Tree([[-1], bad]), NOT_INTS)
+    prefixes = without(NOT_A_LENGTH, "none")
+    yield from each("Tree prefix", lambda bad: masks.Tree([-1], bad), prefixes)
+    yield Case("Tree with a cycle", lambda: masks.Tree([1, 0]))
+    yield Case("Tree of other lengths", lambda: masks.Tree([-1, 0]).region(3, 3))
 
 
 def bomb() -> str:

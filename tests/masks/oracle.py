@@ -179,6 +179,8 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         two = masks.Slices((pieces, ()), q_len, kv_len)
         yield Case(two, lambda c: c.b == 0 and (c.j <= c.i or c.i == 1))
     yield from numbered_cases(q_len, kv_len)
+    yield from table_cases(q_len, kv_len)
+    yield from tree_cases(q_len, kv_len)
     yield from grid_cases(q_len) if q_len == kv_len else ()
     lengths = (kv_len, kv_len // 2, 0)
     yield Case(masks.Padding(lengths), lambda c: c.j < lengths[c.b])
@@ -204,6 +206,45 @@ def numbered_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         masks.SameId.of(*each, none=0), lambda c: each[0][c.b][c.i] == each[1][c.b][c.j] != 0
     )
     yield Case(masks.SameId.of(rows, each[1]), lambda c: rows[c.i] == each[1][c.b][c.j] >= 0)
+
+
+def table_cases(q_len: int, kv_len: int) -> Iterator[Case]:
+    """Blocks of two by three: for each batch element and head, and with a causal edge."""
+    rows, keys = -(-q_len // 2), -(-kv_len // 3)
+    if not (q_len and kv_len):
+        return
+    generator = torch.Generator().manual_seed(q_len + 7 * kv_len)
+    table = torch.rand(3, 2, rows, keys, generator=generator) < 0.6
+    yield Case(masks.Blocks(table, 2, 3), lambda c: bool(table[c.b, c.h, c.i // 2, c.j // 3]))
+    for align in ALIGNS:
+        yield Case(
+            masks.Blocks(table[0, 0], 2, 3, causal=True, align=align),
+            lambda c, a=align: bool(table[0, 0, c.i // 2, c.j // 3]) and c.j <= c.p(a),
+        )
+
+
+def on_the_way(token: int, parents: list[int]) -> set[int]:
+    """A token of a tree, and all above it."""
+    return {token} | (on_the_way(parents[token], parents) if parents[token] >= 0 else set())
+
+
+def tree_cases(q_len: int, kv_len: int) -> Iterator[Case]:
+    """Trees behind all keys that there are; one whose parents come last."""
+    if not 0 < q_len <= kv_len:
+        return
+    before = kv_len - q_len
+    binary = [(i + 1) // 2 - 1 for i in range(q_len)]
+    upwards = [*range(1, q_len), -1]
+    yield Case(
+        masks.Tree(binary),
+        lambda c: c.j < before or c.j - before in on_the_way(c.i, binary),
+    )
+    yield Case(
+        masks.Tree([upwards, binary, [-1] * q_len], before),
+        lambda c: (
+            c.j < before or c.j - before in on_the_way(c.i, (upwards, binary, [-1] * q_len)[c.b])
+        ),
+    )
 
 
 def grid_cases(size: int) -> Iterator[Case]:

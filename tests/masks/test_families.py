@@ -49,6 +49,9 @@ PLANTED = [
     Case(masks.BlockCausal(2, before=1), lambda c: c.j // 2 <= c.p(ALIGNS[0]) // 2),
     Case(masks.Keys([(0, 2), (3, None)]), lambda c: c.j != 3),
     Case(masks.SameId([(0, 2), (1, 1), (0, 2)]), lambda c: (c.i < 2) == (c.j < 2)),
+    Case(masks.Blocks("#.# .## ###", 2, 2), lambda c: c.i // 2 != c.j // 2),
+    Case(masks.Blocks("## ##", 3, 3, causal=True), lambda c: c.j < c.p(ALIGNS[0])),
+    Case(masks.Tree([-1, 0, 0, 1, 1]), lambda c: c.j <= c.i),
     Case(masks.Neighborhood(5, 3), lambda c: abs(c.i - c.j) <= 1),
     Case(masks.Dilated(3), lambda c: (c.p(ALIGNS[0]) - c.j) % 3 == 1),
     Case(masks.Columns(1, 3), lambda c: 1 <= c.j <= 3),
@@ -66,7 +69,11 @@ PLANTED = [
 
 @pytest.mark.parametrize("case", PLANTED, ids=lambda case: repr(case.mask))
 def test_a_planted_fault_is_found(case):
-    sizes = [(5, 5)] if case.mask.extent != (None, None) else [(5, 5), (3, 5), (5, 3)]
+    sizes = (
+        [(5, 5)]
+        if case.mask.extent != (None, None) or "Blocks" in repr(case.mask)
+        else [(5, 5), (3, 5), (5, 3)]
+    )
     assert any(first_difference(case, *size) is not None for size in sizes)
 
 
