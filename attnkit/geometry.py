@@ -33,6 +33,7 @@ from attnkit.strips import (
     Strip,
     Table,
     advance,
+    canonical,
     close_bounds,
     combine,
     gaps,
@@ -448,6 +449,16 @@ class Region:
                 for i0, i1, runs in self.strips
             )
         )
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether the strips are the one way to write these cells; given ones may be any.
+
+        >>> column = Strip(0, 1, ((0, 0, 1, 0),)), Strip(1, 2, ((0, 0, 1, 0),))
+        >>> Region(column).is_canonical, Region.full(2, 1).is_canonical
+        (False, True)
+        """
+        return canonical(self.strips) == self.strips
 
     def __repr__(self) -> str:
         parts = self.slices

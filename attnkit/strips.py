@@ -85,6 +85,24 @@ class Canonical:
         self.strips.append(Strip(i0, i1, runs))
 
 
+def canonical(strips: tuple[Strip, ...]) -> tuple[Strip, ...] | None:
+    """Return strips in their one form; None where runs overlap, touch, or do not move by 0 or 1."""
+    out, row = Canonical(), 0
+    for i0, i1, runs in strips:
+        ends = [end for a, da, b, db in runs for end in ((a, da), (b, db))]
+        whole = all(type(n) is int and type(step) is int for n, step in ends)
+        if not whole or i0 < row or i1 <= i0 or any(step not in (0, 1) for _, step in ends):
+            return None
+        # Ends are lines: in order in the first and in the last row, they are in order between.
+        for last in (0, i1 - i0 - 1):
+            places = [n + step * last for n, step in ends]
+            if any(x >= y for x, y in pairwise(places)):
+                return None
+        out.add(i0, i1, runs)
+        row = i1
+    return tuple(out.strips)
+
+
 def _slopes(runs: tuple[Run, ...]) -> list[tuple[int, int]]:
     return [(da, db) for _, da, _, db in runs]
 

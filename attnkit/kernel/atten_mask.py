@@ -6,7 +6,8 @@ A record's `regions` are in attnkit's polarity: they hold the *allowed* cells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -69,6 +70,18 @@ class AttenMask:
                 f"AttenMask.full got {len(self.regions)} regions for shape {self.shape}, whose "
                 f"leading indices need {wanted}; give one region per (batch, head) index"
             )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # The key of a kept tensor, on the call path; the cells of many tiles are long.
+        return hash((self.kind, self.shape, self.regions, self.dtype, self.with_call))
+
+    def __getstate__(self) -> dict[str, object]:
+        # Another process hashes strings differently.
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
     def causal(cls) -> AttenMask:

@@ -26,7 +26,7 @@ from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.staircases import partitions
 
-__all__ = ["Search", "decompositions", "head_groups"]
+__all__ = ["Search", "decompositions", "head_groups", "kv_heads_of"]
 
 _MOST_CUTS = 8
 _MOST_PARTITIONS = 4
@@ -169,7 +169,7 @@ def head_groups(request: Request) -> list[tuple[int, ...]]:
     return [tuple(heads) for heads in alike.values()]
 
 
-def _kv_heads(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
+def kv_heads_of(request: Request, heads: tuple[int, ...]) -> tuple[int, ...]:
     """Return the key heads that a call on some query heads reads, repeated only where it must."""
     size = request.num_heads // request.num_kv_heads
     wanted = tuple(head // size for head in heads)
@@ -272,7 +272,7 @@ class _Maker(NamedTuple):
             window.prefix(one) if one else block.sizes[1]
             for one, block in zip(found, blocks, strict=True)
         )
-        kv_heads = _kv_heads(request, heads)
+        kv_heads = kv_heads_of(request, heads)
         call = bare_call(request, layout, blocks, (len(heads), len(kv_heads)))
         return Launch(
             self.label,

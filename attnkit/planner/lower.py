@@ -24,6 +24,7 @@ from attnkit.planner.price import Price, chip, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route, in_parts, routes, rows_in, zones_with_cells
+from attnkit.planner.tilings import tilings
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
 
@@ -259,7 +260,7 @@ def _covers(
     seen: set[frozenset[object]] = set()
     # Sets of calls have calls in common: each is proven and priced once.
     known: dict[Launch, tuple[Launch, list[Refusal]]] = {}
-    for parts in decompositions(request, groups, search):
+    for parts in _ways(request, search, groups, found):
         if isinstance(parts, Refusal):
             refusals.append(parts)
             continue
@@ -280,6 +281,19 @@ def _covers(
         if parts and not reasons:
             found.append(Solution(_without_merge(request, [part for part, _ in judged])))
     return found, refusals
+
+
+def _ways(
+    request: Request,
+    search: Search,
+    groups: tuple[tuple[int, ...], ...] | None,
+    found: Sequence[Solution],
+) -> Iterator[tuple[Launch, ...] | Refusal]:
+    """Yield sets of calls; in tiles of rows, unless that costs more than what was `found`."""
+    yield from decompositions(request, groups, search)
+    if search.gathers and groups is None:
+        least = min(map(_nanoseconds, found), default=inf)
+        yield from tilings(request, MOST_MASK_CELLS, least)
 
 
 def _without_merge(request: Request, launches: Sequence[Launch]) -> tuple[Launch, ...]:

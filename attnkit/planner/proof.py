@@ -21,6 +21,7 @@ from attnkit.kernel.modes import MASK_DECIDES
 from attnkit.planner.biases import Arguments, bias_arguments, disprove_bias, part_arguments
 from attnkit.planner.calls import Launch, bare_call, tile_whole
 from attnkit.planner.candidates import opaque_shape
+from attnkit.planner.images import are_many, uncovered
 from attnkit.planner.price import heads_of
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
@@ -220,7 +221,7 @@ def disprove_calls(request: Request, launches: Sequence[Launch]) -> Refusal | No
                 return Refusal("mean-of-values", "a part has rows that allow no key")
         elif launch.partial:
             return Refusal("misplaced", "a part reads a mask of one entry per cell")
-        if any(region != Region.of(*region.slices) for region in _drawn(call)):
+        if not all(region.is_canonical for region in _drawn(call)):
             return Refusal("wrong-cells", "the mask's cells are not written in their one order")
         illegal = broken_rules(request, call)
         if illegal:
@@ -229,8 +230,9 @@ def disprove_calls(request: Request, launches: Sequence[Launch]) -> Refusal | No
 
 
 def _drawn(call: KernelCall) -> tuple[Region, ...]:
-    """Return the regions that a mask of one entry per cell is drawn from."""
-    return (call.atten_mask.regions or ()) if call.atten_mask is not None else ()
+    """Return the regions that a mask of one entry per cell is drawn from; tiles share theirs."""
+    regions = (call.atten_mask.regions or ()) if call.atten_mask is not None else ()
+    return tuple({id(region): region for region in regions}.values())
 
 
 def broken_rules(request: Request, call: KernelCall) -> list[Refusal]:
@@ -260,7 +262,7 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
         return wrong
     alone = any(one.heads is not None or heads_of(one.call) != (None,) for one in launches)
     for head in range(request.num_heads if known.per_head or alone else 1):
-        parts: list[list[Region]] = [[] for _ in range(request.batch)]
+        parts: list[list[tuple[Block, Region]]] = [[] for _ in range(request.batch)]
         for launch in launches:
             if launch.heads is not None and head not in launch.heads:
                 continue
@@ -272,9 +274,12 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
             if averaged is not None:
                 return averaged
             for block, region in zip(launch.blocks, regions, strict=True):
-                parts[block.batch].append(block.image(region))
+                parts[block.batch].append((block, region))
         for b, (found, target) in enumerate(zip(parts, known.regions(head), strict=True)):
-            missed = _uncovered(found, target)
+            if are_many(found):
+                missed = uncovered(found, target)
+            else:
+                missed = _uncovered([block.image(region) for block, region in found], target)
             if missed:
                 return Refusal("cover", f"batch element {b}, head {head}: {missed}")
     return None

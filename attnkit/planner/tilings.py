@@ -1,0 +1,394 @@
+"""Rivals for masks whose rows all differ: rows in tiles, each with the keys that any of them sees.
+
+A tile is a sequence of a few hundred rows and of the union of their keys, gathered, and a small
+mask says which of its cells are allowed. Two calls read such masks:
+
+- a packed call in mode 1 has one mask for all its sequences, of which each reads the upper left
+  corner. So keys that some row does not see come first and those that all see last: tiles that
+  differ in the number of the latter share a mask;
+- in a dense call the tiles are batch elements with a mask each. They are of one size: a tile with
+  fewer keys than the widest is given others, which its mask forbids.
+
+Every row is in one tile, so nothing is merged. A mask has as many entries as the tiles have cells,
+not as many as the score matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from math import inf, prod
+from typing import NamedTuple
+
+import numpy as np
+
+from attnkit.errors import Refusal
+from attnkit.geometry import Region
+from attnkit.kernel import AttenMask
+from attnkit.planner.calls import Launch, bare_call
+from attnkit.planner.decompose import head_groups, kv_heads_of
+from attnkit.planner.lattice import axes_of, in_patches, patches
+from attnkit.planner.price import Chip, chip
+from attnkit.planner.request import Request
+from attnkit.planner.sequences import Block
+from attnkit.planner.tiled_rows import (
+    Array,
+    Cells,
+    RowRuns,
+    Tiles,
+    ranges_of,
+    row_runs,
+    runs_in_rows,
+)
+
+__all__ = ["tilings"]
+
+_MOST_RUNS = 2**22
+_HEIGHTS = (64, 128, 256, 512)
+_PATCHES = 3
+_SAMPLES = 8
+_HEAVY = 4  # rows that see so many times what most rows see are in tiles of their own
+_MOST_PATTERNS = 4
+_MOST_SIZES = 3
+_MOST_WIDTHS = 16
+# What the contract takes in one packed call.
+_MOST_SEQUENCES, _MOST_TOKENS = 2048, 1_000_000
+# The gathers and scatters around a call.
+_AROUND = 6
+
+
+def tilings(
+    request: Request,
+    most_mask: int,
+    bound: float = inf,
+    groups: Sequence[tuple[int, ...]] | None = None,
+) -> Iterator[tuple[Launch, ...] | Refusal]:
+    """Yield calls on tiles of rows that make up a request: with shared masks, and with one each.
+
+    No mask has more than `most_mask` entries: tiles go to several calls before that. What is
+    estimated to cost more than `bound`, in nanoseconds, is left out.
+    """
+    if request.bias or not request.matrices.exact:
+        return
+    groups = head_groups(request) if groups is None else groups
+    regions = {k for heads in groups for k in request.matrices.regions(heads[0])}
+    count = sum(map(runs_in_rows, regions))
+    if count > _MOST_RUNS:
+        reason = f"its rows have {count:,} runs of keys, and {_MOST_RUNS:,} are looked at"
+        yield Refusal("tile-runs", reason, "tiles of rows")
+        return
+    sides = [_Side(request, heads, most_mask) for heads in groups]
+    for shared in (True, False):
+        least = sum(side.least(shared) for side in sides)
+        if least < bound:
+            found = [side.calls(shared) for side in sides]
+            launches = tuple(launch for some in found for launch in some or ())
+            if None not in found and _spares(request, launches, regions):
+                yield launches
+
+
+def _spares(request: Request, launches: Sequence[Launch], regions: Collection[Region]) -> bool:
+    """Whether the masks have fewer entries than one for each of the different score matrices."""
+    masks = [launch.call.atten_mask for launch in launches]
+    least = min(
+        (q_len * kv_len for q_len, kv_len in request.sequences if q_len * kv_len), default=0
+    )
+    return sum(mask.cells for mask in masks if mask is not None) < least * len(regions)
+
+
+class _Costs(NamedTuple):
+    """What a tile costs in a call, by estimate; what is the same for all tilings is left out."""
+
+    chip: Chip
+    flops: int
+    heads: int
+    copied: int
+
+    @classmethod
+    def of(cls, request: Request, heads: int, kv_heads: int) -> _Costs:
+        both = request.head_dim + request.value_dim
+        return cls(chip(), 2 * heads * both, heads, 2 * kv_heads * both * request.dtype.itemsize)
+
+    def tile(self, rows: int, keys: int) -> float:
+        """Return the nanoseconds of one tile: its products, its mask, and the copy of its keys."""
+        cells = -(-rows // self.chip.tile_q) * -(-keys // self.chip.tile_kv)
+        cells *= self.chip.tile_q * self.chip.tile_kv
+        moved = self.heads * cells + rows * keys + self.copied * keys
+        return self.chip.nanoseconds(self.flops * cells, moved, 0)
+
+    @property
+    def call(self) -> float:
+        """What one call more costs."""
+        return self.chip.nanoseconds(0, 0, 1, _AROUND)
+
+
+class _Tile(NamedTuple):
+    """Rows and keys of a score matrix, and which of their cells are allowed."""
+
+    batch: int
+    rows: Array
+    keys: Array
+    cells: Cells
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return len(self.rows), len(self.keys)
+
+    @property
+    def block(self) -> Block:
+        return Block(self.batch, ranges_of(self.rows), ranges_of(self.keys))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Some rows of a score matrix, and the ways to put them into tiles."""
+
+    runs: RowRuns
+    rows: Array
+    kv_len: int
+    costs: _Costs
+
+    @cached_property
+    def choices(self) -> list[tuple[Array, int]]:
+        """The rows in some orders, and how many make a tile."""
+        found = [(self.rows, height) for height in _HEIGHTS if height < 2 * len(self.rows)]
+        axes = axes_of(self.runs, self.rows)
+        if axes:
+            options = [
+                (count * self.costs.tile(prod(sizes), keys), sizes)
+                for sizes, count, keys in patches(axes, self.kv_len)
+            ]
+            found += (
+                (in_patches(self.rows, axes, sizes), prod(sizes))
+                for _, sizes in sorted(options)[:_PATCHES]
+            )
+        return found or [(self.rows, _HEIGHTS[0])]
+
+    @cached_property
+    def estimates(self) -> list[tuple[float, float]]:
+        """What each choice costs with shared masks and with one for each tile, by samples."""
+        return [self._estimate(*choice) for choice in self.choices]
+
+    def _estimate(self, rows: Array, height: int) -> tuple[float, float]:
+        whole, taken = len(rows) // height, rows
+        if whole > _SAMPLES:
+            tops = (2 * np.arange(_SAMPLES) + 1) * whole // (2 * _SAMPLES) * height
+            taken = rows[(tops[:, None] + np.arange(height)).reshape(-1)]
+        tiles = Tiles.of(self.runs, taken, height)
+        cost = sum(self.costs.tile(*sizes) for sizes in tiles.sizes) * len(rows) / len(taken)
+        patterns = {tiles.cells(k).pattern.key for k in range(len(tiles))}
+        return (cost if len(patterns) <= _MOST_PATTERNS else inf), cost
+
+    def least(self, shared: bool) -> float:
+        """Return what the cheapest choice costs."""
+        return min(pair[not shared] for pair in self.estimates)
+
+    def tiles(self, shared: bool) -> Tiles:
+        """Return the cheapest tiles."""
+        costs = [pair[not shared] for pair in self.estimates]
+        return Tiles.of(self.runs, *self.choices[costs.index(min(costs))])
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The score matrices of some heads that have equal masks."""
+
+    request: Request
+    heads: tuple[int, ...]
+    most_mask: int
+
+    @cached_property
+    def kv_heads(self) -> tuple[int, ...]:
+        """The key heads that a call on these heads reads."""
+        return kv_heads_of(self.request, self.heads)
+
+    @cached_property
+    def costs(self) -> _Costs:
+        """What tiles cost."""
+        return _Costs.of(self.request, len(self.heads), len(self.kv_heads))
+
+    @cached_property
+    def parts(self) -> list[list[_Rows]]:
+        """The rows of every batch element, those that see much apart; equal matrices are shared."""
+        known: dict[tuple[Region, int, int], list[_Rows]] = {}
+        pairs = zip(
+            self.request.matrices.regions(self.heads[0]), self.request.sequences, strict=True
+        )
+        keys = [(region, *sizes) for region, sizes in pairs]
+        for key in keys:
+            if key not in known:
+                region, q_len, kv_len = key
+                runs = row_runs(region, q_len)
+                parts = filter(len, runs.parted(_HEAVY))
+                known[key] = [_Rows(runs, rows, kv_len, self.costs) for rows in parts]
+        return [known[key] for key in keys]
+
+    def least(self, shared: bool) -> float:
+        """Return what the cheapest tiles cost, by estimate."""
+        return self.costs.call + sum(rows.least(shared) for some in self.parts for rows in some)
+
+    def calls(self, shared: bool) -> list[Launch] | None:
+        """Return the calls on the cheapest tiles; None where they would be too many."""
+        made: dict[_Rows, list[_Tile]] = {}
+        tiles: list[_Tile] = []
+        for batch, some in enumerate(self.parts):
+            for rows in some:
+                if rows not in made:
+                    made[rows] = list(_each(rows.tiles(shared)))
+                tiles += (tile._replace(batch=batch) for tile in made[rows])
+        return self._shared(tiles) if shared else self._apart(tiles)
+
+    # -- masks for many tiles ------------------------------------------------------------------
+
+    def _shared(self, tiles: list[_Tile]) -> list[Launch] | None:
+        """Return a packed call for each pattern, if these are few."""
+        alike: dict[bytes, list[_Tile]] = {}
+        for tile in tiles:
+            alike.setdefault(tile.cells.pattern.key, []).append(tile)
+        largest = max(prod(tile.sizes) for tile in tiles)
+        if len(alike) > _MOST_PATTERNS or largest > self.most_mask:
+            return None
+        return [
+            self._packed(some) for every in alike.values() for some in _chunks(every, _fits_packed)
+        ]
+
+    def _packed(self, tiles: list[_Tile]) -> Launch:
+        """Return the packed call whose sequences are tiles with one pattern."""
+        first = max(tiles, key=lambda tile: len(tile.keys))
+        height, width = first.sizes
+        pattern = first.cells.pattern
+        whole = pattern.widened(int(first.cells.partial.sum()), width).region
+        cut = {w: whole.cut((0, height), (0, w)) for w in {len(tile.keys) for tile in tiles}}
+        ordered = [tile._replace(keys=_partial_first(tile)) for tile in tiles]
+        targets = tuple(cut[len(tile.keys)] for tile in tiles)
+        mask = AttenMask.full((height, width), (whole,))
+        told = "one mask for all tiles"
+        return self._launch("TND", ordered, targets, None if _is_full(first) else mask, told)
+
+    # -- a mask for each tile ------------------------------------------------------------------
+
+    def _apart(self, tiles: list[_Tile]) -> list[Launch] | None:
+        """Return dense calls whose batch elements are tiles of about the same size."""
+        heights: dict[int, list[_Tile]] = {}
+        for tile in tiles:
+            heights.setdefault(len(tile.rows), []).append(tile)
+        out: list[Launch] = []
+        for height, some in heights.items():
+            ends = self._widths(height, sorted(len(tile.keys) for tile in some))
+            for low, high in zip((0, *ends), ends, strict=False):
+                own = [tile for tile in some if low < len(tile.keys) <= high]
+                width = max(len(tile.keys) for tile in own)
+                if height * width > self.most_mask:
+                    return None
+                most = self.most_mask // (height * width)
+                out += (self._dense(own[k : k + most], width) for k in range(0, len(own), most))
+        return out
+
+    def _widths(self, height: int, widths: list[int]) -> tuple[int, ...]:
+        """Return the widths up to which tiles go to the same calls, the cheapest few."""
+        side, costs = self.costs.chip.tile_kv, self.costs
+        every = sorted({-(-w // side) * side for w in widths}, reverse=True)
+        ends = every[:: -(-len(every) // _MOST_WIDTHS)][::-1]
+        counts = np.diff(np.searchsorted(widths, [0, *ends], side="right")).tolist()
+
+        def cost(chosen: tuple[int, ...]) -> float:
+            each = (
+                count * costs.tile(height, next(w for w in chosen if w >= end))
+                for count, end in zip(counts, ends, strict=True)
+            )
+            return sum(each, len(chosen) * costs.call)
+
+        options = (
+            (*some, ends[-1])
+            for n in range(min(_MOST_SIZES, len(ends)))
+            for some in combinations(ends[:-1], n)
+        )
+        return min(options, key=cost)
+
+    def _dense(self, tiles: list[_Tile], width: int) -> Launch:
+        """Return the dense call whose batch elements are tiles, with keys up to a width."""
+        height = len(tiles[0].rows)
+        known: dict[bytes, Region] = {}
+        for tile in tiles:
+            if tile.cells.key not in known:
+                known[tile.cells.key] = tile.cells.region
+        targets = tuple(known[tile.cells.key] for tile in tiles)
+        lengths = self.request.sequences
+        filled = [
+            tile._replace(keys=_filled(tile.keys, width, lengths[tile.batch][1])) for tile in tiles
+        ]
+        if len(known) == 1:
+            mask = AttenMask.full((height, width), targets[:1])
+        else:
+            mask = AttenMask.full((len(tiles), 1, height, width), targets)
+        full = targets[0] == Region.full(height, width) and len(known) == 1
+        return self._launch("BSND", filled, targets, None if full else mask, "a mask for each tile")
+
+    def _launch(
+        self,
+        layout: str,
+        tiles: Iterable[_Tile],
+        targets: tuple[Region, ...],
+        mask: AttenMask | None,
+        told: str,
+    ) -> Launch:
+        """Return the call whose sequences are tiles."""
+        request, heads, kv_heads = self.request, self.heads, self.kv_heads
+        blocks = tuple(tile.block for tile in tiles)
+        call = bare_call(request, layout, blocks, (len(heads), len(kv_heads)))
+        if mask is not None:
+            call = replace(call, atten_mask=mask, sparse_mode=1)
+        return Launch(
+            "no mask" if mask is None else f"mode 1, {told}",
+            call,
+            blocks,
+            targets,
+            request.token_starts,
+            heads=heads if len(heads) < request.num_heads else None,
+            kv_heads=kv_heads,
+        ).as_part()
+
+
+def _each(tiles: Tiles) -> Iterator[_Tile]:
+    """Yield tiles one by one, of batch element 0."""
+    for k in range(len(tiles)):
+        yield _Tile(0, tiles.rows_of(k), tiles.keys_of(k), tiles.cells(k))
+
+
+def _partial_first(tile: _Tile) -> Array:
+    """Return the keys of a tile, those that some row does not see first."""
+    partial = tile.cells.partial
+    return np.concatenate([tile.keys[partial], tile.keys[~partial]])
+
+
+def _is_full(tile: _Tile) -> bool:
+    return not tile.cells.partial.any()
+
+
+def _filled(keys: Array, width: int, kv_len: int) -> Array:
+    """Return keys with others after them, up to a width: those that follow the last one first."""
+    if len(keys) == width:
+        return keys
+    free = np.ones(kv_len, dtype=np.bool_)
+    free[keys] = False
+    others = np.flatnonzero(free)
+    after = int(np.searchsorted(others, keys[-1]))
+    return np.concatenate([keys, others[after:], others[:after]])[:width]
+
+
+def _chunks(tiles: list[_Tile], fits: Callable[[int, int, int], bool]) -> Iterator[list[_Tile]]:
+    """Yield tiles in groups, each as long as ``(count, rows, keys)`` fit."""
+    first = rows = keys = 0
+    for k, tile in enumerate(tiles):
+        h, w = tile.sizes
+        if k > first and not fits(k - first + 1, rows + h, keys + w):
+            yield tiles[first:k]
+            first, rows, keys = k, 0, 0
+        rows, keys = rows + h, keys + w
+    yield tiles[first:]
+
+
+def _fits_packed(count: int, rows: int, keys: int) -> bool:
+    return count <= _MOST_SEQUENCES and max(rows, keys) <= _MOST_TOKENS
