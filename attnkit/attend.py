@@ -149,19 +149,23 @@ def key_of(
 def any_length(known: Hashable, layout: str) -> tuple[Hashable, int] | None:
     """Return of a `key_of` what a plan for every mask and number of keys depends on, and these.
 
-    None where key and value differ in length, or the layout is packed.
+    Of packed sequences that is every number of tokens. None where key and value differ in length,
+    or packed ones from what their lengths say.
     """
     if known is None:
         return None
-    (query, key, value, *carried), _, _, *rest = cast("tuple[Any, ...]", known)
-    axes = layouts.get(layout).axes
-    if "s" not in axes:
-        return None
-    at = axes.index("s")
+    (query, key, value, *carried), _, _, seqlens, *rest = cast("tuple[Any, ...]", known)
+    axes, packed = layouts.get(layout).axes, layouts.get(layout).packed
+    at = axes.index("t" if packed else "s")
     if len(key[0]) <= at or key[0][at : at + 1] != value[0][at : at + 1]:
         return None
-    sides = tuple((shape[:at], shape[at + 1 :], *facts) for shape, *facts in (key, value))
-    return (query, sides, tuple(facts[2:] for facts in carried), *rest), key[0][at]
+    if packed != (seqlens is not None):
+        return None
+    if packed and (query[0][at : at + 1], key[0][at]) != ((seqlens.total_q,), seqlens.total_kv):
+        return None
+    sides = [(shape[:at], shape[at + 1 :], *facts) for shape, *facts in (query, key, value)]
+    of_query = sides[0] if packed else query
+    return (of_query, *sides[1:], tuple(facts[2:] for facts in carried), *rest), key[0][at]
 
 
 def plan_again(
@@ -178,12 +182,13 @@ def plan_again(
     found = plans.get(known)
     if found is not None:
         return found
-    # A decoding step has one key more than the last: such plans are for any number of them.
+    # A decoding step has one key more than the last, a training step other lengths of sequences:
+    # such plans are for any number of them.
     step = any_length(known, asked.layout)
     alike = None if step is None else plans.pop(step[0], None)
     if alike is not None and step is not None:
         plans[step[0]] = alike  # the newest again, so that steps do not drop it
-        found = alike.at(asked.mask, asked.pse, step[1])
+        found = alike.at(asked.mask, asked.pse, step[1], seqlens)
     if found is None:
         found = plan_of(asked, query, key, value, sink, seqlens)
         if step is not None and found.of_any_length:

@@ -68,7 +68,9 @@ def _bool(value: Any) -> bool:
 
 
 def _are_ints(value: object) -> bool:
-    return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
+    if not isinstance(value, tuple) or set(map(type, value)) - {int}:
+        return value is None or (isinstance(value, tuple) and all(map(fits_int64, value)))
+    return not value or (fits_int64(min(value)) and fits_int64(max(value)))  # many lengths
 
 
 # How an argument of each type is read, and whether it is one then, by the type's annotation.

@@ -35,6 +35,7 @@ __all__ = [
     "Zone",
     "bare_call",
     "by_heads",
+    "copied_before",
     "diagonal_blocks",
     "tile_whole",
     "widened",
@@ -227,6 +228,20 @@ class Launch:
         )
         vars(found).update((name, vars(self)[name]) for name in _OF_CELLS if name in vars(self))
         return found
+
+    def after_copies(self, request: Request, told: str, launches: int) -> Launch:
+        """Return the launch before which query and key of a request are copied."""
+        return replace(
+            self,
+            label=f"{self.label}, {told}",
+            copied_bytes=self.copied_bytes + copied_before(request),
+            small_launches=self.small_launches + launches,
+        )
+
+
+def copied_before(request: Request) -> int:
+    """Return the bytes that are moved where query and key are copied before a call."""
+    return 2 * request.dtype.itemsize * sum(prod(shape) for shape in request.shapes()[:2])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from attnkit.kernel import KernelCall
 from attnkit.masks import Band
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
-from attnkit.planner.calls import MERGE_LAUNCHES, Launch, Solution, Zone, by_heads, widened
+from attnkit.planner.calls import (
+    MERGE_LAUNCHES,
+    Launch,
+    Solution,
+    Zone,
+    by_heads,
+    copied_before,
+    widened,
+)
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
 from attnkit.planner.folded import has_own_sinks
@@ -34,10 +42,6 @@ MOST_MASK_CELLS = 2**24
 Such masks are built once and kept (4,096 x 4,096 is one of 16.8 MB). A larger one would be built
 in every step, and is taken only where nothing else computes the request.
 """
-
-# Query and key are copied beside their channels, by a handful of elementwise kernels for each
-# bias: positions, pieces, concatenations.
-_CHANNEL_LAUNCHES = 8
 
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
@@ -96,18 +100,7 @@ def _with_copies(found: Plan, told: str, launches: int) -> Plan:
     if not found.steps:
         return found
     first, *rest = found.steps
-    first = replace(
-        first,
-        label=f"{first.label}, {told}",
-        copied_bytes=first.copied_bytes + _copied(found.request),
-        small_launches=first.small_launches + launches,
-    )
-    return replace(found, steps=(first, *rest))
-
-
-def _copied(request: Request) -> int:
-    """Return the bytes that are moved where query and key are copied."""
-    return 2 * request.dtype.itemsize * sum(prod(shape) for shape in request.shapes()[:2])
+    return replace(found, steps=(first.after_copies(found.request, told, launches), *rest))
 
 
 def _as_given(request: Request, search: Search) -> Plan:
@@ -401,9 +394,8 @@ def on_route(request: Request, route: Route, search: Search, bound: float = inf)
             return on_route(request, parted, search, bound)
     if not found.steps:
         return found
-    found = replace(found, request=route.request)
-    found = _with_copies(found, str(route), _CHANNEL_LAUNCHES * len(route.channels))
-    return replace(found, request=request, route=route)
+    first, *rest = found.steps
+    return replace(found, request=request, steps=(route.around(first), *rest), route=route)
 
 
 def _by_zone(
@@ -445,7 +437,7 @@ def _by_zone(
 
 def _cost_of_channels(route: Route) -> float:
     """Return what it costs to copy query and key beside their channels, in nanoseconds."""
-    return chip().nanoseconds(0, _copied(route.request), 0, _CHANNEL_LAUNCHES * len(route.channels))
+    return chip().nanoseconds(0, copied_before(route.request), 0, route.launches)
 
 
 def _least_of_zones(route: Route, bound: float) -> dict[Zone, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask
@@ -24,10 +25,10 @@ class Matrices:
 
     planes: tuple[tuple[Enclosure, ...], ...]
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         """Whether every score matrix is a region."""
-        return all(e.exact for plane in self.planes for e in set(plane))
+        return all(e.exact for e in self._distinct)
 
     @property
     def per_head(self) -> bool:
@@ -37,7 +38,12 @@ class Matrices:
     @property
     def allow_any(self) -> bool:
         """Whether some cell may be allowed."""
-        return any(known.outer for plane in self.planes for known in set(plane))
+        return any(known.outer for known in self._distinct)
+
+    @property
+    def _distinct(self) -> Iterator[Enclosure]:
+        """The enclosures, those that are one object once: equal ones are shared."""
+        return iter({id(e): e for plane in self.planes for e in plane}.values())
 
     def regions(self, head: int = 0) -> tuple[Region, ...]:
         """Return the outer bounds: the regions themselves where the matrices are exact."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.errors import KernelContractError, Refusal
@@ -17,7 +18,7 @@ from attnkit.planner.folded import has_own_sinks
 from attnkit.planner.orders import restated
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
-from attnkit.planner.request import Request, bias_terms, state_of
+from attnkit.planner.request import Request, bias_terms, check_fits, state_of
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.registry import Registry
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
+    from attnkit.layouts import SeqLens
     from attnkit.masks import Mask
     from attnkit.planner.nearby import Saving
     from attnkit.pse import Pse
@@ -104,11 +106,14 @@ class Plan:
         """
         return has_form(self)
 
-    def at(self, mask: Mask, pse: Pse | None, kv_len: int) -> Plan | None:
+    def at(
+        self, mask: Mask, pse: Pse | None, kv_len: int, seqlens: SeqLens | None = None
+    ) -> Plan | None:
         """Return the plan with another mask, bias and number of keys, where nothing is searched.
 
-        Checks that they fit the queries. None where such a mask needs a search of its own. The
-        latest one is kept, for the layers that take the same step.
+        A packed one also with other lengths of its sequences, which say how many tokens there are.
+        Checks that all of it fits. None where such a mask needs a search of its own. The latest
+        one is kept, for the layers that take the same step.
 
         >>> import torch
         >>> import attnkit as ak
@@ -119,14 +124,14 @@ class Plan:
         """
         if not self.of_any_length:
             return None
-        step: tuple[Mask, object, int] = (mask, None if pse is None else pse.key(), kv_len)
+        step = (mask, None if pse is None else pse.key(), kv_len, seqlens)
         latest: tuple[object, Plan | None] | None = self.__dict__.get("_latest")
         if latest is None or latest[0] != step:
-            asked, few = self.request, (self.request.q_len, kv_len)
-            mask.check(*few, asked.batch, asked.num_heads)
-            if pse is not None:
-                pse.check(*few, asked.batch, asked.num_heads)
-            latest = step, self._at(replace(asked, mask=mask, bias=bias_terms(pse), kv_len=kv_len))
+            asked = replace(self.request, mask=mask, bias=bias_terms(pse), kv_len=kv_len)
+            if seqlens is not None:
+                asked = replace(asked, seqlens=seqlens, batch=len(seqlens), q_len=seqlens.total_q)
+            check_fits(asked, mask, pse)
+            latest = step, self._at(asked)
             self.__dict__["_latest"] = latest
         return latest[1]
 
@@ -367,8 +372,7 @@ def _other_route(
     wrong = disprove_route(request, route, steps, in_order)
     if wrong is not None:
         return wrong
-    known = list(_routes(request, len(steps) > 1))
-    if route not in known:
+    if route not in _routes(request, len(steps) > 1):
         return Refusal("other-route", f"{route} is not a way around the calls of this request")
     if any((step.zone in route.zones) != bool(route.zones) for step in steps):
         return Refusal("other-zone", "the zones of the calls are not those of the route")
@@ -377,7 +381,7 @@ def _other_route(
 
 def _routes(request: Request, in_several: bool) -> Iterator[Route]:
     """Yield the routes of a request, as they are where one call or several have the keys."""
-    for way in (*routes(request), *routes(request, sloped=True)):
+    for way in chain(routes(request), routes(request, sloped=True)):
         found = in_parts(request, way) if isinstance(way, Route) and in_several else way
         if isinstance(found, Route):
             yield found

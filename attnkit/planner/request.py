@@ -29,7 +29,15 @@ from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Stru
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 
-__all__ = ["BiasTerm", "Composition", "Request", "read_request", "read_sizes", "state_of"]
+__all__ = [
+    "BiasTerm",
+    "Composition",
+    "Request",
+    "check_fits",
+    "read_request",
+    "read_sizes",
+    "state_of",
+]
 
 
 _ALIGNS: tuple[Align, ...] = ("bottom_right", "top_left")
@@ -298,11 +306,16 @@ def read_request(
         score_trains=score_trains,
         deterministic=is_repeatable(composition.deterministic, query.device.type, score_trains),
     )
-    for q_len, kv_len in sorted(set(request.sequences)):
-        composition.mask.check(q_len, kv_len, batch, q.heads)
-        if pse is not None:
-            pse.check(q_len, kv_len, batch, q.heads)
+    check_fits(request, composition.mask, pse)
     return request
+
+
+def check_fits(request: Request, mask: Mask, pse: Pse | None) -> None:
+    """Check that a mask and a bias fit the score matrices of a request."""
+    for sizes in sorted(set(request.sequences)):
+        mask.check(*sizes, request.batch, request.num_heads)
+        if pse is not None:
+            pse.check(*sizes, request.batch, request.num_heads)
 
 
 def read_sizes(

@@ -43,7 +43,7 @@ import torch
 from attnkit.errors import Refusal
 from attnkit.geometry import Slice
 from attnkit.masks.base import anchor
-from attnkit.planner.calls import Zone
+from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.request import Request
 from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
 from attnkit.pse.structure import sum_of_steps
@@ -68,6 +68,8 @@ Span = tuple[int, int]
 Steps = tuple[tuple[int, int, int | None], ...]
 """(first distance, last distance, row of the table that they merge with, if any)."""
 
+# The elementwise kernels that make the channels of one bias: positions, pieces, concatenations.
+_CHANNEL_LAUNCHES = 8
 _MOST_DIMS = 768
 _MOST_LEVELS = 20
 _MOST_ANCHORS = 16
@@ -145,6 +147,15 @@ class Route:
             return self.request.head_dim
         stepped = (c.width for c in self.channels if isinstance(c.structure, Stepped))
         return self.request.head_dim - sum(stepped)
+
+    @property
+    def launches(self) -> int:
+        """The elementwise kernels that copy query and key beside their channels."""
+        return _CHANNEL_LAUNCHES * len(self.channels)
+
+    def around(self, step: Launch) -> Launch:
+        """Return a call before which query and key are copied beside their channels."""
+        return step.after_copies(self.request, str(self), self.launches)
 
     def __str__(self) -> str:
         width = sum(channels.width for channels in self.channels)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import attnkit as ak
 from attnkit import masks as M
+from attnkit import pse
 from attnkit.planner import again
 
 BATCH, SIZE = 3, 12
@@ -113,12 +114,68 @@ def test_masks_that_take_turns_find_their_plans_and_steps_do_not_drop_the_form(
     assert len(layer._plans) <= 16
 
 
+PACKED = {
+    "causal": (M.Causal(), None),
+    "full": (M.Full(), None),
+    "window": (M.SlidingWindow(5), None),
+    "a full mask": (M.Causal() & (M.SlidingWindow(3) | M.Prefix(2)), None),
+    "causal, slopes": (M.Causal(), lambda: pse.ALiBi(2)),
+    "causal, a table that trains": (M.Causal(), lambda: pse.T5Relative(2, 8, 12, False)),
+    "window, slopes that train": (M.SlidingWindow(5), lambda: pse.ALiBi(2, learnable=True)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_new_lengths_of_packed_sequences_are_no_search_and_find_the_plan_of_one(name: str) -> None:
+    mask, made = PACKED[name]
+    bias = None if made is None else made()
+    layer = ak.Attention(2, 4, mask=mask, pse=bias, layout="TND", backend="emulated").double()
+    rng, again_found = random.Random(3), 0
+    for _ in range(5):
+        lens = ak.SeqLens([rng.randint(9, 15) for _ in range(rng.randint(5, 7))])
+        x = torch.randn(lens.total_q, 2, 4, dtype=torch.float64, requires_grad=True)
+        plan = layer.plan(x, x, x, seqlens=lens)
+        fresh = ak.plan(
+            x, x, x, mask=mask, pse=bias, layout="TND", seqlens=lens, backend="emulated"
+        )
+        assert plan.request == fresh.request
+        assert (plan.steps, plan.route) == (fresh.steps, fresh.route)
+        assert layer.plan(x, x, x, seqlens=lens) is plan
+        again_found += any(reason.code == "as-before" for reason in plan.refusals)
+        meant = ak.attention(
+            x, x, x, mask=mask, pse=bias, layout="TND", seqlens=lens, backend="reference"
+        )
+        torch.testing.assert_close(layer(x, x, x, seqlens=lens), meant)
+    assert again_found == 4
+
+
+def test_packed_lengths_that_do_not_fit_the_tokens_are_refused_with_a_plan_at_hand() -> None:
+    layer = ak.Attention(2, 4, mask=M.Causal(), layout="TND", backend="emulated")
+    x = torch.randn(12, 2, 4)
+    layer.plan(x, x, x, seqlens=ak.SeqLens([5, 7]))
+    for lens in (ak.SeqLens([5, 8]), ak.SeqLens([5, 7], [5, 6]), None):
+        with pytest.raises(ak.errors.CompositionError):
+            layer.plan(x, x, x, seqlens=lens)
+    dense = ak.Attention(2, 4, mask=M.Causal(), backend="emulated")
+    dense.plan(x[None], x[None], x[None])
+    with pytest.raises(ak.errors.CompositionError):
+        dense.plan(x[None], x[None], x[None], seqlens=ak.SeqLens([12]))
+
+
 def test_many_more_keys_are_a_search() -> None:
     query, key = heads(1, 0), heads(SIZE, 1)
     first = ak.plan(query, key, key, mask=M.Causal(), backend="emulated")
     assert first.at(M.Causal(), None, 2 * SIZE) is not None
     assert first.at(M.Causal(), None, 2 * SIZE + 1) is None
     assert first.at(M.Causal(), None, SIZE // 2 - 1) is None
+
+
+def test_much_longer_sequences_are_a_search() -> None:
+    layer = ak.Attention(2, 4, mask=M.Causal(), layout="TND", backend="emulated")
+    for lens, searched in (([8] * 4, True), ([8, 16, 4, 4], False), ([2, 2, 2, 17], True)):
+        x = torch.randn(sum(lens), 2, 4)
+        plan = layer.plan(x, x, x, seqlens=ak.SeqLens(lens))
+        assert searched == ("as-before" not in [reason.code for reason in plan.refusals])
 
 
 def test_training_with_new_lengths_in_every_step_has_the_gradients_of_the_definition() -> None:
@@ -144,8 +201,8 @@ def test_a_call_changed_by_hand_is_not_proven(monkeypatch: pytest.MonkeyPatch) -
     taken = again._like
 
     def other(*some: object) -> object:
-        for one in taken(*some):  # type: ignore[arg-type]
-            yield replace(one, call=replace(one.call, scale=2.0))
+        for route, one in taken(*some):  # type: ignore[arg-type]
+            yield route, replace(one, call=replace(one.call, scale=2.0))
 
     monkeypatch.setattr(again, "_like", other)
     assert first.at(M.Causal() & M.Padding((4, 1, 2)), None, SIZE) is None
