@@ -15,12 +15,16 @@ from torch import Tensor
 
 from attnkit.backends.base import register
 from attnkit.backends.bias_pass import Bits
+from attnkit.backends.block_sparse import blocks_backward, blocks_forward
 from attnkit.backends.fused import Fused
 from attnkit.backends.merged import Answer, Drawn
 from attnkit.errors import KernelContractError, Refusal
-from attnkit.kernel import Gradients, KernelCall
+from attnkit.kernel import BlockSparseCall, Gradients, KernelCall
+from attnkit.kernel.block_sparse import OP
+from attnkit.kernel.block_sparse_op import lacks_block_sparse
 from attnkit.kernel.dropout import read_bits
 from attnkit.kernel.launch import choose_version, device_product, launch, launch_grad, rehearse
+from attnkit.kernel.legality import Product
 from attnkit.planner import Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Solution
@@ -74,7 +78,7 @@ class Ascend(Fused):
             return reasons + [replace(reason, subject=self.name) for reason in lacks]
         reasons += super().refusals(request)
         if not reasons:
-            found = lower(request)
+            found = self.lowered(request)
             told = (self._against(step, request.needs_grad) for step in found.steps)
             reasons += dict.fromkeys(reason for some in told for reason in some)
             if found.bias_pass is not None and request.dropout and not hasattr(self.ops, _DRAWS):
@@ -84,6 +88,14 @@ class Ascend(Fused):
                 )
                 reasons.append(Refusal("op-version", reason, self.name))
         return reasons
+
+    def lowered(self, request: Request) -> Plan:
+        """Return the plan before the backend takes it, and why there are no block-sparse calls."""
+        lacks = lacks_block_sparse(self.ops, request.needs_grad)
+        product = self._product()
+        if lacks is None and product not in ("A2", "A3"):
+            lacks = f"the block-sparse op is for Atlas A2 and A3, and this is Ascend {product}"
+        return lower(request, True if lacks is None else Refusal("op-version", lacks, OP))
 
     def yields(self, plan: Plan) -> Refusal | None:
         """Return why the definition is cheaper than a bias on a route, if the estimates say so.
@@ -104,6 +116,8 @@ class Ascend(Fused):
 
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Make one call; the op draws its own dropout seed and tells it."""
+        if isinstance(call, BlockSparseCall):
+            return blocks_forward(call, tensors, self.ops)
         out = launch(call, tensors, ops=self.ops)
         numels = out[6] if len(out) > 6 else 0  # which v3 does not tell
         return Answer(out[0], out[1], out[2], (out[4], out[5], numels))
@@ -112,6 +126,8 @@ class Ascend(Fused):
         self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
     ) -> Gradients:
         """Make one grad call."""
+        if isinstance(call, BlockSparseCall):
+            return blocks_backward(call, tensors, dy, merged, self.ops)
         seed, offset, numels = merged.random
         extra = {
             "dy": dy,
@@ -135,17 +151,23 @@ class Ascend(Fused):
     def _against(self, step: Launch, needs_grad: bool) -> list[Refusal]:
         """Return why the installed op, or this very chip, cannot make a call."""
         call = step.call
+        if isinstance(call, BlockSparseCall):  # is planned where it is installed alone
+            return []
         try:
             rehearse(call, training=needs_grad, ops=self.ops)
         except KernelContractError as error:
             return [Refusal("op-version", str(error), self.name)]
-        real = self.device == "npu" and hasattr(torch, "npu")
-        product = device_product(torch.device(self.device)) if real else "A2"
+        product = self._product()
         if product == "A2":  # what the planner has judged the call for
             return []
         version = choose_version(call)
         broken = call.violations(version=version, product=product, training=needs_grad)
         return [Refusal(v.code, f"on Ascend {product}: {v.found}", self.name) for v in broken]
+
+    def _product(self) -> Product:
+        """Return what the planner has judged calls for, or the chip that is there."""
+        real = self.device == "npu" and hasattr(torch, "npu")
+        return device_product(torch.device(self.device)) if real else "A2"
 
 
 register(Ascend())

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from attnkit.backends.base import register
 from attnkit.backends.bias_pass import Bits
+from attnkit.backends.block_sparse import blocks_backward, blocks_forward
 from attnkit.backends.fused import Fused
 from attnkit.backends.merged import Answer, Drawn
-from attnkit.kernel import Gradients, KernelCall, emulate, emulate_grad
+from attnkit.kernel import BlockSparseCall, Gradients, KernelCall, emulate, emulate_grad
+from attnkit.kernel.block_sparse_op import EMULATED
 from attnkit.kernel.dropout import dropout_bits
 
 __all__ = ["Emulated"]
@@ -21,12 +23,21 @@ _SEEDS = 2**62
 
 
 class Emulated(Fused):
-    """Runs the calls that Ascend would run, bad parts included, so that wrong plans show here."""
+    """Runs the calls that Ascend would run, bad parts included, so that wrong plans show here.
+
+    Those of the fused op alone, which every torch_npu has, unless `block_sparse` says that the
+    block-sparse op is to be among them.
+    """
 
     name = "emulated"
 
+    def __init__(self, block_sparse: bool = False) -> None:
+        self.block_sparse = block_sparse
+
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Execute one call on the emulator."""
+        if isinstance(call, BlockSparseCall):
+            return blocks_forward(call, tensors, EMULATED)
         # A plan holds no seed: it is the same plan in every step. As the device op does, each
         # call draws one from torch's generator.
         if call.keep_prob < 1:
@@ -38,6 +49,8 @@ class Emulated(Fused):
         self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
     ) -> Gradients:
         """Execute one grad call, with the dropout decisions of its forward."""
+        if isinstance(call, BlockSparseCall):
+            return blocks_backward(call, tensors, dy, merged, EMULATED)
         seed, offset, _ = merged.random
         call = replace(call, seed=seed, offset=offset)
         return emulate_grad(

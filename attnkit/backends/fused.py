@@ -46,10 +46,12 @@ class Fused(Backend):
     """A backend whose plans are calls of the fused kernel."""
 
     by_calls = True
+    block_sparse = False
+    """Whether plans may call the block-sparse op."""
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
-        found, reasons = lower(request), untransformed(request, self.name)
+        found, reasons = self.lowered(request), untransformed(request, self.name)
         if request.mask.comes_with_call and request.needs_grad:
             reason = (
                 "a mask whose cells come with each call is for inference, and a gradient is asked"
@@ -68,10 +70,14 @@ class Fused(Backend):
 
     def plan(self, request: Request) -> Plan:
         """Return the cheapest proven call, its dearer rivals and what was refused."""
-        found = lower(request)
+        found = self.lowered(request)
         if found.bias_pass is None:
             return replace(found, backend=self.name)
         return PassedPlan(**{**state_of(found), "backend": self.name})
+
+    def lowered(self, request: Request) -> Plan:
+        """Return the plan before a backend takes it."""
+        return lower(request, self.block_sparse)
 
     @abstractmethod
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:

@@ -9,13 +9,15 @@ statistics.
 
 For those who extend attnkit, with a backend or a tool that asks about calls: `KernelCall` with
 `TensorSpec` and `UNBOUNDED`, `emulate` and `emulate_grad` which run one, the rules (`RULES`,
-`Rule`, `Violation`, `MaskFacts`), and the op's versions (`OP_VERSIONS`, `OpVersion`,
+`Rule`, `Violation`, `MaskFacts`), `BlockSparseCall` for calls of the block-sparse op beside it,
+and the op's versions (`OP_VERSIONS`, `OpVersion`,
 `arguments_for`, `expressing_versions`).
 """
 
 from __future__ import annotations
 
 from attnkit.kernel.atten_mask import AttenMask
+from attnkit.kernel.block_sparse import BlockSparseCall
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.dropout import dropout_bytes, dropout_mask
 from attnkit.kernel.emulator import Gradients, emulate, emulate_grad
@@ -32,6 +34,7 @@ __all__ = [
     "RULES",
     "UNBOUNDED",
     "AttenMask",
+    "BlockSparseCall",
     "FusionOutput",
     "Gradients",
     "KernelCall",

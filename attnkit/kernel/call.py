@@ -69,6 +69,22 @@ class KernelCall:
     seed: int = 0
     offset: int = 0
 
+    # What a call of another op says of itself differs (`attnkit.kernel.block_sparse`).
+
+    @property
+    def op(self) -> str:
+        """The op that is called; its versions have names of their own."""
+        return "npu_fusion_attention"
+
+    @property
+    def allows_all(self) -> bool:
+        """Whether every cell takes part, whatever the sizes."""
+        return self.atten_mask is None
+
+    def around(self, bare: KernelCall) -> KernelCall:
+        """Return the same kind of call around what another one says."""
+        return bare
+
     # -- sizes ---------------------------------------------------------------------------
 
     @property
@@ -402,4 +418,4 @@ class KernelCall:
             return repr(value) if isinstance(value, str) else str(value)
 
         arguments = self.non_default_arguments().items()
-        return f"npu_fusion_attention({', '.join(f'{k}={show(v)}' for k, v in arguments)})"
+        return f"{self.op}({', '.join(f'{k}={show(v)}' for k, v in arguments)})"

@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "Target",
     "Violation",
+    "broken",
     "contract_error",
     "known_rules",
     "rule",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 Layer = Literal["torch", "aclnn", "tiling", "backward", "documented", "silent"]
-Source = Literal["binding", "aclnn", "tiling", "kernel", "reference", "MindSpeed"]
+Source = Literal["binding", "aclnn", "tiling", "kernel", "reference", "MindSpeed", "block-sparse"]
 Product = Literal["A2", "A3", "950", "emulator"]
 
 LAYERS: dict[Layer, str] = {
@@ -51,6 +52,7 @@ SOURCES: dict[Source, str] = {
     "kernel": "CANN's kernels of flash_attention_score: mask addressing, pse.h, dropout",
     "reference": "the operator's reference pages and their tables of limits",
     "MindSpeed": "the binding fusion_attention_v2 of MindSpeed",
+    "block-sparse": "the pages, checks and tiling of block_sparse_attention and of its grad",
 }
 """Where a rule was read."""
 
@@ -137,11 +139,13 @@ def rule(
     source: Source | None = None,
     type_error: bool = False,
     structural: bool = False,
+    rules: Registry[Rule] = _RULES,
 ) -> Callable[[Callable[..., Found]], Rule]:
     """Make a rule of a function that yields what is wrong; its docstring says what must hold.
 
     Its name is the code, with hyphens. It was read in the code of its layer, unless `source` names
-    another place. Rules are asked and told in the order in which they are made.
+    another place. Rules are asked and told in the order in which they are made; those of another
+    op have `rules` of their own.
     """
 
     def made(predicate: Callable[..., Found]) -> Rule:
@@ -149,7 +153,7 @@ def rule(
         sentence = " ".join((predicate.__doc__ or code).split()).removesuffix(".")
         read = source or _CODE_OF[layer]
         parts = (code, layer, read, sentence, remedy, predicate, type_error, structural)
-        return _RULES.add(code, Rule(*parts))
+        return rules.add(code, Rule(*parts))
 
     return made
 
@@ -198,24 +202,25 @@ def violations(call: object, target: Target) -> tuple[Violation, ...]:
     op_version(target.version)  # refuses one that does not exist
     types, *others = known_rules()
     return (
-        _broken(call, target, [types])
-        or _broken(call, target, [rule for rule in others if rule.structural])
-        or _broken(call, target, [rule for rule in others if not rule.structural])
+        broken(call, target, [types])
+        or broken(call, target, [rule for rule in others if rule.structural])
+        or broken(call, target, [rule for rule in others if not rule.structural])
     )
 
 
-def _broken(call: object, target: Target, rules: Iterable[Rule]) -> tuple[Violation, ...]:
+def broken(call: object, target: Target, rules: Iterable[Rule]) -> tuple[Violation, ...]:
+    """Return which of some rules a call breaks."""
     found = ((rule, rule.broken(call, target)) for rule in rules)
     return tuple(Violation(rule, words) for rule, words in found if words is not None)
 
 
-def contract_error(broken: Iterable[Violation]) -> KernelContractError:
+def contract_error(found: Iterable[Violation]) -> KernelContractError:
     """Return one error that carries every violation; a TypeError too when one is about types."""
-    broken = tuple(broken)
-    lines = "\n".join(f"  - {violation}" for violation in broken)
-    count = "1 rule" if len(broken) == 1 else f"{len(broken)} rules"
+    found = tuple(found)
+    lines = "\n".join(f"  - {violation}" for violation in found)
+    count = "1 rule" if len(found) == 1 else f"{len(found)} rules"
     head = f"the fused kernel would not compute this call ({count} broken):"
-    codes = [violation.code for violation in broken]
-    about_types = any(violation.rule.type_error for violation in broken)
+    codes = [violation.code for violation in found]
+    about_types = any(violation.rule.type_error for violation in found)
     error = KernelContractTypeError if about_types else KernelContractError
     return error(f"{head}\n{lines}", codes)

@@ -48,6 +48,8 @@ class Search:
     """
 
     gathers: bool = True
+    block_sparse: bool | Refusal = False
+    """Whether calls of the block-sparse op are among the rivals, or why they are not."""
 
     cuts: dict[Region, tuple[tuple[Slice, ...], ...]] = field(default_factory=dict)
     partitions: dict[Region, tuple[tuple[Segment, ...], ...]] = field(default_factory=dict)

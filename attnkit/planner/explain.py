@@ -188,7 +188,7 @@ def _solution_lines(plan: Plan) -> list[str]:
         tensors = ", ".join(f"{name} {given.pop(name)}" for name in ("query", "key", "value"))
         count = len(launch.blocks)
         sequences = f", {count} sequence{'s' * (count > 1)}" if launch.call.is_packed else ""
-        name = f"npu_fusion_attention, {launch.label}{sequences}"
+        name = f"{launch.call.op}, {launch.label}{sequences}"
         lines += _entry(f"call {k}" if several else "call", name)
         lines += _entry("", tensors)
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))

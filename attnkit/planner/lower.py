@@ -14,6 +14,7 @@ from attnkit.kernel import KernelCall
 from attnkit.masks import Band
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
+from attnkit.planner.block_sparse import by_blocks
 from attnkit.planner.calls import (
     MERGE_LAUNCHES,
     Launch,
@@ -45,12 +46,13 @@ in every step, and is taken only where nothing else computes the request.
 
 
 @lru_cache(maxsize=64)  # a packed batch is large, and in training each one is new
-def lower(request: Request) -> Plan:
+def lower(request: Request, block_sparse: bool | Refusal = False) -> Plan:
     """Return how the fused kernel computes a request, as a plan that no backend has taken yet.
 
-    A pure function, cached on the record. Without steps, the refusals say why there are none.
+    `block_sparse` says whether the block-sparse op is there as well, or why it is not. A pure
+    function, cached on the record. Without steps, the refusals say why there are none.
     """
-    return search_for(request, Search())
+    return search_for(request, Search(block_sparse=block_sparse))
 
 
 def search_for(request: Request, search: Search) -> Plan:
@@ -164,6 +166,9 @@ def _in_place(request: Request, search: Search) -> Plan:
     if not found:
         found, reasons = _merged(request, search)
         refusals += reasons
+        way = _by_blocks(request, search)
+        found += [way] if isinstance(way, Solution) else []
+        refusals += [] if isinstance(way, Solution) else way
     if any(_nothing_beats(request, solution) for solution in found):
         reason = "calls without a mask of one entry per cell compute the same"
         refusals.append(Refusal("full-mask-not-needed", reason, "modes 0 and 1"))
@@ -175,6 +180,13 @@ def _in_place(request: Request, search: Search) -> Plan:
         found.sort(key=_nanoseconds)
     steps = found[0].launches if found else ()
     return Plan("", request, steps, tuple(found[1:]), tuple(refusals))
+
+
+def _by_blocks(request: Request, search: Search) -> Solution | list[Refusal]:
+    """Return the way that calls the block-sparse op, or why it is none, where that was asked."""
+    if search.block_sparse is True:
+        return by_blocks(request, lambda rest: _merged(rest, search)[0])
+    return [search.block_sparse] if isinstance(search.block_sparse, Refusal) else []
 
 
 def _nanoseconds(solution: Solution) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from math import prod
 
@@ -40,6 +40,8 @@ class Chip:
     bytes_per_ns: float
     launch_ns: float
     small_launch_ns: float
+    shares: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """What part of `flops_per_ns` an op gets, by its name; all of it where it is not named."""
 
     def nanoseconds(self, flops: int, moved: int, launches: int = 1, small: int = 0) -> float:
         """Return how long so much work takes, by estimate."""
@@ -124,6 +126,7 @@ def price_call(
     if call.atten_mask is not None and call.atten_mask.kind == "full":
         traffic = tile_cells + mask_bytes
     moved = traffic + bias_bytes + copy_bytes
+    busy = round(flops / weights.shares.get(call.op, 1.0))
     return Price(
         cells=cells,
         tile_cells=tile_cells,
@@ -135,7 +138,7 @@ def price_call(
         launches=1,
         small_launches=small_launches,
         peak_bytes=mask_bytes + bias_bytes + copy_bytes + out_bytes + stats_bytes,
-        nanoseconds=weights.nanoseconds(flops, moved, 1, small_launches),
+        nanoseconds=weights.nanoseconds(busy, moved, 1, small_launches),
     )
 
 

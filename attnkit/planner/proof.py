@@ -59,7 +59,7 @@ def disprove(request: Request, launch: Launch) -> Refusal | None:
     the call does not compute the request, whose answer there is 0.
     """
     call, heads = launch.call, heads_of(launch.call)
-    if call.atten_mask is None:  # everything is computed: counting is enough
+    if call.allows_all:  # counting is enough
         extra = sum(q * kv for q, kv in call.sequences) - sum(t.area for t in launch.targets)
         return _wrong_cells(extra, 0) if extra else None
     for head, plane in zip(heads, launch.computed, strict=True):
@@ -170,7 +170,7 @@ def _other_arguments(request: Request, launch: Launch, dim: int) -> Refusal | No
     call, (heads, kv_heads) = launch.call, _heads(request, launch)
     part = (len(heads), len(kv_heads)) if launch.partial else None
     described = replace(
-        bare_call(request, call.input_layout, launch.blocks, part, dim),
+        call.around(bare_call(request, call.input_layout, launch.blocks, part, dim)),
         **{name: getattr(call, name) for name in (*_OF_MASK, *_NO_BIAS)},
     )
     names = [f.name for f in fields(call) if getattr(call, f.name) != getattr(described, f.name)]

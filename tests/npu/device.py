@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec, dropout_mask, emulate, emulate_grad
+from tests.npu import blocks
 from tests.npu.memory import view
 
 __all__ = ["DEVICE", "Device", "inside_rig"]
@@ -27,6 +28,7 @@ DTYPES = {
     0: torch.float32,
     1: torch.float16,
     27: torch.bfloat16,
+    2: torch.int8,
     4: torch.uint8,
     12: torch.bool,
     9: torch.int64,
@@ -85,6 +87,8 @@ class Device:
         op = call["op"]
         if op.startswith("aclnnDropoutGenMaskV2"):
             _generate(call)
+        elif op.startswith("aclnnBlockSparseAttention"):
+            blocks.execute(call, _needed, _write)
         elif "Grad" in op:
             _backward(call)
         else:

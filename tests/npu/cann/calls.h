@@ -67,6 +67,19 @@
     QKV_ROPE(T) T(dy) MASKS(T) STATISTICS(T) T(sink) A(prefix) LENGTHS(A) STARTS(A)           \
     NUMBERS(F, I, S) I(pse_type) S(softmax_layout) GRADIENTS_ROPE(T) T(dsink)
 
+// -- in blocks, forward and backward -----------------------------------------------------------
+
+#define BLOCK_LENGTHS(A) A(block_shape) A(actual_seq_lengths) A(actual_seq_lengths_kv)
+#define BLOCK_LAYOUT(S, I) S(q_input_layout) S(kv_input_layout) I(num_key_value_heads) I(mask_type)
+#define BLOCK_SPARSE(T, A, F, I, S)                                                           \
+    QKV(T) T(block_sparse_mask) T(atten_mask) BLOCK_LENGTHS(A) T(block_table)                 \
+    BLOCK_LAYOUT(S, I) F(scale_value) I(inner_precise) I(block_size) I(pre_tokens)            \
+    I(next_tokens) I(softmax_lse_flag) T(attention_out) T(softmax_lse)
+#define BLOCK_SPARSE_GRAD(T, A, F, I, S)                                                      \
+    T(d_out) QKV(T) T(attention_out) T(softmax_lse) T(block_sparse_mask) T(atten_mask)        \
+    BLOCK_LENGTHS(A) BLOCK_LAYOUT(S, I) F(scale_value) I(pre_tokens) I(next_tokens)           \
+    T(dq) T(dk) T(dv)
+
 // -- dropout ----------------------------------------------------------------------------------
 
 #define DROPOUT_BITS(T, A, F, I, S)                                                           \

@@ -190,5 +190,8 @@ DECODER(aclnnFlashAttentionUnpaddingScoreGradV3, UNPADDING_V3)
 DECODER(aclnnFlashAttentionUnpaddingScoreGradV4, UNPADDING_V4)
 DECODER(aclnnFlashAttentionUnpaddingScoreGradV5, UNPADDING_V5)
 
+DECODER(aclnnBlockSparseAttention, BLOCK_SPARSE)
+DECODER(aclnnBlockSparseAttentionGrad, BLOCK_SPARSE_GRAD)
+
 DECODER(aclnnDropoutGenMaskV2, DROPOUT_BITS)
 DECODER(aclnnDropoutGenMaskV2Tensor, DROPOUT_BITS_TENSOR)
