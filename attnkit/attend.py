@@ -24,7 +24,7 @@ from attnkit.backends.graph import Terms, run_terms
 from attnkit.errors import CompositionError
 from attnkit.handles import number_of
 from attnkit.layouts import SeqLens
-from attnkit.masks import Full, Mask
+from attnkit.masks import Full, Mask, SelectedBlocks
 from attnkit.planner import Composition, Plan, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import is_transformed
@@ -83,6 +83,13 @@ class Asked(NamedTuple):
         found = () if own is None else own.tensors
         return found if added is None else (*found, *added.tensors)
 
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """The tensors of a mask that comes with the call."""
+        own, added = self.masks
+        found = () if own is None else own.tensors
+        return found if added is None else (*found, *added.tensors)
+
 
 def plan_of(
     asked: Asked,
@@ -133,7 +140,7 @@ def key_of(
         return None
     return (
         tuple(facts),
-        asked.masks[1],
+        None if asked.masks[1] is None else asked.masks[1].form,
         None if bias is None else bias.key(),
         seqlens,
         asked.layout,
@@ -188,7 +195,7 @@ def plan_again(
     alike = None if step is None else plans.pop(step[0], None)
     if alike is not None and step is not None:
         plans[step[0]] = alike  # the newest again, so that steps do not drop it
-        found = alike.at(asked.mask, asked.pse, step[1], seqlens)
+        found = alike.at(asked.mask.form, asked.pse, step[1], seqlens)
     if found is None:
         found = plan_of(asked, query, key, value, sink, seqlens)
         if step is not None and found.of_any_length:
@@ -223,7 +230,7 @@ def attend(
         now = list(asked.tensors if carried is None else carried)
         return _in_graph(asked, query, key, value, sink, seqlens, now, return_stats)
     found = plan_of(asked, query, key, value, sink, seqlens)
-    return run_plan(found, Operands(query, key, value, asked.pse, sink))
+    return run_plan(found, Operands(query, key, value, asked.pse, sink, given=asked.given))
 
 
 def _in_graph(
@@ -238,11 +245,13 @@ def _in_graph(
 ) -> AttentionOutput:
     """Attend by one operator of the graph: what differs in each step is a tensor to it."""
     # Those of the call come last: a plan is remembered with the last one.
-    (mask, call_mask), (pse, call_pse) = asked.masks, asked.biases
-    parts = (("m", mask), ("b", pse), ("m", call_mask), ("b", call_pse), ("s", seqlens))
+    pse, call_pse = asked.biases
+    known = [None if isinstance(one, SelectedBlocks) else one for one in asked.masks]
+    words = [one.words for one in asked.masks if isinstance(one, SelectedBlocks)]
+    parts = (("m", known[0]), ("b", pse), ("m", known[1]), ("b", call_pse), ("s", seqlens))
     some = [(role, one) for role, one in parts if one is not None] or [("m", _WHOLE)]
     roles, values = "".join([role for role, _ in some]), [one._handle for _, one in some]
-    tensors = [query, key, value, *([] if sink is None else [sink]), *carried]
+    tensors = [query, key, value, *([] if sink is None else [sink]), *carried, *asked.given]
     records = torch.is_grad_enabled()
     if asked.score_fn is not None:  # a constant, by identity: how it computes is code
         number = _function(asked.score_fn, records, query.device)
@@ -258,6 +267,7 @@ def _in_graph(
         [records and one.requires_grad for one in tensors],
         asked.backend,
         asked.deterministic,
+        words[0] if words else None,
     )
     return run_terms(text, tensors, values, bool(asked.training and asked.dropout), return_stats)
 
@@ -284,6 +294,7 @@ def _words(
     grads: Sequence[bool],
     backend: str,
     deterministic: bool,
+    selected: tuple[int, int, bool, bool, bool] | None,
 ) -> str:
     """Return what a graph is of in words, which are a constant of it."""
     scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
@@ -299,6 +310,7 @@ def _words(
         tuple(grads),
         backend,
         deterministic,
+        selected,
     )
     return terms.text()
 

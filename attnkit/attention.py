@@ -270,7 +270,8 @@ class Attention(nn.Module):
         sink = self.sink
         if not is_tracing():
             plan = self._plan(asked, query, key, value, sink, seqlens)
-            return run_plan(plan, Operands(query, key, value, asked.pse, sink))
+            given = Operands(query, key, value, asked.pse, sink, given=asked.given)
+            return run_plan(plan, given)
         own, added = [getattr(self, name) for name in self._pse_names], asked.biases[1]
         now = [*own, *(added.tensors if added is not None else ())]
         return attend(asked, query, key, value, sink, seqlens, now, return_stats)
@@ -330,6 +331,11 @@ def _name_numbered(module: nn.Module, state: dict[str, Any], prefix: str, *_: ob
 
 
 def _check_heads(composition: Composition, num_heads: int) -> None:
+    if composition.mask.comes_with_call:
+        raise CompositionError(
+            f"mask={composition.mask!r} comes with each call; give it to forward, "
+            "layer(query, key, value, mask=...)"
+        )
     for what, part in (("mask", composition.mask), ("pse", composition.pse)):
         heads = part.heads if part is not None else None
         if heads is not None and heads != num_heads:

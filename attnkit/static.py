@@ -306,7 +306,7 @@ def static_step(
     query = query.transpose(1, 2)
     pair = cache.append(key, value)
     plan = static_plan(core, query, pair, cells, bias)
-    output, stats = run_plan(plan, Operands(query, *pair, bias, core.sink, cells=cells))
+    output, stats = run_plan(plan, Operands(query, *pair, bias, core.sink, given=(cells,)))
     return AttentionOutput(output.transpose(1, 2), stats)
 
 

@@ -90,14 +90,14 @@ class Operands:
     value: Tensor
     pse: Pse | None = None
     sink: Tensor | None = None
-    cells: Tensor | None = field(default=None, kw_only=True)
-    """The allowed cells ``[1 | b, 1 | n, q_len, kv_len]``, where the mask comes with the call."""
+    given: tuple[Tensor, ...] = field(default=(), kw_only=True)
+    """The tensors of the mask (`Mask.tensors`), where it comes with the call."""
 
     @property
     def leaves(self) -> tuple[Any, ...]:
-        """Query, key, value, sink (or None) and the tensors of the bias."""
+        """Query, key, value, sink (or None), and the tensors of the bias and of the mask."""
         carried = self.pse.tensors if self.pse is not None else ()
-        return (self.query, self.key, self.value, self.sink, *carried)
+        return (self.query, self.key, self.value, self.sink, *carried, *self.given)
 
     def by_head(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value as ``[b n s d]`` views (packed: b is 1)."""
@@ -109,7 +109,9 @@ class Operands:
     def of(cls, pse: Pse | None, leaves: Sequence[Any]) -> Operands:
         """Return the operands that have these `leaves`, and a bias like `pse`."""
         query, key, value, sink, *carried = leaves
-        return cls(query, key, value, None if pse is None else rebound(pse, carried), sink)
+        count = 0 if pse is None else len(pse.tensors)
+        bias = None if pse is None else rebound(pse, carried[:count])
+        return cls(query, key, value, bias, sink, given=tuple(carried[count:]))
 
 
 class Kept(NamedTuple):

@@ -30,14 +30,17 @@ from attnkit.backends.bias_pass import Bits, PassedPlan, with_bias_gradient
 from attnkit.backends.biases import call_bias
 from attnkit.backends.channels import Leveled, run_on_route
 from attnkit.backends.merged import Answer, Drawn, Launcher, Merged
+from attnkit.backends.selected import run_selected
 from attnkit.backends.single import Single
 from attnkit.backends.unseen import cleared
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
+from attnkit.masks.given import GivenCells
 from attnkit.planner import Composition, Launch, Plan, Request, lower
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Parts, widened
 from attnkit.planner.request import state_of
+from attnkit.planner.selected import SelectedPlan
 
 __all__ = ["Fused"]
 
@@ -52,7 +55,7 @@ class Fused(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
         found, reasons = self.lowered(request), untransformed(request, self.name)
-        if request.mask.comes_with_call and request.needs_grad:
+        if isinstance(request.mask, GivenCells) and request.needs_grad:
             reason = (
                 "a mask whose cells come with each call is for inference, and a gradient is asked"
             )
@@ -95,6 +98,8 @@ class Fused(Backend):
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run the plan's calls and bring their results into the request's form."""
+        if isinstance(plan, SelectedPlan):
+            return run_selected(self, plan, operands)
         wide = widened(plan.request)
         if wide is not plan.request:
             plan, operands = plan.inner, _widened(plan.request, operands)
@@ -192,8 +197,9 @@ def _mask_tensor(request: Request, call: KernelCall, operands: Operands) -> Tens
     mask, device = call.atten_mask, operands.query.device
     if mask is None:
         return None
-    if operands.cells is not None:
-        return operands.cells.logical_not().view(mask.shape)
+    if operands.given:
+        (cells,) = operands.given
+        return cells.logical_not().view(mask.shape)
     if not mask.is_opaque:
         return mask.build(device)
     batch, heads = request.mask.batches or 1, request.mask.heads or 1

@@ -33,6 +33,7 @@ from attnkit.backends.choose import make_plan
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.handles import memory_of, number_of, told
 from attnkit.masks import Full
+from attnkit.masks.selected import Selection
 from attnkit.planner import Composition, Plan, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import read_sizes
@@ -63,6 +64,8 @@ class Terms(NamedTuple):
     grads: tuple[bool, ...] = ()
     backend: str = "auto"
     deterministic: bool = False
+    selected: tuple[int, int, bool, bool, bool] | None = None
+    """`SelectedBlocks.words` of a mask whose tensors come last, if there is one."""
 
     def text(self) -> str:
         """Return the words that a graph holds."""
@@ -112,7 +115,7 @@ def run_terms(
 ) -> AttentionOutput:
     """Attend as `Terms` in words say, by one operator of the graph that is being recorded.
 
-    `tensors` are query, key, value, the sink if there is one, and the tensors of the biases;
+    `tensors` are query, key, value, the sink if there is one, and those of biases and mask;
     `values` are handles. It `drops` where it has dropout. Without `return_stats` there are no
     statistics, since some backends compute them only where they are looked at.
     """
@@ -179,6 +182,9 @@ def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
         masks, biases, lengths, functions = (
             [one for role, one in given if role == r] for r in "mbsf"
         )
+        if terms.selected is not None:
+            selection, carried = _selection(terms.selected, carried)
+            masks = [*(one for one in masks if not isinstance(one, Full)), selection]
         pse = rebound(reduce(add, biases), carried) if biases else None
         request = read_request(
             Composition(
@@ -202,6 +208,15 @@ def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
             training=terms.training,
         )
         return hold(make_plan(request, terms.backend), pse)
+
+
+def _selection(
+    words: tuple[int, int, bool, bool, bool], carried: list[Tensor]
+) -> tuple[Selection, list[Tensor]]:
+    """Return what is selected, by the words of a graph, and the tensors before its own."""
+    first = len(carried) - 1 - sum(words[3:])
+    b, heads, q_blocks, k = carried[first].shape
+    return Selection((b, heads, q_blocks, k), *words), carried[:first]
 
 
 def _sizes(tensors: list[Tensor], terms: Terms) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

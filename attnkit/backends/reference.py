@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, stats_dtype
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
+from attnkit.backends.selected import checked, selected_by
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
-from attnkit.masks.given import GivenCells
+from attnkit.masks.selected import Selection
 from attnkit.masks.trace import blocks_around
 from attnkit.planner import Plan, Request
 from attnkit.planner.scoring import modified
@@ -50,6 +51,11 @@ class Reference(Backend):
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend a dense batch at once, packed sequences one after the other."""
         request, layout = plan.request, plan.request.layout_of
+        if isinstance(request.mask, Selection):
+            right = checked(selected_by(request, operands), request.kv_len)
+            if right is not None:  # nothing wrong may look right
+                query = torch.where(right, operands.query, torch.nan)
+                operands = replace(operands, query=query)
         if not layout.packed:
             output, lse, peak = attend(matrix_of(request, operands, None))
             return AttentionOutput(layout.from_bnsd(output), Stats(lse, peak))
@@ -126,8 +132,11 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
     if sequence is not None:
         rows, keys = (slice(cu[sequence], cu[sequence + 1]) for cu in request.token_starts)
         q, k, v = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-    cells = operands.cells
-    mask = request.mask if cells is None else GivenCells.of(cells).bound(cells)
+    mask = request.mask
+    if isinstance(mask, Selection):
+        mask = selected_by(request, operands)
+    elif operands.given:
+        mask = mask.bound(operands.given)
     return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink)
 
 
@@ -191,6 +200,9 @@ def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:
         scores = cap * torch.tanh(scores / cap)
     if one.pse is not None:
         scores = scores + bias_of(one.pse, request, one.sequence, scores)
+    gates = one.mask._added(one.place, wide)
+    if gates is not None:
+        scores = scores + _by_query_head(gates, request)
     if request.score_fn is not None:
         if allowed is not None:  # a slope of the function where a cell is masked counts for nothing
             scores = torch.where(allowed, scores, scores.detach())
@@ -261,7 +273,18 @@ def _allowed(one: Matrix) -> Tensor | None:
     if all(inner.cut(at.rows, at.keys) == full for inner in known):
         return None
     cells = [mask._read(at._replace(batch=b, head=h), one.query.device) for b, h in planes]
-    return rearrange(torch.stack(cells), "(b n) i j -> b n i j", b=len(batches))
+    found = rearrange(torch.stack(cells), "(b n) i j -> b n i j", b=len(batches))
+    return _by_query_head(found, one.request)
+
+
+def _by_query_head(cells: Tensor, request: Request) -> Tensor:
+    """Return ``[b n i j]`` for all query heads, from what groups of them share."""
+    own = cells.shape[1]
+    return (
+        cells
+        if own in (1, request.num_heads)
+        else cells.repeat_interleave(request.num_heads // own, 1)
+    )
 
 
 register(Reference())

@@ -30,6 +30,7 @@ from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
 from attnkit.masks.same_id import SameId
+from attnkit.masks.selected import SelectedBlocks
 from attnkit.masks.slices import Slices
 from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
@@ -71,6 +72,7 @@ __all__ = [
     "Rectangle",
     "Rows",
     "SameId",
+    "SelectedBlocks",
     "Slices",
     "SlidingWindow",
     "Spans",

@@ -197,6 +197,26 @@ class Mask(Operators, ABC):
         """How deep the mask nests, and how many masks it is written with."""
         return 1, 1
 
+    # -- of masks whose tensors come with each call ----------------------------------------
+
+    @property
+    def form(self) -> Mask:
+        """What a plan may know of it: the same without the numbers that come with each call."""
+        return self
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that come with each call, in the order in which `bound` takes them."""
+        return ()
+
+    def bound(self, tensors: Sequence[torch.Tensor]) -> Mask:
+        """Return the mask with the tensors of a call."""
+        return self
+
+    def _added(self, at: Rectangle, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what it adds to the scores of a rectangle, ``[1 | b, heads, rows, keys]``."""
+        return None
+
     # -- what everyone asks --------------------------------------------------------------
 
     def region(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Region:

@@ -59,6 +59,12 @@ class Agreement(NamedTuple):
     @classmethod
     def of(cls, masks: Sequence[Mask]) -> Agreement:
         """Return what masks agree on; raise `CompositionError` where they disagree."""
+        alone = next((mask for mask in masks if mask.comes_with_call), None)
+        if alone is not None:
+            raise CompositionError(
+                f"{alone!r} comes with each call, so nothing is known that it could be combined "
+                "with; give it alone, to a layer that has no other mask"
+            )
         lengths = "build them for the same lengths, or cut one: mask[a:b, c:d]"
         batches, heads = [mask.batches for mask in masks], [mask.heads for mask in masks]
         return cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,9 +38,9 @@ class GivenCells(Mask):
         b, n, q_len, kv_len = cells.shape
         return cls((b, n, q_len, kv_len))
 
-    def bound(self, cells: torch.Tensor | None) -> GivenCells:
+    def bound(self, tensors: Sequence[torch.Tensor]) -> GivenCells:
         """Return the mask with the cells that came, for who reads them."""
-        return GivenCells(self.shape, cells)
+        return GivenCells(self.shape, *tensors)
 
     def _value(self) -> tuple[int, ...]:
         return self.shape

@@ -145,6 +145,8 @@ def _understood(request: Request) -> str:
     if not known.exact and resort(request) is not None:
         return "a region once positions are sorted by residue, as they are around the calls"
     if not known.exact:
+        if request.mask.comes_with_call:
+            return "which cells they are comes with each call, and no plan depends on it"
         return "not a union of slices, so its cells are passed one by one"
     if known.per_head:
         return f"{len(known.planes)} heads with different regions"
@@ -261,6 +263,11 @@ def _proof(plan: Plan) -> str:
         return f"NONE: {wrong.reason} [{wrong.code}]"
     if any(launch.is_opaque for launch in plan.steps):
         return "the mask passed is the mask asked for, and the rest of the call what it asks for"
+    if plan.request.mask.comes_with_call:
+        return (
+            "every query block is in one call; whatever different blocks come, its call's set is "
+            "their keys and its own ones, cell for cell"
+        )
     if len(plan.steps) == 1:
         return "the call's set equals the mask's, cell for cell"
     return "the calls' sets are disjoint, and their union equals the mask's, cell for cell"

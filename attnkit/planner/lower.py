@@ -12,6 +12,7 @@ from operator import and_
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks import Band
+from attnkit.masks.selected import Selection
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.block_sparse import by_blocks
@@ -33,6 +34,7 @@ from attnkit.planner.price import Price, chip, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route, in_parts, routes, rows_in, zones_with_cells
+from attnkit.planner.selected import select
 from attnkit.planner.tilings import tilings
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
@@ -68,6 +70,8 @@ def search_for(request: Request, search: Search) -> Plan:
     if not request.batch:
         reason = "the kernel needs at least one batch element"
         return Plan("", request, refusals=(Refusal("empty-batch", reason, "any mode"),))
+    if isinstance(request.mask, Selection):
+        return select(request)
     wide = widened(request)
     if wide is not request:
         return _with_copies(

@@ -30,6 +30,8 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     _check_index("head", head, request.num_heads)
     q_len, kv_len = request.sequences[batch]
     launches = plan.steps or lower(request).steps
+    if request.mask.comes_with_call:  # their places are data: drawn is what may be asked for
+        launches = ()
     known = request.matrices.regions(head)[batch]
     layers = [(_launch_region(launch, batch, head), launch.label) for launch in launches]
     layers = [(r, label) for r, label in layers if r] or [(known, "the mask")]

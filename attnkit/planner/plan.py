@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from attnkit.planner.nearby import Saving
     from attnkit.pse import Pse
 
-__all__ = ["RUNNERS", "Plan", "Runner", "disprove_plan"]
+__all__ = ["RUNNERS", "Plan", "Runner", "disprove_calls_of", "disprove_plan"]
 
 # What reading a record that was changed by hand may raise. All of attnkit's errors are among them.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -213,6 +213,10 @@ class Plan:
                 return refused
         return disprove_plan(self)
 
+    def disproof(self) -> Refusal | None:
+        """Return why the calls do not compute the request; reading a broken plan may raise."""
+        return _disproof(self)
+
     def verify(self) -> None:
         """Check the certificate; see `disprove` for what is proven.
 
@@ -279,28 +283,33 @@ def disprove_plan(plan: Plan) -> Refusal | None:
     A plan that cannot even be read, such as one with a sequence fewer in one of two lists, is not
     proven either, so that is an answer as well and no exception.
     """
+    return _readable(plan.disproof)
 
-    def check() -> Refusal | None:
-        steps, in_order, route, found = plan.steps, plan.in_order, plan.route, plan.bias_pass
-        asked = widened(plan.request)
-        taken = {part for one in route.channels for part in one.parts} if route else set()
-        rest = tuple(k for k in range(len(asked.bias)) if k not in taken)
-        request = asked if found is None else frozen(asked, found.terms)
-        inner = route.request if route else request
-        computed = in_order or inner
-        every = (plan.request, request, inner, computed)
-        return (
-            next(filter(None, map(_inconsistent, dict.fromkeys(every))), None)
-            or disprove_pass(asked, rest, found)
-            or _other_request(request, in_order, route)
-            or _unmergeable(computed, steps)
-            or disprove_places(computed, steps, route)
-            or disprove_cover(computed, steps)
-            or _other_route(request, route, steps, in_order)
-            or disprove_calls(computed, steps)
-        )
 
-    return _readable(check)
+def disprove_calls_of(request: Request, launch: Launch) -> Refusal | None:
+    """Return why one call does not compute a request by itself; None if it does."""
+    return _disproof(Plan("", request, (launch,)))
+
+
+def _disproof(plan: Plan) -> Refusal | None:
+    steps, in_order, route, found = plan.steps, plan.in_order, plan.route, plan.bias_pass
+    asked = widened(plan.request)
+    taken = {part for one in route.channels for part in one.parts} if route else set()
+    rest = tuple(k for k in range(len(asked.bias)) if k not in taken)
+    request = asked if found is None else frozen(asked, found.terms)
+    inner = route.request if route else request
+    computed = in_order or inner
+    every = (plan.request, request, inner, computed)
+    return (
+        next(filter(None, map(_inconsistent, dict.fromkeys(every))), None)
+        or disprove_pass(asked, rest, found)
+        or _other_request(request, in_order, route)
+        or _unmergeable(computed, steps)
+        or disprove_places(computed, steps, route)
+        or disprove_cover(computed, steps)
+        or _other_route(request, route, steps, in_order)
+        or disprove_calls(computed, steps)
+    )
 
 
 def _readable(check: Callable[[], Refusal | None]) -> Refusal | None:

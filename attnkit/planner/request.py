@@ -283,7 +283,7 @@ def read_request(
     pse, score_fn = composition.pse, composition.score_fn
     score_trains = trains(score_fn, query)
     request = Request(
-        mask=composition.mask,
+        mask=composition.mask.form,
         bias=bias_terms(pse),
         layout=layout.name,
         batch=batch,

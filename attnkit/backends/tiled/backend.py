@@ -27,6 +27,7 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
+from attnkit.backends.selected_tiles import run_tiles, selected_refusals
 from attnkit.backends.tiled.bias import Bound, bind
 from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import DEVICE_CELLS, Job
@@ -42,6 +43,7 @@ from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import steps
 from attnkit.backends.tiled.whole import fits_torch
 from attnkit.errors import BackendRefused, Refusal
+from attnkit.masks.selected import Selection
 from attnkit.planner import Plan, Request
 from attnkit.planner.price import time_in_tiles, time_of_definition
 from attnkit.pse import Pse
@@ -62,6 +64,8 @@ class TiledPlan(Plan):
     @cached_property
     def few(self) -> Few | None:
         """The same without a schedule, where it has few rows that see runs of keys."""
+        if isinstance(self.request.mask, Selection):
+            return None
         found = Few(self.request) if is_few(self.request) else None
         return found if found is not None and found.sights is not None else None
 
@@ -101,6 +105,8 @@ class Tiled(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
+        if isinstance(request.mask, Selection):
+            return untransformed(request, self.name) + selected_refusals(request, self.name)
         reasons = untransformed(request, self.name) + without_cells(request, self.name)
         if request.score_trains:
             reason = (
@@ -113,7 +119,7 @@ class Tiled(Backend):
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
         plan = TiledPlan(self.name, request)
-        if plan.few is None:
+        if plan.few is None and not isinstance(request.mask, Selection):
             _ = plan.schedule
         return plan
 
@@ -123,9 +129,12 @@ class Tiled(Backend):
         Tiles save masked cells, and cost launches. Matrices larger than a tile may be are no
         choice: then it is the memory that tiles are for.
         """
-        request, job = plan.request, _job(plan)
+        request = plan.request
+        if isinstance(request.mask, Selection):
+            return None
         if isinstance(plan, TiledPlan) and plan.few is not None:
             return None
+        job = _job(plan)
         cells = request.num_heads * sum(q_len * kv_len for q_len, kv_len in request.sequences)
         if request.device in ("cpu", "meta") or cells > DEVICE_CELLS:
             return None
@@ -154,6 +163,8 @@ class Tiled(Backend):
         # A fake tensor has no memory to walk, and what is kept for later calls must be real.
         if isinstance(query, FakeTensor):
             return run_held(plan, operands)
+        if isinstance(plan.request.mask, Selection):
+            return run_tiles(plan, operands)
         few = plan.few if isinstance(plan, TiledPlan) else None
         if few is not None:
             return _of_few(few, operands)
@@ -167,6 +178,8 @@ class Tiled(Backend):
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Walk the schedule without recording a graph."""
+        if isinstance(plan.request.mask, Selection):
+            return super().compute(plan, operands, seed)
         if isinstance(plan, TiledPlan) and plan.few is not None:
             return _of_few(plan.few, operands)
         job, leaves = _job(plan), operands.leaves[:4]
@@ -177,6 +190,8 @@ class Tiled(Backend):
         self, plan: Plan, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
     ) -> Grads:
         """Walk the schedule again, on the statistics of the forward pass."""
+        if isinstance(plan.request.mask, Selection):
+            return super().gradients(plan, operands, kept, wanted)
         lse, grad_lse = kept.lse, kept.grad_lse
         # A graph sends zeros where nothing arrived, and the fastest ways know no such gradient.
         if grad_lse is not None and grad_lse.device.type == "cpu" and not grad_lse.any():
