@@ -33,7 +33,7 @@ from attnkit.backends.choose import make_plan
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.handles import memory_of, number_of, told
 from attnkit.masks import Full
-from attnkit.masks.selected import Selection
+from attnkit.masks.selection import Selection
 from attnkit.planner import Composition, Plan, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import read_sizes

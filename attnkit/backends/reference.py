@@ -26,7 +26,7 @@ from attnkit.backends.selected import checked, selected_by
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.masks import Mask, Rectangle
-from attnkit.masks.selected import Selection
+from attnkit.masks.selection import Selection
 from attnkit.masks.trace import blocks_around
 from attnkit.planner import Plan, Request
 from attnkit.planner.scoring import modified

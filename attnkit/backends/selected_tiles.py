@@ -21,7 +21,8 @@ from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.selected import checked, selected_by
 from attnkit.constants import constant
 from attnkit.errors import Refusal
-from attnkit.masks.selected import SelectedBlocks, Selection
+from attnkit.masks.selected import SelectedBlocks
+from attnkit.masks.selection import Selection
 from attnkit.planner import Plan, Request
 from attnkit.planner.selected import selection_of
 

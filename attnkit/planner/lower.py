@@ -12,7 +12,7 @@ from operator import and_
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks import Band
-from attnkit.masks.selected import Selection
+from attnkit.masks.selection import Selection
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.block_sparse import by_blocks

@@ -28,7 +28,7 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.layouts import SeqLens
 from attnkit.masks import Causal, Full
-from attnkit.masks.selected import BlockSight, Selection
+from attnkit.masks.selection import BlockSight, Selection
 from attnkit.planner.calls import Launch
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.plan import Plan, disprove_calls_of

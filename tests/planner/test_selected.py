@@ -11,7 +11,7 @@ import torch
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.backends.selected import Laid
+from attnkit.backends.selected_units import Laid
 from attnkit.geometry import Region
 from attnkit.masks import SelectedBlocks
 from attnkit.planner import Plan

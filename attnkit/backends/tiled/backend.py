@@ -43,7 +43,7 @@ from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import steps
 from attnkit.backends.tiled.whole import fits_torch
 from attnkit.errors import BackendRefused, Refusal
-from attnkit.masks.selected import Selection
+from attnkit.masks.selection import Selection
 from attnkit.planner import Plan, Request
 from attnkit.planner.price import time_in_tiles, time_of_definition
 from attnkit.pse import Pse
