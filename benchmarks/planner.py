@@ -1,8 +1,10 @@
-"""What planning costs beside the attention itself: ``python benchmarks/planner.py``.
+"""What planning costs, and what it finds: ``python benchmarks/planner.py``.
 
 A *first plan* reads the shapes, walks the candidates, proves, prices and verifies; a *cached
 call* is what every later call of a module pays before its backend runs. Medians; the
-attention is timed in the same process. Writes benchmarks/results/planner.md.
+attention is timed in the same process. Then the plans of sparse masks, by a planner that gathers
+keys and by one that cuts. Writes benchmarks/results/planner.md; ``--masks`` makes the second part
+anew and keeps the first.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import _gathered_rows
 import torch
 
 import attnkit as ak
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from make_gallery import BlockDiffusion
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
+TABLES = "# What the planner makes of sparse masks"
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,10 @@ def attention_itself() -> float:
     return microseconds(lambda: sdpa(x, x, x, is_causal=True), 11)
 
 
-def main() -> None:
-    """Time every case, print the table and write it."""
+def costs() -> list[str]:
+    """Time every case, and return the page's first part."""
     rows = [(case.name, first_plan(case), cached_call(case)) for case in CASES]
-    lines = [
+    return [
         "# What planning costs",
         "",
         "Made by `python benchmarks/planner.py`. Microseconds, medians.",
@@ -155,6 +159,15 @@ def main() -> None:
         *at_a_million(),
         "",
     ]
+
+
+def main() -> None:
+    """Print the page and write it; with ``--masks`` its first part stays as it is."""
+    if "--masks" in sys.argv:
+        first = RESULTS.read_text(encoding="utf-8").partition(TABLES)[0].split("\n")[:-1]
+    else:
+        first = costs()
+    lines = [*first, TABLES, "", *_gathered_rows.ABOUT, "", *_gathered_rows.tables()]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))

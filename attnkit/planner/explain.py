@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from attnkit.errors import Refusal
@@ -16,20 +16,21 @@ from attnkit.masks import naming
 from attnkit.masks.predicate import function_name
 from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
-from attnkit.planner.calls import Solution, diagonal_blocks
+from attnkit.planner.calls import Launch, Solution, Tokens, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.orders import resort
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
-from attnkit.planner.sequences import Block
+from attnkit.planner.sequences import Block, Ranges
 
 __all__ = ["as_data", "explain"]
 
 WIDTH = 80
 _LABEL = 12
 _MOST_REASONS = 8
+_MOST_RANGES = 3
 _NAMED_SLICES = 2  # regions of more are searched for a name too long
 
 
@@ -194,6 +195,8 @@ def _solution_lines(plan: Plan) -> list[str]:
         lines += _entry(f"call {k}" if several else "call", name)
         lines += _entry("", tensors)
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
+        lines += _entry("gathers", _gathered(launch, request))
+    lines += _entry("merge", _merge(plan))
     lines += _price_lines(Solution(best.launches).price, request)
     if plan.bias_pass is not None:
         lines += _entry("bias pass", _pass(plan.bias_pass, request))
@@ -202,10 +205,56 @@ def _solution_lines(plan: Plan) -> list[str]:
     lines += _entry("empty rows", _rows(best))
     lines += _entry("proof", _proof(plan))
     if others:
-        told = ", ".join(f"{o.label} ({_dearer(o, best)})" for o in others[:6])
+        told = ", ".join(f"{o.label}{_merged(o)} ({_dearer(o, best)})" for o in others[:6])
         more = f", and {len(others) - 6} more" if len(others) > 6 else ""
         lines += _entry("also right", told + more)
     return lines
+
+
+def _gathered(launch: Launch, request: Request) -> str:
+    """Say which rows and keys the sequences of a call are copied from; nothing where none are."""
+    scattered = [block for block in launch.blocks if not block.is_rectangle]
+    if not scattered:
+        return ""
+    times = len(launch.keys) / sum(kv_len for _, kv_len in request.sequences)
+    first = scattered[0]
+    return (
+        f"{len(scattered)} sequences have rows or keys from several places; all have "
+        f"{_between(block.sizes[0] for block in launch.blocks)} rows and "
+        f"{_between(block.sizes[1] for block in launch.blocks)} keys each, "
+        f"{len(launch.keys):,} keys in all ({times:.3g} times K and V); the first has rows "
+        f"{_ranges(first.rows)} and keys {_ranges(first.keys)}"
+    )
+
+
+def _between(counts: Iterable[int]) -> str:
+    some = set(counts)
+    return f"{min(some):,}" if len(some) == 1 else f"{min(some):,} to {max(some):,}"
+
+
+def _ranges(ranges: Ranges) -> str:
+    """List ranges by their first and last position, the first few of them."""
+    told = ", ".join(_range(one) for one in ranges[:_MOST_RANGES])
+    more = len(ranges) - _MOST_RANGES
+    return f"{told} and {more} more" if more > 0 else told
+
+
+def _range(one: range) -> str:
+    return f"{one[0]}-{one[-1]}" if len(one) > 1 else f"{one[0]}"
+
+
+def _merge(plan: Plan) -> str:
+    """Say how often rows are answered, where calls answer parts of the rows."""
+    if not plan.steps[0].partial:
+        return ""
+    if all(parts.once for parts in plan.parts):
+        return "none: every row is answered once"
+    most = max(
+        len(Tokens(tuple(one for k in parts.launches for one in k.queries.ranges)).layers)
+        for parts in plan.parts
+    )
+    times = f"up to {most} times" if most > 1 else "once"
+    return f"rows are answered {times}, and merged by their statistics"
 
 
 def _price_lines(price: Price, request: Request) -> list[str]:
@@ -281,6 +330,14 @@ def _rows(best: Solution) -> str:
     if not best.launches[0].has_empty_rows:
         return "none, so inner_precise stays 0 (the faster path)"
     return "inner_precise=2 makes them 0 instead of the mean of V"
+
+
+def _merged(other: Solution) -> str:
+    """Say that a solution merges parts of rows, where its one label does not show it."""
+    launches = other.launches
+    if len(launches) > 1 or not launches[0].partial or launches[0].queries.are_distinct:
+        return ""
+    return ", merged"
 
 
 def _dearer(other: Solution, best: Solution) -> str:

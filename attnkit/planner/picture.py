@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +34,7 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     if request.mask.comes_with_call:  # their places are data: drawn is what may be asked for
         launches = ()
     known = request.matrices.regions(head)[batch]
-    layers = [(_launch_region(launch, batch, head), launch.label) for launch in launches]
-    layers = [(r, label) for r, label in layers if r] or [(known, "the mask")]
+    layers = list(_layers(launches, batch, head)) or [(known, "the mask")]
     cells = np.ones((1, 1, 3))
     for k, (region, _) in enumerate(layers):
         share = picture.shares(region, q_len, kv_len, _GRID, _GRID)[..., None]
@@ -43,9 +43,7 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     figure = picture.figure(cells, q_len, kv_len, title)
     from matplotlib.patches import Patch  # is there, or the figure would not be
 
-    legend = [
-        Patch(color=_colour(k), label=f"call {k + 1}: {s}") for k, (_, s) in enumerate(layers)
-    ]
+    legend = [Patch(color=_colour(k), label=label) for k, (_, label) in enumerate(layers)]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -73,12 +71,29 @@ def _measured(known: Region, q_len: int, kv_len: int) -> str:
     )
 
 
-def _launch_region(launch: Launch, batch: int, head: int) -> Region:
-    """Return the cells that a call computes in one score matrix."""
+def _layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[Region, str]]:
+    """Yield the cells that share a colour, and what they are: those of a call.
+
+    The sequences of a single call that gathers take turns with the colours.
+    """
+    if len(launches) == 1 and not all(k.is_rectangle for k in launches[0].blocks):
+        images = list(_images(launches[0], batch, head))
+        turns = len(_COLOURS)
+        for k in range(min(turns, len(images))):
+            own = range(k + 1, len(images) + 1, turns)
+            told = ", ".join(map(str, own[:2])) + (f", ... {own[-1]}" if len(own) > 2 else "")
+            yield Region.union(images[k::turns]), f"{launches[0].label}: sequence {told}"
+        return
+    for n, launch in enumerate(launches, start=1):
+        cells = Region.union(_images(launch, batch, head))
+        if cells:
+            yield cells, f"call {n}: {launch.label}"
+
+
+def _images(launch: Launch, batch: int, head: int) -> Iterator[Region]:
+    """Yield the cells that each sequence of a call computes in one score matrix."""
     if launch.is_opaque or (launch.heads is not None and head not in launch.heads):
-        return Region.empty()
-    return Region.union(
-        block.image(region)
-        for block, region in zip(launch.blocks, launch.regions(head), strict=True)
-        if block.batch == batch
-    )
+        return
+    for block, region in zip(launch.blocks, launch.regions(head), strict=True):
+        if block.batch == batch and region:
+            yield block.image(region)

@@ -7,7 +7,7 @@ as batch elements with a mask each; the smaller ones get a plan of their own as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 
 import pytest
@@ -17,6 +17,7 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region
 from attnkit.masks import Mask
+from attnkit.planner.calls import Launch
 from tests.agreement import near, results
 
 pytestmark = pytest.mark.usefixtures("no_full_masks")
@@ -78,15 +79,26 @@ def chunks(regions: list[Region]) -> Iterator[tuple[Region, ...]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("q_len", "kv_len"), list(product(SIDES, SIDES)))
 def test_every_set_is_planned_proven_and_computed(q_len: int, kv_len: int) -> None:
-    known = sets(q_len, kv_len)
+    known, gathered = sets(q_len, kv_len), 0
     q = torch.empty(1, q_len, 1, 8, device="meta", requires_grad=True)
     k = torch.empty(1, kv_len, 1, 8, device="meta", requires_grad=True)
     for region in known if max(q_len, kv_len) <= ALONE else ():
         plan = ak.plan(q, k, k, mask=OfBatch((region,)), backend="emulated")
         plan.verify()
         assert not any(c.atten_mask and c.atten_mask.kind == "full" for c in plan.calls), region
+        solutions = [plan.solution, *plan.alternatives]
+        some = [one.launches for one in solutions if any(map(gathers, one.launches))]
+        for launches in some:  # weights that somebody measures may choose any
+            replace(plan, steps=launches, alternatives=()).verify()
+        gathered += bool(some)
+    assert gathered > (50 if min(q_len, kv_len) == ALONE == max(q_len, kv_len) else -1)
     for some in chunks(known):
         compared(OfBatch(some), len(some), q_len, kv_len)
+
+
+def gathers(launch: Launch) -> bool:
+    """Whether a sequence of a call has rows or keys from several places."""
+    return not all(block.is_rectangle for block in launch.blocks)
 
 
 def compared(mask: Mask, batch: int, q_len: int, kv_len: int) -> None:

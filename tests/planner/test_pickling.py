@@ -46,6 +46,7 @@ PLANS = {
     "full mask": lambda: plan_of(SINK),
     "slopes": lambda: plan_of(masks.Causal() & masks.Documents([30, 34]), pse.ALiBi(2)),
     "route": lambda: plan_of(SINK, pse.T5Relative(2)),
+    "gathered": lambda: plan_of(masks.SameId([(0, 2048), (1, 2048)] * 2), length=8192),
     "sorted": lambda: plan_of(masks.Dilated(2) & masks.SlidingWindow(9)),
 }
 

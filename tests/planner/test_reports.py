@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.planner import Plan, lower
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import search_for
 from tests.planner.test_tampering import a_bias, a_mask
 
 
@@ -98,6 +101,51 @@ def test_a_report_names_what_a_mask_is() -> None:
     ):
         report = " ".join(plan_of(mask, 12, 12, "emulated").explain().split())
         assert told in report
+
+
+@pytest.mark.usefixtures("no_full_masks")
+def test_a_report_tells_what_is_gathered_and_merged() -> None:
+    returning = masks.SameId([(k % 2, 3) for k in range(12)])
+    plan = plan_of(returning, 36, 36, "emulated")
+    report = " ".join(plan.explain().split())
+    assert (
+        "gathers 2 sequences have rows or keys from several places; all have 18 rows and 18 keys "
+        "each, 36 keys in all (1 times K and V); the first has rows 0-2, 6-8, 12-14 and 3 more and "
+        "keys 0-2, 6-8, 12-14 and 3 more merge none: every row is answered once"
+    ) in report
+    assert "no mask, merged (" in report
+    places = [[a, a + 3, 1] for a in range(0, 36, 6)]
+    blocks = json.loads(json.dumps(plan.to_dict()))["plan"]["calls"][0]["blocks"]
+    assert blocks[0] == {"batch": 0, "rows": places, "keys": places}
+
+    sunk = masks.SlidingWindow(8) | masks.Causal() & masks.Prefix(1)
+    cut = search_for(plan_of(sunk, 64, 64).request, Search(gathers=False))
+    told = replace(cut, backend="emulated").explain()
+    assert "merge       rows are answered up to 2 times, and merged by their" in told
+    assert "gathers" not in told
+    assert "merge" not in plan_of(masks.Causal(), 8, 8, "emulated").explain()
+
+
+@pytest.mark.usefixtures("no_full_masks")
+def test_a_picture_shows_the_sequences_of_a_call_that_gathers() -> None:
+    pytest.importorskip("matplotlib")
+    for count, told in (
+        (3, ["1", "2", "3"]),
+        (9, ["1, 9", *"2345678"]),
+        (18, ["1, 9, ... 17", "2, 10, ... 18", *(f"{k}, {k + 8}" for k in range(3, 9))]),
+    ):
+        returning = masks.SameId([(k % count, 2) for k in range(2 * count)])
+        figure = plan_of(returning, 4 * count, 4 * count, "emulated").plot()
+        (legend,) = figure.legends
+        assert [t.get_text() for t in legend.get_texts()] == [
+            f"no mask: sequence {k}" for k in told
+        ]
+        (picture,) = figure.axes[0].get_images()
+        colours = picture.get_array()
+        assert (colours[0, 0] == colours[0, 2 * count]).all()
+        assert (colours[0, 0] == colours[2 * count, 0]).all()
+        assert (colours[0, 0] != colours[2, 2]).any()
+        assert (colours[0, 2] == 1).all()  # what is masked is white
 
 
 @pytest.mark.parametrize("merging", [False, True])

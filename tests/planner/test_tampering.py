@@ -24,6 +24,7 @@ from attnkit import layouts, masks, pse
 from attnkit.backends import BACKENDS, run_plan
 from attnkit.backends.base import Operands
 from attnkit.planner import Plan
+from attnkit.planner.calls import Block, bare_call
 
 HEADS = 2
 Tensors = tuple[Tensor, ...]
@@ -45,6 +46,7 @@ def a_mask(chance: random.Random, q_len: int, kv_len: int, batch: int, packed: b
         masks.Band(1, 1) | masks.Columns(0, 1) | masks.Rows(0, 1),
         masks.Chunked(3) & masks.Causal(),
         masks.BlockCausal(3),
+        masks.BlockCausal(3) & masks.Keys([(0, 1), (2, None)]),
         masks.Dilated(2) & masks.SlidingWindow(5),
         masks.Dilated(2),
         masks.Rows(1, 3),
@@ -173,6 +175,9 @@ def changes(value: Any, known: list[Any], pool: Pool, chance: random.Random) -> 
         yield from (value + 1, value - 1, -value - 1, value + 2**40)
     elif isinstance(value, float):
         yield from (value * 1.5, -value, 0.0, float("nan"))
+    elif isinstance(value, range):
+        yield from (value[::-1], value[1:], value[:0], value[::2])
+        yield from (range(value.start + n, value.stop + n, value.step) for n in (1, -1))
     elif isinstance(value, tuple) and value:
         at = chance.randrange(len(value))
         yield from (value[:-1], value[1:], value[::-1], (*value, value[0]))
@@ -381,3 +386,69 @@ def test_what_cannot_be_read_is_not_proven() -> None:
         replace(plan, in_order=plan.request),
     ):
         assert caught(fault)  # type: ignore[arg-type]
+
+
+# -- keys from several places ------------------------------------------------------------------
+
+
+def gathered(batch: int = 1) -> Plan:
+    """Two sequences in each batch element, of which the first has rows and keys from two places."""
+    x = torch.empty(batch, 8, HEADS, 4, device="meta", requires_grad=True)
+    runs = [[(0, 2), (1, 4), (0, 2)], [(0, 3), (1, 4), (0, 1)]][:batch]
+    plan = ak.plan(x, x, x, mask=masks.SameId(runs), backend="emulated")
+    (step,) = plan.steps
+    ends = (range(2), range(6, 8))
+    assert step.blocks[:2] == (Block(0, ends, ends), Block.at(0, 2, 6, 2, 6))
+    plan.verify()
+    return plan
+
+
+def with_block(plan: Plan, at: int = 0, **changed: Any) -> Plan:
+    blocks = list(plan.steps[0].blocks)
+    blocks[at] = replace(blocks[at], **changed)
+    return one_step(plan, {"blocks": tuple(blocks)})
+
+
+@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.parametrize("side", ["rows", "keys"])
+def test_rows_and_keys_of_a_gathered_sequence_are_proven(side: str) -> None:
+    plan = gathered()
+    for ranges, code in (
+        ((range(2), range(2)), "misplaced"),  # twice
+        ((range(2), range(1, 3)), "misplaced"),
+        ((range(3), range(2, 3)), "misplaced"),
+        ((range(2), range(7, 9)), "misplaced"),  # outside
+        ((range(-2, 0), range(6, 8)), "misplaced"),
+        ((range(2), range(6, 10, 2)), "misplaced"),  # not side by side
+        ((range(2), range(0), range(6, 8)), "misplaced"),
+        ((range(2), range(5, 7)), "cover"),  # another one
+        ((range(1, 3), range(6, 8)), "cover"),
+        ((range(2), range(6, 7)), "misplaced"),  # one is missing
+        ((range(2), (6, 7)), "unreadable"),
+    ):
+        assert caught(with_block(plan, **{side: ranges})) == code, ranges
+    # Without a mask rows and keys come in any order, as long as it is that of the answers.
+    ends = (range(7, 5, -1), range(2))
+    with_block(plan, **{side: ends}).verify()
+
+
+@pytest.mark.usefixtures("no_full_masks")
+def test_a_gathered_sequence_is_of_one_batch_element() -> None:
+    plan = gathered(2)
+    assert [block.batch for block in plan.steps[0].blocks] == [0, 0, 1, 1]
+    assert caught(with_block(plan, batch=1)) == "cover"
+    for batch in (2, -1, None):
+        assert caught(with_block(plan, batch=batch)) == "misplaced"
+
+
+@pytest.mark.usefixtures("no_full_masks")
+def test_every_row_is_in_a_gathered_sequence() -> None:
+    plan = gathered()
+    (step,) = plan.steps
+    assert caught(one_step(plan, {"blocks": step.blocks[:1]})) == "misplaced"
+    part = (HEADS, HEADS)
+    for some in (step.blocks[:1], step.blocks + step.blocks[:1]):
+        call = bare_call(plan.request, "TND", some, part)
+        targets = (step.targets * 2)[: len(some)]
+        launch = replace(step, call=call, blocks=some, targets=targets)
+        assert caught(replace(plan, steps=(launch,))) == "cover"

@@ -1,0 +1,206 @@
+"""What a planner that gathers keys makes of sparse masks, beside one that cuts them into pieces."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import geometric_mean
+
+import torch
+from _sparse_masks import LONG, SHORT, SPARSE, Sparse
+
+from attnkit.planner import Composition, Plan, Request, read_request
+from attnkit.planner.calls import Launch, Solution, by_heads
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import search_for
+
+__all__ = ["ABOUT", "row", "tables"]
+
+ABOUT = (
+    "8 heads of 64, bfloat16, training, one batch element; times of the process. Each mask is",
+    "planned twice, with and without gathering. *Pieces* and *gathered* are the cheapest plans of",
+    "each that read no mask of one entry per cell, as for a longer text (where there is none, the",
+    "one with such a mask). *Chosen* is what is chosen, such a mask allowed. `K/V x` counts the",
+    "copy beside keys and values themselves. Prices are the planner's own, which nobody has",
+    "calibrated.",
+)
+
+HEADS, DIM = 8, 64
+TOKENS = {SHORT: "2,048", LONG: "16,384"}
+
+# A planner that only cuts takes minutes for these: price, megabytes and seconds from one such run.
+SLOW: dict[tuple[str, int], tuple[float, float, float]] = {}
+
+
+@dataclass(frozen=True)
+class Told:
+    """One solution in the numbers of the table; of a run that was long ago, its price alone."""
+
+    us: float
+    peak: float
+    calls: int = 0
+    sequences: int = 0
+    copied: float = 0.0
+    """How many times keys and values are written to another place."""
+    how: str = ""
+    full: bool = False
+    """Whether a mask of one entry per cell is read."""
+
+    @classmethod
+    def of(cls, found: Solution, kv_len: int) -> Told:
+        launches, price = found.launches, found.price
+        gathered = [one.keys for one in launches if one.partial and one.keys.span is None]
+        full = any(map(_reads_all, launches))
+        return cls(
+            price.nanoseconds / 1e3,
+            price.peak_bytes / 1e6,
+            len(launches),
+            sum(len(one.blocks) for one in launches),
+            sum(len(ranges) for keys in gathered for ranges in keys.ranges) / kv_len,
+            found.label + (" + a mask per cell" if full else _merged(launches)),
+            full,
+        )
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "recorded"
+        copied = f", K/V x {self.copied:.1f}" if self.copied else ""
+        return f"{self.calls} ({self.sequences:,}): {self.how}{copied}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mask at one length. What there is not is None."""
+
+    name: str
+    density: float
+    pieces: Told | None
+    gathered: Told | None
+    before: Told
+    now: Told
+    old_ms: float
+    plan_ms: float
+    proof_ms: float
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """How many times dearer it is to cut than to gather, and what was chosen than what is."""
+        first, last = self.pieces or self.before, self.gathered or self.now
+        return first.us / last.us, self.before.us / self.now.us
+
+    def __str__(self) -> str:
+        first, last = self.pieces or self.before, self.gathered or self.now
+        cells = [
+            self.name,
+            f"{100 * self.density:.1f} %",
+            f"{first}",
+            f"{first.us:,.0f}",
+            f"{first.peak:,.0f}",
+            f"{last}",
+            f"{last.us:,.0f}",
+            f"{last.peak:,.0f}",
+            f"{self.ratios[0]:.2f}",
+            f"{self.before.us:,.0f}{_marked(self.before)} -> {self.now.us:,.0f}{_marked(self.now)}",
+            f"{self.ratios[1]:.2f}",
+            f"{self.old_ms:,.0f}",
+            f"{self.plan_ms:,.0f} + {self.proof_ms:,.0f}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+HEAD = """\
+| mask | density | pieces: calls (sequences) | us | MB | gathered: calls (sequences) | us | MB \
+| ratio | chosen: before -> now, us | ratio | planned before, ms | now: planned + proven, ms |
+|---|---:|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|"""
+
+
+def _marked(told: Told) -> str:
+    return " (mask)" if told.full else ""
+
+
+def _merged(launches: Sequence[Launch]) -> str:
+    if not launches[0].partial or all(parts.once for parts in by_heads(launches)):
+        return ""
+    return ", merged"
+
+
+def _reads_all(launch: Launch) -> bool:
+    mask = launch.call.atten_mask
+    return mask is not None and mask.kind == "full"
+
+
+def _without_mask(plan: Plan) -> Told | None:
+    """Return the cheapest way of a plan that reads no mask of one entry per cell."""
+    every = [plan.solution, *plan.alternatives]
+    spared = [one for one in every if not any(map(_reads_all, one.launches))]
+    best = min(spared, key=lambda one: one.price.nanoseconds, default=None)
+    return None if best is None else Told.of(best, plan.request.kv_len)
+
+
+def _planned(request: Request, gathers: bool) -> tuple[Plan, float]:
+    start = time.process_time()
+    plan = search_for(request, Search(gathers=gathers))
+    return replace(plan, backend="emulated"), 1e3 * (time.process_time() - start)
+
+
+def row(one: Sparse, size: int) -> Row:
+    """Plan one mask both ways."""
+    mask, (q_len, kv_len) = one.at(size)
+    query, key = (
+        torch.empty(1, n, HEADS, DIM, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for n in (q_len, kv_len)
+    )
+    request = read_request(Composition(mask=mask), query, key, key)
+    # To know the mask's region is no part of planning; each plan has a request of its own.
+    cells = (
+        request.matrices.regions()[0].area
+        if request.matrices.exact
+        else int(mask.materialize(q_len, kv_len).sum())
+    )
+    now, plan_ms = _planned(request, True)
+    start = time.process_time()
+    now.verify()
+    proof_ms = 1e3 * (time.process_time() - start)
+    chosen = Told.of(now.solution, kv_len)
+    gathered = _without_mask(now)
+    slow = SLOW.get((one.label(size), size))
+    if slow is None:
+        old, old_ms = _planned(request, False)
+        pieces, before = _without_mask(old), Told.of(old.solution, kv_len)
+    else:
+        pieces, before, old_ms = None, Told(*slow[:2], full=True), 1e3 * slow[2]
+    density = cells / (q_len * kv_len)
+    times = (old_ms, plan_ms, proof_ms)
+    return Row(one.label(size), density, pieces, gathered, before, chosen, *times)
+
+
+def table(size: int) -> Iterator[str]:
+    """Yield the lines of one length."""
+    yield f"## {TOKENS[size]} tokens"
+    yield ""
+    yield HEAD
+    rows = []
+    for one in SPARSE:
+        if one.arguments[size] is not None:
+            rows.append(row(one, size))
+            print(rows[-1], file=sys.stderr, flush=True)
+    yield from map(str, rows)
+    cut, chosen = (geometric_mean(some) for some in zip(*(r.ratios for r in rows), strict=True))
+    single = sum((r.gathered or r.now).calls == 1 for r in rows)
+    once = sum(r.now.calls == 1 and not r.now.full for r in rows)
+    yield ""
+    yield (
+        f"Geometric mean of the ratios: {cut:.2f} where no mask of one entry per cell is read, "
+        f"{chosen:.2f} of what is chosen. One call without such a mask computes {single} of "
+        f"{len(rows)}, and is chosen for {once}; dearer than before: "
+        f"{sum(r.ratios[1] < 0.9999 for r in rows)}."
+    )
+    yield ""
+
+
+def tables(sizes: Sequence[int] = (SHORT, LONG)) -> list[str]:
+    """Return both tables as lines, each printed as it comes."""
+    return list(chain.from_iterable(map(table, sizes)))
