@@ -144,7 +144,7 @@ def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
 
 def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Run a plan of several calls on packed tensors, each group of heads by itself."""
-    groups = plan.parts
+    groups = plan.by_heads
     if groups[0].heads is None:
         return _run_heads(launcher, plan, groups[0], operands)
     known = {head for some in groups for head in some.heads or ()}

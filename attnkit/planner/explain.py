@@ -247,11 +247,11 @@ def _merge(plan: Plan) -> str:
     """Say how often rows are answered, where calls answer parts of the rows."""
     if not plan.steps[0].partial:
         return ""
-    if all(parts.once for parts in plan.parts):
+    if all(parts.once for parts in plan.by_heads):
         return "none: every row is answered once"
     most = max(
         len(Tokens(tuple(one for k in parts.launches for one in k.queries.ranges)).layers)
-        for parts in plan.parts
+        for parts in plan.by_heads
     )
     times = f"up to {most} times" if most > 1 else "once"
     return f"rows are answered {times}, and merged by their statistics"

@@ -150,7 +150,7 @@ class Plan:
         return Solution(self.steps, self.bias_pass)
 
     @cached_property
-    def parts(self) -> tuple[Parts, ...]:
+    def by_heads(self) -> tuple[Parts, ...]:
         """The steps by the heads that they have: those of the same heads are merged."""
         return by_heads(self.steps)
 
