@@ -41,3 +41,15 @@ def no_full_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plan without sequences that gather their keys from several places: pieces are merged."""
+    caches = (make_plan, lower)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr("attnkit.planner.decompose.partitions", lambda region: iter(()))
+    yield
+    for cache in caches:
+        cache.cache_clear()

@@ -10,15 +10,17 @@ not in the calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, product
+from itertools import chain, islice
+from math import inf
 from typing import Any, NamedTuple
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
 from attnkit.planner.biases import Arguments, anchor_in, part_arguments
+from attnkit.planner.bounds import Work, dearer
 from attnkit.planner.calls import Launch, bare_call, diagonal_blocks
 from attnkit.planner.cuts import cuts
 from attnkit.planner.grouping import MOST_WINDOWS, Segment, Window, group
@@ -80,15 +82,23 @@ class Search:
             self.cuts[region] = tuple(islice(cuts(region), _MOST_CUTS))
         return self.cuts[region]
 
+    def cut(self, region: Region, depth: int) -> tuple[Slice, ...]:
+        """Return a region cut in the `depth`-th way, or the last one, where it has fewer."""
+        return self.all_cuts(region)[: depth + 1][-1]
+
 
 def decompositions(
-    request: Request, groups: Sequence[tuple[int, ...]] | None = None, search: Search | None = None
+    request: Request,
+    groups: Sequence[tuple[int, ...]] | None = None,
+    search: Search | None = None,
+    least: Callable[[], float] = lambda: inf,
 ) -> Iterator[tuple[Launch, ...] | Refusal]:
     """Yield sets of calls whose cells are disjoint and make up the request, or why there is none.
 
     Only requests whose score matrices are regions are cut; heads that differ get calls of
     their own. `groups` are heads that do not differ, where a caller knows which are to stay
-    together.
+    together. `least` says what the cheapest that is right costs so far, in nanoseconds: cuts that
+    cannot be cheaper are not tried.
     """
     if not request.matrices.exact:
         reason = f"{request.mask!r} is not a region that could be cut into pieces"
@@ -97,8 +107,10 @@ def decompositions(
     groups = head_groups(request) if groups is None else groups
     search = search or Search()
     seen = set()
-    for pieces in chain(_gathered(request, groups, search), _cut(request, groups, search)):
-        if pieces not in seen and any(pieces):
+    for pieces in chain(_gathered(request, groups, search), _cut(request, groups, search, least)):
+        if isinstance(pieces, Refusal):
+            yield pieces
+        elif pieces not in seen and any(pieces):
             seen.add(pieces)
             yield from _packings(request, groups, pieces, search)
 
@@ -129,13 +141,37 @@ def _gathered(
         )
 
 
-def _cut(request: Request, groups: Sequence[tuple[int, ...]], search: Search) -> Iterator[Pieces]:
-    """Yield the ways to cut every score matrix into pieces whose keys lie side by side."""
+def _cut(
+    request: Request,
+    groups: Sequence[tuple[int, ...]],
+    search: Search,
+    least: Callable[[], float],
+) -> Iterator[Pieces | Refusal]:
+    """Yield the ways to cut every score matrix into pieces whose keys lie side by side.
+
+    Those that a few numbers of theirs show to be too dear are refused.
+    """
+    counts = [(len(heads), len(_kv_heads(request, heads))) for heads in groups]
+    planes = [request.matrices.regions(heads[0]) for heads in groups]
+    for with_keys in (False, True) if least() < inf else ():
+        works = [Work.total(Work.of_region(one, with_keys) for one in plane) for plane in planes]
+        if (refusal := dearer(request, counts, planes, works, least())) is not None:
+            yield refusal
+            return
     inside = [_diagonal(request, heads[0]) for heads in groups]
     depths = max((len(search.all_cuts(own)) for some in inside for _, own in some), default=0)
-    # The grad op takes no packed window of width 1, so such bands are single cells in training.
-    for depth, cells in product(range(depths), (True,) if request.needs_grad else (False, True)):
-        yield tuple(_segments(search, some, depth, cells) for some in inside)
+    for depth in range(depths):
+        if least() < inf:
+            works = [
+                Work.of_slices(part for _, own in some for part in search.cut(own, depth))
+                for some in inside
+            ]
+            if (refusal := dearer(request, counts, planes, works, least())) is not None:
+                yield refusal
+                continue
+        # The grad op takes no packed window of width 1: such bands are single cells in training.
+        for cells in (True,) if request.needs_grad else (False, True):
+            yield tuple(_segments(search, some, depth, cells) for some in inside)
 
 
 def _packings(
@@ -194,11 +230,11 @@ def _diagonal(request: Request, head: int) -> tuple[tuple[Block, Region], ...]:
 def _segments(
     search: Search, inside: tuple[tuple[Block, Region], ...], depth: int, cells: bool
 ) -> tuple[Segment, ...]:
-    """Cut every block in its `depth`-th way (the last one, where it has fewer)."""
+    """Cut every block in its `depth`-th way."""
     return tuple(
         Segment.of(block.batch, cell)
         for block, region in inside
-        for part in search.all_cuts(region)[: depth + 1][-1]
+        for part in search.cut(region, depth)
         for cell in _split(part.shift(block.ends[0], block.ends[2]), cells)
     )
 

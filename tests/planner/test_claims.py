@@ -269,7 +269,7 @@ def test_planning_is_a_function_of_the_record(planned: Planned) -> None:
 # -- what needs no copy --------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.usefixtures("no_full_masks", "side_by_side")
 def test_pieces_that_share_no_key_read_keys_where_they_are(planned: Planned) -> None:
     """The strip of a sink has one range of keys; Longformer's two have keys between them."""
     window = masks.SlidingWindow(8) | masks.Columns(0, 2)

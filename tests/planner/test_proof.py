@@ -116,7 +116,7 @@ def test_blocks_that_are_missing_swapped_or_overlap_are_caught(planned: Planned)
     assert caught(tampered(plan, {"blocks": (first, second)}, **short)) == "cover"
 
 
-@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.usefixtures("no_full_masks", "side_by_side")
 def test_parts_that_overlap_or_leave_a_gap_are_caught(planned: Planned) -> None:
     plan = planned(masks.Causal() & (masks.SlidingWindow(64) | masks.Columns(0, 4)), 512)
     plan.verify()
