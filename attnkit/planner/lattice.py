@@ -24,7 +24,7 @@ __all__ = ["Axis", "axes_of", "in_patches", "patches"]
 
 Array = NDArray[np.int64]
 
-_SAMPLES = 9
+_SAMPLES, _AGREE = 9, 3  # rows that are looked at, of which a third must tell the same
 _MOST_AXES = 4
 _LEAST_ROWS, _MOST_ROWS = 48, 512
 
@@ -53,8 +53,8 @@ def axes_of(runs: RowRuns, rows: Array) -> tuple[Axis, ...]:
         steps, counts = _levels(runs, slice(*runs.first[row : row + 2]))
         found[steps] += 1
         seen[steps] = [max(pair) for pair in zip(seen.get(steps, counts), counts, strict=True)]
-    steps = max(found, key=lambda steps: (found[steps], len(steps)), default=())
-    if len(steps) < 2:
+    steps = max(found, key=lambda steps: (found[steps], len(steps)))
+    if len(steps) < 2 or _AGREE * found[steps] < _SAMPLES:
         return ()
     ends = (*steps[1:], int(rows[-1] - rows[0]) + 1)
     pairs = zip(steps, ends, seen[steps], strict=True)
@@ -73,7 +73,8 @@ def _levels(runs: RowRuns, own: slice) -> tuple[tuple[int, ...], list[int]]:
         values, often = np.unique(gaps, return_counts=True)
         step = int(values[often.argmax()])
         opens = np.concatenate([[True], gaps != step])
-        if 2 * often.max() < len(gaps) or (steps and step <= steps[-1]):
+        rare = often.max() < max(2, len(gaps) / 2)
+        if rare or (steps and step <= steps[-1]):
             break
         sizes = np.diff(np.append(np.flatnonzero(opens), len(starts)))
         steps.append(step)

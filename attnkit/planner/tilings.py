@@ -85,7 +85,7 @@ def tilings(
         if least < bound:
             found = [side.calls(shared) for side in sides]
             launches = tuple(launch for some in found for launch in some or ())
-            if None not in found and _spares(request, launches, regions):
+            if launches and None not in found and _spares(request, launches, regions):
                 yield launches
 
 
@@ -243,11 +243,11 @@ class _Side:
     # -- masks for many tiles ------------------------------------------------------------------
 
     def _shared(self, tiles: list[_Tile]) -> list[Launch] | None:
-        """Return a packed call for each pattern, if these are few."""
+        """Return a packed call for each pattern, if these are few and none is too large."""
         alike: dict[bytes, list[_Tile]] = {}
         for tile in tiles:
             alike.setdefault(tile.cells.pattern.key, []).append(tile)
-        largest = max(prod(tile.sizes) for tile in tiles)
+        largest = max((prod(tile.sizes) for tile in tiles), default=0)
         if len(alike) > _MOST_PATTERNS or largest > self.most_mask:
             return None
         return [
