@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -13,7 +14,7 @@ from attnkit.backends.base import AttentionOutput, Operands, Stats
 from attnkit.constants import constant
 from attnkit.planner import Plan, Request
 from attnkit.planner.folded import Folded
-from attnkit.planner.orders import residue_order
+from attnkit.planner.orders import Positions
 
 __all__ = ["Run", "arranged"]
 
@@ -22,9 +23,12 @@ Run = Callable[[Plan, Operands], AttentionOutput]
 
 def arranged(run: Run, plan: Plan, inner: Request, operands: Operands) -> AttentionOutput:
     """Move the tokens, run the plan of the restated request there, and put its rows back."""
-    if isinstance(inner.mask, Folded):
-        return _back(plan.request, inner, run(plan.inner, _apart(plan.request, inner, operands)))
-    return _sorted(run, plan, inner, operands)
+    request, folds = plan.request, isinstance(inner.mask, Folded)
+    if plan.positions is not None:
+        operands = _sorted(request, plan.positions, operands)
+    answer = run(plan.inner, _apart(request, inner, operands) if folds else operands)
+    answer = _back(request, inner, answer) if folds else answer
+    return answer if plan.positions is None else _unsorted(request, plan.positions, answer)
 
 
 # -- heads as batch elements -----------------------------------------------------------------
@@ -73,19 +77,51 @@ def _back(request: Request, inner: Request, answer: AttentionOutput) -> Attentio
 # -- positions in another order --------------------------------------------------------------
 
 
-def _sorted(run: Run, plan: Plan, inner: Request, operands: Operands) -> AttentionOutput:
-    """Sort the tokens, run the plan there, and put its rows back."""
-    axis = inner.layout_of.length_axis
-    queries, keys = (_positions(order, operands.query.device) for order in residue_order(inner))
-    query = operands.query.index_select(axis, queries)
-    key, value = (t.index_select(axis, keys) for t in (operands.key, operands.value))
-    out, stats = run(plan.inner, replace(operands, query=query, key=key, value=value))
-    back = queries.argsort()
-    rows = 0 if inner.seqlens is not None else 2
-    lse, peak = (stat.index_select(rows, back) for stat in (stats.lse, stats.max))
-    return AttentionOutput(out.index_select(axis, back), Stats(lse, peak))
+def _sorted(request: Request, positions: Positions, operands: Operands) -> Operands:
+    """Return operands with their tokens in another order."""
+    axis = request.layout_of.length_axis
+    queries, keys = _orders(positions, operands.query.device)
+    key, value = (_moved(t, axis, *keys) for t in (operands.key, operands.value))
+    return replace(operands, query=_moved(operands.query, axis, *queries), key=key, value=value)
+
+
+def _unsorted(request: Request, positions: Positions, answer: AttentionOutput) -> AttentionOutput:
+    """Return an answer with its rows where they were."""
+    order, back = _orders(positions, answer.output.device)[0]
+    axis, rows = request.layout_of.length_axis, 0 if request.seqlens is not None else 2
+    lse, peak = (_moved(t, rows, back, order) for t in (answer.stats.lse, answer.stats.max))
+    return AttentionOutput(_moved(answer.output, axis, back, order), Stats(lse, peak))
+
+
+def _moved(tensor: Tensor, axis: int, order: Tensor, back: Tensor) -> Tensor:
+    """Take the places of an axis in `order`, whose inverse is `back`."""
+    found: Tensor = _Moved.apply(tensor, axis, order, back)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Moved(torch.autograd.Function):
+    """Every place of an axis in another order; the gradient is taken in the order back.
+
+    Nothing is summed there, as it would be for indices that may occur twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: int, order: Tensor, back: Tensor) -> Tensor:
+        """Take the places."""
+        ctx.way = axis, back, order
+        return tensor.index_select(axis, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Take them back."""
+        return _moved(grad, *ctx.way), None, None, None
 
 
 @constant
-def _positions(order: tuple[range, ...], device: torch.device) -> Tensor:
-    return torch.tensor([i for part in order for i in part], device=device)
+def _orders(positions: Positions, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return where the queries and the keys come from, each with the way back."""
+    found = []
+    for ranges in positions.ranges:
+        order = torch.tensor([i for part in ranges for i in part], dtype=torch.int64)
+        found.append((order.to(device), order.argsort().to(device)))
+    return tuple(found)

@@ -23,6 +23,7 @@ from attnkit.masks.foreign import (
 )
 from attnkit.masks.keys import Keys
 from attnkit.masks.neighborhood import Neighborhood
+from attnkit.masks.order import Order
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
@@ -62,6 +63,7 @@ __all__ = [
     "Neighborhood",
     "Not",
     "Or",
+    "Order",
     "Padding",
     "PerBatch",
     "PerHead",

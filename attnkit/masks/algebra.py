@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from operator import and_, or_
 from typing import Any, ClassVar, cast
@@ -22,6 +22,7 @@ from attnkit.masks.base import (
 )
 from attnkit.masks.composite import Agreement, Composite, all_but_one, shared
 from attnkit.masks.operators import refuse_operand
+from attnkit.masks.order import Order
 
 __all__ = ["And", "Not", "Or", "Path", "needless_parts", "without_part"]
 
@@ -106,6 +107,22 @@ class _Joined(Composite):
             joined = [shared(self.met, zip(*pair, strict=True)) for pair in pairs]
             known = joined + known[len(known) & ~1 :]
         return known[0]
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """The order that parts agree on, where all others are regions, and are so in it."""
+        found = [part.in_order(q_len, kv_len, batch, head) for part in self.parts]
+        orders = [order for order in found if order is not None]
+        if not orders or not all(map(orders[0].alike, orders)):
+            return None
+        others = [part for part, order in zip(self.parts, found, strict=True) if order is None]
+        known = [part.enclosure(q_len, kv_len, batch, head) for part in others]
+        if not all(one.exact for one in known):
+            return None
+        whole = replace(orders[0], region=reduce(type(self)._combine, (o.region for o in orders)))
+        if not known:
+            return whole
+        rest = reduce(type(self)._combine, (one.inner for one in known))
+        return whole.meet(rest) if isinstance(self, And) else whole.join(rest)
 
     @classmethod
     def met(cls, a: Enclosure, b: Enclosure) -> Enclosure:

@@ -26,6 +26,7 @@ from attnkit.geometry import Region
 from attnkit.handles import born
 from attnkit.masks import picture
 from attnkit.masks.operators import Operators
+from attnkit.masks.order import Order
 from attnkit.masks.picture import Picture
 from attnkit.masks.trace import Enclosure, Rectangle, cells_of, paint, row_blocks
 from attnkit.textform import Families, arguments_text, check_names
@@ -163,6 +164,20 @@ class Mask(Operators, ABC):
             )
             for rows in row_blocks(0, shorter, shorter)
         )
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """Return an order of positions in which the mask is a region, or a smaller one.
+
+        None where the mask knows of none but the order in which they stand. A planner may sort
+        tokens by it, so batch elements and heads that are run together have one order of rows
+        and one of keys. The sizes are taken as they are: `check` them first.
+
+        >>> from attnkit import masks
+        >>> order = (masks.Dilated(2) & masks.Causal()).in_order(4, 4)
+        >>> order.rows, [len(order.region.slices), order.region.area]
+        ((range(0, 4, 2), range(1, 4, 2)), [2, 6])
+        """
+        return None
 
     @property
     def batches(self) -> int | None:

@@ -12,6 +12,7 @@ from attnkit.arguments import describe
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Composite
+from attnkit.masks.order import Order
 
 __all__ = ["PerBatch", "PerHead"]
 
@@ -66,6 +67,11 @@ class _Each(Composite):
         """As the mask that is chosen."""
         mask, batch, head = self._chosen(batch, head)
         return mask.enclosure(q_len, kv_len, batch, head)
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """As the mask that is chosen."""
+        mask, batch, head = self._chosen(batch, head)
+        return mask.in_order(q_len, kv_len, batch, head)
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         mask, batch, head = self._chosen(at.batch, at.head)

@@ -18,7 +18,7 @@ from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Launch, Solution, Tokens, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
-from attnkit.planner.orders import resort
+from attnkit.planner.orders import how_moved
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
@@ -41,10 +41,10 @@ def explain(plan: Plan) -> str:
     calls_made = f"{count} fused call" + "s" * (count > 1)
     runs = calls_made if count else "the composition itself, no fused call"
     lines = [f"attention on backend '{plan.backend}': {runs}"]
-    for label, text in _request_lines(request):
+    calls = plan if plan.steps else lower(request)
+    for label, text in _request_lines(request, calls.in_order):
         lines += _entry(label, text)
     lines += _list("passed over", plan.passed_over)
-    calls = plan if plan.steps else lower(request)
     if not plan.steps:
         lines.append("on Ascend, the same composition is:")
     if calls.steps:
@@ -88,7 +88,8 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
     return {
         "backend": plan.backend,
-        "request": dict(_request_lines(request)),
+        "request": dict(_request_lines(request, plan.in_order)),
+        "moved": None if plan.in_order is None else how_moved(request, plan.in_order),
         "plan": solution(plan.solution) if plan.steps else None,
         "route": None if plan.route is None else str(plan.route),
         "alternatives": [
@@ -106,8 +107,8 @@ def _as_json(value: object) -> object:
     return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
 
 
-def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
-    yield "mask", f"{request.mask!r}: {_understood(request)}"
+def _request_lines(request: Request, in_order: Request | None) -> Iterator[tuple[str, str]]:
+    yield "mask", f"{request.mask!r}: {_understood(request, in_order)}"
     if request.bias:
         yield "bias", " + ".join(term.text for term in request.bias)
     groups = "" if request.num_heads == request.num_kv_heads else f" on {request.num_kv_heads}"
@@ -140,11 +141,11 @@ def _request_lines(request: Request) -> Iterator[tuple[str, str]]:
         yield "repeats", f"the same bits in every run, {by}"
 
 
-def _understood(request: Request) -> str:
+def _understood(request: Request, in_order: Request | None) -> str:
     """Say the mask's region in words, its density and its empty rows."""
-    known = request.matrices
-    if not known.exact and resort(request) is not None:
-        return "a region once positions are sorted by residue, as they are around the calls"
+    known, where = request.matrices, ""
+    if not known.exact and in_order is not None:
+        known, where = in_order.matrices, "a region once positions are sorted; "
     if not known.exact:
         if request.mask.comes_with_call:
             return "which cells they are comes with each call, and no plan depends on it"
@@ -156,7 +157,7 @@ def _understood(request: Request) -> str:
     for (region, sizes), count in Counter(pair for pair in regions if all(pair[1])).items():
         kinds[_named(region, *sizes)] += count
     names = " or ".join(kind for kind, _ in kinds.most_common(3)) + " or more" * (len(kinds) > 3)
-    names = "" if names == str(request.mask) else f"{names}; "
+    names = where or ("" if names == str(request.mask) else f"{names}; ")
     cells = sum(region.area for region, _ in regions)
     whole = sum(q * kv for q, kv in request.sequences)
     empty = sum(b - a for r, (q_len, _) in regions for a, b in r.empty_rows(q_len))
@@ -197,6 +198,8 @@ def _solution_lines(plan: Plan) -> list[str]:
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
         lines += _entry("gathers", _gathered(launch, request))
     lines += _entry("merge", _merge(plan))
+    if plan.in_order is not None:
+        lines += _entry("moved", how_moved(request, plan.in_order))
     lines += _price_lines(Solution(best.launches).price, request)
     if plan.bias_pass is not None:
         lines += _entry("bias pass", _pass(plan.bias_pass, request))

@@ -28,7 +28,7 @@ from attnkit.planner.calls import (
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups
 from attnkit.planner.folded import has_own_sinks
-from attnkit.planner.orders import moves, resort, restated
+from attnkit.planner.orders import moves, restated, sorted_positions
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, chip, least_with_full_mask
 from attnkit.planner.proof import reasons_against
@@ -109,15 +109,18 @@ def _with_copies(found: Plan, told: str, launches: int) -> Plan:
     return replace(found, steps=(first.after_copies(found.request, told, launches), *rest))
 
 
-def _as_given(request: Request, search: Search) -> Plan:
+def _as_given(request: Request, search: Search, by_cells: bool = True) -> Plan:
     """Return how the kernel computes a request whose biases reach it as biases.
 
-    What is a region once its tokens are moved has no calls but on moved tokens; where there are
-    both, the price chooses.
+    Where tokens may be moved, the price chooses. What is a region on moved tokens alone has a call
+    on those in place only with a mask of one entry per cell: `by_cells` says whether that may be,
+    and it must not be too large for one.
     """
     ways = tuple(restated(request))
     others = [way for way in ways if isinstance(way, Request)]
-    options = [] if others and not request.matrices.exact else [_in_place(request, search)]
+    by_cells &= max(map(prod, request.sequences), default=0) <= MOST_MASK_CELLS
+    stays = not others or request.matrices.exact or by_cells
+    options = [_in_place(request, search)] if stays else []
     options += (in_other_order(request, other, search) for other in others)
     best = min(options, key=lambda plan: (_last_resort(plan.steps), _least([plan])))
     refused = [way for way in ways if isinstance(way, Refusal)]
@@ -396,9 +399,10 @@ def on_route(request: Request, route: Route, search: Search, bound: float = inf)
     """
     # What a route leaves of the bias reaches the calls as a bias: another route would hide this.
     if not route.zones:
-        found = _as_given(route.request, search)
+        # The distances in a mask of unknown cells are unknown.
+        found = _as_given(route.request, search, by_cells=False)
     else:
-        in_order = None if route.request.matrices.exact else resort(route.request)
+        in_order = None if route.request.matrices.exact else sorted_positions(route.request)
         if not (in_order or route.request).matrices.allow_any:  # so zones differ in nothing
             return on_route(request, replace(route, zones=()), search, bound)
         found = _by_zone(request, route, in_order, search, bound)
@@ -438,7 +442,7 @@ def _by_zone(
         bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
         inside = reduce(and_, bands, request.mask)
         part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
-        part = part if in_order is None else resort(part) or part
+        part = part if in_order is None else sorted_positions(part) or part
         if not part.matrices.allow_any:
             continue
         found, reasons = _merged(part, search, groups)  # routes share most of their zones

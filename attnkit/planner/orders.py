@@ -1,149 +1,136 @@
-"""Dilated masks as regions: after sorting positions by their residue, every class is one block.
+"""Requests restated for tokens that are moved: positions sorted, heads folded into the batch.
 
-``Dilated(step) & rest`` allows a cell only where query position and key are congruent modulo
-`step`. Sort the queries and the keys by residue: the cells of one class form a block on the
-diagonal, and in the class's own numbering (every step-th row, every step-th key) a slice of
-`rest` is a slice again, its bounds divided by `step`.
+Where a mask knows an order of positions in which it is a region (`Mask.in_order`), tokens are
+sorted around the calls, which then have the cells of that region. Heads that have masks of their
+own become batch elements (`folded`). Each restated request is a function of the one asked for,
+so a proof makes it again; calls are proven to compute the restated one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from math import prod
 
-from attnkit.errors import Refusal
-from attnkit.geometry import Region, Slice
-from attnkit.masks import And, Dilated, Full, Mask
-from attnkit.masks.base import anchor
+from attnkit.errors import CompositionError, Refusal
+from attnkit.geometry import Region
+from attnkit.masks import Mask, Order
 from attnkit.planner.folded import Folded, folded
 from attnkit.planner.request import Request
 
-__all__ = ["Resorted", "moves", "residue_order", "resort", "restated"]
+__all__ = [
+    "Positions",
+    "Sorted",
+    "how_moved",
+    "moves",
+    "restated",
+    "sorted_alike",
+    "sorted_positions",
+    "sorting",
+]
 
 
-@dataclass(frozen=True, repr=False)
-class Resorted(Mask):
-    """The mask ``Dilated(step, align) & rest`` on positions sorted by residue: a region.
+@dataclass(frozen=True, repr=False, eq=False)
+class Sorted(Mask):
+    """A mask on positions in the order that it knows of: a region.
 
-    >>> from attnkit.masks import Band
-    >>> window = Resorted(Dilated(2), Band(4, 0))
+    >>> from attnkit.masks import Band, Dilated
+    >>> window = Sorted(Dilated(2) & Band(4, 0))
     >>> window.region(8, 8).area == int((Dilated(2) & Band(4, 0)).materialize(8, 8).sum())
     True
     """
 
-    dilated: Dilated
-    rest: Mask
+    mask: Mask
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        rest = self.rest.region(q_len, kv_len, batch, head)
-        step, parts, key = self.dilated.step, [], 0
-        row = 0
-        for i0, j0 in self._origins(q_len, kv_len):
-            rows, keys = len(range(i0, q_len, step)), len(range(j0, kv_len, step))
-            for part in rest.slices:
-                own = _every(part, i0, j0, step)
-                inside = own & Slice(0, rows, 0, keys) if own else own
-                parts.append(inside.shift(row, key))
-            row, key = row + rows, key + keys
-        return Region.of(*parts)
+        order = self.order(q_len, kv_len, batch, head)
+        if order is None:
+            raise CompositionError(
+                f"{self.mask!r} is no region in any order of {q_len} queries and {kv_len} keys "
+                "that it knows of"
+            )
+        return order.region
 
-    def _origins(self, q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
-        """Yield the first row and the first key of every residue class that has either.
+    def order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """Return the mask's own order at these lengths, if it has one; kept, for it may be long."""
+        own = batch if self.mask.batches is not None else 0
+        key = (q_len, kv_len, own, head if self.mask.heads is not None else 0)
+        if key not in self._orders:
+            found = self.mask.in_order(*key)
+            fits = found is not None and found.fits(q_len, kv_len)
+            self._orders[key] = found if fits else None
+        return self._orders[key]
 
-        There are no more of them than positions, however large the step is.
-        """
-        at, step = anchor(self.dilated.align, q_len, kv_len), self.dilated.step
-        of_rows = {(i + at) % step for i in range(min(q_len, step))}
-        for residue in sorted(of_rows.union(range(min(kv_len, step)))):
-            yield (residue - at) % step, residue
-
-    def order(self, q_len: int, kv_len: int) -> tuple[tuple[range, ...], tuple[range, ...]]:
-        """Return the positions of queries and of keys, class after class."""
-        step = self.dilated.step
-        pairs = list(self._origins(q_len, kv_len))
-        return (
-            tuple(range(i0, q_len, step) for i0, _ in pairs),
-            tuple(range(j0, kv_len, step) for _, j0 in pairs),
-        )
+    @cached_property
+    def _orders(self) -> dict[tuple[int, int, int, int], Order | None]:
+        return {}
 
     @property
     def batches(self) -> int | None:
-        """As the rest."""
-        return self.rest.batches
+        """As the mask."""
+        return self.mask.batches
 
     @property
     def heads(self) -> int | None:
-        """As the rest."""
-        return self.rest.heads
+        """As the mask."""
+        return self.mask.heads
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
-        """As the rest."""
-        return self.rest.extent
+        """As the mask."""
+        return self.mask.extent
 
     def __repr__(self) -> str:
-        return f"{self.dilated!r} & {self.rest!r}, positions sorted by residue"
-
-
-def _every(part: Slice, i0: int, j0: int, step: int) -> Slice:
-    """Return the cells (i0 + step * u, j0 + step * v) of a slice, as a slice of (u, v)."""
-    return Slice(
-        max(0, -((i0 - part.i0) // step)),
-        -((i0 - part.i1) // step),
-        max(0, -((j0 - part.j0) // step)),
-        -((j0 - part.j1) // step),
-        -((j0 - i0 - part.lo) // step),
-        (part.hi - (j0 - i0)) // step,
-    )
-
-
-def resort(request: Request) -> Request | None:
-    """Return the request on sorted positions, for a mask that is a region there; else None.
-
-    Biases speak of positions, so a request with one is left alone.
-    """
-    mask = request.mask
-    parts = mask.parts if isinstance(mask, And) else (mask,)
-    dilated = [part for part in parts if isinstance(part, Dilated)]
-    rest = [part for part in parts if not isinstance(part, Dilated)]
-    if len(dilated) != 1 or request.bias:
-        return None
-    whole = And.of(*rest) if rest else Full()
-    if not all(whole.is_region(q_len, kv_len) for q_len, kv_len in set(request.sequences)):
-        return None
-    return replace(request, mask=Resorted(dilated[0], whole))
-
-
-def residue_order(request: Request) -> tuple[tuple[range, ...], tuple[range, ...]]:
-    """Return where the tokens of a sorted request come from, as ranges of each token axis.
-
-    A dense layout sorts every batch row alike; a packed one sorts inside each sequence.
-    """
-    mask = request.mask
-    if not isinstance(mask, Resorted):
-        return (), ()
-    sequences = request.sequences if request.seqlens is not None else request.sequences[:1]
-    queries: list[range] = []
-    keys: list[range] = []
-    row = key = 0
-    for q_len, kv_len in sequences:
-        q_order, kv_order = mask.order(q_len, kv_len)
-        queries += (range(r.start + row, r.stop + row, r.step) for r in q_order)
-        keys += (range(r.start + key, r.stop + key, r.step) for r in kv_order)
-        row, key = row + q_len, key + kv_len
-    return tuple(queries), tuple(keys)
+        return f"{self.mask!r}, positions sorted"
 
 
 def restated(request: Request) -> Iterator[Request | Refusal]:
     """Yield the requests whose calls compute this one once its tokens are moved around them.
 
-    Positions may be sorted, or heads folded into the batch. Each is a function of the request, so
-    that a proof can make it again.
+    Positions are sorted, heads folded, or both: first sorted, then folded.
     """
-    for way in (resort(request), folded(request)):
+    in_order = sorted_positions(request)
+    for way in (in_order, folded(request), in_order and folded(in_order)):
         if way is not None:
             yield way
+
+
+def sorting(other: Request) -> Sorted | None:
+    """Return the mask that sorts the positions of a restated request, if they are sorted."""
+    mask = other.mask.mask if isinstance(other.mask, Folded) else other.mask
+    return mask if isinstance(mask, Sorted) else None
+
+
+def sorted_alike(request: Request, mask: Mask) -> Mask:
+    """Return what a mask of positions as they stand is in a restated request, within its cells."""
+    own = sorting(request)
+    if own is None:
+        return mask
+    both = Sorted(own.mask & mask)
+    return replace(request.mask, mask=both) if isinstance(request.mask, Folded) else both
+
+
+def sorted_positions(request: Request) -> Request | None:
+    """Return the request on sorted positions, for a mask that knows of an order; else None.
+
+    Biases speak of positions, so a request with one is left alone. All heads have one order, and
+    all rows of a dense batch.
+    """
+    if request.bias or not request.batch:
+        return None
+    mask = Sorted(request.mask)
+    batch, heads = range(request.mask.batches or 1), range(request.mask.heads or 1)
+    sizes = request.sequences if request.seqlens is not None else request.sequences[:1]
+    for n, (q_len, kv_len) in enumerate(sizes):
+        own = (n,) if request.seqlens is not None and len(batch) > 1 else batch
+        first = mask.order(q_len, kv_len, own[0])
+        for place in product(own, heads):
+            order = mask.order(q_len, kv_len, *place)
+            if order is None or first is None or not first.alike(order):
+                return None
+    return replace(request, mask=mask)
 
 
 def moves(request: Request, other: Request) -> tuple[int, int]:
@@ -152,16 +139,58 @@ def moves(request: Request, other: Request) -> tuple[int, int]:
     >>> import torch
     >>> import attnkit as ak
     >>> x = torch.empty(1, 64, 2, 16, device="meta")
-    >>> plan = ak.plan(x, x, x, mask=Dilated(2), backend="emulated")
+    >>> plan = ak.plan(x, x, x, mask=ak.masks.Dilated(2), backend="emulated")
     >>> moves(plan.request, plan.in_order)
     (65536, 6)
     """
-    query, key, value = (prod(shape) for shape in other.shapes())
-    out = query // other.head_dim * other.value_dim
+    size, moved = 2 * request.dtype.itemsize, 0
+    query, key, value = (prod(shape) for shape in request.shapes())
+    out = query // request.head_dim * request.value_dim
+    launches = 0
+    if sorting(other) is not None:  # these tensors, and two of statistics
+        moved, launches = query + key + value + out, 6
     if isinstance(other.mask, Folded):
-        by_head = request.layout_of.pattern.startswith("b n ")
-        tensors = [] if by_head and other.num_heads == 1 else [query, out]
-        tensors += [] if by_head and key == prod(request.shapes()[1]) else [key, value]
-        return 2 * request.dtype.itemsize * sum(tensors), len(tensors)
-    # Beside these tensors, two of statistics.
-    return 2 * request.dtype.itemsize * (query + key + value + out), 6
+        moved += query + out + sum(prod(shape) for shape in other.shapes()[1:])
+        launches += 4
+    return size * moved, launches
+
+
+def how_moved(request: Request, other: Request) -> str:
+    """Say in a few words how the tokens of a restated request are moved."""
+    said = []
+    positions = Positions.of(request, other)
+    if positions is not None:
+        ranges = len(positions.ranges[0]) + len(positions.ranges[1])
+        said.append(f"positions sorted, in {ranges:,} ranges of queries and keys")
+    if isinstance(other.mask, Folded):
+        each = f"{other.num_heads} query heads" if other.num_heads > 1 else "one head"
+        said.append(f"heads as batch elements, {other.batch:,} of {each}")
+    return " and ".join(said)
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where the tokens of a sorted request come from, as ranges of each token axis.
+
+    A dense layout sorts every batch row alike; a packed one sorts inside each sequence.
+    """
+
+    ranges: tuple[tuple[range, ...], tuple[range, ...]]
+
+    @classmethod
+    def of(cls, request: Request, other: Request | None) -> Positions | None:
+        """Return the order in which a restated request has the tokens; None for their own."""
+        mask = None if other is None else sorting(other)
+        if mask is None:
+            return None
+        queries: list[range] = []
+        keys: list[range] = []
+        row = key = 0
+        sizes = request.sequences if request.seqlens is not None else request.sequences[:1]
+        for n, (q_len, kv_len) in enumerate(sizes):
+            order = mask.order(q_len, kv_len, n)
+            if order is not None:
+                queries += (range(r.start + row, r.stop + row, r.step) for r in order.rows)
+                keys += (range(r.start + key, r.stop + key, r.step) for r in order.keys)
+            row, key = row + q_len, key + kv_len
+        return cls((tuple(queries), tuple(keys)))

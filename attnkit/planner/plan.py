@@ -15,7 +15,7 @@ from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Parts, Solution, by_heads, widened
 from attnkit.planner.folded import has_own_sinks
-from attnkit.planner.orders import restated
+from attnkit.planner.orders import Positions, restated
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
 from attnkit.planner.request import Request, bias_terms, check_fits, state_of
@@ -158,6 +158,11 @@ class Plan:
     def price(self) -> Price | None:
         """What the plan costs, its pass included; None where no kernel call is made."""
         return self.solution.price if self.steps else None
+
+    @cached_property
+    def positions(self) -> Positions | None:
+        """Where tokens come from whose positions are sorted around the calls."""
+        return Positions.of(self.request, self.in_order)
 
     @cached_property
     def inner(self) -> Plan:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
-from attnkit.masks import Band, Mask, Or
+from attnkit.masks import Band, Or
 from attnkit.masks.base import anchor
 from attnkit.planner.calls import Launch, Zone
-from attnkit.planner.orders import Resorted
+from attnkit.planner.orders import sorted_alike, sorting
 from attnkit.planner.request import Request
 from attnkit.planner.routes import (
     Channels,
@@ -87,8 +87,9 @@ def _other_distances(
     if launch.is_opaque:
         return Refusal("cover", "the distances in a mask of unknown cells are unknown")
     align = one.structure.align if not isinstance(one.structure, PerKey) else "bottom_right"
+    head = launch.heads[0] if launch.heads else 0
     for block, region in zip(launch.blocks, call.regions(None), strict=True):
-        if not _at_distances(request, align, bands, block, region):
+        if not _at_distances(request, align, bands, head, block, region):
             if isinstance(one.structure, Linear):
                 reason = f"{call} has cells on the side that its channels have the wrong sign for"
                 return Refusal("other-sign", reason)
@@ -97,17 +98,15 @@ def _other_distances(
 
 
 def _at_distances(
-    request: Request, align: Align, bands: list[Span], block: Block, region: Region
+    request: Request, align: Align, bands: list[Span], head: int, block: Block, region: Region
 ) -> bool:
     """Whether a block's cells have distances in some bands; its bounds alone mostly tell."""
     sizes, box = request.sequences[block.batch], region.bounds
     if box is None:
         return True
-    if isinstance(request.mask, Resorted) or not block.is_rectangle:
-        near: Mask = Or.of(*(Band(-lo, hi, align) for lo, hi in bands))
-        if isinstance(request.mask, Resorted):
-            near = replace(request.mask, rest=near)
-        return block.image(region) <= near.region(*sizes)
+    if sorting(request) is not None or not block.is_rectangle:
+        near = sorted_alike(request, Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
+        return block.image(region) <= near.region(*sizes, block.batch, head)
     i0, _, j0, _ = block.ends
     shift = j0 - i0 - anchor(align, *sizes)
     if any(_within((box.lo + shift, box.hi + shift), band) for band in bands):

@@ -19,6 +19,7 @@ from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
 from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, on_route
+from attnkit.planner.orders import Sorted
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, routes
 from attnkit.pse import Align
@@ -261,7 +262,7 @@ def test_a_sign_that_is_wrong_is_found_out_where_positions_are_sorted() -> None:
         with pytest.raises(KernelContractError, match="wrong sign"):
             flipped(plan, k).verify()
     assert plan.in_order is not None
-    other = replace(plan.in_order, mask=replace(plan.in_order.mask, rest=masks.Band(8, 7)))
+    other = replace(plan.in_order, mask=Sorted(masks.Band(8, 7) & masks.Dilated(3)))
     with pytest.raises(KernelContractError):
         replace(plan, in_order=other).verify()
 

@@ -152,8 +152,7 @@ def test_eight_heads_with_block_masks_are_one_call() -> None:
         assert plan.price is not None
         calls = lower(plan.in_order).price  # what they copy by themselves
         assert calls is not None
-        copies = 2 * 4 * x.nbytes if layout == "BSND" else 0
-        assert plan.price.copy_bytes == calls.copy_bytes + copies
+        assert plan.price.copy_bytes == calls.copy_bytes + 2 * 4 * x.nbytes
 
 
 def test_few_heads_that_differ_stay_calls_of_their_own() -> None:
