@@ -35,6 +35,7 @@ from attnkit.masks.selected import SelectedBlocks
 from attnkit.masks.slices import Slices
 from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
+from attnkit.masks.tiles import ShiftedWindows, SlidingTiles
 from attnkit.masks.tree import Tree
 
 register = MASKS.register
@@ -75,7 +76,9 @@ __all__ = [
     "Rows",
     "SameId",
     "SelectedBlocks",
+    "ShiftedWindows",
     "Slices",
+    "SlidingTiles",
     "SlidingWindow",
     "Spans",
     "StackReport",

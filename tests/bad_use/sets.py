@@ -221,13 +221,23 @@ def families() -> Iterator[Case]:
 
 
 def grids() -> Iterator[Case]:
-    counts = without(NOT_A_COUNT, "a list")
+    counts, shifts = without(NOT_A_COUNT, "a list"), without(NOT_A_LENGTH, "a list")
     yield from each("Neighborhood shape", lambda bad: masks.Neighborhood(bad, 1), counts)
     yield from each("Neighborhood height", lambda bad: masks.Neighborhood((bad, 4), 1), NOT_A_COUNT)
     yield from each("Neighborhood kernel", lambda bad: masks.Neighborhood((4, 4), bad), NOT_A_COUNT)
     yield from each("Neighborhood dilation", lambda bad: masks.Neighborhood(4, 1, bad), counts)
     flags = without(NOT_A_COUNT, "bool")
     yield from each("Neighborhood causal", lambda bad: masks.Neighborhood(4, 1, 1, bad), flags)
+    makers: dict[str, Callable[[Any], object]] = {
+        "SlidingTiles shape": lambda bad: masks.SlidingTiles((bad, 4), 1, 1),
+        "SlidingTiles tile": lambda bad: masks.SlidingTiles((4, 4), (2, bad), 1),
+        "SlidingTiles window": lambda bad: masks.SlidingTiles((4, 4), 2, bad),
+        "ShiftedWindows shape": lambda bad: masks.ShiftedWindows((bad, 4), 1),
+        "ShiftedWindows window": lambda bad: masks.ShiftedWindows((4, 4), bad),
+    }
+    for name, make in makers.items():
+        yield from each(name, make, NOT_A_COUNT)
+    yield from each("ShiftedWindows shift", lambda bad: masks.ShiftedWindows(4, 2, bad), shifts)
     yield Case("Neighborhood of other lengths", lambda: masks.Neighborhood((2, 3), 1).region(5, 6))
 
 

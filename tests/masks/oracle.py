@@ -256,6 +256,14 @@ def grid_cases(size: int) -> Iterator[Case]:
     if size % 2 == 0:
         wide = size // 2
         yield Case(
+            masks.SlidingTiles(size, 2, 1 + size % 4),
+            lambda c: size % 4 == 2 or c.i // 2 == c.j // 2,
+        )
+        yield Case(
+            masks.ShiftedWindows((2, wide), (2, 1)),
+            lambda c: c.i % wide == c.j % wide,
+        )
+        yield Case(
             masks.Neighborhood((2, wide), (1, 2), causal=(False, True)),
             lambda c: c.i // wide == c.j // wide and c.i % wide - c.j % wide in (0, 1),
         )

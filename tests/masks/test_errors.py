@@ -102,6 +102,49 @@ BAD = {
         TypeError,
         "causal[0]=1|True or False",
     ),
+    "tiles that do not divide": (
+        lambda: masks.SlidingTiles((8, 9), 4, 1),
+        ValueError,
+        "tile=4 does not divide axis 1|9 tokens|Keys",
+    ),
+    "tiles of 0": (lambda: masks.SlidingTiles(8, 0, 1), ValueError, "SlidingTiles tile=0|>= 1"),
+    "even window of tiles": (
+        lambda: masks.SlidingTiles((8, 8), 2, 2),
+        ValueError,
+        "window=2 along axis 0|4 tiles of 2|odd number of tiles|all of them (4)",
+    ),
+    "more tiles than there are": (
+        lambda: masks.SlidingTiles(8, 2, 5),
+        ValueError,
+        "window=5 along axis 0|4 tiles",
+    ),
+    "tiles of other axes": (
+        lambda: masks.SlidingTiles((8, 8), (2, 2, 2), 1),
+        ValueError,
+        "tile=(2, 2, 2) has 3 entries|2 axes",
+    ),
+    "video of other lengths": (
+        lambda: masks.SlidingTiles((2, 4, 4), 2, 1).region(30, 32),
+        ValueError,
+        "built for q_len=32|q_len=30",
+    ),
+    "windows that do not divide": (
+        lambda: masks.ShiftedWindows((8, 8), (4, 3)),
+        ValueError,
+        "window=3 does not divide axis 1|8 tokens",
+    ),
+    "shift of a window": (
+        lambda: masks.ShiftedWindows(8, 4, 4),
+        ValueError,
+        "shift=4 along axis 0|windows of 4|below the window",
+    ),
+    "shift of all": (
+        lambda: masks.ShiftedWindows(8, 8, 4),
+        ValueError,
+        "shift=4|covers its axis|shift is 0 there",
+    ),
+    "negative shift": (lambda: masks.ShiftedWindows(8, 4, -1), ValueError, "shift=-1|>= 0"),
+    "shift of float": (lambda: masks.ShiftedWindows(8, 4, 2.0), TypeError, "shift=2.0|an int"),
     "table of numbers": (
         lambda: masks.Blocks(CELLS.int(), 2, 2),
         TypeError,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from attnkit import masks
-from attnkit.masks import Rectangle
+from attnkit.masks import Rectangle, grid
+from attnkit.masks.trace import count_slices
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -68,8 +69,148 @@ def lines(size: int) -> list[tuple[int, int, int, bool]]:
 @pytest.mark.parametrize(("axes", "largest"), [(1, 8), (2, 5), (3, 3)])
 def test_a_neighborhood_is_the_one_of_natten(axes, largest):
     each = [line for size in range(1, largest + 1) for line in lines(size)]
-    # Of three axes, every choice in one order: two axes tell what an order could change.
-    grids = product(each, repeat=axes) if axes < 3 else combinations_with_replacement(each, 3)
-    for grid in grids:
-        mask = masks.Neighborhood(*zip(*grid, strict=True))
-        assert_is(mask, product_of([natten(*line) for line in grid]))
+    found = list(combinations_with_replacement(each, axes))  # every choice, in one order
+    found += [both[::-1] for both in found if axes == 2 and prod(n for n, *_ in both) <= 9]
+    for lengths in found:
+        mask = masks.Neighborhood(*zip(*lengths, strict=True))
+        assert_is(mask, product_of([natten(*line) for line in lengths]))
+
+
+# -- SlidingTiles ----------------------------------------------------------------------------
+
+
+@cache
+def sta(size: int, tile: int, window: int) -> np.ndarray:
+    """FastVideo's mask along one axis: a centre that is clamped, and half a window on each side."""
+    tiles, half = size // tile, window // 2
+    cells = np.zeros((size, size), np.bool_)
+    for q, k in product(range(size), repeat=2):
+        centre = min(max(q // tile, half), max(tiles - 1 - half, 0))
+        cells[q, k] = abs(centre - k // tile) <= half
+    return cells
+
+
+def tile_lines(size: int) -> list[tuple[int, int, int]]:
+    """Every tile and window that an axis can have."""
+    return [
+        (size, tile, window)
+        for tile in range(1, size + 1)
+        for window in range(1, size // tile + 1)
+        if size % tile == 0 and (window % 2 or window == size // tile)
+    ]
+
+
+@pytest.mark.parametrize(("axes", "largest"), [(1, 12), (2, 6), (3, 4)])
+def test_sliding_tiles_are_those_of_fastvideo(axes, largest):
+    each = [line for size in range(1, largest + 1) for line in tile_lines(size)]
+    for lengths in combinations_with_replacement(each, axes):
+        if prod(line[0] for line in lengths) > 64:
+            continue
+        mask = masks.SlidingTiles(*zip(*lengths, strict=True))
+        assert_is(mask, product_of([sta(*line) for line in lengths]))
+
+
+def test_tiles_in_their_own_order_are_a_table_of_blocks():
+    mask = masks.SlidingTiles((4, 6, 9), (2, 3, 3), (1, 1, 3))
+    table = masks.SlidingTiles((2, 2, 3), 1, (1, 1, 3)).materialize(12, 12)[0, 0]
+    tokens = torch.arange(216).view(2, 2, 2, 3, 3, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1)
+    by_tile = masks.Blocks(table, 18, 18).materialize(216, 216)[0, 0]
+    assert mask.materialize(216, 216)[0, 0][tokens][:, tokens].equal(by_tile)
+
+
+# -- ShiftedWindows --------------------------------------------------------------------------
+
+
+def swin(shape: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> torch.Tensor:
+    """Swin's attention, as the model computes it: roll, cut into windows, mask by region."""
+    tokens = torch.arange(prod(shape)).view(shape)
+    regions = torch.zeros(shape, dtype=torch.long)
+    for axis, (w, s) in enumerate(zip(window, shift, strict=True)):
+        label = torch.zeros(shape[axis], dtype=torch.long)
+        if s:
+            label[-w:-s], label[-s:] = 1, 2
+        regions = 3 * regions + label.view([-1 if k == axis else 1 for k in range(len(shape))])
+    rolled = tokens.roll([-s for s in shift], dims=list(range(len(shape))))
+    cells = torch.zeros(prod(shape), prod(shape), dtype=torch.bool)
+    for corner in product(*(range(0, n, w) for n, w in zip(shape, window, strict=True))):
+        cut = tuple(slice(a, a + w) for a, w in zip(corner, window, strict=True))
+        inside, label = rolled[cut].reshape(-1), regions[cut].reshape(-1)
+        cells[inside[:, None], inside] = label[:, None] == label
+    return cells
+
+
+def window_lines(size: int) -> list[tuple[int, int, int]]:
+    """Every window and shift that an axis can have."""
+    return [
+        (size, window, shift)
+        for window in range(1, size + 1)
+        for shift in range(window if window < size else 1)
+        if size % window == 0
+    ]
+
+
+@pytest.mark.parametrize(("axes", "largest"), [(1, 12), (2, 6), (3, 4)])
+def test_shifted_windows_are_those_of_swin(axes, largest):
+    each = [line for size in range(1, largest + 1) for line in window_lines(size)]
+    for lengths in combinations_with_replacement(each, axes):
+        sizes = tuple(zip(*lengths, strict=True))
+        if prod(sizes[0]) <= 48:
+            assert_is(masks.ShiftedWindows(*sizes), swin(*sizes))
+
+
+# -- what they share -------------------------------------------------------------------------
+
+
+def test_one_value_for_all_axes_is_that_value_for_each():
+    one = masks.Neighborhood((6, 6), (3, 3), (2, 2), (False, False))
+    assert one == masks.Neighborhood((6, 6), 3, 2)
+    assert str(one) == "Neighborhood((6, 6), 3, 2)"
+    assert masks.Neighborhood([5], [3]) == masks.Neighborhood(5, 3)
+    assert str(masks.Neighborhood(5, 3, causal=True)) == "Neighborhood((5,), 3, causal=True)"
+    assert masks.SlidingTiles(torch.Size([4, 4]), [2, 2], 1) == masks.SlidingTiles((4, 4), 2, 1)
+    assert (
+        str(masks.ShiftedWindows((4, 8), (2, 4), (1, 2)))
+        == "ShiftedWindows((4, 8), (2, 4), (1, 2))"
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Neighborhood((6, 5, 4), (3, 1, 2), (2, 1, 1), (False, False, True)),
+        masks.SlidingTiles((6, 5, 4), (2, 1, 2), (1, 3, 1)),
+        masks.ShiftedWindows((6, 5, 4), (3, 5, 2), (1, 0, 1)),
+    ],
+)
+@pytest.mark.parametrize("most", [1, 20, 40])
+def test_a_set_of_too_many_runs_is_known_by_its_cells_and_a_bound(mask, most, monkeypatch):
+    right = mask.region(120, 120)
+    cells = mask.materialize(120, 120)[0, 0]
+    monkeypatch.setattr(grid, "MOST_RUNS", most)
+    other = masks.parse(str(mask))
+    assert not other.is_region(120, 120)
+    assert right <= other.outer(120, 120)
+    assert (most == 1) == (other.outer(120, 120).area == 120 * 120)
+    assert other.materialize(120, 120)[0, 0].equal(cells)
+    part = masks.Dense.keep(other[20:70, 3:].materialize(50, 117)[0, 0])
+    assert part.region(50, 117) == right.cut((20, 70), (3, 120))
+
+
+def test_what_stands_beside_a_grid_is_another_part():
+    near = masks.Neighborhood((4, 4), 3)
+    few = (near & masks.Padding([16, 12])).region(16, 16, batch=1)
+    assert few == near.region(16, 16) & masks.Columns(0, 12).region(16, 16)
+    cut = near[4:8, :]
+    assert cut.region(4, 16) == near.region(16, 16).cut((4, 8), (0, 16))
+
+
+def test_large_grids_are_sets_of_few_runs():
+    image = masks.Neighborhood((128, 128), 13).region(16384, 16384)
+    assert (image.area, count_slices(image)) == (16384 * 169, 4992)
+    video = masks.Neighborhood((16, 32, 32), (5, 7, 7)).region(16384, 16384)
+    assert (video.area, count_slices(video)) == (16384 * 245, 53760)
+    windows = masks.ShiftedWindows((128, 128), 8, 4).region(16384, 16384)
+    assert windows.row_counts()[0].first == 16
+    tiles = masks.SlidingTiles((30, 48, 80), (6, 8, 8), 3)
+    assert not tiles.is_region(115200, 115200)
+    assert tiles.materialize(115200, 115200, device="meta").shape == (1, 1, 115200, 115200)
