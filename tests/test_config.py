@@ -68,6 +68,8 @@ MASKS_OF_EVERY_KIND = [
     masks.SlidingTiles((4, 6, 6), (2, 3, 3), 1),
     masks.ShiftedWindows((4, 6), 2),
     masks.ShiftedWindows((4, 6), (2, 3), 1),
+    masks.Placed(masks.Neighborhood((4, 6), 3), 1) | masks.Columns(0, 1),
+    masks.Placed(masks.Causal(), before=(1, 2), after=3),
     masks.Neighborhood((4, 6), 3),
     masks.Neighborhood((4, 4, 6), (1, 3, 2), (1, 1, 2), (True, False, False)),
     masks.Dilated(2),

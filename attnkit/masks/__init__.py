@@ -27,6 +27,7 @@ from attnkit.masks.order import Order
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
 from attnkit.masks.per_head import PerBatch, PerHead
+from attnkit.masks.placed import Placed
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.rectangles import Columns, Prefix, PrefixLM, Rows
@@ -68,6 +69,7 @@ __all__ = [
     "Padding",
     "PerBatch",
     "PerHead",
+    "Placed",
     "Predicate",
     "Prefix",
     "PrefixLM",

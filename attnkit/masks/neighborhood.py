@@ -35,7 +35,7 @@ class Neighborhood(GridMask):
     `dilation` and `causal` are one value, or one for each axis. A kernel of 1 is allowed here.
 
     Raises `CompositionError` where ``kernel * dilation`` is larger than an axis (NATTEN refuses
-    it, too), and at lengths that are not the grid's.
+    it, too), and at lengths that are not the grid's. Other tokens beside the grid: `Placed`.
 
     Where the region would have more than 131,072 runs, the mask is known by its cells.
 

@@ -28,8 +28,8 @@ class SlidingTiles(GridMask):
     This is sliding tile attention (STA, Zhang et al., ICML 2025, of FastVideo). `shape` is (frames,
     height, width), (height, width) or a length, the last axis fastest; `tile` is in tokens, and
     `window` counts tiles; both are one value, or one for each axis. A window per head is
-    ``PerHead([SlidingTiles(...), ...])``. Where the tokens stand tile by
-    tile, as FastVideo arranges them, the mask is one of `Blocks`, see below.
+    ``PerHead([SlidingTiles(...), ...])``; text beside the video is what `Placed` is for. Where the
+    tokens stand tile by tile, as FastVideo arranges them, the mask is one of `Blocks`, see below.
 
     Raises `CompositionError` for tiles that do not divide the grid, windows that are even or larger
     than it (all tiles of an axis are a window, too), and at lengths that are not the grid's. Where

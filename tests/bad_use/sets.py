@@ -238,6 +238,10 @@ def grids() -> Iterator[Case]:
     for name, make in makers.items():
         yield from each(name, make, NOT_A_COUNT)
     yield from each("ShiftedWindows shift", lambda bad: masks.ShiftedWindows(4, 2, bad), shifts)
+    yield from each("Placed mask", masks.Placed, NOT_A_MASK)
+    lengths = NOT_A_LENGTH
+    yield from each("Placed before", lambda bad: masks.Placed(masks.Full(), bad), lengths)
+    yield from each("Placed after", lambda bad: masks.Placed(masks.Full(), 0, bad), lengths)
     yield Case("Neighborhood of other lengths", lambda: masks.Neighborhood((2, 3), 1).region(5, 6))
 
 

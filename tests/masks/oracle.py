@@ -179,6 +179,7 @@ def sized_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         two = masks.Slices((pieces, ()), q_len, kv_len)
         yield Case(two, lambda c: c.b == 0 and (c.j <= c.i or c.i == 1))
     yield from numbered_cases(q_len, kv_len)
+    yield from placed_cases(q_len, kv_len)
     yield from table_cases(q_len, kv_len)
     yield from tree_cases(q_len, kv_len)
     yield from grid_cases(q_len) if q_len == kv_len else ()
@@ -206,6 +207,26 @@ def numbered_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         masks.SameId.of(*each, none=0), lambda c: each[0][c.b][c.i] == each[1][c.b][c.j] != 0
     )
     yield Case(masks.SameId.of(rows, each[1]), lambda c: rows[c.i] == each[1][c.b][c.j] >= 0)
+
+
+def placed_cases(q_len: int, kv_len: int) -> Iterator[Case]:
+    """Masks between other tokens, where there is room for these."""
+    if q_len < 3 or kv_len < 4:
+        return
+
+    def within(c: Cell) -> Cell | None:
+        i, j, rows, keys = c.i - 1, c.j - 2, c.q_len - 3, c.kv_len - 4
+        return Cell(i, j, rows, keys, c.b, c.h) if 0 <= i < rows and 0 <= j < keys else None
+
+    for mask, formula in (
+        (masks.Causal(), lambda c: c.j <= c.p("bottom_right")),
+        (masks.Dilated(2), lambda c: (c.p("bottom_right") - c.j) % 2 == 0),
+        (masks.Prefix((0, 1, 2)), lambda c: c.j < c.b),
+    ):
+        yield Case(
+            masks.Placed(mask, (1, 2), (2, 2)),
+            lambda c, f=formula: (at := within(c)) is not None and f(at),
+        )
 
 
 def table_cases(q_len: int, kv_len: int) -> Iterator[Case]:

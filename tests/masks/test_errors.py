@@ -145,6 +145,24 @@ BAD = {
     ),
     "negative shift": (lambda: masks.ShiftedWindows(8, 4, -1), ValueError, "shift=-1|>= 0"),
     "shift of float": (lambda: masks.ShiftedWindows(8, 4, 2.0), TypeError, "shift=2.0|an int"),
+    "placed tensor": (lambda: masks.Placed(CELLS), TypeError, "Placed takes a mask|(4, 4)"),
+    "placed before a float": (lambda: masks.Placed(C, 1.0), TypeError, "Placed before=1.0|an int"),
+    "placed after -1": (lambda: masks.Placed(C, after=-1), ValueError, "Placed after=-1|>= 0"),
+    "placed before three": (
+        lambda: masks.Placed(C, (1, 2, 3)),
+        TypeError,
+        "before=(1, 2, 3) has 3 entries|(queries, keys)",
+    ),
+    "placed without room": (
+        lambda: masks.Placed(C, 3, 2).materialize(4, 8),
+        ValueError,
+        "more tokens before and after its mask than|4 x 8",
+    ),
+    "placed grid of other lengths": (
+        lambda: masks.Placed(masks.Neighborhood(4, 3), before=2).region(7, 7),
+        ValueError,
+        "built for q_len=6|q_len=7",
+    ),
     "table of numbers": (
         lambda: masks.Blocks(CELLS.int(), 2, 2),
         TypeError,

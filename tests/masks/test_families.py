@@ -52,6 +52,8 @@ PLANTED = [
     Case(masks.Blocks("#.# .## ###", 2, 2), lambda c: c.i // 2 != c.j // 2),
     Case(masks.Blocks("## ##", 3, 3, causal=True), lambda c: c.j < c.p(ALIGNS[0])),
     Case(masks.Tree([-1, 0, 0, 1, 1]), lambda c: c.j <= c.i),
+    Case(masks.Placed(masks.Causal(), 1), lambda c: 1 <= c.j <= c.i + 1),
+    Case(masks.Placed(masks.Full(), 1, 1), lambda c: c.i > 0 and c.j > 0),
     Case(masks.SlidingTiles(5, 1, 3), lambda c: abs(c.i - c.j) <= 1),
     Case(masks.ShiftedWindows(5, 1), lambda c: abs(c.i - c.j) <= 1),
     Case(masks.Neighborhood(5, 3), lambda c: abs(c.i - c.j) <= 1),

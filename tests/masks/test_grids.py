@@ -200,6 +200,15 @@ def test_what_stands_beside_a_grid_is_another_part():
     near = masks.Neighborhood((4, 4), 3)
     few = (near & masks.Padding([16, 12])).region(16, 16, batch=1)
     assert few == near.region(16, 16) & masks.Columns(0, 12).region(16, 16)
+    placed = masks.Placed(near, before=2, after=1)
+    text = masks.Columns(0, 2) | masks.Rows(0, 2)
+    cells = (placed | text).materialize(19, 19)[0, 0]
+    assert cells[2:18, 2:18].equal(near.materialize(16, 16)[0, 0])
+    assert cells[:2].all()
+    assert cells[:, :2].all()
+    assert not cells[2:, 18].any()
+    assert not cells[18, 2:].any()
+    assert placed[2:18, 2:18].region(16, 16) == near.region(16, 16)
     cut = near[4:8, :]
     assert cut.region(4, 16) == near.region(16, 16).cut((4, 8), (0, 16))
 
