@@ -129,7 +129,7 @@ class _Selected(torch.autograd.Function):
         out = query.new_empty(*shape, value.shape[-1])
         peak, total = (query.new_empty(shape, dtype=laid.wide) for _ in range(2))
         random: list[Drawn] = []
-        for part in plan.parts:
+        for part in plan.gathers:
             call = part.launch.call
             given = laid.tensors_of(part, laid.gather(part), laid.value)
             answer = launcher.forward(call, given)
@@ -226,7 +226,7 @@ class _WayBack:
         self, slope: Tensor, out: Tensor, value: Tensor, random: Sequence[Drawn] | None
     ) -> None:
         laid = self.laid
-        for n, part in enumerate(self.plan.parts):
+        for n, part in enumerate(self.plan.gathers):
             gather, call = laid.gather(part), part.launch.call
             call = replace(call, keep_prob=1.0) if random is None else call
             drawn = (0, 0, 0) if random is None else random[n]

@@ -88,7 +88,7 @@ class SelectedPlan(Plan):
     `steps` are the calls of its parts, on their own packed tokens.
     """
 
-    parts: tuple[GatheredCall, ...] = ()
+    gathers: tuple[GatheredCall, ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
@@ -113,12 +113,12 @@ class SelectedPlan(Plan):
         refusals = refusals_of(self.request)
         if refusals:
             return refusals[0]
-        if self.steps != tuple(part.launch for part in self.parts) or not self.parts:
+        if self.steps != tuple(part.launch for part in self.gathers) or not self.gathers:
             return Refusal("misplaced", "the calls are not those of its parts")
         if any(one is not None for one in (self.in_order, self.route, self.bias_pass)):
             return Refusal("other-route", "nothing else goes around calls on selected blocks")
-        found = _uncovered(self.request, self.parts)
-        each = (_wrong_part(self.request, part) for part in self.parts)
+        found = _uncovered(self.request, self.gathers)
+        each = (_wrong_part(self.request, part) for part in self.gathers)
         return found or next(filter(None, each), None)
 
 
@@ -140,7 +140,7 @@ def select(request: Request) -> Plan:
         if not isinstance(found, Launch):
             return Plan("", request, refusals=tuple(found))
         parts.append(GatheredCall(folds, blocks, _with_gathers(request, found)))
-    return SelectedPlan("", request, tuple(part.launch for part in parts), parts=tuple(parts))
+    return SelectedPlan("", request, tuple(part.launch for part in parts), gathers=tuple(parts))
 
 
 def refusals_of(request: Request) -> tuple[Refusal, ...]:

@@ -61,7 +61,7 @@ def test_calls_compute_every_selection(
     views = (query.transpose(1, 2), *(key.float().transpose(1, 2),) * 2)
     laid = Laid(plan, views, (indices.flatten(0, 1), None, None))
     found = torch.zeros(len(indices), q_len, kv_len, dtype=torch.int64)
-    for part in plan.parts:
+    for part in plan.gathers:
         given = laid.tensors_of(part, laid.gather(part), laid.value)
         keys = given["key"][:, 0, 0].long()
         row = start = 0
@@ -81,7 +81,7 @@ def test_calls_compute_every_selection(
 
 def tampered(plan: SelectedPlan) -> dict[str, Plan]:
     """Return plans that compute something else."""
-    (part,) = plan.parts
+    (part,) = plan.gathers
     call = part.launch.call
     assert call.actual_seq_kvlen is not None
     shorter = tuple(end - (k == 1) for k, end in enumerate(call.actual_seq_kvlen))
@@ -95,12 +95,12 @@ def tampered(plan: SelectedPlan) -> dict[str, Plan]:
     found = {}
     for name, other in changed.items():
         launch = replace(part.launch, call=other)
-        found[name] = replace(plan, steps=(launch,), parts=(replace(part, launch=launch),))
+        found[name] = replace(plan, steps=(launch,), gathers=(replace(part, launch=launch),))
     return found | {
-        "half of the folds": replace(plan, parts=(replace(part, folds=(0, 2)),)),
-        "half of the blocks": replace(plan, parts=(replace(part, blocks=(0, 2)),)),
-        "a part twice": replace(plan, parts=(part, part), steps=plan.steps * 2),
-        "no parts": replace(plan, parts=()),
+        "half of the folds": replace(plan, gathers=(replace(part, folds=(0, 2)),)),
+        "half of the blocks": replace(plan, gathers=(replace(part, blocks=(0, 2)),)),
+        "a part twice": replace(plan, gathers=(part, part), steps=plan.steps * 2),
+        "no parts": replace(plan, gathers=()),
         "other steps": replace(plan, steps=()),
         "another request": replace(plan, request=replace(plan.request, scale=2.0)),
         "a bias": replace(plan, request=replace(plan.request, bias=(None,))),  # type: ignore[arg-type]
