@@ -34,8 +34,12 @@ def cuts(region: Region) -> Iterator[tuple[Slice, ...]]:
 
 
 def _every_cut(region: Region) -> Iterator[tuple[Slice, ...]]:
-    yield _stacked(region.slices)
+    hull = region.bounds
+    alone = hull is not None and Region.of(hull) == region
+    yield (hull,) if hull is not None and alone else _stacked(region.slices)
     yield from _box_cuts(region)
+    if alone:  # no cut of one slice asks for fewer windows
+        return
     yield tuple(part.transpose() for part in _stacked(region.transpose().slices))
     yield tuple(part for chain in _chains(region) for part in _peeled(chain))
     for band in _bands(region):

@@ -291,7 +291,8 @@ def _covers(
         ]
         refusals += reasons
         if parts and not reasons:
-            found.append(Solution(_without_merge(request, [part for part, _ in judged])))
+            calls = tuple(part for part, _ in judged)  # those of a zone always merge with others
+            found.append(Solution(calls if groups else _without_merge(request, calls)))
     return found, refusals
 
 
@@ -451,7 +452,7 @@ def _by_zone(
         if best is None:
             return Plan("", request, refusals=tuple(refusals))
         spent += best.price.nanoseconds
-        launches += (_in_zone(launch.as_part(), zone) for launch in best.launches)
+        launches += (_in_zone(launch, zone) for launch in best.launches)
     return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
 
 
