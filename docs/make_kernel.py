@@ -14,6 +14,7 @@ import torch
 
 from attnkit import layouts
 from attnkit.geometry import Region
+from attnkit.kernel.block_sparse import BLOCK_SPARSE_RULES
 from attnkit.kernel.call import KernelCall
 from attnkit.kernel.fusion_attention import fusion_attention, fusion_attention_grad
 from attnkit.kernel.legality import LAYERS, SOURCES
@@ -71,6 +72,7 @@ bits come from a counter-based hash of (seed, offset, cell); they are not the de
 _DOUBTS = """\
 ## What only a device can settle
 
+- What the block-sparse op answers for a row without a block, and its part of the cube's rate.
 - Which columns a row without a key averages when tiles are skipped, and its backward.
 - What it changes for empty rows that newer tilings turn TND batches of equal, full lengths into
   BSH (heads of 128, no pse, no rope, no modes 7 and 8, no softmax_layout).
@@ -204,6 +206,18 @@ def _rules() -> str:
     ) + _table(("code", "layer", "source", "rule", "remedy"), rows)
 
 
+def _block_sparse() -> str:
+    rules = [rule for _, rule in BLOCK_SPARSE_RULES.items()]
+    rows = [[f"`{r.code}`", r.layer, r.sentence, r.remedy] for r in rules]
+    return (
+        "## The block-sparse op beside it\n\n`npu_block_sparse_attention` attends in whole blocks "
+        "of a score matrix, which a table of int8 on the device names, `[B, N, rows, keys]`, and "
+        "returns the log-sum-exp. Lengths of packed sequences are not cumulative there. A plan may "
+        "give it the full blocks of a mask ([Ascend](ascend.md#full-blocks)). A `BlockSparseCall` "
+        "describes one call; these are its rules.\n\n"
+    ) + _table(("code", "layer", "rule", "remedy"), rows)
+
+
 def render() -> str:
     """Return the page."""
     parts = [
@@ -216,6 +230,7 @@ def render() -> str:
         _DROPOUT,
         _versions(),
         _rules(),
+        _block_sparse(),
         _DOUBTS,
     ]
     return "\n".join(parts)
