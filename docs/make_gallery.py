@@ -89,9 +89,9 @@ def without_mask(plan: ak.Plan) -> ak.Plan | None:
 
 
 def reads_all(launch: Launch) -> bool:
-    """Whether a call reads a mask of one entry per cell."""
+    """Whether a call reads a mask with an entry for each cell of the score matrices."""
     mask = launch.call.atten_mask
-    return mask is not None and mask.kind == "full"
+    return mask is not None and mask.kind == "full" and not launch.partial
 
 
 def told(plan: ak.Plan | None) -> str:
