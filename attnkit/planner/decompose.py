@@ -151,7 +151,7 @@ def _cut(
 
     Those that a few numbers of theirs show to be too dear are refused.
     """
-    counts = [(len(heads), len(_kv_heads(request, heads))) for heads in groups]
+    counts = [(len(heads), len(kv_heads_of(request, heads))) for heads in groups]
     planes = [request.matrices.regions(heads[0]) for heads in groups]
     for with_keys in (False, True) if least() < inf else ():
         works = [Work.total(Work.of_region(one, with_keys) for one in plane) for plane in planes]

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from math import inf
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import pytest
 import torch
 
 import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region
-from attnkit.planner import bounds, decompose
 from attnkit.planner.bounds import Work
 from attnkit.planner.calls import Launch, Solution
 from attnkit.planner.decompose import Search, decompositions
-from attnkit.planner.lower import search_for
 from attnkit.planner.request import Request
 
 
@@ -35,7 +30,9 @@ def cases(count: int) -> Iterator[Case]:
         block = chance.choice([1, 8, 40, 64])
         size = block * chance.randint(2, 9)
         table = torch.rand(size // block, size // block) < chance.choice([0.2, 0.5])
-        mask: masks.Mask = masks.Dense.keep(table.repeat_interleave(block, 0).repeat_interleave(block, 1))
+        mask: masks.Mask = masks.Dense.keep(
+            table.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        )
         if seed % 3 == 0:
             mask = mask & masks.Causal()
         elif seed % 3 == 1:
@@ -43,7 +40,9 @@ def cases(count: int) -> Iterator[Case]:
         heads = chance.choice([2, 8])
         query = torch.empty(1, size, heads, 64, device="meta", dtype=torch.bfloat16)
         key = torch.empty(1, size, 2, 64, device="meta", dtype=torch.bfloat16)
-        plan = ak.plan(query.requires_grad_(seed % 2 == 0), key, key, mask=mask, backend="reference")
+        plan = ak.plan(
+            query.requires_grad_(seed % 2 == 0), key, key, mask=mask, backend="reference"
+        )
         yield Case(plan.request, plan.request.matrices.regions()[0])
 
 
