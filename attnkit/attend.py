@@ -61,6 +61,7 @@ class Asked(NamedTuple):
     backend: str = "auto"
     score_fn: ScoreFunction | None = None
     deterministic: bool = False
+    memory_limit: int | None = None
 
     @property
     def mask(self) -> Mask:
@@ -267,6 +268,7 @@ def _in_graph(
         [records and one.requires_grad for one in tensors],
         asked.backend,
         asked.deterministic,
+        asked.memory_limit,
         words[0] if words else None,
     )
     return run_terms(text, tensors, values, bool(asked.training and asked.dropout), return_stats)
@@ -294,6 +296,7 @@ def _words(
     grads: Sequence[bool],
     backend: str,
     deterministic: bool,
+    memory_limit: int | None,
     selected: tuple[int, int, bool, bool, bool] | None,
 ) -> str:
     """Return what a graph is of in words, which are a constant of it."""
@@ -310,6 +313,7 @@ def _words(
         tuple(grads),
         backend,
         deterministic,
+        memory_limit,
         selected,
     )
     return terms.text()

@@ -64,6 +64,9 @@ class Attention(nn.Module):
     - `deterministic`: the same bits from the same call, gradients too, every time on one machine.
       On the CPU that is all; elsewhere kernels follow torch.use_deterministic_algorithms, which
       must be on. Where that is on, it is asked for without the argument.
+    - `memory_limit`: bytes beyond the inputs that a fused call may take: its output, gathered
+      keys, masks (`Plan.price.peak_bytes`). Work is split over rows and heads to stay below it.
+      Backends that gather nothing have no use for it.
     - `backend`: "auto", or a name that must be able to run the composition.
 
     A row without any allowed key gives 0. A key that no query of its sequence may see counts
@@ -97,6 +100,7 @@ class Attention(nn.Module):
         softcap: float | None = None,
         score_fn: ScoreFunction | None = None,
         deterministic: bool = False,
+        memory_limit: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -114,8 +118,8 @@ class Attention(nn.Module):
         if scale is None:
             scale = head_dim**-0.5
         whole = Full() if mask is None else as_mask(mask)
-        own = Composition(whole, pse, layout, scale, dropout, softcap, score_fn, deterministic)
-        self._composition = own
+        rest = (softcap, score_fn, deterministic, memory_limit)
+        self._composition = Composition(whole, pse, layout, scale, dropout, *rest)
         _check_heads(self._composition, num_heads)
         _check_backend(backend, self._composition)
         self.backend = backend
@@ -245,6 +249,7 @@ class Attention(nn.Module):
             self.backend,
             own.score_fn,
             own.deterministic,
+            own.memory_limit,
         )
 
     def _plan(
@@ -296,6 +301,8 @@ class Attention(nn.Module):
         if composed.score_fn is not None:
             parts.append(f"score_fn={function_name(composed.score_fn)}")
         parts += ["deterministic=True"] if composed.deterministic else []
+        limit = composed.memory_limit
+        parts += [] if limit is None else [f"memory_limit={limit}"]
         parts += ["sink=True"] if self.sink is not None else []
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
@@ -374,6 +381,7 @@ def attention(
     softcap: float | None = ...,
     score_fn: ScoreFunction | None = ...,
     deterministic: bool = ...,
+    memory_limit: int | None = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
@@ -397,6 +405,7 @@ def attention(
     softcap: float | None = ...,
     score_fn: ScoreFunction | None = ...,
     deterministic: bool = ...,
+    memory_limit: int | None = ...,
     backend: str = ...,
     return_stats: Literal[True],
 ) -> AttentionOutput: ...
@@ -419,6 +428,7 @@ def attention(
     softcap: float | None = None,
     score_fn: ScoreFunction | None = None,
     deterministic: bool = False,
+    memory_limit: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | AttentionOutput:
@@ -446,6 +456,7 @@ def attention(
         backend=backend,
         score_fn=score_fn,
         deterministic=deterministic,
+        memory_limit=memory_limit,
     )
     result = attend(asked, query, key, value, sink, seqlens, return_stats=return_stats)
     return result if return_stats else result.output
@@ -468,6 +479,7 @@ def plan(
     softcap: float | None = None,
     score_fn: ScoreFunction | None = None,
     deterministic: bool = False,
+    memory_limit: int | None = None,
     backend: str = "auto",
 ) -> Plan:
     """Return the plan that `attention` would run; meta tensors will do.
@@ -492,5 +504,6 @@ def plan(
         backend=backend,
         score_fn=score_fn,
         deterministic=deterministic,
+        memory_limit=memory_limit,
     )
     return plan_of(asked, query, key, value, sink, seqlens)

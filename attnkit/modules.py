@@ -51,7 +51,7 @@ class MultiHeadAttention(AsTorch):
     ``x`` is ``[b s dim]``, or packed ``[t dim]`` with `seqlens`; `context` is the same with
     `kv_dim` (default `dim`) and makes it cross-attention; the output has the form of ``x``.
     Any dtype of `Attention`, which also documents `mask`, `pse`, `dropout`, `scale`,
-    `softcap`, `score_fn`, `deterministic`, `sink` and `backend`.
+    `softcap`, `score_fn`, `deterministic`, `memory_limit`, `sink` and `backend`.
 
     - `num_kv_heads`: fewer key heads than query heads (GQA; 1 is MQA).
     - `head_dim`: default ``dim / num_heads``. `v_head_dim`: of values, where it differs (MLA).
@@ -117,6 +117,7 @@ class MultiHeadAttention(AsTorch):
         softcap: float | None = None,
         score_fn: ScoreFunction | None = None,
         deterministic: bool = False,
+        memory_limit: int | None = None,
         sink: bool = False,
         backend: str = "auto",
         layout: str = "BSND",
@@ -147,6 +148,7 @@ class MultiHeadAttention(AsTorch):
             softcap=softcap,
             score_fn=score_fn,
             deterministic=deterministic,
+            memory_limit=memory_limit,
             backend=backend,
         ).to(device=device)
         self.rotary = rotary_of(rotary, self.attention.head_dim)

@@ -64,6 +64,7 @@ class Terms(NamedTuple):
     grads: tuple[bool, ...] = ()
     backend: str = "auto"
     deterministic: bool = False
+    memory_limit: int | None = None
     selected: tuple[int, int, bool, bool, bool] | None = None
     """`SelectedBlocks.words` of a mask whose tensors come last, if there is one."""
 
@@ -196,6 +197,7 @@ def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
                 terms.softcap,
                 functions[0] if functions else None,
                 terms.deterministic,
+                terms.memory_limit,
             ),
             query,
             key,

@@ -110,6 +110,9 @@ class _Config(BaseModel):
     deterministic: StrictBool = Field(
         default=False, description="the same bits from the same call, gradients too"
     )
+    memory_limit: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="bytes that a fused call may take for gathered keys and masks"
+    )
     backend: Annotated[str, BACKEND] = Field(
         default="auto", description="who computes; a name never falls back to another"
     )
@@ -270,8 +273,8 @@ class AttentionConfig(_Config):
     ...
     attnkit.errors.ConfigError: AttentionConfig: 1 problem
       maks: unknown key; did you mean 'mask'? Known: num_heads, head_dim, version, \
-num_kv_heads, mask, pse, scale, dropout, sink, softcap, deterministic, backend, layout; \
-got 'Causal()'
+num_kv_heads, mask, pse, scale, dropout, sink, softcap, deterministic, memory_limit, backend, \
+layout; got 'Causal()'
     """
 
     head_dim: Count = Field(description="extent of one head")

@@ -265,17 +265,17 @@ class Solution:
 
     @cached_property
     def price(self) -> Price:
-        """The sum of the calls' prices and the pass's; calls share one compressed mask."""
+        """The sum of the calls' prices and the pass's; calls share one compressed mask.
+
+        One runs after the other, so that the most memory is that of the largest.
+        """
         masks: set[object] = set()
         prices = [] if self.bias_pass is None else [self.bias_pass.price]
         for launch in self.launches:
             price, mask = launch.price, launch.call.atten_mask
-            if mask in masks:
-                rest = price.peak_bytes - price.mask_bytes
-                price = replace(price, mask_bytes=0, peak_bytes=rest)
+            prices.append(replace(price, mask_bytes=0) if mask in masks else price)
             masks.add(mask)
-            prices.append(price)
-        return Price.total(prices)
+        return replace(Price.total(prices), peak_bytes=max(price.peak_bytes for price in prices))
 
 
 @dataclass(frozen=True)

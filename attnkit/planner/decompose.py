@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from math import inf
 from typing import Any, NamedTuple
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
 from attnkit.kernel import AttenMask
+from attnkit.kernel.stats import COPIES
 from attnkit.planner.biases import Arguments, anchor_in, part_arguments
 from attnkit.planner.bounds import Work, dearer
 from attnkit.planner.calls import Launch, bare_call, diagonal_blocks
@@ -178,6 +179,7 @@ def _packings(
     request: Request, groups: Sequence[tuple[int, ...]], pieces: Pieces, search: Search
 ) -> Iterator[tuple[Launch, ...] | Refusal]:
     """Yield the calls that compute some segments, for each choice of windows, or why not."""
+    groups, pieces = _narrowed(request, groups, pieces)
     choices = [group(some)[:_MOST_GROUPINGS] for some in pieces]
     if any(some and not options for some, options in zip(pieces, choices, strict=True)):
         reason = f"its pieces ask for more than {MOST_WINDOWS} windows, and each is another call"
@@ -194,6 +196,42 @@ def _packings(
         yield from refused
         if not refused:
             yield tuple(part for part in parts if isinstance(part, Launch))
+
+
+def _narrowed(
+    request: Request, groups: Sequence[tuple[int, ...]], pieces: Pieces
+) -> tuple[Sequence[tuple[int, ...]], Pieces]:
+    """Split groups of heads whose longest segment alone takes more memory than is allowed."""
+    if request.memory_limit is None:
+        return groups, pieces
+    size = request.num_heads // request.num_kv_heads
+    found: list[tuple[tuple[int, ...], tuple[Segment, ...]]] = []
+    for heads, some in zip(groups, pieces, strict=True):
+        most = max((most_bytes(request, one, heads) for one in some), default=0)
+        room = _room(request, some)
+        by_key = [tuple(own) for _, own in groupby(heads, lambda head: head // size)]
+        each = max(1, int(len(by_key) * room / most)) if most > room else len(by_key)
+        for start in range(0, len(by_key), each):
+            found.append((tuple(chain(*by_key[start : start + each])), some))
+    return [heads for heads, _ in found], tuple(some for _, some in found)
+
+
+def _room(request: Request, segments: Sequence[Segment]) -> float:
+    """Return the memory that is left for sequences beside the mask of a call."""
+    if request.memory_limit is None:
+        return inf
+    full = all(one.lo is None and one.hi is None for one in segments)
+    return request.memory_limit - (0 if full else AttenMask.causal().cells)
+
+
+def most_bytes(request: Request, one: Segment, heads: tuple[int, ...]) -> int:
+    """Return the memory that a sequence of a call takes at most: operands, answer, statistics."""
+    (rows, keys), width = one.block.sizes, request.head_dim + request.value_dim
+    kv_heads = len(kv_heads_of(request, heads))
+    item = request.dtype.itemsize
+    # Queries, the answer, what writes or merges it, and the statistics.
+    answer = width * item + request.value_dim * max(item, (item + 8) // 2) + 2 * COPIES * 4
+    return len(heads) * rows * answer + kv_heads * keys * width * item
 
 
 def head_groups(request: Request) -> list[tuple[int, ...]]:
@@ -268,8 +306,7 @@ class _Maker(NamedTuple):
                 reason = f"{len(segments):,} pieces are too small for calls of {_MOST_SEQUENCES:,}"
                 yield Refusal("batch-limit", reason, f"several calls, {self.label}")
                 return
-            for start in range(0, len(segments), _MOST_SEQUENCES):
-                yield self.packed(segments[start : start + _MOST_SEQUENCES])
+            yield from map(self.packed, self._in_calls(segments))
             return
         term = self.request.bias[0]
         sloped: dict[int, list[Segment]] = {}
@@ -282,6 +319,19 @@ class _Maker(NamedTuple):
         yield from map(self.packed, sloped.values())
         for some in tables.values():
             yield self.launch("BSND", [one.block for one in some], some)
+
+    def _in_calls(self, segments: list[Segment]) -> Iterator[list[Segment]]:
+        """Yield as many segments at a time as a call may have, and as memory is allowed for."""
+        limited = self.request.memory_limit is not None
+        some, held, room = list[Segment](), 0, _room(self.request, segments)
+        for one in segments:
+            size = most_bytes(self.request, one, self.heads) if limited else 0
+            if some and (len(some) == _MOST_SEQUENCES or held + size > room):
+                yield some
+                some, held = [], 0
+            some.append(one)
+            held += size
+        yield some
 
     def packed(self, segments: list[Segment]) -> Launch | Refusal:
         """Return the TND call whose sequences are the segments; with a bias, they have one start.

@@ -183,10 +183,25 @@ def _in_place(request: Request, search: Search) -> Plan:
         best = min(found, key=_nanoseconds, default=None)
         for bare in bare_calls:
             found += _with_full_mask(request, bare, refusals, best.price if best else None)
+    found = _within_memory(request, found, refusals)
     if len(found) > 1:  # a sort asks for the price of a single one, too
         found.sort(key=_nanoseconds)
     steps = found[0].launches if found else ()
     return Plan("", request, steps, tuple(found[1:]), tuple(refusals))
+
+
+def _within_memory(
+    request: Request, found: list[Solution], refusals: list[Refusal]
+) -> list[Solution]:
+    """Return what takes no more memory than is allowed."""
+    limit = request.memory_limit
+    if limit is None:
+        return found
+    for one in found:
+        if one.price.peak_bytes > limit:
+            reason = f"it takes {one.price.peak_bytes:,} bytes, and memory_limit is {limit:,}"
+            refusals.append(Refusal("memory-limit", reason, one.label))
+    return [one for one in found if one.price.peak_bytes <= limit]
 
 
 def _by_blocks(request: Request, search: Search) -> Solution | list[Refusal]:

@@ -118,6 +118,7 @@ class Composition:
     softcap: float | None = None
     score_fn: ScoreFunction | None = None
     deterministic: bool = False
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", as_mask(self.mask))
@@ -133,6 +134,8 @@ class Composition:
         check_number("dropout", self.dropout, lambda p: 0 <= p < 1, rule)
         check_score_fn(self.score_fn)
         check_bool("deterministic", self.deterministic, "True for the same bits in every run")
+        if self.memory_limit is not None:
+            check_int("memory_limit", self.memory_limit, 1)
 
 
 def state_of(record: Any) -> dict[str, Any]:
@@ -172,6 +175,7 @@ class Request:
     score_trains: bool = False
     """Whether a tensor that the score function reads asks for a gradient."""
     deterministic: bool = False
+    memory_limit: int | None = None
 
     __getstate__ = state_of
 
@@ -305,6 +309,7 @@ def read_request(
         score_fn=score_fn,
         score_trains=score_trains,
         deterministic=is_repeatable(composition.deterministic, query.device.type, score_trains),
+        memory_limit=composition.memory_limit,
     )
     check_fits(request, composition.mask, pse)
     return request
