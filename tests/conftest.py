@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from attnkit.backends import make_plan
 from attnkit.planner import lower
+from attnkit.planner.decompose import Search
 
 # Workers share the cores; more threads than cores only make them wait for each other.
 torch.set_num_threads(1)
@@ -49,7 +51,8 @@ def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     caches = (make_plan, lower)
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.setattr("attnkit.planner.decompose.partitions", lambda region: iter(()))
+    lowering = sys.modules["attnkit.planner.lower"]
+    monkeypatch.setattr(lowering, "Search", partial(Search, gathers=False))
     yield
     for cache in caches:
         cache.cache_clear()

@@ -10,7 +10,7 @@ not in the calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from math import inf
@@ -29,7 +29,7 @@ from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.staircases import partitions
 
-__all__ = ["Search", "decompositions", "head_groups", "kv_heads_of"]
+__all__ = ["Search", "decompositions", "head_groups", "kv_heads_of", "partings"]
 
 _MOST_CUTS = 8
 _MOST_PARTITIONS = 4
@@ -88,18 +88,48 @@ class Search:
         return self.all_cuts(region)[: depth + 1][-1]
 
 
+Pieces = tuple[tuple[Segment, ...], ...]
+"""The segments that make up a request, for each group of heads."""
+
+
+def partings(
+    request: Request, groups: Sequence[tuple[int, ...]] | None = None, search: Search | None = None
+) -> Iterator[tuple[Launch, ...] | Refusal]:
+    """Yield sets of calls that have every row once, with all of its keys, or why there is none.
+
+    Not where the calls have a bias: its positions are those of the call. Otherwise as
+    `decompositions`.
+    """
+    search = search or Search()
+    if request.bias or not search.gathers or not request.matrices.exact:
+        return
+    groups = head_groups(request) if groups is None else groups
+    planes = [request.matrices.regions(heads[0]) for heads in groups]
+    ways = [search.all_partitions(region) for regions in planes for region in set(regions)]
+    for depth in range(max(map(len, ways), default=0) if all(ways) else 0):
+        pieces = tuple(
+            tuple(
+                replace(one, block=replace(one.block, batch=b)) if b else one
+                for b, region in enumerate(regions)
+                for one in search.all_partitions(region)[: depth + 1][-1]
+            )
+            for regions in planes
+        )
+        yield from _packings(request, groups, pieces, search)
+
+
 def decompositions(
     request: Request,
     groups: Sequence[tuple[int, ...]] | None = None,
     search: Search | None = None,
-    least: Callable[[], float] = lambda: inf,
+    least: float = inf,
 ) -> Iterator[tuple[Launch, ...] | Refusal]:
     """Yield sets of calls whose cells are disjoint and make up the request, or why there is none.
 
-    Only requests whose score matrices are regions are cut; heads that differ get calls of
-    their own. `groups` are heads that do not differ, where a caller knows which are to stay
-    together. `least` says what the cheapest that is right costs so far, in nanoseconds: cuts that
-    cannot be cheaper are not tried.
+    The keys of a sequence lie side by side. Only requests whose score matrices are regions are
+    cut; heads that differ get calls of their own. `groups` are heads that do not differ, where a
+    caller knows which are to stay together. `least` is what is known to be possible, in
+    nanoseconds: cuts that cannot be cheaper are not tried.
     """
     if not request.matrices.exact:
         reason = f"{request.mask!r} is not a region that could be cut into pieces"
@@ -108,7 +138,7 @@ def decompositions(
     groups = head_groups(request) if groups is None else groups
     search = search or Search()
     seen = set()
-    for pieces in chain(_gathered(request, groups, search), _cut(request, groups, search, least)):
+    for pieces in _cut(request, groups, search, least):
         if isinstance(pieces, Refusal):
             yield pieces
         elif pieces not in seen and any(pieces):
@@ -116,37 +146,11 @@ def decompositions(
             yield from _packings(request, groups, pieces, search)
 
 
-Pieces = tuple[tuple[Segment, ...], ...]
-"""The segments that make up a request, for each group of heads."""
-
-
-def _gathered(
-    request: Request, groups: Sequence[tuple[int, ...]], search: Search
-) -> Iterator[Pieces]:
-    """Yield the ways to part every score matrix by rows, each with all of its keys.
-
-    Not where the calls have a bias: its positions are those of the call.
-    """
-    if request.bias or not search.gathers:
-        return
-    planes = [request.matrices.regions(heads[0]) for heads in groups]
-    ways = [search.all_partitions(region) for regions in planes for region in set(regions)]
-    for depth in range(max(map(len, ways), default=0) if all(ways) else 0):
-        yield tuple(
-            tuple(
-                replace(one, block=replace(one.block, batch=b)) if b else one
-                for b, region in enumerate(regions)
-                for one in search.all_partitions(region)[: depth + 1][-1]
-            )
-            for regions in planes
-        )
-
-
 def _cut(
     request: Request,
     groups: Sequence[tuple[int, ...]],
     search: Search,
-    least: Callable[[], float],
+    least: float,
 ) -> Iterator[Pieces | Refusal]:
     """Yield the ways to cut every score matrix into pieces whose keys lie side by side.
 
@@ -154,20 +158,20 @@ def _cut(
     """
     counts = [(len(heads), len(kv_heads_of(request, heads))) for heads in groups]
     planes = [request.matrices.regions(heads[0]) for heads in groups]
-    for with_keys in (False, True) if least() < inf else ():
+    for with_keys in (False, True) if least < inf else ():
         works = [Work.total(Work.of_region(one, with_keys) for one in plane) for plane in planes]
-        if (refusal := dearer(request, counts, planes, works, least())) is not None:
+        if (refusal := dearer(request, counts, planes, works, least)) is not None:
             yield refusal
             return
     inside = [_diagonal(request, heads[0]) for heads in groups]
     depths = max((len(search.all_cuts(own)) for some in inside for _, own in some), default=0)
     for depth in range(depths):
-        if least() < inf:
+        if least < inf:
             works = [
                 Work.of_slices(part for _, own in some for part in search.cut(own, depth))
                 for some in inside
             ]
-            if (refusal := dearer(request, counts, planes, works, least())) is not None:
+            if (refusal := dearer(request, counts, planes, works, least)) is not None:
                 yield refusal
                 continue
         # The grad op takes no packed window of width 1: such bands are single cells in training.

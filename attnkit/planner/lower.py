@@ -26,7 +26,7 @@ from attnkit.planner.calls import (
     widened,
 )
 from attnkit.planner.candidates import candidates, whole_calls
-from attnkit.planner.decompose import Search, decompositions, head_groups
+from attnkit.planner.decompose import Search, decompositions, head_groups, partings
 from attnkit.planner.folded import has_own_sinks
 from attnkit.planner.orders import moves, restated, sorted_positions
 from attnkit.planner.plan import Plan
@@ -317,11 +317,15 @@ def _ways(
     groups: tuple[tuple[int, ...], ...] | None,
     found: Sequence[Solution],
 ) -> Iterator[tuple[Launch, ...] | Refusal]:
-    """Yield sets of calls; in tiles of rows, unless that costs more than what was `found`."""
-    yield from decompositions(request, groups, search)
+    """Yield sets of calls: with every row once, in tiles of rows, and merged, the slowest to find.
+
+    What cannot cost less than what was `found` so far is left out.
+    """
+    yield from partings(request, groups, search)
     if search.gathers and groups is None:
-        least = min(map(_nanoseconds, found), default=inf)
-        yield from tilings(request, MOST_MASK_CELLS, least)
+        yield from tilings(request, MOST_MASK_CELLS, min(map(_nanoseconds, found), default=inf))
+    least = min(map(_nanoseconds, found), default=inf)
+    yield from decompositions(request, groups, search, least)
 
 
 def _without_merge(request: Request, launches: Sequence[Launch]) -> tuple[Launch, ...]:

@@ -74,6 +74,8 @@ def tilings(
         return
     groups = head_groups(request) if groups is None else groups
     regions = {k for heads in groups for k in request.matrices.regions(heads[0])}
+    if not any(regions):
+        return
     count = sum(map(runs_in_rows, regions))
     if count > _MOST_RUNS:
         reason = f"its rows have {count:,} runs of keys, and {_MOST_RUNS:,} are looked at"
