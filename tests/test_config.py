@@ -61,7 +61,7 @@ MASKS_OF_EVERY_KIND = [
     masks.Keys([[(0, 2)], [(3, None)]]),
     masks.SameId([(0, 2), (None, 1), (0, 3)]),
     masks.SameId([[(0, 2)], [(1, 2)]], [(0, 1), (1, 3)]),
-    masks.Blocks("##. #.#", 64, 32, causal=True),
+    masks.Blocks("##. #.#", 64, 32, causal=True, q_len=100),
     masks.Blocks(torch.eye(40).bool().expand(2, 4, 40, 40), 16, 16),
     masks.Tree([-1, 0, 0, 2]),
     masks.Tree([[-1, 0], [1, -1]], prefix=3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,23 +34,23 @@ class Blocks(Mask):
     `table` is a bool tensor or array, True = allowed: [q_blocks, kv_blocks], [heads, q_blocks,
     kv_blocks] or [batch or 1, heads or 1, q_blocks, kv_blocks]; or nested lists of bools; or a
     picture, rows of ``#`` (allowed) and ``.`` with white space between. It is copied. The last
-    blocks may be ragged: it fits all lengths that take so many blocks. With `causal`, a query sees
-    no key ahead of its own position p, which cuts its own block along the diagonal: ``and j <=
-    p``; `align` says where p is when the lengths differ.
+    block of queries or of keys may be ragged: then `q_len` or `kv_len` says where it ends. With
+    `causal`, a query sees no key ahead of its own position p, which cuts its own block along the
+    diagonal: ``and j <= p``; `align` says where p is when the lengths differ.
 
     The form of block-sparse kernels (FlashInfer, MInference, XAttention, `BlockMask` of
     FlexAttention without its mask function). Chunks of one size that see each other are
     `Chunked`; those before, too, `BlockCausal`. Where the region would have more than 131,072
     runs, the mask is known by its cells.
 
-    Raises `CompositionError` for a table that is not bool or not rectangular, and at lengths that
-    take another number of blocks.
+    Raises `CompositionError` for a table that is not bool or not rectangular, for lengths that take
+    another number of blocks than it has, and at other lengths than those.
 
     >>> import torch
     >>> mask = Blocks("#.. ##. #.#", 2, 2)
     >>> mask == Blocks(torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]) > 0, 2, 2)
     True
-    >>> print(Blocks("#.. ##. #.#", 2, 2, causal=True).show(5, 5))
+    >>> print(Blocks("#.. ##. #.#", 2, 2, causal=True, q_len=5, kv_len=5).show(5, 5))
     #....
     ##...
     ###..
@@ -63,6 +63,8 @@ class Blocks(Mask):
     kv_block: int
     causal: bool = False
     align: Align = "bottom_right"
+    q_len: int | None = None
+    kv_len: int | None = None
 
     if TYPE_CHECKING:  # more is taken than is kept
 
@@ -73,6 +75,8 @@ class Blocks(Mask):
             kv_block: int,
             causal: bool = False,
             align: Align = "bottom_right",
+            q_len: int | None = None,
+            kv_len: int | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -81,6 +85,39 @@ class Blocks(Mask):
         check_bool("Blocks causal", self.causal, "whether no query sees a key ahead of it")
         check_align("Blocks", self.align)
         object.__setattr__(self, "table", _written(_cells_of(self.table)))
+        for name in ("q_len", "kv_len"):
+            self._check_length(name)
+
+    def _check_length(self, name: Literal["q_len", "kv_len"]) -> None:
+        length = getattr(self, name)
+        size, count = self._sides[name == "kv_len"]
+        if length is None:
+            return
+        check_int(f"Blocks {name}", length, 1)
+        if -(-length // size) != count:
+            raise CompositionError(
+                f"Blocks got {name}={shown(length)}, but {count} blocks of {size} in its table, "
+                f"which reach to {(count - 1) * size + 1} at least and to {count * size} at most; "
+                f"blocks that cover {name} are {-(-length // size)}"
+            )
+        if length == count * size:
+            object.__setattr__(self, name, None)
+
+    @property
+    def _sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The size of blocks and how many there are, of queries and of keys."""
+        rows, keys = self._content.shape[2:]
+        return (self.q_block, rows), (self.kv_block, keys)
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """What the blocks cover, or as much of the last one as is said."""
+        said = (self.q_len, self.kv_len)
+        rows, keys = (
+            size * count if own is None else own
+            for own, (size, count) in zip(said, self._sides, strict=True)
+        )
+        return rows, keys
 
     @cached_property
     def _content(self) -> _Table:
@@ -90,7 +127,8 @@ class Blocks(Mask):
     def _value(self) -> Hashable:
         # Not the text: another zlib packs the same cells differently.
         cells = self._content
-        return (cells.shape, cells.tobytes(), self.q_block, self.kv_block, self.causal, self.align)
+        blocks, edge = (self.q_block, self.kv_block), (self.causal, self.align)
+        return cells.shape, cells.tobytes(), *blocks, *edge, self.q_len, self.kv_len
 
     def _plane(self, batch: int, head: int) -> _Table:
         b, n = self._content.shape[:2]
@@ -108,28 +146,6 @@ class Blocks(Mask):
         """As the table's; 1 serves every head."""
         count = self._content.shape[1]
         return count if count > 1 else None
-
-    @property
-    def anchored(self) -> bool:
-        """Only the causal edge moves with the lengths."""
-        return self.causal and super().anchored
-
-    def check(
-        self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None
-    ) -> None:
-        """Also refuse lengths that take more or fewer blocks than the table has."""
-        super().check(q_len, kv_len, batch, heads)
-        rows, keys = self._content.shape[2:]
-        for name, length, size, count in (
-            ("q_len", q_len, self.q_block, rows),
-            ("kv_len", kv_len, self.kv_block, keys),
-        ):
-            if -(-length // size) != count:
-                raise CompositionError(
-                    f"{self!r} has {count} blocks of {size} along {name}, which is "
-                    f"{(count - 1) * size + 1} to {count * size}; the score matrix has "
-                    f"{name}={length}, so the table would have {-(-length // size)} there"
-                )
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The blocks; where they are too many runs, what lies around them."""

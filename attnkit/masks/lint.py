@@ -17,17 +17,20 @@ import torch
 from attnkit.geometry import Region, Slice
 from attnkit.masks.algebra import And, Not, Path, needless_parts, without_part
 from attnkit.masks.base import Full, Mask
+from attnkit.masks.block_table import Blocks
 from attnkit.masks.blocks import BlockCausal, Chunked
 from attnkit.masks.causal import Band, Causal, SlidingWindow
 from attnkit.masks.composite import Composite, leaves
 from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding, counted, ranges
+from attnkit.masks.grid import GridMask
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
 from attnkit.masks.slices import Slices
 from attnkit.masks.trace import mask_rows, row_blocks
+from attnkit.masks.tree import Tree
 from attnkit.strips import gaps
 
 __all__ = ["lint", "positive_leaves"]
@@ -217,25 +220,29 @@ def _too_wide(view: _View) -> Iterator[tuple[Mask, Finding]]:
 
 
 def _without_limit(part: Mask) -> Mask | None:
-    """Return the mask that a window, band, chunk or block is without its limit."""
+    """Return the mask that a window, band, chunk, table, tree or grid is without its limit."""
     if isinstance(part, SlidingWindow):
         return Causal(part.align)
     if isinstance(part, Band) and part.left is not None and part.left > 0:
         return Full() if part.right is None else Band(None, part.right, part.align)
     if isinstance(part, Band) and part.right is not None and part.right > 0:
         return Full()
-    if isinstance(part, Chunked | BlockCausal):
+    if isinstance(part, Tree):
+        return Causal()
+    if isinstance(part, Blocks) and part.causal:
+        return Causal(part.align)
+    if isinstance(part, Chunked | BlockCausal | Blocks | GridMask):
         return Full()
     return None
 
 
 def _equal_to_named(view: _View) -> Iterator[Finding]:
     for part in dict.fromkeys(leaves(view.mask)):
-        if not isinstance(part, Dense | Slices | Predicate):
+        if not isinstance(part, Dense | Slices | Predicate | Blocks):
             continue
         found = view.found if part is view.mask else None
         found = recover(part, view.q_len, view.kv_len) if found is None else found
-        if found.named:
+        if found.named and found.mask != part:
             yield Finding(
                 "equals-a-named-mask",
                 f"{part!r} equals {found.mask!r} at {view.q_len} x {view.kv_len}",

@@ -22,6 +22,7 @@ from attnkit.masks.causal import Band
 from attnkit.masks.composite import all_but_one, leaves
 from attnkit.masks.documents import Documents
 from attnkit.masks.hulls import Cells
+from attnkit.masks.proposals import wholes
 
 __all__ = ["complexity", "name"]
 
@@ -73,6 +74,8 @@ def name(regions: tuple[Region, ...], q_len: int, kv_len: int) -> Mask | None:
         for found in _complete(target, frame, everything):
             if best is None or complexity(found) < complexity(best):
                 best = found
+    if best is None or complexity(best)[0] > _PARTS:
+        best = next((mask for mask in wholes(target) if target.of(mask) == target), best)
     return best
 
 

@@ -263,6 +263,9 @@ def tables_and_trees() -> Iterator[Case]:
     yield from each("Blocks causal", lambda bad: masks.Blocks("#", 2, 2, bad), flags)
     aligned: Callable[[Any], object] = lambda bad: masks.Blocks("#", 2, 2, align=bad)  # noqa: E731
     yield from each("Blocks align", aligned, NOT_AN_ALIGN)
+    sizes = without(NOT_A_COUNT, "none")
+    yield from each("Blocks q_len", lambda bad: masks.Blocks("#", 4, 4, q_len=bad), sizes)
+    yield from each("Blocks kv_len", lambda bad: masks.Blocks("#", 4, 4, kv_len=bad), sizes)
     yield Case("Blocks of other lengths", lambda: masks.Blocks("##", 2, 2).region(2, 5))
     yield from each("Tree parents", masks.Tree, NOT_INTS)
     yield from each("Trees", lambda bad: masks.Tree([[-1], bad]), NOT_INTS)

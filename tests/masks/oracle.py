@@ -236,10 +236,13 @@ def table_cases(q_len: int, kv_len: int) -> Iterator[Case]:
         return
     generator = torch.Generator().manual_seed(q_len + 7 * kv_len)
     table = torch.rand(3, 2, rows, keys, generator=generator) < 0.6
-    yield Case(masks.Blocks(table, 2, 3), lambda c: bool(table[c.b, c.h, c.i // 2, c.j // 3]))
+    sizes = {"q_len": q_len, "kv_len": kv_len}
+    yield Case(
+        masks.Blocks(table, 2, 3, **sizes), lambda c: bool(table[c.b, c.h, c.i // 2, c.j // 3])
+    )
     for align in ALIGNS:
         yield Case(
-            masks.Blocks(table[0, 0], 2, 3, causal=True, align=align),
+            masks.Blocks(table[0, 0], 2, 3, causal=True, align=align, **sizes),
             lambda c, a=align: bool(table[0, 0, c.i // 2, c.j // 3]) and c.j <= c.p(a),
         )
 

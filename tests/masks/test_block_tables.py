@@ -42,20 +42,21 @@ def test_every_table_of_two_by_two_is_its_formula(q_block, kv_block):
     for bits in product((False, True), repeat=4):
         table = torch.tensor(bits).view(2, 2)
         for q_len, kv_len in ((2 * q_block, 2 * kv_block), (q_block + 1, kv_block + 1)):
+            lengths = {"q_len": q_len, "kv_len": kv_len}
             assert_is(
-                Blocks(table, q_block, kv_block),
+                Blocks(table, q_block, kv_block, **lengths),
                 cells_of(table, q_block, kv_block, q_len, kv_len),
             )
             for align, shift in (("top_left", 0), ("bottom_right", kv_len - q_len)):
                 assert_is(
-                    Blocks(table, q_block, kv_block, causal=True, align=align),
+                    Blocks(table, q_block, kv_block, causal=True, align=align, **lengths),
                     cells_of(table, q_block, kv_block, q_len, kv_len, shift),
                 )
 
 
 def test_a_table_has_planes_for_batch_elements_and_heads():
     tables = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = Blocks(tables, 3, 2)
+    mask = Blocks(tables, 3, 2, q_len=11, kv_len=9)
     assert (mask.batches, mask.heads) == (2, 3)
     drawn = mask.materialize(11, 9, 2, 3)
     for b, h in product(range(2), range(3)):
@@ -104,15 +105,20 @@ def test_a_table_of_no_structure_is_known_by_its_cells(monkeypatch):
     assert ahead.outer(80, 120) <= masks.Causal().region(80, 120)
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(4, 4), (9, 4), (8, 0), (8, 5), (0, 4), (8, 2)])
-def test_lengths_take_as_many_blocks_as_the_table_has(q_len, kv_len):
-    mask = masks.Causal() & Blocks("## #.", 4, 2)
-    with pytest.raises(CompositionError, match=r"has 2 blocks of \d along (q|kv)_len, .* to \d"):
-        mask.materialize(q_len, kv_len)
+def test_the_last_blocks_may_be_ragged_where_it_is_said():
+    assert Blocks("## #.", 4, 2, q_len=8, kv_len=4) == Blocks("## #.", 4, 2)
+    ragged = Blocks("## #.", 4, 2, q_len=5)
+    assert str(ragged) == "Blocks('## #.', 4, 2, q_len=5)"
+    assert ragged.extent == (5, 4)
+    for bad in (4, 9):
+        with pytest.raises(CompositionError, match=f"q_len={bad}, but 2 blocks of 4.*5 .*8"):
+            Blocks("## #.", 4, 2, q_len=bad)
+    with pytest.raises(CompositionError, match="is built for q_len=5"):
+        (masks.Causal() & ragged).materialize(8, 4)
 
 
 def test_cuts_of_blocks():
-    mask = Blocks("#. ##", 4, 4)
+    mask = Blocks("#. ##", 4, 4, kv_len=7)
     whole = mask.materialize(8, 7)[0, 0]
-    assert mask.cut((3, 8), (1, 7), q_len=8, kv_len=7).region(5, 6).area == whole[3:, 1:].sum()
-    assert mask[2:6, :].materialize(4, 8)[0, 0].equal(mask.materialize(8, 8)[0, 0, 2:6])
+    assert mask[3:, 1:].region(5, 6).area == whole[3:, 1:].sum()
+    assert mask[2:6, :].materialize(4, 7)[0, 0].equal(whole[2:6])

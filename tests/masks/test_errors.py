@@ -200,7 +200,12 @@ BAD = {
     "blocks that do not cover": (
         lambda: masks.Blocks("## ##", 4, 4).materialize(9, 8),
         ValueError,
-        "2 blocks of 4 along q_len|5 to 8|q_len=9|3 there",
+        "built for q_len=8|q_len=9",
+    ),
+    "blocks that reach elsewhere": (
+        lambda: masks.Blocks("## ##", 4, 4, kv_len=9),
+        ValueError,
+        "kv_len=9, but 2 blocks of 4|to 5 at least and to 8 at most|are 3",
     ),
     "blocks for other heads": (
         lambda: masks.Blocks(CELLS[None].expand(3, 4, 4), 1, 1).materialize(4, 4, heads=4),

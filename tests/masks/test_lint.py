@@ -36,10 +36,13 @@ SOUND = [
     masks.PerHead([C, masks.Documents([6, 10]), masks.Full()]),
     masks.Band(2, 2) | masks.Columns(0, 1) | masks.Rows(0, 1),
     C & masks.Dilated(2),
+    masks.Neighborhood((4, 4), 3),
+    masks.Tree([-1, 0, 0, *range(1, 14)]),
+    masks.Blocks("#.#. ##.. #.#. .###", 4, 4, causal=True),
 ]
 
 
-@pytest.mark.parametrize("mask", SOUND[:5] + SOUND[6:10], ids=repr)
+@pytest.mark.parametrize("mask", SOUND[:5] + SOUND[6:10] + SOUND[11:], ids=repr)
 def test_sound_masks_have_no_findings(mask):
     assert mask.lint(16, 16) == ()
 
@@ -54,6 +57,13 @@ PLANTED = [
     (W(16), (16, 16), "window-exceeds-sequence", "smaller size"),
     (masks.Band(20, 20), (16, 16), "window-exceeds-sequence", r"Full\(\)"),
     (masks.Chunked(16) & C, (16, 16), "window-exceeds-sequence", r"Chunked\(16\)"),
+    (masks.Neighborhood((4, 4), 4), (16, 16), "window-exceeds-sequence", r"4\), 4\).*Full\(\)"),
+    (masks.SlidingTiles(16, 4, 4), (16, 16), "window-exceeds-sequence", r"it is Full\(\)"),
+    (masks.Tree(range(-1, 15)), (16, 20), "window-exceeds-sequence", r"it is Causal\(\)"),
+    (masks.Blocks("## ##", 8, 8, True), (16, 16), "window-exceeds-sequence", r"it is Causal\(\)"),
+    (masks.Blocks("#. .#", 8, 8), (16, 16), "equals-a-named-mask", r"equals Chunked\(8\)"),
+    (masks.Blocks("## ..", 8, 8), (16, 16), "empty-rows", "rows 8 to 15"),
+    (masks.Placed(masks.Full(), 1), (16, 16), "unseen-keys", "1 of 16 keys: 0"),
     (
         masks.Documents([6, 10]) & C | masks.Prefix(2),
         (16, 16),

@@ -123,6 +123,36 @@ def test_packed_documents_of_many_lengths():
     assert found == mask
 
 
+WHOLE = [
+    masks.Blocks("#.#. ##.. #.## .#.#", 16, 8),
+    masks.Blocks("#.#. ##.. #.## .#.#", 16, 8, q_len=59, kv_len=27),
+    masks.Blocks("#... .#.. #.#. .#.#", 16, 16, causal=True),
+    masks.Blocks("#... .#.. #.#. .#.#", 16, 16, causal=True, align="top_left", q_len=50),
+    masks.Blocks(torch.rand(2, 1, 6, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 8, 8),
+    masks.Tree([-1, 0, 0, 1, 3, 3, 2], prefix=9),
+    masks.Tree([3, 3, 0, -1, 2, 0, 0], prefix=0),
+    masks.Tree([[-1, 0, 0, 1, 1], [-1, 0, 1, 1, 0]], prefix=2),
+    masks.Neighborhood((8, 12), 5),
+    masks.Neighborhood((8, 12), (3, 4), causal=(True, False)),
+    masks.Neighborhood((4, 6, 8), (3, 3, 5), causal=(True, False, False)),
+]
+
+
+@pytest.mark.parametrize("mask", WHOLE, ids=repr)
+def test_tables_trees_and_neighborhoods_come_back_by_name(mask):
+    found = recover(drawn(mask, *mask.extent))
+    assert (found.mask, found.exact, found.named) == (mask, True, True)
+
+
+def test_what_is_nearly_a_table_a_tree_or_a_neighborhood_is_none():
+    for mask in WHOLE:
+        cells = drawn(mask, *mask.extent).clone()
+        cells[0, 0, -1, :3] ^= True
+        found = recover(cells)
+        check(found, cells)
+        assert type(found.mask) is not type(mask) or found.mask != mask
+
+
 def test_heads_and_batches():
     per_head = PerHead([C, W(3), masks.Documents([20, 12]), C])
     found = recover(drawn(per_head, 32, 32))
