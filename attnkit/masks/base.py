@@ -225,7 +225,13 @@ class Mask(Operators, ABC):
         return ()
 
     def bound(self, tensors: Sequence[torch.Tensor]) -> Mask:
-        """Return the mask with the tensors of a call."""
+        """Return the mask with the tensors of a call.
+
+        >>> from attnkit import masks
+        >>> chosen = masks.SelectedBlocks(torch.zeros(1, 1, 2, 1).long(), 2, 2, causal=True)
+        >>> chosen.form.bound(chosen.tensors) == chosen
+        True
+        """
         return self
 
     def _added(self, at: Rectangle, dtype: torch.dtype) -> torch.Tensor | None:

@@ -164,6 +164,10 @@ class SelectedBlocks(Mask):
         """Return where indices are out of range and where they repeat ``[b h q k]``, and counts.
 
         What is not read is not wrong.
+
+        >>> chosen = SelectedBlocks(torch.tensor([[1, 1]])[None, None], 2, 2)
+        >>> [found.any().item() for found in chosen.wrong(4)]
+        [False, True, False]
         """
         indices, live = self.indices.long(), self.live(kv_len)
         choices = _column(self.form.choices(kv_len), indices.device)
@@ -180,7 +184,14 @@ class SelectedBlocks(Mask):
         return outside, repeats, (self.counts < 0) | (self.counts > indices.shape[3])
 
     def refuse_wrong(self, kv_len: int) -> None:
-        """Raise `CompositionError` for wrong indices or counts; they are on the host."""
+        """Raise `CompositionError` for wrong indices or counts; they are on the host.
+
+        >>> SelectedBlocks(torch.tensor([[2]])[None, None], 2, 2).refuse_wrong(4)
+        Traceback (most recent call last):
+        ...
+        attnkit.errors.CompositionError: SelectedBlocks: indices[0, 0, 0, 0] is 2, out of range; \
+blocks of 2 of 4 keys are 0 to 1
+        """
         outside, repeats, many = (found.nonzero().tolist() for found in self.wrong(kv_len))
         if many and self.counts is not None:
             b, h, i = many[0]
@@ -212,7 +223,12 @@ class SelectedBlocks(Mask):
         return all(at_hand)
 
     def live(self, kv_len: int) -> Tensor:
-        """Return which indices are read, ``[b h q k]``."""
+        """Return which indices are read, ``[b h q k]``.
+
+        >>> chosen = SelectedBlocks(torch.zeros(1, 1, 3, 1).long(), 2, 2, causal=True)
+        >>> chosen.live(6).flatten()
+        tensor([False,  True,  True])
+        """
         indices = self.indices
         places = torch.arange(indices.shape[3], device=indices.device)
         blocks = tuple(sight.blocks for sight in self.form.sights(kv_len))

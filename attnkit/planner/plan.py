@@ -218,7 +218,7 @@ class Plan:
                 return refused
         return disprove_plan(self)
 
-    def disproof(self) -> Refusal | None:
+    def _disproof(self) -> Refusal | None:
         """Return why the calls do not compute the request; reading a broken plan may raise."""
         return _disproof(self)
 
@@ -288,7 +288,7 @@ def disprove_plan(plan: Plan) -> Refusal | None:
     A plan that cannot even be read, such as one with a sequence fewer in one of two lists, is not
     proven either, so that is an answer as well and no exception.
     """
-    return _readable(plan.disproof)
+    return _readable(plan._disproof)
 
 
 def disprove_calls_of(request: Request, launch: Launch) -> Refusal | None:

@@ -108,7 +108,7 @@ class SelectedPlan(Plan):
         """The plan itself: what is done around its calls is done by their parts."""
         return self
 
-    def disproof(self) -> Refusal | None:
+    def _disproof(self) -> Refusal | None:
         """Return why the parts do not compute every selection; None if they do."""
         refusals = refusals_of(self.request)
         if refusals:
