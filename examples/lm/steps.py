@@ -85,7 +85,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: masks.SelectedBlocks)
 def apart(layer: nn.Module, plain: nn.Module, x: Tensor) -> float:
     """Return how far two layers with the same weights are apart: in output and all gradients."""
     plain.load_state_dict(layer.state_dict())
-    far = []
+    far: list[float] = []
     found = []
     for one in (layer, plain):
         given = x.detach().clone().requires_grad_()
