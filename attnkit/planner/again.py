@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from attnkit.errors import Refusal
 from attnkit.planner.calls import Launch
 from attnkit.planner.candidates import candidates, whole_calls
+from attnkit.planner.decompose import Search, first_decomposition, head_groups
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route, routes
 
@@ -28,12 +29,13 @@ _MOST_GROWTH = 2
 
 
 def has_form(plan: Plan) -> bool:
-    """Whether a plan is one call on whole matrices that are regions, around it channels at most."""
-    if len(plan.steps) != 1 or plan.in_order is not None or plan.bias_pass is not None:
+    """Whether a plan has calls on regions of one kind: one on whole matrices, or those of zones."""
+    if plan.in_order is not None or plan.bias_pass is not None:
         return False
-    if plan.route is not None and plan.route.zones:
+    if not plan.steps or not plan.request.matrices.exact:
         return False
-    return plan.request.matrices.exact and not plan.steps[0].partial
+    zoned = plan.route is not None and bool(plan.route.zones)
+    return zoned or (len(plan.steps) == 1 and not plan.steps[0].partial)
 
 
 def in_same_form(plan: Plan, request: Request) -> Plan | None:
@@ -52,9 +54,10 @@ def in_same_form(plan: Plan, request: Request) -> Plan | None:
         "keys, planned before, took this one"
     )
     told = Refusal("as-before", reason, "every other")
-    for route, step in _like(plan, request):
+    like = _zones_like if plan.route is not None and plan.route.zones else _like
+    for route, steps in like(plan, request):
         found = replace(
-            plan, request=request, steps=(step,), alternatives=(), refusals=(told,), route=route
+            plan, request=request, steps=steps, alternatives=(), refusals=(told,), route=route
         )
         if found.disprove() is None:
             return found
@@ -66,30 +69,44 @@ def _sizes(request: Request) -> tuple[int, int, int]:
     return request.kv_len, request.batch, longest
 
 
-def _like(plan: Plan, request: Request) -> Iterator[tuple[Route | None, Launch]]:
+def _like(plan: Plan, request: Request) -> Iterator[tuple[Route | None, tuple[Launch]]]:
     """Yield the calls for a request that have the layout, the mode and the masks of a plan's."""
-    (step,) = plan.steps
+    step = plan.steps[0]
+    own = step.label.removesuffix(f", {plan.route}")  # without what is done around it
     full = step.call.atten_mask is not None and step.call.atten_mask.kind == "full"
-    for route in _routes_like(plan.route, request):
+    for route in (None,) if plan.route is None else _routes_like(plan.route, request):
         inner = request if route is None else route.request
         for bare in whole_calls(inner):
             if bare.call.input_layout == step.call.input_layout:
                 for one in candidates(inner, bare, full_masks=full):
-                    if isinstance(one, Launch) and one.label == _own_label(plan):
-                        yield route, one if route is None else route.around(one)
+                    if isinstance(one, Launch) and one.label == own:
+                        yield route, (one if route is None else route.around(one),)
 
 
-def _routes_like(route: Route | None, request: Request) -> Iterator[Route | None]:
-    """Yield the routes of a request that take the same addends as another one: one call's."""
-    if route is None:
-        yield None
-        return
-    parts = [one.parts for one in route.channels]
+def _zones_like(plan: Plan, request: Request) -> Iterator[tuple[Route, tuple[Launch, ...]]]:
+    """Yield the calls of a request in zones like a plan's, where these are not many more."""
+    for route in _routes_like(plan.route, request) if plan.route is not None else ():
+        search, groups = Search(gathers=False), tuple(head_groups(route.request))
+        found: list[Launch] = []
+        for zone in route.zones:
+            part = route.within(zone)
+            if part.matrices.allow_any:
+                calls = first_decomposition(part, groups, search) or ()
+                found += (call.in_zone(zone) for call in calls)
+        if 0 < len(found) <= _MOST_GROWTH * len(plan.steps):
+            first, *rest = found
+            yield route, (route.around(first), *rest)
+
+
+def _routes_like(route: Route, request: Request) -> Iterator[Route]:
+    """Yield the routes of a request with as many zones, in which the same addends are channels."""
+    form = _form(route)
     for way in chain(routes(request), routes(request, sloped=True)):
-        if isinstance(way, Route) and not way.zones and parts == [c.parts for c in way.channels]:
+        if isinstance(way, Route) and _form(way) == form:
             yield way
 
 
-def _own_label(plan: Plan) -> str:
-    """Return the name of a plan's call without what is done around it."""
-    return plan.steps[0].label.removesuffix(f", {plan.route}")
+def _form(route: Route) -> tuple[object, ...]:
+    """Return what routes of one form have in common: addends, levels, and turned channels."""
+    parts = [one.parts for one in route.channels]
+    return parts, [(zone.row is not None, bool(zone.turned)) for zone in route.zones]

@@ -229,6 +229,19 @@ class Launch:
         vars(found).update((name, vars(self)[name]) for name in _OF_CELLS if name in vars(self))
         return found
 
+    def in_zone(self, zone: Zone) -> Launch:
+        """Return the launch as one of a zone."""
+        found = replace(self, zone=zone)
+        if not zone.turned:
+            return found
+        query = self.call.query
+        return replace(
+            found,
+            label=f"{self.label}, signs turned",
+            copied_bytes=self.copied_bytes + 2 * prod(query.shape) * query.dtype.itemsize,
+            small_launches=self.small_launches + 1,
+        )
+
     def after_copies(self, request: Request, told: str, launches: int) -> Launch:
         """Return the launch before which query and key of a request are copied."""
         return replace(

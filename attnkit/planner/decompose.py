@@ -146,6 +146,16 @@ def decompositions(
             yield from _packings(request, groups, pieces, search)
 
 
+def first_decomposition(
+    request: Request, groups: Sequence[tuple[int, ...]], search: Search
+) -> tuple[Launch, ...] | None:
+    """Return the calls of the first cut, in as few windows as there can be; None if it has none."""
+    inside = [_diagonal(request, heads[0]) for heads in groups]
+    pieces = tuple(_segments(search, some, 0, request.needs_grad) for some in inside)
+    found = next(_packings(request, groups, pieces, search), None)
+    return found if isinstance(found, tuple) else None
+
+
 def _cut(
     request: Request,
     groups: Sequence[tuple[int, ...]],

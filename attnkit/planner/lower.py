@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, reduce
+from functools import lru_cache
 from itertools import islice
 from math import inf, prod
-from operator import and_
 
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
-from attnkit.masks import Band
 from attnkit.masks.selection import Selection
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
@@ -459,9 +457,7 @@ def _by_zone(
             )
             refusals.append(Refusal("dearer", reason, str(route)))
             return Plan("", request, refusals=tuple(refusals))
-        bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
-        inside = reduce(and_, bands, request.mask)
-        part = replace(route.request, mask=inside, head_dim=route.dim_of(zone))
+        part = route.within(zone)
         part = part if in_order is None else sorted_positions(part) or part
         if not part.matrices.allow_any:
             continue
@@ -471,7 +467,7 @@ def _by_zone(
         if best is None:
             return Plan("", request, refusals=tuple(refusals))
         spent += best.price.nanoseconds
-        launches += (_in_zone(launch, zone) for launch in best.launches)
+        launches += (launch.in_zone(zone) for launch in best.launches)
     return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
 
 
@@ -500,16 +496,3 @@ def _least_of_rows(route: Route, zone: Zone) -> float:
     merged = sum(count * often for count, often in rows.items()) * request.value_dim
     moved = (request.dtype.itemsize + 2 * 4) * merged  # as `Launch.as_part` counts it
     return weights.nanoseconds(flops * (route.dim_of(zone) + request.value_dim), moved, 0)
-
-
-def _in_zone(launch: Launch, zone: Zone) -> Launch:
-    launch = replace(launch, zone=zone)
-    if not zone.turned:
-        return launch
-    query = launch.call.query
-    return replace(
-        launch,
-        label=f"{launch.label}, signs turned",
-        copied_bytes=launch.copied_bytes + 2 * prod(query.shape) * query.dtype.itemsize,
-        small_launches=launch.small_launches + 1,
-    )

@@ -36,12 +36,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate, pairwise, product
+from operator import and_
 
 import torch
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Slice
+from attnkit.masks import Band
 from attnkit.masks.base import anchor
 from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.request import Request
@@ -147,6 +150,12 @@ class Route:
             return self.request.head_dim
         stepped = (c.width for c in self.channels if isinstance(c.structure, Stepped))
         return self.request.head_dim - sum(stepped)
+
+    def within(self, zone: Zone) -> Request:
+        """Return what the calls of a zone compute together."""
+        bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
+        inside = reduce(and_, bands, self.request.mask)
+        return replace(self.request, mask=inside, head_dim=self.dim_of(zone))
 
     @property
     def launches(self) -> int:

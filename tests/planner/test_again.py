@@ -14,6 +14,9 @@ import attnkit as ak
 from attnkit import masks as M
 from attnkit import pse
 from attnkit.planner import again
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import on_route, search_for
+from attnkit.planner.routes import Route, routes
 
 BATCH, SIZE = 3, 12
 
@@ -149,6 +152,52 @@ def test_new_lengths_of_packed_sequences_are_no_search_and_find_the_plan_of_one(
     assert again_found == 4
 
 
+def test_zones_of_distances_are_filled_in_anew_and_compute_the_same() -> None:
+    bias = pse.T5Relative(2, 8, 12, False)
+    (table,) = bias.tensors
+    table.data = torch.randn(table.shape, dtype=torch.float64)
+    x = [heads(SIZE, k).requires_grad_() for k in range(3)]
+    first = ak.plan(*x, mask=M.Causal() & M.Padding((12, 5, 9)), pse=bias, backend="emulated")
+    ways = [way for way in routes(first.request) if isinstance(way, Route) and way.zones]
+    again_found = 0
+    for way in ways:
+        plan = replace(on_route(first.request, way, Search()), backend="emulated")
+        for rest in (M.Padding((7, 12, 1)), M.Padding((12, 6, 8)), M.SlidingWindow(7)):
+            mask = M.Causal() & rest
+            found = plan.at(mask, bias, SIZE)
+            if found is None:
+                continue
+            again_found += 1
+            assert found.route is not None
+            assert found.route.zones
+            tensors = [*x, table]
+            got = ak.backends.run_plan(found, ak.backends.Operands(*x, bias, None)).output
+            meant = ak.attention(*x, mask=mask, pse=bias, backend="reference")
+            torch.testing.assert_close(got, meant)
+            for one, other in zip(
+                torch.autograd.grad(got.square().sum(), tensors),
+                torch.autograd.grad(meant.square().sum(), tensors),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, other)
+    assert again_found >= 4
+
+
+def test_documents_of_new_lengths_find_their_zones_again() -> None:
+    bias = pse.T5Relative(8, bidirectional=False)
+    layer = ak.Attention(8, 64, mask=M.Causal(), pse=bias, backend="emulated")
+    x = torch.empty(1, 4096, 8, 64, device="meta")
+    plans = [layer.plan(x, x, x, mask=M.Documents((n, 2000, 2096 - n))) for n in (900, 1010, 800)]
+    assert all(plan.route is not None and plan.route.zones for plan in plans)
+    assert [any(r.code == "as-before" for r in plan.refusals) for plan in plans] == [
+        False,
+        *[True] * 2,
+    ]
+    for plan in plans[1:]:
+        fresh = search_for(plan.request, Search())
+        assert (plan.steps, plan.route) == (fresh.steps, fresh.route)
+
+
 def test_packed_lengths_that_do_not_fit_the_tokens_are_refused_with_a_plan_at_hand() -> None:
     layer = ak.Attention(2, 4, mask=M.Causal(), layout="TND", backend="emulated")
     x = torch.randn(12, 2, 4)
@@ -201,8 +250,8 @@ def test_a_call_changed_by_hand_is_not_proven(monkeypatch: pytest.MonkeyPatch) -
     taken = again._like
 
     def other(*some: object) -> object:
-        for route, one in taken(*some):  # type: ignore[arg-type]
-            yield route, replace(one, call=replace(one.call, scale=2.0))
+        for route, (one,) in taken(*some):  # type: ignore[arg-type]
+            yield route, (replace(one, call=replace(one.call, scale=2.0)),)
 
     monkeypatch.setattr(again, "_like", other)
     assert first.at(M.Causal() & M.Padding((4, 1, 2)), None, SIZE) is None
