@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import BlockSparseCall
 from attnkit.kernel.block_sparse import full_blocks, grid_of
 from attnkit.masks import Slices
-from attnkit.planner.calls import Launch, Solution, bare_call
+from attnkit.planner.calls import MERGE_LAUNCHES, Launch, Solution, bare_call
+from attnkit.planner.price import chip
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
@@ -32,11 +33,12 @@ _LABEL = "full blocks"
 
 
 def by_blocks(
-    request: Request, others: Callable[[Request], Sequence[Solution]]
+    request: Request, others: Callable[[Request], Sequence[Solution]], bound: float = inf
 ) -> Solution | list[Refusal]:
     """Return how a call on full blocks and others compute a request, or why they do not.
 
-    `others` are the ways in which fused calls compute what is left.
+    `others` are the ways in which fused calls compute what is left. They are not looked for where
+    that costs more than `bound`, in nanoseconds, however it is computed.
     """
     lacks = _lacking(request)
     if lacks is not None:
@@ -59,6 +61,11 @@ def by_blocks(
     rest = [region - own for region, own in zip(regions, found, strict=True)]
     if not any(rest):
         return Solution((_as_part(launch, once=True),))
+    part = _as_part(launch)
+    least = part.price.nanoseconds + _least_of(request, rest)
+    if least >= bound:
+        told = f"with other calls {least / 1e3:,.1f} us or more, another way {bound / 1e3:,.1f} us"
+        return [Refusal("dearer", f"they would cost {told}", _LABEL)]
     alike = rest[0] if len(set(rest)) == 1 else rest
     best = min(
         others(replace(request, mask=Slices.of(alike, *sizes))),
@@ -68,7 +75,16 @@ def by_blocks(
     if best is None:
         reason = "no calls compute what full blocks leave of the mask"
         return [Refusal("no-edges", reason, _LABEL)]
-    return Solution((_as_part(launch), *(one.as_part() for one in best.launches)))
+    return Solution((part, *(one.as_part() for one in best.launches)))
+
+
+def _least_of(request: Request, rest: Sequence[Region]) -> float:
+    """Return what calls on some cells, and the merge of their rows, cost at least, in ns."""
+    cells = sum(region.area for region in rest)
+    rows = sum(strip.i1 - strip.i0 for region in rest for strip in region.strips)
+    flops = 2 * cells * request.num_heads * (request.head_dim + request.value_dim)
+    merged = (request.dtype.itemsize + 2 * 4) * rows * request.num_heads * request.value_dim
+    return chip().nanoseconds(flops, merged, 1, MERGE_LAUNCHES)
 
 
 def _lacking(request: Request) -> Refusal | None:

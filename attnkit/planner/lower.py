@@ -171,7 +171,7 @@ def _in_place(request: Request, search: Search) -> Plan:
     if not found:
         found, reasons = _merged(request, search)
         refusals += reasons
-        way = _by_blocks(request, search)
+        way = _by_blocks(request, search, found)
         found += [way] if isinstance(way, Solution) else []
         refusals += [] if isinstance(way, Solution) else way
     if any(_nothing_beats(request, solution) for solution in found):
@@ -202,10 +202,13 @@ def _within_memory(
     return [one for one in found if one.price.peak_bytes <= limit]
 
 
-def _by_blocks(request: Request, search: Search) -> Solution | list[Refusal]:
+def _by_blocks(
+    request: Request, search: Search, rivals: Sequence[Solution]
+) -> Solution | list[Refusal]:
     """Return the way that calls the block-sparse op, or why it is none, where that was asked."""
     if search.block_sparse is True:
-        return by_blocks(request, lambda rest: _merged(rest, search)[0])
+        bound = min(map(_nanoseconds, rivals), default=inf)
+        return by_blocks(request, lambda rest: _merged(rest, search)[0], bound)
     return [search.block_sparse] if isinstance(search.block_sparse, Refusal) else []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +10,12 @@ import torch
 import attnkit as ak
 from attnkit import masks
 from attnkit.backends import BACKENDS, Operands
-from attnkit.kernel.block_sparse import OP
 from attnkit.kernel.block_sparse_op import BACKWARD, lacks_block_sparse
 from attnkit.planner import Plan
+from attnkit.planner.block_sparse import by_blocks
+from attnkit.planner.calls import Solution
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import _merged
 from tests.agreement import Results, agree
 from tests.npu.device import DEVICE
 
@@ -33,11 +35,10 @@ def tensors(kv_heads: int = HEADS, dim: int = DIM) -> list[torch.Tensor]:
 def plan_of(mask: masks.Mask, given: list[torch.Tensor], training: bool = True) -> Plan:
     """The plan of the ascend backend that calls the op, whatever it costs."""
     with torch.set_grad_enabled(training):
-        found = ak.plan(*given, mask=mask, backend="ascend")
-    if any(call.op == OP for call in found.calls):
-        return found
-    (way,) = (one for one in found.alternatives if one.launches[0].call.op == OP)
-    return replace(found, steps=way.launches)
+        request = ak.plan(*given, mask=mask, backend="ascend").request
+    way = by_blocks(request, lambda rest: _merged(rest, Search())[0])
+    assert isinstance(way, Solution), way
+    return Plan("ascend", request, way.launches)
 
 
 def attended(plan: Plan, given: list[torch.Tensor], training: bool = True) -> Results:

@@ -22,6 +22,7 @@ from attnkit.planner.block_sparse import by_blocks
 from attnkit.planner.calls import Solution
 from attnkit.planner.decompose import Search
 from attnkit.planner.lower import _merged, lower
+from attnkit.planner.orders import restated
 from tests.agreement import distance
 from tests.npu.releases.recorded import RecordedOps
 
@@ -235,8 +236,20 @@ def test_it_is_chosen_by_price_where_it_is_installed_and_told_elsewhere() -> Non
     # The emulator plans for every torch_npu, unless it is told of the op.
     assert lower(asked).steps == without.steps
     assert Emulated(block_sparse=True).plan(asked).steps == found.steps
-    dearer = lower(replace(asked, needs_grad=True), block_sparse=True)
-    assert any(one.launches[0].call.op == OP for one in (dearer.solution, *dearer.alternatives))
+
+
+def test_edges_are_not_looked_into_where_they_cost_too_much() -> None:
+    request, asked = request_of(CAUSAL, tensors(384, 384)), []
+
+    def others(rest: Request) -> list[Solution]:
+        asked.append(rest)
+        return _merged(rest, Search())[0]
+
+    cost = planned(request).price.nanoseconds  # type: ignore[union-attr]
+    (told,) = by_blocks(request, others, bound=cost / 2)  # type: ignore[misc]
+    assert (told.code, asked) == ("dearer", [])
+    assert isinstance(by_blocks(request, others, bound=cost), Solution)  # never too strict
+    assert len(asked) == 1
 
 
 def test_the_backend_runs_it_on_the_recorded_ops() -> None:
@@ -251,6 +264,27 @@ def test_the_backend_runs_it_on_the_recorded_ops() -> None:
     assert f"{OP}_backward" in ops.calls
     exact = ak.attention(*(t.detach().double() for t in given), mask=CAUSAL, backend="reference")
     assert distance(output, exact) < 0.02
+
+
+def test_heads_with_tables_of_their_own_are_one_call() -> None:
+    """Heads folded into the batch, each with its own table there."""
+    tables = [
+        [(i, j) for i in range(4) for j in range(4) if (3 * i + j + h) % 5 < 2] for h in (0, 1)
+    ]
+    each = [
+        masks.Slices(
+            [(128 * i, 128 * i + 128, 128 * j, 128 * j + 128, -511, 511) for i, j in some], 512, 512
+        )
+        for some in tables
+    ]
+    mask, given = masks.PerHead(each), tensors(512, 512)
+    request = request_of(mask, given)
+    (folded,) = (way for way in restated(request) if isinstance(way, Request))
+    plan = replace(planned(folded), request=request, in_order=folded)
+    plan.verify()
+    assert [call.op for call in plan.calls] == [OP]
+    assert len(plan.steps[0].blocks) == HEADS
+    same(plan, given, mask)
 
 
 def test_it_is_told_as_any_other_plan() -> None:
