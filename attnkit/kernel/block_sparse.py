@@ -4,9 +4,11 @@ The op attends in whole blocks of a score matrix. A table of bits on the device 
 per head, block of rows and block of keys. It has no token mask, no bias, no sink and no dropout,
 and returns the log-sum-exp, so that what it leaves can be computed by other calls and merged.
 
-Sources: op-plugin's schema, page and checks of the op and of its ``_backward`` (torch_npu 2.7.1
-and newer, with CANN 9.0), and CANN's pages and tiling of aclnnBlockSparseAttention and
-aclnnBlockSparseAttentionGrad.
+Sources: op-plugin's schema, page and checks of the op and of its ``_backward``, which the wheels
+of torch_npu have since release 26.0.0 (2.7.1.post4, 2.9.0.post2, 2.10.0), with CANN 9.0; and CANN's
+pages and tiling of aclnnBlockSparseAttention and aclnnBlockSparseAttentionGrad. The backward of
+26.0.0 takes dense layouts and no grouped heads; 26.1.0 documents both, and nothing that is
+installed tells which CANN is beneath it.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def lacks_block_sparse(ops: Any, training: bool) -> str | None:
     for name in (OP, BACKWARD)[: 1 + training]:
         op = getattr(ops, name, None)
         if op is None:
-            return f"the installed torch_npu has no {name}; 2.7.1 and newer do, with CANN 9.0"
+            return f"the installed torch_npu has no {name}; release 26.0.0 has, with CANN 9.0"
         schema = getattr(getattr(op, "default", None), "_schema", None)
         known = given[name] if schema is None else {one.name for one in schema.arguments}
         if not given[name] <= known:
