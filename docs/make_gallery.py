@@ -101,7 +101,7 @@ def told(plan: ak.Plan | None) -> str:
     calls = " + ".join(step.label for step in plan.steps)
     sequences = sum(len(step.blocks) for step in plan.steps if step.call.is_packed)
     counted = f", {sequences:,} sequences" if sequences else ""
-    merged = plan.steps[0].partial and not all(parts.once for parts in plan.parts)
+    merged = plan.steps[0].partial and not all(parts.once for parts in plan.by_heads)
     return f"{calls}{counted}{', merged' * merged}: {plan.price.nanoseconds / 1e3:,.0f} us"
 
 

@@ -103,10 +103,19 @@ def test_a_report_names_what_a_mask_is() -> None:
         assert told in report
 
 
+def by_classes(mask: masks.Mask, length: int) -> Plan:
+    """The plan of one call without a mask whose rows see the same keys, whatever is cheapest."""
+    plan = plan_of(mask, length, length, "emulated")
+    ways = (plan.solution, *plan.alternatives)
+    bare = [w for w in ways if all(one.call.atten_mask is None for one in w.launches)]
+    best = min(bare, key=lambda way: sum(len(one.blocks) for one in way.launches))
+    return replace(plan, steps=best.launches, alternatives=tuple(w for w in ways if w != best))
+
+
 @pytest.mark.usefixtures("no_full_masks")
 def test_a_report_tells_what_is_gathered_and_merged() -> None:
     returning = masks.SameId([(k % 2, 3) for k in range(12)])
-    plan = plan_of(returning, 36, 36, "emulated")
+    plan = by_classes(returning, 36)
     report = " ".join(plan.explain().split())
     assert (
         "gathers 2 sequences have rows or keys from several places; all have 18 rows and 18 keys "
@@ -135,7 +144,7 @@ def test_a_picture_shows_the_sequences_of_a_call_that_gathers() -> None:
         (18, ["1, 9, ... 17", "2, 10, ... 18", *(f"{k}, {k + 8}" for k in range(3, 9))]),
     ):
         returning = masks.SameId([(k % count, 2) for k in range(2 * count)])
-        figure = plan_of(returning, 4 * count, 4 * count, "emulated").plot()
+        figure = by_classes(returning, 4 * count).plot()
         (legend,) = figure.legends
         assert [t.get_text() for t in legend.get_texts()] == [
             f"no mask: sequence {k}" for k in told
