@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from random import Random
@@ -15,34 +13,19 @@ from typing import Any
 import torch
 
 from attnkit import masks
-from attnkit.geometry import Region, Slice
 from attnkit.masks import Mask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 from make_gallery import BlockDiffusion
 
-__all__ = ["LONG", "SHORT", "SMALL", "SPARSE", "Held", "Sparse"]
+__all__ = ["LONG", "SHORT", "SMALL", "SPARSE", "Sparse"]
 
 SMALL, SHORT, LONG = range(3)
 """Which sizes: some 100 to 300 tokens, 2,048, or 16,384."""
 
-Run = tuple[int, int]
 Lengths = tuple[int, int]
 Made = tuple[Mask, Lengths]
 CAUSAL = masks.Causal()
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Held(Mask):
-    """A region, held as it is."""
-
-    cells: Region
-
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        return self.cells
-
-    def __repr__(self) -> str:
-        return "Held()"
 
 
 @dataclass(frozen=True)
@@ -67,15 +50,12 @@ class Sparse:
 
 
 def _blocks(chosen: Sequence[Iterable[int]], size: int, kv: int, causal: bool = False) -> Made:
-    """The blocks of `kv` keys that each block of `size` rows sees; the last one's edge causal."""
-    length, parts = len(chosen) * size, []
+    """The blocks of `kv` keys that each block of `size` rows sees; causal, also its own."""
+    length = len(chosen) * size
+    table = torch.zeros(len(chosen), length // kv, dtype=torch.bool)
     for k, some in enumerate(chosen):
-        rows = k * size, (k + 1) * size
-        parts += [Slice(*rows, j * kv, (j + 1) * kv) for j in some]
-        if causal:
-            own = rows[0] // kv * kv
-            parts.append(Slice(*rows, own, own + kv, hi=0))
-    return Held(Region.of(*parts)), (length, length)
+        table[k, [*some, *([k * size // kv] if causal else [])]] = True
+    return masks.Blocks(table, size, kv, causal=causal), (length, length)
 
 
 def random_blocks(length: int, size: int, count: int) -> Made:
@@ -125,67 +105,19 @@ def diffusion(length: int, size: int) -> Made:
 # -- grids -----------------------------------------------------------------------------------
 
 
-def _of_grid(shape: Sequence[int], sees: Sequence[Callable[[int], tuple[int, int]]]) -> Made:
-    """On each axis a position sees a range of positions; tokens are in row-major order."""
-    length = prod(shape)
-    ranges = [[see(x) for x in range(n)] for see, n in zip(sees, shape, strict=True)]
-    rows = []
-    for at in product(*map(range, shape)):
-        *outer, last = (axis[x] for axis, x in zip(ranges, at, strict=True))
-        starts = [0]
-        for (a, b), n in zip(outer, shape, strict=False):
-            starts = [start * n + x for start in starts for x in range(a, b)]
-        runs = [(start * shape[-1] + last[0], start * shape[-1] + last[1]) for start in starts]
-        rows.append(_joined(runs))
-    return Held(Region.from_rows(rows)), (length, length)
-
-
-def _joined(runs: Iterable[Run]) -> list[Run]:
-    out: list[Run] = []
-    for a, b in runs:
-        if out and out[-1][1] == a:
-            out[-1] = (out[-1][0], b)
-        else:
-            out.append((a, b))
-    return out
-
-
-@cache
 def neighborhood(shape: tuple[int, ...], kernel: tuple[int, ...]) -> Made:
-    """The nearest `kernel` positions, moved inward at borders (NATTEN)."""
-
-    def see(n: int, k: int) -> Callable[[int], tuple[int, int]]:
-        def start(x: int) -> int:
-            return min(max(x - k // 2, 0), n - k)
-
-        return lambda x: (start(x), start(x) + k)
-
-    return _of_grid(shape, [see(n, k) for n, k in zip(shape, kernel, strict=True)])
+    """The nearest tokens (NATTEN)."""
+    return masks.Neighborhood(shape, kernel), (prod(shape), prod(shape))
 
 
-@cache
 def sliding_tiles(shape: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Made:
-    """The window of tiles around the own one, moved inward at borders (STA)."""
-
-    def see(n: int, t: int, w: int) -> Callable[[int], tuple[int, int]]:
-        def start(x: int) -> int:
-            return min(max(x // t - w // 2, 0), n // t - w) * t
-
-        return lambda x: (start(x), start(x) + w * t)
-
-    return _of_grid(shape, [see(*axis) for axis in zip(shape, tile, window, strict=True)])
+    """The window of tiles around the own one (STA)."""
+    return masks.SlidingTiles(shape, tile, window), (prod(shape), prod(shape))
 
 
-@cache
 def shifted_windows(shape: tuple[int, ...], window: int, shift: int) -> Made:
-    """Windows that begin at `shift`, those at the borders smaller (Swin)."""
-
-    def see(n: int) -> Callable[[int], tuple[int, int]]:
-        ends = [0, *range(shift, n, window), n]
-        own = [(a, b) for a, b in pairwise(ends) for _ in range(a, b)]
-        return own.__getitem__
-
-    return _of_grid(shape, [see(n) for n in shape])
+    """Windows that begin at `shift` (Swin)."""
+    return masks.ShiftedWindows(shape, window, shift), (prod(shape), prod(shape))
 
 
 # -- texts -----------------------------------------------------------------------------------
@@ -198,9 +130,8 @@ def strided(length: int, stride: int) -> Made:
 
 def fixed(length: int, size: int, last: int) -> Made:
     """The own block, and the last keys of each block before it (Child et al., 2019)."""
-    parts = [Slice(0, length, j - last, j, hi=0) for j in range(size, length + 1, size)]
-    parts += [Slice(i, i + size, i, i + size, hi=0) for i in range(0, length, size)]
-    return Held(Region.of(*parts)), (length, length)
+    ends = masks.Keys([(j - last, j) for j in range(size, length + 1, size)])
+    return CAUSAL & (masks.Chunked(size) | ends), (length, length)
 
 
 def longformer(length: int, window: int, count: int) -> Made:
@@ -222,16 +153,9 @@ def responses(length: int, prefix: int) -> Made:
 
 def tree(nodes: int, length: int) -> Made:
     """A draft that branches, over a cache: a token sees its ancestors and itself."""
-    draw, prefix = Random(4), length - nodes
-    ancestors: list[set[int]] = []
-    for k in range(nodes):
-        parent = draw.randrange(max(0, k - 8), k) if k else None
-        ancestors.append({k} | (ancestors[parent] if parent is not None else set()))
-    rows = [
-        _joined([(0, prefix), *((prefix + j, prefix + j + 1) for j in sorted(own))])
-        for own in ancestors
-    ]
-    return Held(Region.from_rows(rows)), (nodes, length)
+    draw = Random(4)
+    parents = [draw.randrange(max(0, k - 8), k) if k else -1 for k in range(nodes)]
+    return masks.Tree(parents), (nodes, length)
 
 
 def image_spans(length: int, count: int, longest: int) -> Made:
@@ -261,7 +185,7 @@ def random_cells(length: int) -> Made:
 
 
 SPARSE = (
-    Sparse("random blocks {1}", random_blocks, ((192, 16, 4), (2048, 128, 5), (16384, 128, 17))),
+    Sparse("random blocks {1}", random_blocks, ((128, 16, 3), (2048, 128, 5), (16384, 128, 17))),
     Sparse(
         "MoBA, chunks of {2}, top {3}",
         selected,
@@ -277,7 +201,7 @@ SPARSE = (
         "sliding tile attention (3-D), window {2}",
         sliding_tiles,
         (
-            ((4, 6, 6), (2, 2, 2), (1, 3, 2)),
+            ((4, 4, 10), (2, 2, 2), (1, 1, 3)),
             ((8, 16, 16), (4, 4, 4), (1, 3, 3)),
             ((16, 32, 32), (4, 8, 8), (3, 3, 3)),
         ),
@@ -295,7 +219,7 @@ SPARSE = (
     Sparse(
         "NATTEN 3-D {1}",
         neighborhood,
-        (((3, 5, 7), (3, 3, 3)), ((8, 16, 16), (5, 7, 7)), ((16, 32, 32), (5, 7, 7))),
+        (((3, 4, 7), (3, 3, 3)), ((8, 16, 16), (5, 7, 7)), ((16, 32, 32), (5, 7, 7))),
     ),
     Sparse("Sparse Transformer, strided {1}", strided, ((135, 16), (2048, 64), (16384, 128))),
     Sparse(
@@ -333,7 +257,7 @@ SPARSE = (
     Sparse(
         "Swin, windows of {1}, shifted",
         shifted_windows,
-        (((10, 14), 4, 2), ((32, 64), 8, 4), ((128, 128), 8, 4)),
+        (((8, 12), 4, 2), ((32, 64), 8, 4), ((128, 128), 8, 4)),
     ),
     Sparse(
         "top-p blocks {1}, causal", top_p, ((160, 16, 0.25), (2048, 128, 0.25), (16384, 128, 0.23))
