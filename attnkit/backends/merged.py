@@ -208,8 +208,11 @@ class Merged(torch.autograd.Function):
         result, peak, total = rows.answer()
         lse = peak + total.log()
         ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
-        ctx.launcher, ctx.launches, ctx.biases = launcher, parts.launches, biases
-        ctx.random = random
+        ctx.launcher, ctx.random = launcher, random
+        ctx.launches, ctx.biases = parts.launches, biases
+        if parts.back:  # where nothing was drawn, and no call has a bias
+            ctx.launches, ctx.biases = parts.back, [None] * len(parts.back)
+            ctx.random = [(0, 0, 0)] * len(parts.back)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(peak)
         return result, lse, peak

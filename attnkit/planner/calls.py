@@ -296,19 +296,23 @@ class Parts:
     """The calls on some heads that answer their rows together; `heads` is None for all heads.
 
     `once` says that every row is in one sequence of them at most, so that nothing is merged.
+    `back` are the calls by whose grad calls the gradients come, where they are others.
     """
 
     heads: tuple[int, ...] | None
     launches: tuple[Launch, ...]
     once: bool
+    back: tuple[Launch, ...] = ()
 
 
-def by_heads(launches: Sequence[Launch]) -> tuple[Parts, ...]:
+def by_heads(launches: Sequence[Launch], back: Sequence[Launch] = ()) -> tuple[Parts, ...]:
     """Return calls by the heads that they have, in the order of the calls."""
-    alike: dict[tuple[int, ...] | None, list[Launch]] = {}
-    for launch in launches:
-        alike.setdefault(launch.heads, []).append(launch)
-    return tuple(Parts(heads, tuple(some), _once(some)) for heads, some in alike.items())
+    heads = dict.fromkeys(launch.heads for launch in launches)
+    forth, turned = (
+        {own: tuple(one for one in some if one.heads == own) for own in heads}
+        for some in (launches, back)
+    )
+    return tuple(Parts(own, forth[own], _once(forth[own]), turned[own]) for own in heads)
 
 
 def _once(launches: Sequence[Launch]) -> bool:

@@ -68,8 +68,13 @@ class Search:
             self.regions[shape] = Region.of(one.target)
         return self.regions[shape]
 
-    def all_partitions(self, region: Region) -> tuple[tuple[Segment, ...], ...]:
-        """Return the ways to part a region by rows, the first few."""
+    def all_partitions(
+        self, region: Region, by_keys: bool = False
+    ) -> tuple[tuple[Segment, ...], ...]:
+        """Return the ways to part a region by rows, or by keys, the first few."""
+        if by_keys:
+            turned = self.all_partitions(region.transpose())
+            return tuple(tuple(one.transposed for one in way) for way in turned)
         if region not in self.partitions:
             ways = islice(partitions(region), _MOST_PARTITIONS)
             # In the order of their rows, which may then be where the call has them.
@@ -93,25 +98,28 @@ Pieces = tuple[tuple[Segment, ...], ...]
 
 
 def partings(
-    request: Request, groups: Sequence[tuple[int, ...]] | None = None, search: Search | None = None
+    request: Request,
+    groups: Sequence[tuple[int, ...]] | None = None,
+    search: Search | None = None,
+    by_keys: bool = False,
 ) -> Iterator[tuple[Launch, ...] | Refusal]:
     """Yield sets of calls that have every row once, with all of its keys, or why there is none.
 
-    Not where the calls have a bias: its positions are those of the call. Otherwise as
-    `decompositions`.
+    Or every key once, with all of its rows, where that is asked. Not where the calls have a bias:
+    its positions are those of the call. Otherwise as `decompositions`.
     """
     search = search or Search()
     if request.bias or not search.gathers or not request.matrices.exact:
         return
     groups = head_groups(request) if groups is None else groups
     planes = [request.matrices.regions(heads[0]) for heads in groups]
-    ways = [search.all_partitions(region) for regions in planes for region in set(regions)]
-    for depth in range(max(map(len, ways), default=0) if all(ways) else 0):
+    known = {region: search.all_partitions(region, by_keys) for own in planes for region in own}
+    for depth in range(max(map(len, known.values()), default=0) if all(known.values()) else 0):
         pieces = tuple(
             tuple(
                 replace(one, block=replace(one.block, batch=b)) if b else one
                 for b, region in enumerate(regions)
-                for one in search.all_partitions(region)[: depth + 1][-1]
+                for one in known[region][: depth + 1][-1]
             )
             for regions in planes
         )

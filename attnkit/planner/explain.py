@@ -14,6 +14,7 @@ from attnkit.layouts import Sizes
 from attnkit.layouts.names import doubt
 from attnkit.masks import naming
 from attnkit.masks.predicate import function_name
+from attnkit.planner.backward import backward_time
 from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Launch, Solution, Tokens, diagonal_blocks
@@ -61,24 +62,23 @@ def _block(block: Block) -> dict[str, Any]:
     return {"batch": block.batch, "rows": rows, "keys": keys}
 
 
+def _call(launch: Launch) -> dict[str, Any]:
+    given = launch.call.non_default_arguments()
+    return {
+        "label": launch.label,
+        "arguments": {name: _as_json(value) for name, value in given.items()},
+        "blocks": [_block(k) for k in launch.blocks],
+        "heads": None if launch.heads is None else list(launch.heads),
+    }
+
+
 def as_data(plan: Plan) -> dict[str, Any]:
     """Return the dictionary that `Plan.to_dict` documents."""
     request = plan.request
 
     def solution(found: Solution) -> dict[str, Any]:
         return {
-            "calls": [
-                {
-                    "label": launch.label,
-                    "arguments": {
-                        name: _as_json(value)
-                        for name, value in launch.call.non_default_arguments().items()
-                    },
-                    "blocks": [_block(k) for k in launch.blocks],
-                    "heads": None if launch.heads is None else list(launch.heads),
-                }
-                for launch in found.launches
-            ],
+            "calls": list(map(_call, found.launches)),
             "price": found.price.to_dict(),
             "bias_pass": None if found.bias_pass is None else found.bias_pass.to_dict(),
         }
@@ -91,6 +91,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "request": dict(_request_lines(request, plan.in_order)),
         "moved": None if plan.in_order is None else how_moved(request, plan.in_order),
         "plan": solution(plan.solution) if plan.steps else None,
+        "backward": list(map(_call, plan.back)),
         "route": None if plan.route is None else str(plan.route),
         "alternatives": [
             {"label": other.label, "price": other.price.to_dict()} for other in plan.alternatives
@@ -198,6 +199,7 @@ def _solution_lines(plan: Plan) -> list[str]:
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
         lines += _entry("gathers", _gathered(launch, request))
     lines += _entry("merge", _merge(plan))
+    lines += _entry("backward", _backward(plan))
     if plan.in_order is not None:
         lines += _entry("moved", how_moved(request, plan.in_order))
     lines += _price_lines(Solution(best.launches).price, request)
@@ -258,6 +260,18 @@ def _merge(plan: Plan) -> str:
     )
     times = f"up to {most} times" if most > 1 else "once"
     return f"rows are answered {times}, and merged by their statistics"
+
+
+def _backward(plan: Plan) -> str:
+    """Say by which calls the gradients come, where these are not the plan's own."""
+    if not plan.back:
+        return ""
+    times = (backward_time(launches) / 1e3 for launches in (plan.back, plan.steps))
+    found, own = (f"{time:,.0f} us" for time in times)
+    return (
+        f"gradients come from {Solution(plan.back).label}, where every key is in one sequence and "
+        f"its rows are gathered: about {found}, and {own} by the calls above"
+    )
 
 
 def _price_lines(price: Price, request: Request) -> list[str]:

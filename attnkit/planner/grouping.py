@@ -58,6 +58,13 @@ class Segment:
         return self.block.sizes[1]
 
     @property
+    def transposed(self) -> Segment:
+        """Its rows as keys, and its keys as rows."""
+        block = Block(self.block.batch, self.block.keys, self.block.rows)
+        lo, hi = (None if end is None else -end for end in (self.hi, self.lo))
+        return Segment(block, lo, hi)
+
+    @property
     def target(self) -> Slice:
         """The cells that it is to compute, in its own numbers."""
         return Slice(0, self.rows, 0, self.keys, self.lo, self.hi)

@@ -11,6 +11,7 @@ from math import inf, prod
 from attnkit.errors import Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks.selection import Selection
+from attnkit.planner.backward import backward_calls
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.block_sparse import by_blocks
@@ -185,7 +186,8 @@ def _in_place(request: Request, search: Search) -> Plan:
     if len(found) > 1:  # a sort asks for the price of a single one, too
         found.sort(key=_nanoseconds)
     steps = found[0].launches if found else ()
-    return Plan("", request, steps, tuple(found[1:]), tuple(refusals))
+    back = backward_calls(request, steps, search)
+    return Plan("", request, steps, tuple(found[1:]), tuple(refusals), back=back)
 
 
 def _within_memory(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
 from attnkit.planner.again import has_form, in_same_form
+from attnkit.planner.backward import disprove_backward
 from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Parts, Solution, by_heads, widened
@@ -50,7 +51,8 @@ class Plan:
     that would compute the same, but dearer. `in_order` is what the calls compute where
     tokens are moved before them (`orders`), and put back after. `route` says how biases
     reach the calls that cannot reach them as biases (`routes`), and `bias_pass` makes the gradient
-    of those that do, which no call writes.
+    of those that do, which no call writes. `back` are the calls whose grad calls make the
+    gradients, where they are not those of the steps (`backward`).
 
     >>> import torch
     >>> import attnkit as ak
@@ -69,6 +71,7 @@ class Plan:
     in_order: Request | None = None
     route: Route | None = None
     bias_pass: BiasPass | None = None
+    back: tuple[Launch, ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
@@ -152,7 +155,7 @@ class Plan:
     @cached_property
     def by_heads(self) -> tuple[Parts, ...]:
         """The steps by the heads that they have: those of the same heads are merged."""
-        return by_heads(self.steps)
+        return by_heads(self.steps, self.back)
 
     @property
     def price(self) -> Price | None:
@@ -314,6 +317,8 @@ def _disproof(plan: Plan) -> Refusal | None:
         or disprove_cover(computed, steps)
         or _other_route(request, route, steps, in_order)
         or disprove_calls(computed, steps)
+        or disprove_backward(computed, steps, plan.back, route)
+        or (_other_route(request, route, plan.back, in_order) if plan.back else None)
     )
 
 
