@@ -25,6 +25,7 @@ class Strip(NamedTuple):
 
 
 _FAR = 1 << 80  # further than any index
+_MANY = 8  # runs of a row, of which those that one run meets are looked up
 
 
 def advance(runs: tuple[Run, ...], rows: int) -> tuple[Run, ...]:
@@ -264,15 +265,25 @@ def _crossings(a: tuple[Run, ...], b: tuple[Run, ...], i0: int, i1: int) -> list
     """
     rows = {i0, i1}
     for one, other in ((a, b), (b, a)):
-        moving = [x for p, dp, q, dq in one for x, dx in ((p, dp), (q, dq)) if dx]
-        if not moving:
-            continue
-        standing = [x for p, dp, q, dq in other for x, dx in ((p, dp), (q, dq)) if not dx]
+        moving = [x for p, dp, q, dq in one if dp or dq for x, dx in ((p, dp), (q, dq)) if dx]
         for x in moving:
-            reach = bisect_left(standing, x), bisect_left(standing, x + i1 - i0)
-            for y in standing[slice(*reach)]:
-                rows |= {i0 + y - x, i0 + y - x + 1}
+            far = x + i1 - i0
+            for k in range(bisect_left(other, x, key=_stop), len(other)):
+                p, dp, q, dq = other[k]
+                if p >= far:
+                    break
+                for y in [p] * (not dp) + [q] * (not dq):
+                    if x <= y < far:
+                        rows |= {i0 + y - x, i0 + y - x + 1}
     return sorted(rows)
+
+
+def _start(run: Run) -> int:
+    return run[0]
+
+
+def _stop(run: Run) -> int:
+    return run[2]
 
 
 def _combine_rows(a: tuple[Run, ...], b: tuple[Run, ...], table: Table) -> tuple[Run, ...]:
@@ -299,6 +310,14 @@ def _combine_rows(a: tuple[Run, ...], b: tuple[Run, ...], table: Table) -> tuple
 
 def _intersect_rows(a: tuple[Run, ...], b: tuple[Run, ...]) -> tuple[Run, ...]:
     """Return what `_combine_rows` does for "and", the commonest case, at a third of the time."""
+    if len(a) == 1 and len(b) > _MANY:
+        first = bisect_right(b, a[0][0], key=_stop)
+        some = b[first : bisect_left(b, a[0][2], key=_start)]
+        return (*_intersect_rows(a, some[:1]), *some[1:-1], *_intersect_rows(a, some[1:][-1:]))
+    if len(b) == 1 and len(a) > _MANY:
+        first = bisect_right(a, b[0][0], key=_stop)
+        some = a[first : bisect_left(a, b[0][2], key=_start)]
+        return (*_intersect_rows(some[:1], b), *some[1:-1], *_intersect_rows(some[1:][-1:], b))
     out: list[Run] = []
     k = l = 0  # noqa: E741
     while k < len(a) and l < len(b):

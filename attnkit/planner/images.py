@@ -19,7 +19,8 @@ __all__ = ["are_many", "uncovered"]
 
 Image = tuple[Block, Region]
 
-_PER_SLICE = 200  # runs of rows that are looked at in the time that a slice takes
+# Runs of rows that are looked at in the time that a range of keys takes, and a slice.
+_PER_PIECE, _PER_SLICE = 8, 300
 _MOST_RUNS = 2**25
 
 
@@ -29,18 +30,30 @@ def _distinct(images: Sequence[Image]) -> list[tuple[tuple[int, int], Region]]:
     return [(sizes, region) for (_, sizes), region in known.items()]
 
 
-def are_many(images: Sequence[Image]) -> bool:
-    """Whether the images are of so many slices that they are looked at by runs of rows."""
+def are_many(images: Sequence[Image], target: Region) -> bool:
+    """Whether the images are looked at by runs of rows: that takes less time than by slices.
+
+    Each strip of a sequence is one of the score matrix in every range of its rows. There it has the
+    ranges of its keys, and a slice for every end that moves.
+    """
     if all(block.is_rectangle for block, _ in images):
         return False
     distinct = {id(region): region for _, region in images}
-    sizes = {
-        name: (runs_in_rows(region), sum(len(strip.runs) for strip in region.strips))
-        for name, region in distinct.items()
-    }
-    runs = sum(sizes[id(region)][0] for _, region in images)
-    slices = sum(sizes[id(region)][1] * len(block.keys) for block, region in images)
-    return runs <= min(_PER_SLICE * slices, _MOST_RUNS)
+    sizes = {name: _ends(region) for name, region in distinct.items()}
+    pieces = slices = 0.0
+    for block, region in images:
+        strips, moving = sizes[id(region)]
+        apart = strips + len(block.rows) - 1
+        pieces += apart * len(block.keys)
+        slices += apart * moving / max(strips, 1)
+    runs = runs_in_rows(target)
+    return runs <= min(_PER_PIECE * pieces + _PER_SLICE * slices, _MOST_RUNS)
+
+
+def _ends(region: Region) -> tuple[int, int]:
+    """Return the number of strips of a region, and that of the ends that move in them."""
+    moving = sum(da + db for strip in region.strips for _, da, _, db in strip.runs)
+    return len(region.strips), moving
 
 
 def uncovered(images: Sequence[Image], target: Region) -> str:

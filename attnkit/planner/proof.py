@@ -276,7 +276,7 @@ def disprove_cover(request: Request, launches: Sequence[Launch]) -> Refusal | No
             for block, region in zip(launch.blocks, regions, strict=True):
                 parts[block.batch].append((block, region))
         for b, (found, target) in enumerate(zip(parts, known.regions(head), strict=True)):
-            if are_many(found):
+            if are_many(found, target):
                 missed = uncovered(found, target)
             else:
                 missed = _uncovered([block.image(region) for block, region in found], target)

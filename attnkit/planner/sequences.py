@@ -69,9 +69,13 @@ class Block:
             return region.shift(i0, j0) if i0 or j0 else region
         standing: list[Strip] = []
         moving: list[Slice] = []
+        known: dict[tuple[tuple[int, int], ...], tuple[Run, ...]] = {}  # most rows see the same
         for rows, runs in _by_range(region, self.rows):
             static, wedges = _parted(runs, len(rows))
-            if kept := _moved(static, self.keys):
+            spans = tuple(static)
+            if spans not in known:
+                known[spans] = _moved(static, self.keys)
+            if kept := known[spans]:
                 standing.append(Strip(*_span(rows), kept))
             moving += (part for wedge in wedges for part in _moved_wedge(wedge, rows, self.keys))
         still = Region.stacked(standing)
