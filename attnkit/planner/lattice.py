@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from attnkit.planner.tiled_rows import RowRuns
 
-__all__ = ["Axis", "axes_of", "in_patches", "patches"]
+__all__ = ["GridAxis", "axes_of", "in_patches", "patches"]
 
 Array = NDArray[np.int64]
 
@@ -29,7 +29,7 @@ _MOST_AXES = 4
 _LEAST_ROWS, _MOST_ROWS = 48, 512
 
 
-class Axis(NamedTuple):
+class GridAxis(NamedTuple):
     """An axis of a grid: how far apart neighbours are, how many there are, how many a row sees."""
 
     step: int
@@ -37,14 +37,14 @@ class Axis(NamedTuple):
     seen: int
 
 
-def axes_of(runs: RowRuns, rows: Array) -> tuple[Axis, ...]:
+def axes_of(runs: RowRuns, rows: Array) -> tuple[GridAxis, ...]:
     """Return the axes of the grid that rows with keys are on, the innermost first, if there is one.
 
     >>> from attnkit.geometry import Region, Slice
     >>> from attnkit.planner.tiled_rows import row_runs
     >>> lines = [Slice(0, 64, k, k + 3) for k in (0, 8, 16)]
     >>> axes_of(row_runs(Region.of(*lines), 64), np.arange(64))
-    (Axis(step=1, length=8, seen=3), Axis(step=8, length=8, seen=3))
+    (GridAxis(step=1, length=8, seen=3), GridAxis(step=8, length=8, seen=3))
     """
     found: Counter[tuple[int, ...]] = Counter()
     seen: dict[tuple[int, ...], list[int]] = {}
@@ -58,7 +58,7 @@ def axes_of(runs: RowRuns, rows: Array) -> tuple[Axis, ...]:
         return ()
     ends = (*steps[1:], int(rows[-1] - rows[0]) + 1)
     pairs = zip(steps, ends, seen[steps], strict=True)
-    return tuple(Axis(step, -(-end // step), count) for step, end, count in pairs)
+    return tuple(GridAxis(step, -(-end // step), count) for step, end, count in pairs)
 
 
 def _levels(runs: RowRuns, own: slice) -> tuple[tuple[int, ...], list[int]]:
@@ -83,7 +83,7 @@ def _levels(runs: RowRuns, own: slice) -> tuple[tuple[int, ...], list[int]]:
     return tuple(steps), counts
 
 
-def patches(axes: Sequence[Axis], kv_len: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+def patches(axes: Sequence[GridAxis], kv_len: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
     """Yield patches of a grid: the sizes, how many there are, and the keys that one sees, about."""
     for sizes in product(*(_sizes(axis.length) for axis in axes)):
         if _LEAST_ROWS <= prod(sizes) <= _MOST_ROWS:
@@ -99,10 +99,10 @@ def _sizes(length: int) -> list[int]:
     return [n for n in few if n & (n - 1) == 0 or length % n == 0]
 
 
-def in_patches(rows: Array, axes: Sequence[Axis], sizes: Sequence[int]) -> Array:
+def in_patches(rows: Array, axes: Sequence[GridAxis], sizes: Sequence[int]) -> Array:
     """Return rows patch after patch, those in whole patches first.
 
-    >>> grid = (Axis(1, 4, 3), Axis(4, 2, 3))
+    >>> grid = (GridAxis(1, 4, 3), GridAxis(4, 2, 3))
     >>> in_patches(np.arange(8), grid, (2, 2))
     array([0, 1, 4, 5, 2, 3, 6, 7])
     """

@@ -17,7 +17,7 @@ from attnkit.geometry import Region, Strip
 
 __all__ = [
     "Array",
-    "Cells",
+    "ColumnRuns",
     "RowRuns",
     "Tiles",
     "counted",
@@ -98,7 +98,7 @@ class Tiles:
     range_first: Array
     key: Array
     size: Array
-    columns: Cells
+    columns: ColumnRuns
 
     @classmethod
     def of(cls, runs: RowRuns, rows: Array, height: int) -> Tiles:
@@ -143,16 +143,16 @@ class Tiles:
         at, place = counted(self.size[own])
         return self.key[own][at] + place
 
-    def cells(self, tile: int) -> Cells:
+    def cells(self, tile: int) -> ColumnRuns:
         """Return the runs of columns of the rows of a tile."""
         top, every = tile * self.height, self.columns
         first = every.first[top : top + self.height + 1]
         own = slice(first[0], first[-1])
-        return Cells(first - first[0], every.start[own], every.stop[own])
+        return ColumnRuns(first - first[0], every.start[own], every.stop[own])
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
+class ColumnRuns:
     """The cells of a tile as runs of columns, row by row, as in `RowRuns`; no row is empty."""
 
     first: Array
@@ -172,7 +172,7 @@ class Cells:
         return np.cumsum(changes)[:-1] < len(self.first) - 1
 
     @cached_property
-    def pattern(self) -> Cells:
+    def pattern(self) -> ColumnRuns:
         """The partial columns alone, in their order; a row may have none of them."""
         to = starts_of(self.partial.astype(np.int64))
         start, stop = to[self.start], to[self.stop]
@@ -180,7 +180,7 @@ class Cells:
         row = counted(np.diff(self.first))[0][kept]
         return _joined(row, start[kept], stop[kept], len(self.first) - 1)
 
-    def widened(self, low: int, high: int) -> Cells:
+    def widened(self, low: int, high: int) -> ColumnRuns:
         """Return the cells with some more columns, after all of theirs, that every row sees."""
         if low == high:
             return self
@@ -210,13 +210,13 @@ class Cells:
         return Region(tuple(_strips(runs, self.first.tolist(), joins.tolist(), keeps.tolist())))
 
 
-def _joined(row: Array, start: Array, stop: Array, rows: int) -> Cells:
+def _joined(row: Array, start: Array, stop: Array, rows: int) -> ColumnRuns:
     """Return runs in order as cells: those of a row that touch are one."""
     apart = np.ones(len(row) + 1, dtype=np.bool_)
     apart[1:-1] = (start[1:] != stop[:-1]) | (row[1:] != row[:-1])
     first, last = apart[:-1], apart[1:]
     counts = np.bincount(row[first], minlength=rows)
-    return Cells(starts_of(counts), start[first], stop[last])
+    return ColumnRuns(starts_of(counts), start[first], stop[last])
 
 
 def _strips(runs: Array, first: list[int], joins: list[bool], keeps: list[bool]) -> list[Strip]:

@@ -35,7 +35,7 @@ from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.tiled_rows import (
     Array,
-    Cells,
+    ColumnRuns,
     RowRuns,
     Tiles,
     ranges_of,
@@ -81,7 +81,7 @@ def tilings(
         reason = f"its rows have {count:,} runs of keys, and {_MOST_RUNS:,} are looked at"
         yield Refusal("tile-runs", reason, "tiles of rows")
         return
-    sides = [_Side(request, heads, most_mask) for heads in groups]
+    sides = [_HeadGroup(request, heads, most_mask) for heads in groups]
     for shared in (True, False):
         least = sum(side.least(shared) for side in sides)
         if least < bound:
@@ -126,13 +126,13 @@ class _Costs(NamedTuple):
         return self.chip.nanoseconds(0, 0, 1, _AROUND)
 
 
-class _Tile(NamedTuple):
+class _RowTile(NamedTuple):
     """Rows and keys of a score matrix, and which of their cells are allowed."""
 
     batch: int
     rows: Array
     keys: Array
-    cells: Cells
+    cells: ColumnRuns
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -144,7 +144,7 @@ class _Tile(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _RowGroup:
     """Some rows of a score matrix, and the ways to put them into tiles."""
 
     runs: RowRuns
@@ -194,7 +194,7 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
+class _HeadGroup:
     """The score matrices of some heads that have equal masks."""
 
     request: Request
@@ -212,9 +212,9 @@ class _Side:
         return _Costs.of(self.request, len(self.heads), len(self.kv_heads))
 
     @cached_property
-    def parts(self) -> list[list[_Rows]]:
+    def parts(self) -> list[list[_RowGroup]]:
         """The rows of every batch element, those that see much apart; equal matrices are shared."""
-        known: dict[tuple[Region, int, int], list[_Rows]] = {}
+        known: dict[tuple[Region, int, int], list[_RowGroup]] = {}
         pairs = zip(
             self.request.matrices.regions(self.heads[0]), self.request.sequences, strict=True
         )
@@ -224,7 +224,7 @@ class _Side:
                 region, q_len, kv_len = key
                 runs = row_runs(region, q_len)
                 parts = filter(len, runs.parted(_HEAVY))
-                known[key] = [_Rows(runs, rows, kv_len, self.costs) for rows in parts]
+                known[key] = [_RowGroup(runs, rows, kv_len, self.costs) for rows in parts]
         return [known[key] for key in keys]
 
     def least(self, shared: bool) -> float:
@@ -233,8 +233,8 @@ class _Side:
 
     def calls(self, shared: bool) -> list[Launch] | None:
         """Return the calls on the cheapest tiles; None where they would be too many."""
-        made: dict[_Rows, list[_Tile]] = {}
-        tiles: list[_Tile] = []
+        made: dict[_RowGroup, list[_RowTile]] = {}
+        tiles: list[_RowTile] = []
         for batch, some in enumerate(self.parts):
             for rows in some:
                 if rows not in made:
@@ -244,9 +244,9 @@ class _Side:
 
     # -- masks for many tiles ------------------------------------------------------------------
 
-    def _shared(self, tiles: list[_Tile]) -> list[Launch] | None:
+    def _shared(self, tiles: list[_RowTile]) -> list[Launch] | None:
         """Return a packed call for each pattern, if these are few and none is too large."""
-        alike: dict[bytes, list[_Tile]] = {}
+        alike: dict[bytes, list[_RowTile]] = {}
         for tile in tiles:
             alike.setdefault(tile.cells.pattern.key, []).append(tile)
         largest = max((prod(tile.sizes) for tile in tiles), default=0)
@@ -256,7 +256,7 @@ class _Side:
             self._packed(some) for every in alike.values() for some in _chunks(every, _fits_packed)
         ]
 
-    def _packed(self, tiles: list[_Tile]) -> Launch:
+    def _packed(self, tiles: list[_RowTile]) -> Launch:
         """Return the packed call whose sequences are tiles with one pattern."""
         first = max(tiles, key=lambda tile: len(tile.keys))
         height, width = first.sizes
@@ -271,9 +271,9 @@ class _Side:
 
     # -- a mask for each tile ------------------------------------------------------------------
 
-    def _apart(self, tiles: list[_Tile]) -> list[Launch] | None:
+    def _apart(self, tiles: list[_RowTile]) -> list[Launch] | None:
         """Return dense calls whose batch elements are tiles of about the same size."""
-        heights: dict[int, list[_Tile]] = {}
+        heights: dict[int, list[_RowTile]] = {}
         for tile in tiles:
             heights.setdefault(len(tile.rows), []).append(tile)
         out: list[Launch] = []
@@ -309,7 +309,7 @@ class _Side:
         )
         return min(options, key=cost)
 
-    def _dense(self, tiles: list[_Tile], width: int) -> Launch:
+    def _dense(self, tiles: list[_RowTile], width: int) -> Launch:
         """Return the dense call whose batch elements are tiles, with keys up to a width."""
         height = len(tiles[0].rows)
         known: dict[bytes, Region] = {}
@@ -331,7 +331,7 @@ class _Side:
     def _launch(
         self,
         layout: str,
-        tiles: Iterable[_Tile],
+        tiles: Iterable[_RowTile],
         targets: tuple[Region, ...],
         mask: AttenMask | None,
         told: str,
@@ -353,19 +353,19 @@ class _Side:
         ).as_part()
 
 
-def _each(tiles: Tiles) -> Iterator[_Tile]:
+def _each(tiles: Tiles) -> Iterator[_RowTile]:
     """Yield tiles one by one, of batch element 0."""
     for k in range(len(tiles)):
-        yield _Tile(0, tiles.rows_of(k), tiles.keys_of(k), tiles.cells(k))
+        yield _RowTile(0, tiles.rows_of(k), tiles.keys_of(k), tiles.cells(k))
 
 
-def _partial_first(tile: _Tile) -> Array:
+def _partial_first(tile: _RowTile) -> Array:
     """Return the keys of a tile, those that some row does not see first."""
     partial = tile.cells.partial
     return np.concatenate([tile.keys[partial], tile.keys[~partial]])
 
 
-def _is_full(tile: _Tile) -> bool:
+def _is_full(tile: _RowTile) -> bool:
     return not tile.cells.partial.any()
 
 
@@ -380,7 +380,9 @@ def _filled(keys: Array, width: int, kv_len: int) -> Array:
     return np.concatenate([keys, others[after:], others[:after]])[:width]
 
 
-def _chunks(tiles: list[_Tile], fits: Callable[[int, int, int], bool]) -> Iterator[list[_Tile]]:
+def _chunks(
+    tiles: list[_RowTile], fits: Callable[[int, int, int], bool]
+) -> Iterator[list[_RowTile]]:
     """Yield tiles in groups, each as long as ``(count, rows, keys)`` fit."""
     first = rows = keys = 0
     for k, tile in enumerate(tiles):

@@ -23,7 +23,7 @@ from attnkit.kernel import AttenMask
 from attnkit.planner import Composition, Plan, Request, lattice, proof, read_request, tilings
 from attnkit.planner.calls import Launch
 from attnkit.planner.images import uncovered
-from attnkit.planner.lattice import Axis, axes_of, in_patches
+from attnkit.planner.lattice import GridAxis, axes_of, in_patches
 from attnkit.planner.sequences import Block
 from attnkit.planner.tiled_rows import Tiles, ranges_of, row_runs
 from tests.planner.bruteforce import region_of
@@ -123,9 +123,9 @@ def test_the_grid_is_read_off_the_cells(mask: masks.Mask, axes: list[tuple[int, 
 
 
 def test_rows_of_a_patch_are_neighbours_and_whole_patches_come_first() -> None:
-    order = in_patches(np.arange(15), (Axis(1, 5, 3), Axis(5, 3, 3)), (2, 2))
+    order = in_patches(np.arange(15), (GridAxis(1, 5, 3), GridAxis(5, 3, 3)), (2, 2))
     assert order[:8].tolist() == [0, 1, 5, 6, 2, 3, 7, 8]
-    dilated = in_patches(np.arange(8), (Axis(2, 4, 3), Axis(8, 1, 1)), (2, 1))
+    dilated = in_patches(np.arange(8), (GridAxis(2, 4, 3), GridAxis(8, 1, 1)), (2, 1))
     assert dilated.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -188,7 +188,7 @@ def plans(request: Request, most: int = MOST) -> Iterator[Plan]:
         lowered = (part.as_part(request.token_starts[0][-1]) for part in parts)
         plan = Plan("emulated", request, tuple(lowered))
         plan.verify()
-        assert all(part.once for part in plan.parts)
+        assert all(part.once for part in plan.by_heads)
         yield plan
 
 
