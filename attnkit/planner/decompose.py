@@ -29,7 +29,14 @@ from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.staircases import partitions
 
-__all__ = ["Search", "decompositions", "head_groups", "kv_heads_of", "partings"]
+__all__ = [
+    "Search",
+    "decompositions",
+    "head_groups",
+    "kv_heads_of",
+    "most_bytes",
+    "partings",
+]
 
 _MOST_CUTS = 8
 _MOST_PARTITIONS = 4
@@ -229,7 +236,7 @@ def _narrowed(
     size = request.num_heads // request.num_kv_heads
     found: list[tuple[tuple[int, ...], tuple[Segment, ...]]] = []
     for heads, some in zip(groups, pieces, strict=True):
-        most = max((most_bytes(request, one, heads) for one in some), default=0)
+        most = max((most_bytes(request, one.block.sizes, heads) for one in some), default=0)
         room = _room(request, some)
         by_key = [tuple(own) for _, own in groupby(heads, lambda head: head // size)]
         each = max(1, int(len(by_key) * room / most)) if most > room else len(by_key)
@@ -246,9 +253,9 @@ def _room(request: Request, segments: Sequence[Segment]) -> float:
     return request.memory_limit - (0 if full else AttenMask.causal().cells)
 
 
-def most_bytes(request: Request, one: Segment, heads: tuple[int, ...]) -> int:
+def most_bytes(request: Request, sizes: tuple[int, int], heads: tuple[int, ...]) -> int:
     """Return the memory that a sequence of a call takes at most: operands, answer, statistics."""
-    (rows, keys), width = one.block.sizes, request.head_dim + request.value_dim
+    (rows, keys), width = sizes, request.head_dim + request.value_dim
     kv_heads = len(kv_heads_of(request, heads))
     item = request.dtype.itemsize
     # Queries, the answer, what writes or merges it, and the statistics.
@@ -347,7 +354,7 @@ class _Maker(NamedTuple):
         limited = self.request.memory_limit is not None
         some, held, room = list[Segment](), 0, _room(self.request, segments)
         for one in segments:
-            size = most_bytes(self.request, one, self.heads) if limited else 0
+            size = most_bytes(self.request, one.block.sizes, self.heads) if limited else 0
             if some and (len(some) == _MOST_SEQUENCES or held + size > room):
                 yield some
                 some, held = [], 0

@@ -28,15 +28,13 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask
 from attnkit.planner.calls import Launch, bare_call
-from attnkit.planner.decompose import head_groups, kv_heads_of
-from attnkit.planner.lattice import axes_of, in_patches, patches
-from attnkit.planner.price import Chip, chip
+from attnkit.planner.decompose import head_groups, kv_heads_of, most_bytes
 from attnkit.planner.request import Request
+from attnkit.planner.row_groups import MOST_PATTERNS, RowGroup, TileCosts
 from attnkit.planner.sequences import Block
 from attnkit.planner.tiled_rows import (
     Array,
     ColumnRuns,
-    RowRuns,
     Tiles,
     ranges_of,
     row_runs,
@@ -46,17 +44,11 @@ from attnkit.planner.tiled_rows import (
 __all__ = ["tilings"]
 
 _MOST_RUNS = 2**22
-_HEIGHTS = (64, 128, 256, 512)
-_PATCHES = 3
-_SAMPLES = 8
 _HEAVY = 4  # rows that see so many times what most rows see are in tiles of their own
-_MOST_PATTERNS = 4
 _MOST_SIZES = 3
 _MOST_WIDTHS = 16
 # What the contract takes in one packed call.
 _MOST_SEQUENCES, _MOST_TOKENS = 2048, 1_000_000
-# The gathers of keys and values; rows may be where the call has them.
-_AROUND = 2
 
 
 def tilings(
@@ -100,32 +92,6 @@ def _spares(request: Request, launches: Sequence[Launch], regions: Collection[Re
     return sum(mask.cells for mask in masks if mask is not None) < least * len(regions)
 
 
-class _Costs(NamedTuple):
-    """What a tile costs in a call, by estimate; what is the same for all tilings is left out."""
-
-    chip: Chip
-    flops: int
-    heads: int
-    copied: int
-
-    @classmethod
-    def of(cls, request: Request, heads: int, kv_heads: int) -> _Costs:
-        both = request.head_dim + request.value_dim
-        return cls(chip(), 2 * heads * both, heads, 2 * kv_heads * both * request.dtype.itemsize)
-
-    def tile(self, rows: int, keys: int) -> float:
-        """Return the nanoseconds of one tile: its products, its mask, and the copy of its keys."""
-        cells = -(-rows // self.chip.tile_q) * -(-keys // self.chip.tile_kv)
-        cells *= self.chip.tile_q * self.chip.tile_kv
-        moved = self.heads * cells + rows * keys + self.copied * keys
-        return self.chip.nanoseconds(self.flops * cells, moved, 0)
-
-    @property
-    def call(self) -> float:
-        """What one call more costs."""
-        return self.chip.nanoseconds(0, 0, 1, _AROUND)
-
-
 class _RowTile(NamedTuple):
     """Rows and keys of a score matrix, and which of their cells are allowed."""
 
@@ -144,56 +110,6 @@ class _RowTile(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _RowGroup:
-    """Some rows of a score matrix, and the ways to put them into tiles."""
-
-    runs: RowRuns
-    rows: Array
-    kv_len: int
-    costs: _Costs
-
-    @cached_property
-    def choices(self) -> list[tuple[Array, int]]:
-        """The rows in some orders, and how many make a tile."""
-        found = [(self.rows, height) for height in _HEIGHTS if height < 2 * len(self.rows)]
-        axes = axes_of(self.runs, self.rows)
-        if axes:
-            options = [
-                (count * self.costs.tile(prod(sizes), keys), sizes)
-                for sizes, count, keys in patches(axes, self.kv_len)
-            ]
-            found += (
-                (in_patches(self.rows, axes, sizes), prod(sizes))
-                for _, sizes in sorted(options)[:_PATCHES]
-            )
-        return found or [(self.rows, _HEIGHTS[0])]
-
-    @cached_property
-    def estimates(self) -> list[tuple[float, float]]:
-        """What each choice costs with shared masks and with one for each tile, by samples."""
-        return [self._estimate(*choice) for choice in self.choices]
-
-    def _estimate(self, rows: Array, height: int) -> tuple[float, float]:
-        whole, taken = len(rows) // height, rows
-        if whole > _SAMPLES:
-            tops = (2 * np.arange(_SAMPLES) + 1) * whole // (2 * _SAMPLES) * height
-            taken = rows[(tops[:, None] + np.arange(height)).reshape(-1)]
-        tiles = Tiles.of(self.runs, taken, height)
-        cost = sum(self.costs.tile(*sizes) for sizes in tiles.sizes) * len(rows) / len(taken)
-        patterns = {tiles.cells(k).pattern.key for k in range(len(tiles))}
-        return (cost if len(patterns) <= _MOST_PATTERNS else inf), cost
-
-    def least(self, shared: bool) -> float:
-        """Return what the cheapest choice costs."""
-        return min(pair[not shared] for pair in self.estimates)
-
-    def tiles(self, shared: bool) -> Tiles:
-        """Return the cheapest tiles."""
-        costs = [pair[not shared] for pair in self.estimates]
-        return Tiles.of(self.runs, *self.choices[costs.index(min(costs))])
-
-
-@dataclass(frozen=True, eq=False)
 class _HeadGroup:
     """The score matrices of some heads that have equal masks."""
 
@@ -207,14 +123,14 @@ class _HeadGroup:
         return kv_heads_of(self.request, self.heads)
 
     @cached_property
-    def costs(self) -> _Costs:
+    def costs(self) -> TileCosts:
         """What tiles cost."""
-        return _Costs.of(self.request, len(self.heads), len(self.kv_heads))
+        return TileCosts.of(self.request, len(self.heads), len(self.kv_heads))
 
     @cached_property
-    def parts(self) -> list[list[_RowGroup]]:
+    def parts(self) -> list[list[RowGroup]]:
         """The rows of every batch element, those that see much apart; equal matrices are shared."""
-        known: dict[tuple[Region, int, int], list[_RowGroup]] = {}
+        known: dict[tuple[Region, int, int], list[RowGroup]] = {}
         pairs = zip(
             self.request.matrices.regions(self.heads[0]), self.request.sequences, strict=True
         )
@@ -224,7 +140,7 @@ class _HeadGroup:
                 region, q_len, kv_len = key
                 runs = row_runs(region, q_len)
                 parts = filter(len, runs.parted(_HEAVY))
-                known[key] = [_RowGroup(runs, rows, kv_len, self.costs) for rows in parts]
+                known[key] = [RowGroup(runs, rows, kv_len, self.costs) for rows in parts]
         return [known[key] for key in keys]
 
     def least(self, shared: bool) -> float:
@@ -233,7 +149,7 @@ class _HeadGroup:
 
     def calls(self, shared: bool) -> list[Launch] | None:
         """Return the calls on the cheapest tiles; None where they would be too many."""
-        made: dict[_RowGroup, list[_RowTile]] = {}
+        made: dict[RowGroup, list[_RowTile]] = {}
         tiles: list[_RowTile] = []
         for batch, some in enumerate(self.parts):
             for rows in some:
@@ -250,11 +166,18 @@ class _HeadGroup:
         for tile in tiles:
             alike.setdefault(tile.cells.pattern.key, []).append(tile)
         largest = max((prod(tile.sizes) for tile in tiles), default=0)
-        if len(alike) > _MOST_PATTERNS or largest > self.most_mask:
+        if len(alike) > MOST_PATTERNS or largest > self.most_mask:
             return None
         return [
-            self._packed(some) for every in alike.values() for some in _chunks(every, _fits_packed)
+            self._packed(some) for every in alike.values() for some in _chunks(every, self._fits)
         ]
+
+    def _fits(self, count: int, rows: int, keys: int, largest: int) -> bool:
+        """Whether a packed call may have so much, with a mask as large as its largest tile."""
+        limit, most = self.request.memory_limit, max(rows, keys)
+        taken = most_bytes(self.request, (rows, keys), self.heads) + largest
+        fits = limit is None or taken <= limit
+        return fits and count <= _MOST_SEQUENCES and most <= _MOST_TOKENS
 
     def _packed(self, tiles: list[_RowTile]) -> Launch:
         """Return the packed call whose sequences are tiles with one pattern."""
@@ -282,11 +205,19 @@ class _HeadGroup:
             for low, high in zip((0, *ends), ends, strict=False):
                 own = [tile for tile in some if low < len(tile.keys) <= high]
                 width = max(len(tile.keys) for tile in own)
-                if height * width > self.most_mask:
+                most = self._most(height, width)
+                if not most:
                     return None
-                most = self.most_mask // (height * width)
                 out += (self._dense(own[k : k + most], width) for k in range(0, len(own), most))
         return out
+
+    def _most(self, height: int, width: int) -> int:
+        """Return how many tiles a dense call may have."""
+        limit, most = self.request.memory_limit, self.most_mask // (height * width)
+        if limit is None:
+            return most
+        taken = most_bytes(self.request, (height, width), self.heads) + height * width
+        return min(most, limit // taken)
 
     def _widths(self, height: int, widths: list[int]) -> tuple[int, ...]:
         """Return the widths up to which tiles go to the same calls, the cheapest few."""
@@ -296,11 +227,13 @@ class _HeadGroup:
         counts = np.diff(np.searchsorted(widths, [0, *ends], side="right")).tolist()
 
         def cost(chosen: tuple[int, ...]) -> float:
-            each = (
-                count * costs.tile(height, next(w for w in chosen if w >= end))
-                for count, end in zip(counts, ends, strict=True)
-            )
-            return sum(each, len(chosen) * costs.call)
+            homes = [next(w for w in chosen if w >= end) for end in ends]
+            total = 0.0
+            for width in chosen:
+                tiles = sum(n for n, home in zip(counts, homes, strict=True) if home == width)
+                calls = -(-tiles // max(1, self._most(height, min(width, widths[-1]))))
+                total += tiles * costs.tile(height, width) + calls * costs.another
+            return total
 
         options = (
             (*some, ends[-1])
@@ -381,18 +314,14 @@ def _filled(keys: Array, width: int, kv_len: int) -> Array:
 
 
 def _chunks(
-    tiles: list[_RowTile], fits: Callable[[int, int, int], bool]
+    tiles: list[_RowTile], fits: Callable[[int, int, int, int], bool]
 ) -> Iterator[list[_RowTile]]:
-    """Yield tiles in groups, each as long as ``(count, rows, keys)`` fit."""
-    first = rows = keys = 0
+    """Yield tiles in groups, as long as ``(count, rows, keys, largest tile)`` of them fit."""
+    first = rows = keys = largest = 0
     for k, tile in enumerate(tiles):
         h, w = tile.sizes
-        if k > first and not fits(k - first + 1, rows + h, keys + w):
+        if k > first and not fits(k - first + 1, rows + h, keys + w, max(largest, h * w)):
             yield tiles[first:k]
-            first, rows, keys = k, 0, 0
-        rows, keys = rows + h, keys + w
+            first, rows, keys, largest = k, 0, 0, 0
+        rows, keys, largest = rows + h, keys + w, max(largest, h * w)
     yield tiles[first:]
-
-
-def _fits_packed(count: int, rows: int, keys: int) -> bool:
-    return count <= _MOST_SEQUENCES and max(rows, keys) <= _MOST_TOKENS

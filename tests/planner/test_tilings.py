@@ -20,7 +20,16 @@ from attnkit.backends.base import Operands
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Strip
 from attnkit.kernel import AttenMask
-from attnkit.planner import Composition, Plan, Request, lattice, proof, read_request, tilings
+from attnkit.planner import (
+    Composition,
+    Plan,
+    Request,
+    lattice,
+    proof,
+    read_request,
+    row_groups,
+    tilings,
+)
 from attnkit.planner.calls import Launch
 from attnkit.planner.images import uncovered
 from attnkit.planner.lattice import GridAxis, axes_of, in_patches
@@ -169,8 +178,9 @@ def test_images_are_compared_as_sums_of_regions_are() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few rows, of which a score matrix of a few rows has several."""
-    for name, value in (("_HEIGHTS", (2, 3)), ("_MOST_PATTERNS", 64)):
-        monkeypatch.setattr(tilings, name, value)
+    monkeypatch.setattr(row_groups, "_HEIGHTS", (2, 3))
+    for module in (row_groups, tilings):
+        monkeypatch.setattr(module, "MOST_PATTERNS", 64)
     monkeypatch.setattr(tilings, "_spares", lambda *given: True)
     monkeypatch.setattr(lattice, "_LEAST_ROWS", 2)
     monkeypatch.setattr(lattice, "_MOST_ROWS", 4)
@@ -382,6 +392,20 @@ def test_tiles_are_left_out_where_they_cost_more_or_spare_nothing() -> None:
     assert list(tilings.tilings(grid, 64)) == []
     biased = read_request(Composition(mask=GRID, pse=ak.pse.ALiBi(2)), *[x[:, :12]] * 3)
     assert list(tilings.tilings(biased, MOST)) == []
+
+
+def test_calls_on_tiles_take_no_more_memory_than_is_allowed() -> None:
+    x = torch.empty(1, 2048, 8, 64, dtype=torch.bfloat16, device="meta")
+    limit = 6_000_000
+    asked = Composition(mask=masks.Neighborhood((32, 64), 7), memory_limit=limit)
+    request = read_request(asked, x, x, x)
+    found = list(plans(request))
+    assert found
+    for plan in found:
+        assert plan.price is not None
+        assert len(plan.steps) > 1
+        assert plan.price.peak_bytes <= limit
+        assert max(step.price.peak_bytes for step in plan.steps) > limit / 2
 
 
 def test_rows_of_too_many_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
