@@ -49,6 +49,17 @@ def document_prefixes(length: int, every: int, count: int) -> masks.Mask:
     return out
 
 
+def some_blocks(blocks: int, share: float) -> torch.Tensor:
+    """Return a table of blocks at random, each with its own one."""
+    drawn = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0))
+    return (drawn < share) | torch.eye(blocks, dtype=torch.bool)
+
+
+def neighbours(blocks: int) -> torch.Tensor:
+    """Return the table of blocks that see themselves and those next to them."""
+    return torch.ones(blocks, blocks, dtype=torch.bool).tril(1).triu(-1)
+
+
 CAUSAL = masks.Causal()
 DOCUMENTS = masks.Documents([128] * 16)
 
@@ -71,13 +82,39 @@ GALLERY: dict[str, masks.Mask] = {
     "Numbers that return": CAUSAL
     & masks.SameId([(0, 500), (1, 400), (0, 600), (None, 148), (1, 400)]),
     "Dilated window": masks.SlidingWindow(256) & masks.Dilated(2),
+    "Neighborhood": masks.Neighborhood((32, 64), 7),
+    "Neighborhood of a video": masks.Neighborhood((8, 16, 16), (3, 5, 5)),
+    "Sliding tiles": masks.SlidingTiles((8, 16, 16), tile=(2, 4, 4), window=3),
+    "Shifted windows": masks.ShiftedWindows((32, 64), window=8, shift=4),
+    "Sparse blocks, causal": masks.Blocks(some_blocks(16, 0.25).tril(), 128, 128, causal=True),
+    "BigBird": masks.Blocks(some_blocks(32, 0.1) | neighbours(32), 64, 64)
+    | masks.Columns(0, 64)
+    | masks.Rows(0, 64),
+    "Sparse Transformer, fixed": CAUSAL
+    & (masks.Chunked(128) | masks.Keys([(k + 112, k + 128) for k in range(0, LENGTH, 128)])),
+    "Tree of drafts": masks.Tree([(i + 1) // 2 - 1 for i in range(64)], prefix=LENGTH - 64),
+}
+
+COMPOSED = {
+    "BigBird (Zaheer et al., 2020)": "Blocks(random | near, b, b) | Columns(0, g) | Rows(0, g)",
+    "Longformer (Beltagy et al., 2020)": "Band(w, w) | Columns(0, g) | Rows(0, g)",
+    "Sparse Transformer, strided": "Causal() & (SlidingWindow(l) | Dilated(l))",
+    "Sparse Transformer, fixed": "Causal() & (Chunked(l) | Keys(the last c of each chunk))",
+    "StreamingLLM (Xiao et al., 2024)": "Causal() & (SlidingWindow(w) | Prefix(sinks))",
+    "registers before an image": "Placed(grid, before=r) | Columns(0, r) | Rows(0, r)",
+    "text behind a video of n tokens": "Placed(tiles, after=t) | Columns(n) | Rows(n)",
 }
 
 
 def plan_of(mask: masks.Mask) -> ak.Plan:
     """Return the plan of a mask for a training step in bfloat16."""
     x = torch.empty(1, LENGTH, 8, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    return ak.plan(x, x, x, mask=mask, backend="emulated")
+    return ak.plan(x[:, : queries(mask)], x, x, mask=mask, backend="emulated")
+
+
+def queries(mask: masks.Mask) -> int:
+    """Return how many queries there are: those of the mask, or one for each key."""
+    return mask.extent[0] or LENGTH
 
 
 def without_mask(plan: ak.Plan) -> ak.Plan | None:
@@ -151,6 +188,13 @@ def page() -> str:
         "| mask | keys side by side | keys gathered, too | chosen |",
         "|---|---|---|---|",
         *rows,
+        "",
+        "Masks of papers that say no more than what they are composed of have no name of their",
+        "own (the patterns of the Sparse Transformer are those of Child et al., 2019):",
+        "",
+        "| mask | written |",
+        "|---|---|",
+        *(f"| {name} | `{text.replace('|', chr(92) + '|')}` |" for name, text in COMPOSED.items()),
         "",
     ]
     return "\n".join(head + [section(name, mask) for name, mask in GALLERY.items()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,3 +174,16 @@ def test_an_empty_cut_is_a_matrix_without_cells():
     cut = masks.Causal().cut((2, 2), (0, 4), q_len=0 + 2, kv_len=4)
     assert cut.extent == (0, 4)
     assert masks.Causal().cut((0, None), (0, None), q_len=0, kv_len=3).extent == (0, 3)
+
+
+def test_masks_of_papers_that_are_compositions():
+    """Sparse Transformer (Child et al., 2019), both patterns, as its formulas have them."""
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    length, summary = 8, 3
+    strided = masks.Causal() & (masks.SlidingWindow(length) | masks.Dilated(length))
+    near = (i - j < length) | ((i - j) % length == 0)
+    assert strided.materialize(40, 40)[0, 0].equal((j <= i) & near)
+    ends = [(k + length - summary, k + length) for k in range(0, 40, length)]
+    fixed = masks.Causal() & (masks.Chunked(length) | masks.Keys(ends))
+    near = (i // length == j // length) | (j % length >= length - summary)
+    assert fixed.materialize(40, 40)[0, 0].equal((j <= i) & near)
