@@ -16,6 +16,7 @@ PAGES = (
     "flex-attention",
     "mindspore",
     "npu-fusion-attention",
+    "sparse-attention",
     "xformers",
 )
 
