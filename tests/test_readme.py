@@ -11,7 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("backends.md", "decoding.md", "gathered.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("backends.md", "decoding.md", "gathered.md")),
+]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
 
 
