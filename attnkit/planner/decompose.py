@@ -118,6 +118,9 @@ def partings(
     search = search or Search()
     if request.bias or not search.gathers or not request.matrices.exact:
         return
+    # Zones of distances are many, and mostly one slice each: gathered, these save next to nothing.
+    if groups is not None and _in_slices(request, groups):
+        return
     groups = head_groups(request) if groups is None else groups
     planes = [request.matrices.regions(heads[0]) for heads in groups]
     known = {region: search.all_partitions(region, by_keys) for own in planes for region in own}
@@ -159,6 +162,13 @@ def decompositions(
         elif pieces not in seen and any(pieces):
             seen.add(pieces)
             yield from _packings(request, groups, pieces, search)
+
+
+def _in_slices(request: Request, groups: Sequence[tuple[int, ...]]) -> bool:
+    """Whether each diagonal block is one slice, and so one sequence as it is."""
+    inside = {own for heads in groups for _, own in _diagonal(request, heads[0])}
+    hulls = [(own, own.bounds) for own in inside]
+    return all(hull is None or Region.of(hull) == own for own, hull in hulls)
 
 
 def first_decomposition(

@@ -16,12 +16,9 @@ from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.block_sparse import by_blocks
 from attnkit.planner.calls import (
-    MERGE_LAUNCHES,
     Launch,
     Solution,
-    Zone,
     by_heads,
-    copied_before,
     widened,
 )
 from attnkit.planner.candidates import candidates, whole_calls
@@ -29,12 +26,13 @@ from attnkit.planner.decompose import Search, decompositions, head_groups, parti
 from attnkit.planner.folded import has_own_sinks
 from attnkit.planner.orders import moves, restated, sorted_positions
 from attnkit.planner.plan import Plan
-from attnkit.planner.price import Price, chip, least_with_full_mask
+from attnkit.planner.price import Price, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
-from attnkit.planner.routes import Route, in_parts, routes, rows_in, zones_with_cells
+from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.planner.selected import select
 from attnkit.planner.tilings import tilings
+from attnkit.planner.zones import cost_of_channels, least_of_zones
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
 
@@ -451,8 +449,8 @@ def _by_zone(
     groups = tuple(head_groups(in_order or route.request))
     launches: list[Launch] = []
     refusals: list[Refusal] = []
-    least = {} if in_order else _least_of_zones(route, bound)
-    spent = _cost_of_channels(route)
+    least = {} if in_order else least_of_zones(route, bound)
+    spent = cost_of_channels(route)
     for k, zone in enumerate(route.zones):
         floor = spent + sum(least.get(later, 0.0) for later in route.zones[k:])
         if floor >= bound:
@@ -474,30 +472,3 @@ def _by_zone(
         spent += best.price.nanoseconds
         launches += (launch.in_zone(zone) for launch in best.launches)
     return Plan("", request, tuple(launches), refusals=tuple(refusals), in_order=in_order)
-
-
-def _cost_of_channels(route: Route) -> float:
-    """Return what it costs to copy query and key beside their channels, in nanoseconds."""
-    return chip().nanoseconds(0, copied_before(route.request), 0, route.launches)
-
-
-def _least_of_zones(route: Route, bound: float) -> dict[Zone, float]:
-    """Return what zones cost at least, in nanoseconds, before any of them is planned.
-
-    Each that has cells is launched and merged by itself. Its rows, which are merged and lie in some
-    tile each, are counted only where launches alone are cheaper than `bound`.
-    """
-    held, launched = zones_with_cells(route), chip().nanoseconds(0, 0, 1, MERGE_LAUNCHES)
-    if len(held) * launched >= bound:
-        return dict.fromkeys(held, launched)
-    return {zone: launched + _least_of_rows(route, zone) for zone in held}
-
-
-def _least_of_rows(route: Route, zone: Zone) -> float:
-    """Return what it costs at least to compute and merge the rows of a zone, in nanoseconds."""
-    request, weights, rows = route.request, chip(), rows_in(route, zone)
-    tiles = sum(-(-count // weights.tile_q) * often for count, often in rows.items())
-    flops = 2 * tiles * weights.tile_q * weights.tile_kv
-    merged = sum(count * often for count, often in rows.items()) * request.value_dim
-    moved = (request.dtype.itemsize + 2 * 4) * merged  # as `Launch.as_part` counts it
-    return weights.nanoseconds(flops * (route.dim_of(zone) + request.value_dim), moved, 0)

@@ -33,7 +33,6 @@ calculation for softmax" (2018).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -43,9 +42,7 @@ from operator import and_
 import torch
 
 from attnkit.errors import Refusal
-from attnkit.geometry import Slice
 from attnkit.masks import Band
-from attnkit.masks.base import anchor
 from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.request import Request
 from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
@@ -59,9 +56,7 @@ __all__ = [
     "channel_dims",
     "in_parts",
     "routes",
-    "rows_in",
     "structure_of",
-    "zones_with_cells",
 ]
 
 BASE = 256
@@ -336,44 +331,6 @@ def _anchored(request: Request, one: Channels) -> Channels:
     longest = max((max(sizes) for sizes in request.sequences), default=0)
     count = max(1, min(_MOST_ANCHORS, longest // _ANCHORED))
     return replace(one, anchors=tuple((2 * k + 1) * longest // (2 * count) for k in range(count)))
-
-
-def zones_with_cells(route: Route) -> list[Zone]:
-    """Return the zones that hold a cell of the request; none where its cells are not known."""
-    matrices = route.request.matrices
-    if not matrices.exact:
-        return []
-    each = {
-        (part, sizes)
-        for plane in matrices.planes
-        for known, sizes in set(zip(plane, route.request.sequences, strict=True))
-        for part in known.outer.slices
-    }
-    # The largest come first: what they have no cell in, the others seldom have.
-    order = sorted(each, key=lambda pair: pair[0].i0 - pair[0].i1)
-    return [zone for zone in route.zones if any(_rows(zone, *pair) for pair in order)]
-
-
-def rows_in(route: Route, zone: Zone) -> Counter[int]:
-    """Return how many rows have a cell in a zone, or fewer, and in how many score matrices."""
-    request, found = route.request, Counter[int]()
-    share = request.num_heads // len(request.matrices.planes)
-    for plane in request.matrices.planes:
-        for (known, sizes), often in Counter(zip(plane, request.sequences, strict=True)).items():
-            rows = max((_rows(zone, part, sizes) for part in known.outer.slices), default=0)
-            found[rows] += often * share
-    return found
-
-
-def _rows(zone: Zone, part: Slice, sizes: tuple[int, int]) -> int:
-    """Return how many rows of a slice have a cell in a zone."""
-    lo, hi = part.lo, part.hi
-    for align, first, last in zone.spans:
-        at = anchor(align, *sizes)
-        lo, hi = max(lo, first + at), min(hi, last + at)
-    if lo > hi:
-        return 0
-    return max(0, min(part.i1, part.j1 - lo) - max(part.i0, part.j0 - hi))
 
 
 def _splits(

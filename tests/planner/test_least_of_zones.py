@@ -14,6 +14,7 @@ from attnkit import masks, pse
 from attnkit.planner import Plan, Request
 from attnkit.planner.decompose import Search
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.zones import cost_of_channels, least_of_zones
 
 lower = import_module("attnkit.planner.lower")  # the package has its function by this name
 
@@ -60,8 +61,8 @@ def test_the_plan_is_the_one_that_looks_at_every_zone(
     request_of: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounded = lower.search_for(request_of, Search())
-    monkeypatch.setattr(lower, "_least_of_zones", lambda route, bound: {})
-    monkeypatch.setattr(lower, "_cost_of_channels", lambda route: -inf)
+    monkeypatch.setattr(lower, "least_of_zones", lambda route, bound: {})
+    monkeypatch.setattr(lower, "cost_of_channels", lambda route: -inf)
     whole = lower.search_for(request_of, Search())
     assert bounded.steps == whole.steps
     assert (bounded.route, bounded.in_order, bounded.bias_pass) == (
@@ -77,10 +78,10 @@ def test_no_route_is_cheaper_than_it_is_said_to_be_at_least(request_of: Request)
     for route in (*routes(request_of), *routes(request_of, sloped=True)):
         if isinstance(route, Route) and route.zones:
             for bound in (inf, 1.0):  # rows are counted, or launches alone
-                least = sum(lower._least_of_zones(route, bound).values())
+                least = sum(least_of_zones(route, bound).values())
                 found = lower.on_route(request_of, route, search)
                 if found.price is not None:
-                    assert 0 <= least + lower._cost_of_channels(route) <= found.price.nanoseconds
+                    assert 0 <= least + cost_of_channels(route) <= found.price.nanoseconds
 
 
 def test_zones_that_are_too_many_are_not_planned(
