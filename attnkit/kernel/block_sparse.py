@@ -7,8 +7,8 @@ and returns the log-sum-exp, so that what it leaves can be computed by other cal
 Sources: op-plugin's schema, page and checks of the op and of its ``_backward``, which the wheels
 of torch_npu have since release 26.0.0 (2.7.1.post4, 2.9.0.post2, 2.10.0), with CANN 9.0; and CANN's
 pages and tiling of aclnnBlockSparseAttention and aclnnBlockSparseAttentionGrad. The backward of
-26.0.0 takes dense layouts and no grouped heads; 26.1.0 documents both, and nothing that is
-installed tells which CANN is beneath it.
+26.0.0 takes dense layouts and no grouped heads, that of 26.1.0 both; what is installed does not
+tell which CANN is beneath it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class BlockSparseCall(KernelCall):
     It is described like a call of the fused op: sizes, sequences, and cumulative lengths where it
     is packed. `tables` are the blocks that each sequence computes, regions in which a cell is a
     block of `block_shape` ``(rows, keys)``; the last block of a sequence may be shorter. Heads are
-    alike. Dense tensors are ``b s n d`` here, and handed to the op as ``b n s d``.
+    alike. Dense tensors are ``b s n d`` here, and handed to the op as ``b m (g s) d``: the query
+    heads of a key head are rows below each other.
 
     >>> from attnkit.kernel import TensorSpec
     >>> spec = TensorSpec((1, 256, 2, 128), torch.float16)
@@ -103,6 +104,14 @@ class BlockSparseCall(KernelCall):
         return tuple(known[pair] for pair in pairs)
 
     @property
+    def stacked(self) -> int:
+        """How many query heads are handed to the op as rows of one: those of a key head, if dense.
+
+        Its backward has as many key heads as query heads. Blocks do not mind whose rows they are.
+        """
+        return 1 if self.is_packed else self.num_heads // self.num_kv_heads
+
+    @property
     def grid(self) -> tuple[int, int]:
         """The blocks of the longest sequence, along rows and keys."""
         return grid_of((self.q_len, self.kv_len), self.block_shape)
@@ -142,7 +151,8 @@ class BlockSparseCall(KernelCall):
     def non_default_arguments(self) -> dict[str, object]:
         """Return the arguments that differ from the op's defaults, tensors as descriptions."""
         blocks = sum(table.area for table in self.tables)
-        shape = [len(self.tables), self.num_heads, *self.grid]
+        rows, keys = self.grid
+        shape = [len(self.tables), self.num_heads // self.stacked, rows * self.stacked, keys]
         table = f"int8{shape}, {blocks:,} blocks for each head"
         given = {"query": self.query, "key": self.key, "value": self.value}
         more = {name: value for name, value in self.arguments().items() if value is not None}
@@ -245,11 +255,11 @@ def block_sparse_head_dim(call: BlockSparseCall, on: Target) -> Found:
         yield f"{of}{' in training' if on.training else ''}"
 
 
-@_rule(layer="documented", remedy="Use calls of the fused op, or repeat the key heads.")
-def block_sparse_grad_heads(call: BlockSparseCall, on: Target) -> Found:
-    """Its backward takes as many key heads as query heads, as CANN 9.0 documents it."""
-    if on.training and call.num_heads != call.num_kv_heads:
-        yield f"{call.num_heads} query heads on {call.num_kv_heads} key heads in training"
+@_rule(layer="documented", remedy="Use rows that blocks divide, or calls of the fused op.")
+def block_sparse_heads(call: BlockSparseCall, on: Target) -> Found:
+    """Dense query heads of one key head follow each other as rows, so their blocks are whole."""
+    if call.stacked > 1 and call.q_len % call.block_shape[0]:
+        yield f"{call.stacked} heads of {call.q_len} rows in blocks of {call.block_shape[0]}"
 
 
 @_rule(layer="documented", remedy="Use a dense layout, with sequences of one length.")

@@ -173,26 +173,40 @@ def lacks_block_sparse(ops: Any, training: bool) -> str | None:
 
 @constant
 def _table(
-    tables: tuple[Region, ...], heads: int, grid: tuple[int, int], device: torch.device
+    tables: tuple[Region, ...],
+    heads: int,
+    stacked: int,
+    grid: tuple[int, int],
+    device: torch.device,
 ) -> Tensor:
-    """Return the bits that the op reads, ``b n i j`` of int8."""
+    """Return the bits that the op reads, ``b m (g i) j`` of int8."""
     bits = torch.zeros(len(tables), 1, *grid, dtype=torch.int8)
     for one, table in zip(bits, tables, strict=True):
         for i in range(grid[0]):
             for a, b in table.row(i):
                 one[0, i, a:b] = 1
-    return bits.expand(-1, heads, -1, -1).contiguous().to(device)
+    return bits.repeat(1, heads // stacked, stacked, 1).to(device)
 
 
-def _handed(call: BlockSparseCall, tensor: Tensor) -> Tensor:
-    """Return a tensor of a call as the op takes it, which is packed or ``b n s d``, and back."""
-    return tensor.contiguous() if call.is_packed else tensor.transpose(1, 2).contiguous()
+def _handed(call: BlockSparseCall, rows: Tensor, stacked: int = 1) -> Tensor:
+    """Return a tensor of a call as the op takes it: packed as it is, or heads before rows."""
+    if call.is_packed:
+        return rows.contiguous()
+    return rearrange(rows, "b s (m g) d -> b m (g s) d", g=stacked).contiguous()
+
+
+def _back(call: BlockSparseCall, rows: Tensor, stacked: int = 1) -> Tensor:
+    """Return what the op answers in the form of the call."""
+    if call.is_packed:
+        return rows
+    return rearrange(rows, "b m (g s) d -> b s (m g) d", g=stacked).contiguous()
 
 
 def _tensors(call: BlockSparseCall, given: Mapping[str, Any]) -> dict[str, Any]:
-    table = _table(call.tables, call.num_heads, call.grid, given["query"].device)
-    tensors = {name: _handed(call, given[name]) for name in ("query", "key", "value")}
-    return {**tensors, "block_sparse_mask": table}
+    stacked, query = call.stacked, given["query"]
+    table = _table(call.tables, call.num_heads, stacked, call.grid, query.device)
+    sides = {name: _handed(call, given[name]) for name in ("key", "value")}
+    return {"query": _handed(call, query, stacked), **sides, "block_sparse_mask": table}
 
 
 def launch_blocks(
@@ -200,7 +214,9 @@ def launch_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Make a call; returns output and log-sum-exp in the form of the fused op's."""
     out, lse = getattr(ops, OP)(**_tensors(call, tensors), **call.arguments())
-    return _handed(call, out), lse.expand(*lse.shape[:-1], COPIES)
+    if not call.is_packed:
+        lse = rearrange(lse, "b m (g s) c -> b (m g) s c", g=call.stacked)
+    return _back(call, out, call.stacked), lse.expand(*lse.shape[:-1], COPIES)
 
 
 def launch_blocks_grad(
@@ -212,9 +228,12 @@ def launch_blocks_grad(
     ops: Any,
 ) -> Gradients:
     """Make a grad call, of an output and a log-sum-exp in that form, of any softmax around it."""
+    stacked, lse = call.stacked, lse[..., :1]
+    if not call.is_packed:
+        lse = rearrange(lse, "b (m g) s c -> b m (g s) c", g=stacked)
     more = {"d_out": dy, "attention_out": out}
-    given = {name: _handed(call, tensor) for name, tensor in more.items()}
-    given |= {"softmax_lse": lse[..., :1].contiguous(), **_tensors(call, tensors)}
-    found = getattr(ops, BACKWARD)(**given, **call.arguments(backward=True))
-    query, key, value = (_handed(call, tensor) for tensor in found)
-    return Gradients(query, key, value, None, None)
+    given = {name: _handed(call, tensor, stacked) for name, tensor in more.items()}
+    given |= {"softmax_lse": lse.contiguous(), **_tensors(call, tensors)}
+    query, key, value = getattr(ops, BACKWARD)(**given, **call.arguments(backward=True))
+    sides = (_back(call, key), _back(call, value))
+    return Gradients(_back(call, query, stacked), *sides, None, None)

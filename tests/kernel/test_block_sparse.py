@@ -29,8 +29,10 @@ TND = BlockSparseCall.of(
 )
 
 
-def shaped(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = HALF) -> BlockSparseCall:
-    query, key = (TensorSpec((1, 256, n, dim), dtype) for n in (heads, kv_heads))
+def shaped(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype = HALF, length: int = 256
+) -> BlockSparseCall:
+    query, key = (TensorSpec((1, length, n, dim), dtype) for n in (heads, kv_heads))
     return replace(CALL, query=query, key=key, value=key, head_num=heads)
 
 
@@ -39,7 +41,7 @@ BROKEN: dict[str, tuple[BlockSparseCall, dict[str, Any]]] = {
     "block-sparse-product": (CALL, {"product": "950"}),
     "block-sparse-dtype": (shaped(2, 2, 128, torch.float32), {}),
     "block-sparse-head-dim": (shaped(2, 2, 64), TRAINING),
-    "block-sparse-grad-heads": (shaped(2, 1, 128), TRAINING),
+    "block-sparse-heads": (shaped(2, 1, 128, length=200), {}),
     "block-sparse-layout": (TND, TRAINING),
     "block-shape": (replace(CALL, block_shape=(128, 64), tables=(Region.full(2, 4),)), {}),
     "block-table": (replace(CALL, tables=(Region.full(2, 3),)), {}),
@@ -58,7 +60,7 @@ def test_what_is_legal() -> None:
     assert set(BROKEN) == {code for code, _ in BLOCK_SPARSE_RULES.items()}
     for call in (CALL, TND, shaped(4, 1, 64), shaped(2, 2, 64)):
         assert call.violations() == ()
-    assert CALL.violations(training=True) == ()
+    assert CALL.violations(training=True) == shaped(4, 1, 128).violations(training=True) == ()
     assert shaped(2, 2, 128, torch.float64).violations(product="emulator", training=True) == ()
     assert replace(CALL, keep_prob=0.5).violations()[0].found.startswith("keep_prob")
     assert len(replace(CALL, tables=()).violations()) == 1

@@ -63,6 +63,8 @@ def _judge(record: Call, tensors: Tensors, training: bool) -> None:
         raise ValueError(f"{record['op']} was given what it does not take (161002): {other}")
     if not training and (record["softmax_lse_flag"], record["inner_precise"]) != (1, 0):
         raise ValueError(f"{record['op']}: no log-sum-exp, or a softmax in float16")
+    if training and tensors["query"].shape[1] != tensors["key"].shape[1]:
+        raise ValueError(f"{record['op']}: grouped heads, which CANN 9.0 does not take")
     if record["q_input_layout"] != record["kv_input_layout"]:
         raise ValueError(f"{record['op']}: two layouts (161002)")
     if any(not tensor.is_contiguous() for tensor in tensors.values()):

@@ -47,10 +47,15 @@ MASKS: dict[str, tuple[masks.Mask, int, int]] = {
 
 
 def tensors(
-    q_len: int, kv_len: int, batch: int = 1, kv_heads: int = HEADS, dim: int = DIM
+    q_len: int,
+    kv_len: int,
+    batch: int = 1,
+    kv_heads: int = HEADS,
+    dim: int = DIM,
+    heads: int = HEADS,
 ) -> list[Tensor]:
     made = torch.Generator().manual_seed(0)
-    sizes = ((q_len, HEADS), (kv_len, kv_heads), (kv_len, kv_heads))
+    sizes = ((q_len, heads), (kv_len, kv_heads), (kv_len, kv_heads))
     return [
         torch.randn(batch, s, n, dim, generator=made, dtype=torch.float64, requires_grad=True)
         for s, n in sizes
@@ -103,10 +108,18 @@ def test_forward_and_backward_are_exact(name: str) -> None:
 def test_grouped_heads_in_inference(name: str, dim: int) -> None:
     mask, *lengths = MASKS[name]
     with torch.no_grad():
-        given = tensors(*lengths, batch=2, kv_heads=1, dim=dim)
+        given = tensors(*lengths, batch=2, heads=4, dim=dim)
         plan = planned(request_of(mask, given))
         assert plan.calls[0].is_packed
         same(plan, given, mask)
+
+
+def test_grouped_heads_in_training_are_rows_below_each_other() -> None:
+    mask, *lengths = MASKS["an edge"]
+    given = tensors(*lengths, batch=2, heads=6)
+    plan = planned(request_of(mask, given))
+    assert "int8[2, 2, 6, 3]" in plan.explain()  # three query heads for each of two key heads
+    same(plan, given, mask)
 
 
 def test_batch_elements_with_masks_of_their_own() -> None:
@@ -193,7 +206,7 @@ def test_what_the_op_lacks_is_a_refusal() -> None:
     assert refused(request_of(masks.Dilated(2), given)) == "block-sparse"
     assert refused(request_of(masks.SlidingWindow(100), given)) == "no-full-block"
     assert refused(request_of(CAUSAL, [t.float() for t in half])) == "block-sparse-dtype"
-    assert refused(request_of(CAUSAL, tensors(384, 384, kv_heads=1))) == "block-sparse-grad-heads"
+    assert refused(request_of(CAUSAL, tensors(300, 384, kv_heads=1))) == "block-sparse-heads"
     assert refused(request_of(CAUSAL, tensors(384, 384, dim=64))) == "block-sparse-head-dim"
     with torch.no_grad():
         assert refused(request_of(CAUSAL, tensors(384, 384, dim=32))) == "block-sparse-head-dim"
