@@ -175,7 +175,7 @@ def test_an_npu_without_torch_npu_is_refused() -> None:
     assert {r.code for r in backend.refusals(request)} == {"torch-npu"}
 
 
-@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.usefixtures("no_full_masks", "side_by_side")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_several_calls_are_trained_through_their_grad_ops(dropout: float) -> None:
     ops, q = Ops(), x(1, 48, 2, 4).requires_grad_()
@@ -222,7 +222,7 @@ def test_whole_compositions_agree_with_the_reference(layout: str) -> None:
     assert BACKENDS["ascend"].name == "ascend"
 
 
-@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.usefixtures("no_full_masks", "side_by_side")
 def test_auto_leaves_a_small_bias_on_a_route_to_the_definition() -> None:
     """Channels and levels cost launches, which the estimates weigh against whole matrices."""
     backend = Ascend(Ops(), device="cpu")
