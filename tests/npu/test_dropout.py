@@ -53,11 +53,13 @@ def check_bits(case: Case, calls: int = 1) -> None:
     assert all(abs(prob - DROPOUT) < 1e-6 for *_, prob in draws)
 
 
+@pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("case", [*CASES, *PACKED, MERGED], ids=str)
 def test_the_backward_regenerates_the_bits_of_the_forward(case: Case):
     check_bits(case, calls=len(case.plan("emulated").calls))
 
 
+@pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("part", ["seed", "offset"])
 def test_a_number_that_a_merged_backward_loses_is_seen(part: str, monkeypatch: pytest.MonkeyPatch):
     """Planted: the grad calls are given 0 in its place."""
