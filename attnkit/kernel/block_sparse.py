@@ -61,6 +61,8 @@ class BlockSparseCall(KernelCall):
     >>> call = BlockSparseCall.of(bare, (Region.full(2, 1),))
     >>> [region.area for region in call.regions()], call.violations(training=True)
     ([32768], ())
+    >>> call.arguments(backward=True)["q_input_layout"]
+    'BNSD'
     """
 
     tables: tuple[Region, ...] = ()

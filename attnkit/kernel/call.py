@@ -82,7 +82,13 @@ class KernelCall:
         return self.atten_mask is None
 
     def around(self, bare: KernelCall) -> KernelCall:
-        """Return the same kind of call around what another one says."""
+        """Return the same kind of call around what another one says.
+
+        >>> spec = TensorSpec((1, 4, 2, 16), torch.float16)
+        >>> bare = KernelCall(spec, spec, spec, 2, "BSND")
+        >>> bare.around(bare) == bare
+        True
+        """
         return bare
 
     # -- sizes ---------------------------------------------------------------------------
