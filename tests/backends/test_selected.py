@@ -274,7 +274,8 @@ def test_a_compiled_layer_makes_its_mask_in_the_graph() -> None:
         blocks = torch.arange(6)
         found = scores.masked_fill(blocks >= blocks[:, None], -torch.inf).topk(2)
         gates = found.values.masked_fill(found.values == -torch.inf, 0.0)
-        mask = SelectedBlocks(found.indices, 8, 8, causal=True, gates=gates)
+        counts = (found.values > -0.2).sum(-1)
+        mask = SelectedBlocks(found.indices, 8, 8, causal=True, gates=gates, counts=counts)
         return layer(query, key, value, mask=mask)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")

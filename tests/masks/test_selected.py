@@ -109,6 +109,7 @@ def test_wrong_arguments(given: dict[str, Any], told: str) -> None:
         ([[0], [-1], [0], [0]], {"causal": True}, r"indices\[0, 0, 1, 0\] is -1, out of range"),
         ([[0], [4], [0], [0]], {}, "blocks of 2 of 8 keys are 0 to 3"),
         ([[0, 1], [2, 2], [0, 1], [0, 1]], {}, r"indices\[0, 0, 1, .\] is 2, and so is another"),
+        ([[0, 1], [0, 1], [0, 0], [0, 1]], {}, r"indices\[0, 0, 2, .\] is 0, and so is another"),
         ([[0, 1]] * 4, {"counts": [0, 1, 3, 0]}, r"counts\[0, 0, 2\] is 3; .* room for 0 to 2"),
         ([[0, 1, 2, 3, 0]] * 4, {}, "has room for 5 different blocks, and 8 keys are 4"),
         ([[0]] * 4, {"kv_block": 3}, "8 keys are not a multiple of 3"),

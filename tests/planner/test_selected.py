@@ -14,7 +14,7 @@ from attnkit import masks
 from attnkit.backends.selected_units import Laid
 from attnkit.geometry import Region
 from attnkit.masks import SelectedBlocks
-from attnkit.planner import Plan
+from attnkit.planner import Plan, selected
 from attnkit.planner.selected import SelectedPlan
 from tests.selections import every_selection
 
@@ -135,6 +135,17 @@ def test_a_wrong_recipe_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda self, kv_len: tuple(s._replace(start=s.start + 1) for s in sights(self, kv_len)),
     )
     assert plan.disprove() is not None
+
+
+def test_the_proof_does_not_believe_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls and the packed request that they are asked for, both with a key too many."""
+    request = plan_of().request
+    keys_of = selected.keys_of
+    monkeypatch.setattr(selected, "keys_of", lambda *given: keys_of(*given) + 1)
+    plan = replace(selected.select(request), backend="emulated")
+    wrong = plan.disprove()
+    assert wrong is not None
+    assert wrong.code == "wrong-cells"
 
 
 def test_plans_are_values() -> None:
