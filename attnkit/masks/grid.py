@@ -9,19 +9,20 @@ masks, one for each axis, and its region is made of theirs.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 from math import prod
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from attnkit.arguments import LARGEST, check_int
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.geometry import Region
+from attnkit.geometry import Region, Strip
 from attnkit.masks.base import Enclosure, Mask, Rectangle
+from attnkit.masks.order import Order, carried
 from attnkit.masks.trace import MOST_RUNS, paint
 from attnkit.strips import Canonical, Run, advance
 
@@ -46,6 +47,19 @@ class GridMask(Mask):
     @abstractmethod
     def _axes(self) -> tuple[Region, ...]:
         """The square region of each axis alone."""
+
+    @property
+    def _parts(self) -> tuple[tuple[range, ...], ...]:
+        """For each axis, positions that belong together: tiles, windows, residues; or nothing."""
+        return ()
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """Part after part of the grid: what sees each other is in blocks then."""
+        return self._order if (q_len, kv_len) == self.extent else None
+
+    @cached_property
+    def _order(self) -> Order | None:
+        return grid_order(self._axes, self._parts, self.shape) if self._parts else None
 
     @property
     def extent(self) -> tuple[int | None, int | None]:
@@ -172,6 +186,89 @@ def _runs_of(axes: Sequence[Region]) -> int:
 
 def _count(region: Region) -> int:
     return sum(len(runs) for _, _, runs in region.strips)
+
+
+# -- parts after each other ----------------------------------------------------------------
+
+
+def grid_order(
+    axes: Sequence[Region], parts: Sequence[Sequence[range]], shape: Sequence[int]
+) -> Order | None:
+    """Return the order that has the tokens of a grid part after part, each in row-major order.
+
+    A part has positions of each axis. It may see any cells of itself, and all or none of another
+    one; else there is no such order.
+
+    >>> tiles = (range(0, 2), range(2, 4))
+    >>> near, whole = Region.of(Slice(0, 2, 0, 2), Slice(2, 4, 2, 4)), Region.full(2, 2)
+    >>> order = grid_order([whole, near], [[range(0, 2)], tiles], (2, 4))
+    >>> order.rows, order.region.area
+    ((range(0, 2), range(4, 6), range(2, 4), range(6, 8)), 32)
+    """
+    groups = list(product(*parts))
+    ends = list(accumulate((prod(map(len, group)) for group in groups), initial=0))
+    lines = tuple(line for group in groups for line in _lines_of(group, shape))
+    pairs = [list(_pairs(region, own)) for region, own in zip(axes, parts, strict=True)]
+    known: dict[tuple[Region, ...], Region] = {}
+    blocks: dict[int, list[tuple[int, int]]] = {}
+    inside: list[Region] = []
+    for chosen in product(*pairs):
+        g = _number((one.rows for one in chosen), parts)
+        h = _number((one.keys for one in chosen), parts)
+        own = tuple(one.cells for one in chosen if one.cells is not None)
+        if all(one.full for one in chosen):
+            blocks.setdefault(g, []).append((ends[h], ends[h + 1]))
+        elif g == h and len(own) == len(chosen):
+            if own not in known:
+                known[own] = grid_product(own, [len(one) for one in groups[g]])
+            inside.append(known[own].shift(ends[g], ends[g]))
+        else:
+            return None
+    strips = (Strip(ends[g], ends[g + 1], _joined(blocks[g])) for g in sorted(blocks))
+    return Order(lines, lines, Region.stacked(strips) | Region.union(inside))
+
+
+def _joined(blocks: list[tuple[int, int]]) -> tuple[Run, ...]:
+    """Return blocks of keys as runs: those that touch are one."""
+    found: list[tuple[int, int]] = []
+    for a, b in sorted(blocks):
+        if found and found[-1][1] == a:
+            found[-1] = (found[-1][0], b)
+        else:
+            found.append((a, b))
+    return tuple((a, 0, b, 0) for a, b in found)
+
+
+def _lines_of(group: Sequence[range], shape: Sequence[int]) -> Iterator[range]:
+    """Yield the tokens of a part of a grid in order, as ranges along the last axis."""
+    *lead, last = group
+    for at in product(*lead):
+        row = reduce(lambda n, step: n * step[1] + step[0], zip(at, shape, strict=False), 0)
+        start = row * shape[-1]
+        yield range(start + last.start, start + last.stop, last.step)
+
+
+class _Pair(NamedTuple):
+    """Parts of an axis that see each other, by number: which cells, if a region, and if all."""
+
+    rows: int
+    keys: int
+    cells: Region | None
+    full: bool
+
+
+def _pairs(axis: Region, parts: Sequence[range]) -> Iterator[_Pair]:
+    """Yield the parts of an axis that see each other."""
+    for (a, rows), (b, keys) in product(enumerate(parts), repeat=2):
+        cells = carried(axis, rows, keys)
+        if cells is None or cells:
+            full = cells is not None and cells.area == len(rows) * len(keys)
+            yield _Pair(a, b, cells, full)
+
+
+def _number(at: Iterable[int], parts: Sequence[Sequence[range]]) -> int:
+    """Return the number of a part of the grid from those of its axes."""
+    return reduce(lambda n, step: n * len(step[1]) + step[0], zip(at, parts, strict=True), 0)
 
 
 # -- arguments -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from attnkit.masks.dense import Dense
 from attnkit.masks.documents import Documents
 from attnkit.masks.finding import Finding, counted, ranges
 from attnkit.masks.grid import GridMask
+from attnkit.masks.order import Order
 from attnkit.masks.per_head import PerHead
 from attnkit.masks.predicate import Predicate
 from attnkit.masks.recover import Recovered, recover
@@ -36,10 +37,15 @@ from attnkit.strips import gaps
 __all__ = ["lint", "positive_leaves"]
 
 
+_MOST_READ = 1 << 24
+"""Cells up to which a mask is read where it is no region, though it is one in another order."""
+
+
 class _View(NamedTuple):
     """A mask at given lengths, and its cells in each score matrix; None where no region.
 
-    `found`: what recovery said, where the cells had to be read.
+    `found`: what recovery said, where the cells had to be read. `orders`: the orders of positions
+    in which the mask is a region, where it knows of some and is none as they stand.
     """
 
     mask: Mask
@@ -47,6 +53,7 @@ class _View(NamedTuple):
     kv_len: int
     regions: dict[tuple[int, int], Region] | None
     found: Recovered | None
+    orders: dict[tuple[int, int], Order] | None = None
 
     def where(self, planes: list[tuple[int, int]]) -> str:
         """Say which score matrices are meant, when not all are."""
@@ -88,6 +95,11 @@ def _view(mask: Mask, q_len: int, kv_len: int) -> _View:
     known = {plane: mask.enclosure(q_len, kv_len, *plane) for plane in mask._places}
     if all(one.exact for one in known.values()):
         return view._replace(regions={plane: one.inner for plane, one in known.items()})
+    if q_len * kv_len > _MOST_READ:
+        found_orders = {plane: mask.in_order(q_len, kv_len, *plane) for plane in mask._places}
+        orders = {plane: order for plane, order in found_orders.items() if order is not None}
+        if len(orders) == len(found_orders):
+            return view._replace(orders=orders)
     found = recover(mask, q_len, kv_len)
     if not found.exact:
         return view._replace(found=found)
@@ -157,6 +169,8 @@ def _unmatched(view: _View, plane: tuple[int, int]) -> tuple[Spans, Spans]:
         region = view.regions[plane]
         seen = ((s.j0, s.j1) for s in region.slices)
         return region.empty_rows(view.q_len), tuple(gaps(seen, 0, view.kv_len))
+    if view.orders is not None:
+        return view.orders[plane].unmatched()
     read = mask_rows(view.mask, view.q_len, view.kv_len, *plane)
     rows = torch.zeros(view.q_len, dtype=torch.bool)
     keys = torch.zeros(view.kv_len, dtype=torch.bool)

@@ -97,6 +97,16 @@ class Neighborhood(GridMask):
         """One line of windows for each axis."""
         return tuple(window_line(*line) for line in self._lines)
 
+    @property
+    def _parts(self) -> tuple[tuple[range, ...], ...]:
+        """The positions of each residue, where there is more than one of them."""
+        if all(dilation == 1 for _, _, dilation, _ in self._lines):
+            return ()
+        return tuple(
+            tuple(range(residue, size, dilation) for residue in range(dilation))
+            for size, _, dilation, _ in self._lines
+        )
+
 
 def _positive(name: str, value: object) -> int:
     return check_int(name, value, 1)

@@ -8,14 +8,17 @@ few blocks. A mask that knows such an order says it in `Mask.in_order`.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from attnkit.geometry import Region, Slice
+from attnkit.strips import gaps
 
-__all__ = ["Order"]
+__all__ = ["Order", "carried"]
+
+Spans = tuple[tuple[int, int], ...]
 
 _MOST_PIECES = 1 << 17
 """Pieces that an order may cut another region into: with more, it is none there."""
@@ -46,6 +49,20 @@ class Order:
     def alike(self, other: Order) -> bool:
         """Whether another order has the positions where this one has them."""
         return (self.rows, self.keys) == (other.rows, other.keys)
+
+    def unmatched(self) -> tuple[Spans, Spans]:
+        """Return the rows without keys and the keys without rows, where they stand.
+
+        >>> halves = (range(2, 4), range(0, 2))
+        >>> Order(halves, (range(4),), Region.of(Slice(0, 2, 0, 3))).unmatched()
+        (((0, 2),), ((3, 4),))
+        """
+        rows, keys = (sum(map(len, side)) for side in (self.rows, self.keys))
+        seen = ((part.j0, part.j1) for part in self.region.slices)
+        return (
+            _standing(self.rows, self._starts[0], self.region.empty_rows(rows)),
+            _standing(self.keys, self._starts[1], gaps(seen, 0, keys)),
+        )
 
     def meet(self, region: Region) -> Order | None:
         """Return the cells that are also in a region of positions as they stand.
@@ -105,6 +122,16 @@ class Order:
         return rows, keys
 
 
+def carried(region: Region, rows: range, keys: range) -> Region | None:
+    """Return the (u, v) whose ``(rows[u], keys[v])`` lie in a region; None if they are no region.
+
+    >>> carried(Region.of(Slice(0, 9, 0, 9, hi=0)), range(0, 9, 3), range(1, 9, 3)).row_counts()
+    (RowCount(i0=1, i1=3, first=1, step=1),)
+    """
+    parts = [_every(part, rows, keys) for part in region.slices]
+    return Region.of(*(part for part in parts if part)) if None not in parts else None
+
+
 def _is_order(ranges: Sequence[range], length: int) -> bool:
     """Whether some ranges have every position below a length once."""
     seen = bytearray(length)
@@ -127,6 +154,20 @@ def _met(
             return
         if starts[k + 1] > first:
             yield ranges[k], starts[k]
+
+
+def _standing(
+    ranges: Sequence[range], starts: Sequence[int], spans: Iterable[tuple[int, int]]
+) -> Spans:
+    """Return the positions at some places, as ranges in order."""
+    found: list[int] = []
+    for first, stop in spans:
+        for one, start in _met(ranges, starts, first, stop):
+            found += one[max(first - start, 0) : max(stop - start, 0)]
+    found.sort()
+    cuts = [k for k in range(1, len(found)) if found[k] > found[k - 1] + 1]
+    ends = pairwise([0, *cuts, len(found)]) if found else ()
+    return tuple((found[a], found[b - 1] + 1) for a, b in ends)
 
 
 def _runs(

@@ -12,6 +12,7 @@ from attnkit.arguments import check_int, describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Nested
+from attnkit.masks.order import Order
 
 __all__ = ["Placed"]
 
@@ -107,6 +108,20 @@ class Placed(Nested):
         known = self.mask.enclosure(max(rows, 0), max(keys, 0), batch, head)
         inner = known.inner.shift(*self._first)
         return Enclosure(inner, inner if known.exact else known.outer.shift(*self._first))
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """As the mask between; the tokens before and after it stay where they are."""
+        inner = self.mask.in_order(*self._between(q_len, kv_len), batch, head)
+        if inner is None:
+            return None
+        orders = zip((inner.rows, inner.keys), self._first, (q_len, kv_len), strict=True)
+        rows, keys = (
+            tuple(part for part in (range(first), *moved, range(stop, length)) if part)
+            for order, first, length in orders
+            for moved in [tuple(range(r.start + first, r.stop + first, r.step) for r in order)]
+            for stop in [first + sum(map(len, order))]
+        )
+        return Order(rows, keys, inner.region.shift(*self._first))
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         device = torch.get_default_device() if device is None else device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -94,6 +94,13 @@ class SlidingTiles(GridMask):
             for size, tile, window in self._lines
         )
 
+    @property
+    def _parts(self) -> tuple[tuple[range, ...], ...]:
+        """The tiles of each axis."""
+        return tuple(
+            tuple(range(a, a + tile) for a in range(0, size, tile)) for size, tile, _ in self._lines
+        )
+
 
 @MASKS.register("shifted_windows")
 @dataclass(frozen=True, repr=False, eq=False)
@@ -164,13 +171,19 @@ class ShiftedWindows(GridMask):
     @property
     def _axes(self) -> tuple[Region, ...]:
         """The windows along each axis."""
-        return tuple(_windows(*line) for line in self._lines)
+        parts = self._parts
+        return tuple(Region.of(*(Slice(*2 * (w.start, w.stop)) for w in axis)) for axis in parts)
+
+    @property
+    def _parts(self) -> tuple[tuple[range, ...], ...]:
+        """The windows of each axis."""
+        return tuple(tuple(_windows(*line)) for line in self._lines)
 
 
-def _windows(size: int, window: int, shift: int) -> Region:
-    starts = (shift + window * k for k in range(-1 if shift else 0, size // window))
-    ends = ((max(start, 0), min(start + window, size)) for start in starts)
-    return Region.of(*(Slice(a, b, a, b) for a, b in ends))
+def _windows(size: int, window: int, shift: int) -> Iterator[range]:
+    for k in range(-1 if shift else 0, size // window):
+        start = shift + window * k
+        yield range(max(start, 0), min(start + window, size))
 
 
 # -- arguments -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ __all__ = [
     "Sorted",
     "how_moved",
     "moves",
+    "placed",
     "restated",
     "sorted_alike",
     "sorted_positions",
@@ -101,6 +102,14 @@ def sorting(other: Request) -> Sorted | None:
     """Return the mask that sorts the positions of a restated request, if they are sorted."""
     mask = other.mask.mask if isinstance(other.mask, Folded) else other.mask
     return mask if isinstance(mask, Sorted) else None
+
+
+def placed(other: Request, batch: int, head: int) -> tuple[int, int]:
+    """Return which batch element and head of a restated request a score matrix is."""
+    if not isinstance(other.mask, Folded):
+        return batch, head
+    first = head - head % other.num_heads
+    return other.mask.places.index((batch, first)), head - first
 
 
 def sorted_alike(request: Request, mask: Mask) -> Mask:

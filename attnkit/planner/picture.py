@@ -12,6 +12,7 @@ from attnkit.geometry import Region
 from attnkit.masks import picture
 from attnkit.planner.calls import Launch
 from attnkit.planner.lower import lower
+from attnkit.planner.orders import placed
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import chip
 
@@ -33,13 +34,17 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     launches = plan.steps or lower(request).steps
     if request.mask.comes_with_call:  # their places are data: drawn is what may be asked for
         launches = ()
-    known = request.matrices.regions(head)[batch]
+    drawn, title = request, f"{request.mask!r}"
+    if plan.in_order is not None:
+        drawn, batch, head = plan.in_order, *placed(plan.in_order, batch, head)
+        title += ", positions sorted" if plan.positions is not None else ""
+    known = drawn.matrices.regions(head)[batch]
     layers = list(_layers(launches, batch, head)) or [(known, "the mask")]
     cells = np.ones((1, 1, 3))
     for k, (region, _) in enumerate(layers):
         share = picture.shares(region, q_len, kv_len, _GRID, _GRID)[..., None]
         cells = cells * (1 - share) + np.array(_colour(k)) * share
-    title = f"{request.mask!r}\n{_measured(known, q_len, kv_len)}"
+    title = f"{title}\n{_measured(known, q_len, kv_len)}"
     figure = picture.figure(cells, q_len, kv_len, title)
     from matplotlib.patches import Patch  # is there, or the figure would not be
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import pickle
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,12 +15,13 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.backends.base import BACKENDS, Operands
 from attnkit.errors import KernelContractError
-from attnkit.geometry import Region, Slice
-from attnkit.masks import Dilated, Enclosure, Mask
+from attnkit.geometry import Region
+from attnkit.masks import Dilated, Mask
+from attnkit.masks.grid import GridMask, grid_order
 from attnkit.planner import Plan, Request, read_request
 from attnkit.planner.decompose import Search
 from attnkit.planner.lower import in_other_order, lower
-from attnkit.planner.orders import Sorted, restated, sorted_positions
+from attnkit.planner.orders import Sorted, how_moved, restated, sorted_positions
 from attnkit.planner.request import Composition
 
 RESTS = (
@@ -190,67 +189,44 @@ def test_an_order_that_is_none_is_not_followed(rows: Any, region: Region) -> Non
 # -- tiles of a grid ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class Tiles(Mask):
-    """Sliding tiles: a query sees the tiles around its own, shifted inside at borders.
-
-    It has no cells in the order in which tokens stand: nothing may ask for them.
-    """
-
-    shape: tuple[int, ...]
-    tile: tuple[int, ...]
-    window: tuple[int, ...]
-
-    @property
-    def extent(self) -> tuple[int | None, int | None]:
-        return math.prod(self.shape), math.prod(self.shape)
-
-    def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
-        return Enclosure(Region.empty(), Region.full(q_len, kv_len))
-
-    def _counts(self) -> list[int]:
-        return [size // own for size, own in zip(self.shape, self.tile, strict=True)]
-
-    def meant(self) -> torch.Tensor:
-        """Return the cells by the formula."""
-        whole = torch.ones(1, 1, dtype=torch.bool)
-        for n, tile, window in zip(self._counts(), self.tile, self.window, strict=True):
-            first = (torch.arange(n) - window // 2).clamp(0, n - window)
-            seen = torch.arange(n) - first[:, None]
-            axis = ((seen >= 0) & (seen < window)).repeat_interleave(tile, 0)
-            whole = torch.kron(whole.int(), axis.repeat_interleave(tile, 1).int()).bool()
-        return whole
-
-    def in_order(
-        self, q_len: int, kv_len: int, batch: int = 0, head: int = 0
-    ) -> masks.Order | None:
-        counts, size = self._counts(), math.prod(self.tile)
-        lines, blocks = [], []
-        for k, tile in enumerate(product(*map(range, counts))):
-            corner = [a * own for a, own in zip(tile, self.tile, strict=True)]
-            inside = (range(a, a + own) for a, own in zip(corner, self.tile, strict=True))
-            *lead, last = inside
-            for at in product(*lead, last[:1]):
-                start = _number(at, self.shape)
-                lines.append(range(start, start + len(last)))
-            around = [
-                range(first, first + w)
-                for a, n, w in zip(tile, counts, self.window, strict=True)
-                for first in [min(max(a - w // 2, 0), n - w)]
-            ]
-            for near in product(*around[:-1], around[-1][:1]):
-                j = _number(near, counts)
-                span = (j * size, (j + self.window[-1]) * size)
-                blocks.append(Slice(k * size, (k + 1) * size, *span))
-        return masks.Order(tuple(lines), tuple(lines), Region.of(*blocks))
+SMALL = masks.SlidingTiles((4, 6, 4), tile=2, window=(1, 3, 1))
+WIDER = masks.SlidingTiles((4, 6, 4), tile=2, window=(2, 1, 1))
+GRIDS = [
+    SMALL,
+    masks.SlidingTiles(12, tile=2, window=3),
+    masks.SlidingTiles((6, 4), tile=(3, 1), window=(1, 3)),
+    masks.ShiftedWindows((8, 12), window=4, shift=2),
+    masks.ShiftedWindows((4, 6), window=(4, 2), shift=(0, 1)),
+    *(
+        masks.Neighborhood((7, 9), kernel, dilation, causal)
+        for kernel in (1, 2, 3)
+        for dilation in (2, (1, 2), (2, 1))
+        for causal in (False, (False, True))
+    ),
+]
 
 
-def _number(at: Sequence[int], shape: Sequence[int]) -> int:
-    return functools.reduce(lambda n, step: n * step[1] + step[0], zip(at, shape, strict=True), 0)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_parts_of_a_grid_after_each_other(grid: masks.Mask) -> None:
+    """Tiles, windows and residues; with other tokens beside the grid, too."""
+    count = grid.extent[0]
+    assert count is not None
+    text = masks.Columns(0, 3) | masks.Columns(count + 3, None) | masks.Rows(count + 3, None)
+    for mask, length in ((grid, count), (masks.Placed(grid, 3, 2) | text, count + 5)):
+        cells = mask.materialize(length, length)[0, 0]
+        torch.testing.assert_close(*cells_in_order(mask, cells))
 
 
-SMALL = Tiles((4, 6, 4), (2, 2, 2), (1, 3, 1))
-WIDER = Tiles((4, 6, 4), (2, 2, 2), (2, 1, 1))
+def test_parts_that_see_a_part_of_another_have_no_order() -> None:
+    assert masks.Neighborhood((4, 6), 3).in_order(24, 24) is None
+    halves = (range(3), range(3, 6))
+    assert grid_order([masks.Causal().region(6, 6)], [halves], (6,)) is not None
+    assert grid_order([masks.SlidingWindow(3).region(6, 6)], [halves], (6,)) is None
+
+
+def of(mask: masks.Mask) -> torch.Tensor:
+    """Return the cells of a mask of 96 tokens."""
+    return mask.materialize(96, 96)[0, 0]
 
 
 def cells_in_order(mask: masks.Mask, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,19 +240,20 @@ def cells_in_order(mask: masks.Mask, cells: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def test_what_is_composed_of_tiles_keeps_their_order() -> None:
-    inside, columns = SMALL.meant(), masks.Columns(90, 96).materialize(96, 96)[0, 0]
+    inside, columns = of(SMALL), masks.Columns(90, 96).materialize(96, 96)[0, 0]
     causal = masks.Causal().materialize(96, 96)[0, 0]
     for mask, cells in (
         (SMALL, inside),
         (SMALL & masks.Columns(90, 96), inside & columns),
         (SMALL | masks.Columns(90, 96), inside | columns),
         (SMALL & masks.Causal(), inside & causal),
-        (SMALL & WIDER, inside & WIDER.meant()),
-        (SMALL | WIDER, inside | WIDER.meant()),
+        (SMALL & WIDER, inside & of(WIDER)),
+        (SMALL | WIDER, inside | of(WIDER)),
     ):
         torch.testing.assert_close(*cells_in_order(mask, cells))
     assert (SMALL | masks.Causal()).in_order(96, 96) is None  # a band is one in its order only
-    assert (SMALL & Tiles((4, 6, 4), (4, 2, 2), (1, 1, 1))).in_order(96, 96) is None
+    other = masks.SlidingTiles((4, 6, 4), tile=(4, 2, 2), window=1)
+    assert (SMALL & other).in_order(96, 96) is None
     assert (SMALL & Dilated(2)).in_order(96, 96) is None
     assert masks.PerHead([SMALL, WIDER]).in_order(96, 96, head=1) == WIDER.in_order(96, 96)
 
@@ -290,13 +267,13 @@ def plan_on(request: Request, number: int) -> Plan:
 
 
 @pytest.mark.parametrize("layout", ["BSND", "SBH", "TND"])
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, -1])
 def test_tiles_equal_the_definition(layout: str, number: int) -> None:
     """One window for all heads, and one for each pair: sorted, then folded as well."""
     torch.manual_seed(0)
     lens = ak.SeqLens([96, 96]) if layout == "TND" else None
     mask = masks.PerHead([SMALL, SMALL, WIDER, WIDER]) if number else SMALL
-    meant = [one.meant() for one in (SMALL, SMALL, WIDER if number else SMALL)]
+    meant = [of(one) for one in (SMALL, SMALL, WIDER if number else SMALL)]
     cells = torch.stack([meant[0], meant[1], meant[2], meant[2]])
     q, k, v = (torch.randn(2, 96, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
     leaves = [t.requires_grad_() for t in (q, k, v, torch.randn(4, dtype=torch.float64))]
@@ -330,16 +307,61 @@ def test_tiles_equal_the_definition(layout: str, number: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-def test_sliding_tiles_of_a_video_are_planned_in_their_order() -> None:
-    """115,200 tokens: no cell is asked for in the order in which they stand."""
-    mask, tokens = Tiles((30, 48, 80), (6, 8, 8), (3, 3, 3)), 30 * 48 * 80
+def no_cells(*_: Any) -> Any:
+    raise AssertionError("cells of the order in which tokens stand")
+
+
+def test_sliding_tiles_of_a_video_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """115,200 tokens: nothing is asked of the order in which they stand, and nothing is merged."""
+    monkeypatch.setattr(GridMask, "_cells", no_cells)
+    mask, tokens = masks.SlidingTiles((30, 48, 80), tile=(6, 8, 8), window=3), 30 * 48 * 80
     x = torch.empty(1, tokens, 24, 128, device="meta", dtype=torch.bfloat16)
     plan = ak.plan(x, x, x, mask=mask, backend="emulated")
+    (call,) = plan.calls
+    assert call.atten_mask is None
+    assert (call.query.shape, call.key.shape) == ((tokens, 24, 128), (995_328, 24, 128))
     assert plan.in_order is not None
-    assert plan.in_order.matrices.exact
     assert plan.price is not None
-    assert plan.price.copy_bytes >= 2 * 4 * x.nbytes
-    assert "positions sorted, in 28,800 ranges" in " ".join(plan.explain().split())
+    calls = lower(plan.in_order).price
+    assert calls is not None
+    assert plan.price.copy_bytes == calls.copy_bytes + 2 * 4 * x.nbytes
+    assert how_moved(plan.request, plan.in_order).startswith("positions sorted, in 28,800 ranges")
+    assert {finding.code for finding in mask.lint(tokens, tokens)} == {"not-a-region"}
+
+
+def test_a_report_and_a_picture_are_of_the_sorted_positions() -> None:
+    x = torch.empty(1, 96, 4, 8, dtype=torch.float64)
+    per_head = masks.PerHead([SMALL, SMALL, WIDER, WIDER])
+    request = read_request(Composition(mask=per_head), x, x, x)
+    for number, moved in (
+        (0, "positions sorted, in 96 ranges of queries and keys"),
+        (1, "heads as batch elements, 4 of one head"),
+        (-1, "positions sorted, in 96 ranges of queries and keys and heads as batch elements, "),
+    ):
+        plan = plan_on(request, number)
+        assert plan.to_dict()["moved"].startswith(moved)
+        assert pickle.loads(pickle.dumps(plan)) == plan
+    (title,) = (one.get_text() for one in [plan.plot(head=3).axes[0].title])
+    assert f"{100 * of(WIDER).float().mean():.1f} % of the cells" in title
+    assert "moved       positions sorted" in plan.explain()
+
+
+def test_rows_without_keys_are_found_where_positions_are_sorted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A lint reads no cells of a mask that is a region in its order alone."""
+    rest = masks.Keys([(3, 90)]) & masks.Rows(5, None)
+    mask = masks.SlidingWindow(7) & Dilated(3) & rest
+    order = mask.in_order(96, 96)
+    assert order is not None
+    cells = mask.materialize(96, 96)[0, 0]
+    rows, keys = order.unmatched()
+    assert [i for a, b in rows for i in range(a, b)] == (~cells.any(1)).nonzero().flatten().tolist()
+    assert [j for a, b in keys for j in range(a, b)] == (~cells.any(0)).nonzero().flatten().tolist()
+    monkeypatch.setattr(Dilated, "_cells", no_cells)
+    found = (masks.Causal() & Dilated(3) & masks.Rows(5, None)).lint(8192, 8192)
+    assert [finding.code for finding in found] == ["empty-rows", "not-a-region"]
+    assert "rows 0 to 4" in found[0].message
 
 
 def test_moved_tokens_are_in_the_price() -> None:
