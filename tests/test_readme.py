@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("backends.md", "decoding.md", "gathered.md", "selected.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("backends.md", "decoding.md", "gathered.md", "selected.md")
+    ),
 ]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
 

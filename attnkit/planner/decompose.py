@@ -43,8 +43,9 @@ _MOST_PARTITIONS = 4
 _MOST_GROUPINGS = 4
 _MOST_CELLS = 1024
 _MOST_CALLS = 8
-# What the contract takes (rules batch-limit and prefix-batch).
+# What the contract takes (rules batch-limit, length-limit and prefix-batch).
 _MOST_SEQUENCES = 2048
+_MOST_TOKENS = 1_000_000
 _MOST_PREFIXES = 32
 _NOTHING = Region.empty()
 
@@ -363,13 +364,16 @@ class _Maker(NamedTuple):
         """Yield as many segments at a time as a call may have, and as memory is allowed for."""
         limited = self.request.memory_limit is not None
         some, held, room = list[Segment](), 0, _room(self.request, segments)
+        rows = keys = 0
         for one in segments:
             size = most_bytes(self.request, one.block.sizes, self.heads) if limited else 0
-            if some and (len(some) == _MOST_SEQUENCES or held + size > room):
+            longest = max(rows + one.block.sizes[0], keys + one.block.sizes[1])
+            many = len(some) == _MOST_SEQUENCES or longest > _MOST_TOKENS
+            if some and (many or held + size > room):
                 yield some
-                some, held = [], 0
+                some, held, rows, keys = [], 0, 0, 0
             some.append(one)
-            held += size
+            held, rows, keys = held + size, rows + one.block.sizes[0], keys + one.block.sizes[1]
         yield some
 
     def packed(self, segments: list[Segment]) -> Launch | Refusal:

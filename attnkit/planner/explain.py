@@ -197,7 +197,7 @@ def _solution_lines(plan: Plan) -> list[str]:
         lines += _entry(f"call {k}" if several else "call", name)
         lines += _entry("", tensors)
         lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
-        lines += _entry("gathers", _gathered(launch, request))
+        lines += _entry("gathers", _gathered(launch, plan.in_order or request))
     lines += _entry("merge", _merge(plan))
     lines += _entry("backward", _backward(plan))
     if plan.in_order is not None:

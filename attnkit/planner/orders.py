@@ -95,7 +95,20 @@ def restated(request: Request) -> Iterator[Request | Refusal]:
     in_order = sorted_positions(request)
     for way in (in_order, folded(request), in_order and folded(in_order)):
         if way is not None:
-            yield way
+            yield _beside(request, way)
+
+
+def _beside(request: Request, way: Request | Refusal) -> Request | Refusal:
+    """Leave a restated request the memory that its moved tokens do not take."""
+    limit = request.memory_limit
+    if limit is None or isinstance(way, Refusal):
+        return way
+    # What is moved is read and written, and only the copy is more memory.
+    taken = moves(request, way)[0] // 2
+    if taken < limit:
+        return replace(way, memory_limit=limit - taken)
+    reason = f"moved tokens take {taken:,} bytes, and memory_limit is {limit:,}"
+    return Refusal("memory-limit", reason, f"{way.mask!r}")
 
 
 def sorting(other: Request) -> Sorted | None:

@@ -329,6 +329,25 @@ def test_sliding_tiles_of_a_video_are_one_call(monkeypatch: pytest.MonkeyPatch) 
     assert {finding.code for finding in mask.lint(tokens, tokens)} == {"not-a-region"}
 
 
+def test_a_video_and_its_text_are_split_where_the_op_or_memory_has_limits() -> None:
+    """More than a million keys are two calls on other rows, and so are too many bytes."""
+    video, tokens = masks.SlidingTiles((30, 48, 80), tile=(6, 8, 8), window=3), 30 * 48 * 80
+    text = masks.Columns(tokens, None) | masks.Rows(tokens, None)
+    x = torch.empty(1, tokens + 256, 8, 64, device="meta", dtype=torch.bfloat16)
+    plan = ak.plan(x, x, x, mask=masks.Placed(video, after=256) | text, backend="emulated")
+    assert [call.atten_mask for call in plan.calls] == [None, None]
+    assert max(call.key.shape[0] for call in plan.calls) <= 1_000_000
+    x, limit = x[:, :tokens], 2_000_000_000
+    plan = ak.plan(x, x, x, mask=video, backend="emulated", memory_limit=limit)
+    assert len(plan.calls) > 1
+    assert plan.price is not None
+    assert plan.in_order is not None
+    assert plan.price.peak_bytes <= limit
+    assert plan.in_order.memory_limit == limit - 4 * x.nbytes
+    with pytest.raises(ak.BackendRefused, match="moved tokens take 471,859,200 bytes"):
+        ak.plan(x, x, x, mask=video, backend="emulated", memory_limit=400_000_000)
+
+
 def test_a_report_and_a_picture_are_of_the_sorted_positions() -> None:
     x = torch.empty(1, 96, 4, 8, dtype=torch.float64)
     per_head = masks.PerHead([SMALL, SMALL, WIDER, WIDER])
