@@ -248,7 +248,7 @@ def _lines_of(group: Sequence[range], shape: Sequence[int]) -> Iterator[range]:
         yield range(start + last.start, start + last.stop, last.step)
 
 
-class _Sight(NamedTuple):
+class _Near(NamedTuple):
     """Parts of an axis that see each other, by number: which cells, if a region, and if all."""
 
     rows: int
@@ -257,13 +257,13 @@ class _Sight(NamedTuple):
     full: bool
 
 
-def _pairs(axis: Region, parts: Sequence[range]) -> Iterator[_Sight]:
+def _pairs(axis: Region, parts: Sequence[range]) -> Iterator[_Near]:
     """Yield the parts of an axis that see each other."""
     for (a, rows), (b, keys) in product(enumerate(parts), repeat=2):
         cells = carried(axis, rows, keys)
         if cells is None or cells:
             full = cells is not None and cells.area == len(rows) * len(keys)
-            yield _Sight(a, b, cells, full)
+            yield _Near(a, b, cells, full)
 
 
 def _number(at: Iterable[int], parts: Sequence[Sequence[range]]) -> int:
