@@ -325,6 +325,8 @@ class Region:
 
     def shift(self, di: int, dj: int) -> Region:
         """Return the region moved down by `di` rows and right by `dj` keys."""
+        if not di and not dj:
+            return self
         return Region(
             tuple(
                 Strip(i0 + di, i1 + di, tuple((a + dj, da, b + dj, db) for a, da, b, db in runs))

@@ -6,7 +6,8 @@ The way of one request:
 2. `request.Request.matrices` asks the mask for the `Region` of every score matrix.
 3. `lower.lower` begins a `decompose.Search`; a bias that trains goes through `routes` first.
 4. `candidates` makes a `calls.Launch` for every mode: one call, where its sequences lie, its cells.
-5. `decompose` makes several, where one is not enough: `cuts` of a region, `grouping` by window.
+5. `decompose` makes several, where one is not enough: `staircases` of rows that gather their keys,
+   and `cuts` of a region where `bounds` say that they may be cheaper, with `grouping` by window.
 6. `proof.reasons_against` compares the cells that a launch computes with those it is to compute,
    and asks the kernel's rules; what falls becomes a `Refusal`.
 7. `price` counts the work of the launches that are left; the cheapest `calls.Solution` wins.

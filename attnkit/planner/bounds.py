@@ -46,10 +46,12 @@ class Work(NamedTuple):
         at each cell that the row above does not have.
         """
         cells = rows = 0
+        _, tile_kv = _tile()
         for i0, i1, runs in region.strips:
             rows += (i1 - i0) * len(runs)
             for a, da, b, db in runs:
-                cells += (i1 - i0) * _whole(b - a if db >= da else b - a - i1 + i0 + 1, _tile()[1])
+                shortest = b - a if db >= da else b - a - (i1 - i0 - 1)
+                cells += (i1 - i0) * _whole(shortest, tile_kv)
         keys = (region - region.shift(1, 0)).area if with_keys else 0
         return cls(cells, rows, keys)
 

@@ -56,7 +56,7 @@ def partitions(region: Region, batch: int = 0) -> Iterator[tuple[Segment, ...]]:
     if (whole := _Kinds.of(region.strips)) is None:
         return
     few = sum(strip.i1 - strip.i0 for strip in region.strips) <= _FEW_ROWS
-    for slides, chains, classes in _WAYS:
+    for slides, chains, classes in _WAYS if whole.slides else _WAYS[1:]:
         parts = whole.by_row(slides=not slides, stairs=few or not chains)
         if parts is None:
             continue
