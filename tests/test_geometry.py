@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from itertools import pairwise, product
 from operator import and_, or_, sub, xor
 
@@ -401,3 +402,29 @@ def test_a_region_combines_with_regions_only():
 def test_from_rows_refuses_runs_that_are_not_maximal(runs):
     with pytest.raises(CompositionError, match="in row 1; runs are"):
         Region.from_rows([[(0, 1)], runs])
+
+
+def test_rows_of_many_runs_and_sets_that_share_no_row():
+    """More runs than are looked through one by one, met by bands of every kind."""
+    chance, size = random.Random(0), 40
+    for seed in range(24):
+        step = chance.choice([2, 3])
+        stripes = [Slice(0, size, k, k + 1) for k in range(0, size, step)]
+        if seed % 2:
+            stripes = [Slice(0, size, 0, size, k, k) for k in range(-size, size, step)]
+        many = Region.of(*stripes)
+        (i0, i1), (j0, j1) = (sorted(chance.sample(range(size + 1), 2)) for _ in range(2))
+        lo, hi = (chance.choice([None, chance.randint(-20, 20)]) for _ in range(2))
+        band = Region.of(Slice(i0, i1, j0, j1, lo, hi))
+        both = bits_of(many, size, size) & bits_of(band, size, size)
+        assert bits_of(many & band, size, size) == bits_of(band & many, size, size) == both
+        left = many - band
+        assert bits_of(left, size, size) == bits_of(many, size, size) & ~both
+        rows = [left & Region.of(Slice(i, i + 1, 0, size)) for i in range(size)]
+        assert Region.union(Region.union(rows[k::3]) for k in range(3)) == left
+        lows, highs = (
+            [f(getattr(part, name) for part in left.slices) for name in names]
+            for f, names in ((min, ("i0", "j0", "lo")), (max, ("i1", "j1", "hi")))
+        )
+        ends = [end for pair in zip(lows, highs, strict=True) for end in pair]
+        assert left.bounds == Slice(*ends)
