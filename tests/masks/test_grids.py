@@ -12,7 +12,7 @@ import torch
 
 from attnkit import masks
 from attnkit.masks import Rectangle, grid
-from attnkit.masks.trace import count_slices
+from attnkit.masks.trace import count_slices, paint
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -159,6 +159,22 @@ def test_shifted_windows_are_those_of_swin(axes, largest):
 
 
 # -- what they share -------------------------------------------------------------------------
+
+
+def test_products_of_any_sets():
+    """Runs that end at a border join with the next block, in all rows, in the first or the last."""
+    bands = [
+        masks.Band(a, b).region(4, 4) for a, b in product(range(-2, 4), repeat=2) if a + b >= 0
+    ]
+    loose = [
+        masks.Dense.keep(torch.rand(4, 4, generator=RANDOM) < 0.7).region(4, 4) for _ in range(12)
+    ]
+    ends = [masks.Keys([(0, 1), (3, 4)]).region(4, 4), ~masks.Band(1, 0), ~masks.Band(0, 1)]
+    sets = [*bands, *loose, ends[0], *(mask.region(4, 4) for mask in ends[1:])]
+    for outer, inner in product(sets, repeat=2):
+        found = grid.grid_product((outer, inner), (4, 4))
+        right = torch.kron(paint(outer, 4, 4).int(), paint(inner, 4, 4).int()).bool()
+        assert found == masks.Dense.keep(right).region(16, 16), (outer, inner)
 
 
 def test_one_value_for_all_axes_is_that_value_for_each():
