@@ -141,7 +141,8 @@ def _row(one: Sparse, arguments: tuple[object, ...], rounds: int) -> str:
     told = [f"{n:.0f}" for n in forward] + [f"{forward[0] / forward[2]:.2f}"]
     told += [f"{n:.0f}" for n in both] + [f"{both[0] / both[2]:.2f}"]
     name = one.name.format(*arguments)
-    row = f"| {name} | {kv_len:,} | {share:.1f} % | {planned(mask, q_len, kv_len):.0f} | {' | '.join(told)} |"
+    first = f"| {name} | {kv_len:,} | {share:.1f} % | {planned(mask, q_len, kv_len):.0f}"
+    row = f"{first} | {' | '.join(told)} |"
     print(row, flush=True)
     return row
 
