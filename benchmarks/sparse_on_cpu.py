@@ -2,9 +2,9 @@
 
 Attention forward, and forward and backward, of the masks of `_sparse_masks` on the `tiled` backend;
 on torch's fused attention with a dense mask; and on the same with keys gathered *by hand*: rows
-that see the same keys (or, where rows all differ, 128 rows that follow each other) are one product over
-the keys that they see. Then what `tiled` takes to plan the same masks at 16,384 tokens. Float32, 8
-heads of 64, one thread, processor time, best of the rounds, in turns. Writes
+that see the same keys (or, where rows all differ, 128 rows that follow each other) are one product
+over the keys that they see. Then what `tiled` takes to plan the same masks at 16,384 tokens.
+Float32, 8 heads of 64, one thread, processor time, best of the rounds, in turns. Writes
 benchmarks/results/sparse_on_cpu.md.
 """
 
