@@ -36,7 +36,8 @@ class Case:
     - `call` forces arguments of the kernel call, by name, where the planner would take others;
       the composition is then whatever the kernel's contract says that this call computes.
     - `learned` lets the bias matrix want a gradient.
-    - `merges` asks for several calls where one that reads a full mask would be cheaper.
+    - `merges` asks for calls that merge, with keys side by side, where others would be cheaper;
+      `gathers` for calls that gather keys from several places, with every row once.
     - `dropout` above 0 makes it a case about dropout: its statistics and its backward.
     - `quick` cases are those of the quick suite.
     """
@@ -62,6 +63,7 @@ class Case:
     score_fn: ScoreFunction | None = None
     call: tuple[tuple[str, Any], ...] = ()
     merges: bool = False
+    gathers: bool = False
     dropout: float = 0.0
     group: str = ""
     quick: bool = True
@@ -149,6 +151,7 @@ _LONGER = SeqLens([50, 64, 30])
 _UNEVEN = SeqLens([5, 0, 12, 7], [5, 3, 12, 9])
 _WINDOW_AND_START = _WINDOW | (_CAUSAL & masks.Columns(0, 2))
 _HEADS = masks.PerHead([_CAUSAL, masks.Full(), masks.Band(2, 2), _CAUSAL])
+_BLOCKS = masks.Blocks(torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool(), 6, 8)
 _SQUARE = AttenMask.full((24, 24), [Region.of(Slice(0, 24, 0, 24, lo=-9, hi=4))])
 _PREFIXED = AttenMask.full(
     (2, 1, 24, 24),
@@ -229,6 +232,13 @@ _CASES = {
             kv_heads=2,
             **_TILES,
         ),
+    ),
+    "gathered keys": (
+        Case("gather-start", _WINDOW_AND_START, gathers=True, **_WIDE),
+        Case("gather-blocks", _BLOCKS, kv_heads=2, gathers=True),
+        Case("gather-blocks-causal", _BLOCKS & _CAUSAL, gathers=True),
+        Case("gather-heads", masks.PerHead([_BLOCKS, ~_BLOCKS] * 2), gathers=True),
+        Case("gather-grid", masks.Neighborhood((6, 8), 5), q_len=48, kv_len=48, gathers=True),
     ),
     "biases": (
         Case("alibi", _CAUSAL, pse.ALiBi(4)),

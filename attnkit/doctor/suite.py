@@ -17,6 +17,8 @@ from attnkit.errors import BackendRefused
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.planner import Composition, Launch, Plan, Request, read_request
 from attnkit.planner.calls import tile_whole
+from attnkit.planner.decompose import Search
+from attnkit.planner.lower import search_for
 
 __all__ = ["DTYPES", "Result", "make_case_plan", "make_request", "run_case", "run_suite"]
 
@@ -153,8 +155,8 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     dtype = inputs.query.dtype
     request = make_request(composed, case.sizes, dtype, device, case.seqlens, inputs.sink)
     plan = make_plan(request, backend)
-    if case.merges and plan.calls:
-        plan = _in_parts(plan)
+    if (case.merges or case.gathers) and plan.calls:
+        plan = _in_parts(plan, case.gathers)
     if not case.call:
         return plan
     # A plan without calls is compared with the call that the kernel would make without a mask.
@@ -172,10 +174,14 @@ def make_case_plan(case: Case, inputs: Inputs, backend: str, device: str) -> Pla
     return forced
 
 
-def _in_parts(plan: Plan) -> Plan:
-    """Return the plan of several calls that merge, where a cheaper one was taken."""
-    options = (plan.steps, *(other.launches for other in plan.alternatives))
-    parts = next((some for some in options if some and some[0].partial), plan.steps)
-    merged = replace(plan, steps=parts, alternatives=())
-    merged.verify()
-    return merged
+def _in_parts(plan: Plan, gathers: bool) -> Plan:
+    """Return the plan of calls that gather, or that merge, where a cheaper one was taken."""
+    found = search_for(plan.request, Search(gathers=gathers))
+    options = (found.steps, *(other.launches for other in found.alternatives))
+    fits = [some for some in options if some and some[0].partial]
+    if gathers:
+        fits = [some for some in fits if not all(k.is_rectangle for k in some[0].blocks)]
+    parts = fits[0] if fits else found.steps
+    taken = replace(found, backend=plan.backend, steps=parts, alternatives=(), back=())
+    taken.verify()
+    return taken

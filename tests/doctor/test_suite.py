@@ -50,6 +50,10 @@ def test_every_mode_bias_layout_and_way_to_merge_is_covered():
     merged = [plan for plan in plans if len(plan.steps) > 1]
     assert any(plan.steps[0].heads is None for plan in merged)
     assert any(plan.steps[0].heads is not None for plan in merged)
+    gathered = [plan for plan, case in zip(plans, CASES, strict=True) if case.gathers]
+    assert {k.is_rectangle for plan in gathered for s in plan.steps for k in s.blocks} >= {False}
+    assert all(some.once for plan in gathered for some in plan.by_heads)
+    assert any(plan.in_order is not None for plan in gathered)
     assert any(plan.request.dropout for plan in merged)
 
 
