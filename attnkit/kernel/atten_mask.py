@@ -184,9 +184,16 @@ _PREFIX = AttenMask("prefix", (COMPRESSED_SIDE + PREFIX_SIDE, COMPRESSED_SIDE))
 def _build(mask: AttenMask, device: torch.device) -> torch.Tensor:
     rows, columns = mask.shape[-2:]
     planes = torch.ones(prod(mask.shape[:-2]), rows, columns, dtype=torch.bool, device=device)
+    drawn: dict[int, torch.Tensor] = {}  # many tiles of one mask are alike
     for index, plane in enumerate(planes):
-        for part in mask.allowed(index).slices:
+        region = mask.allowed(index)
+        if id(region) in drawn:
+            plane.copy_(drawn[id(region)])
+            continue
+        for part in region.slices:
             _clear(plane, part)
+        if mask.regions is not None:  # others are made anew for each index
+            drawn[id(region)] = plane
     return planes.view(mask.shape).to(mask.dtype)
 
 

@@ -234,8 +234,11 @@ def _with_full_mask(
     """
     ordered: Iterable[Launch | Refusal] = candidates(request, bare, full_masks=True)
     if rival is not None:
-        longest = (max(side) for side in zip(*(k.sizes for k in bare.blocks), strict=True))
-        least = least_with_full_mask(request, prod(longest), rival.cells)
+        entries = prod(max(side) for side in zip(*(k.sizes for k in bare.blocks), strict=True))
+        if entries > MOST_MASK_CELLS:
+            refusals.append(_too_large(entries, "modes 0 and 1"))
+            return []
+        least = least_with_full_mask(request, entries, rival.cells)
         if least >= rival.nanoseconds:
             refusals.append(_dearer(least, rival, "modes 0 and 1"))
             return []
@@ -249,13 +252,17 @@ def _worth_proving(candidate: Launch | Refusal, rival: Price) -> Launch | Refusa
         return candidate
     entries = _mask_cells(candidate.call)
     if entries > MOST_MASK_CELLS:
-        reason = (
-            f"a mask of {entries:,} entries would be built in every step; up to "
-            f"{MOST_MASK_CELLS:,} one is kept, and weighed"
-        )
-        return Refusal("full-mask-size", reason, candidate.label)
+        return _too_large(entries, candidate.label)
     price = candidate.price.nanoseconds
     return candidate if price < rival.nanoseconds else _dearer(price, rival, candidate.label)
+
+
+def _too_large(entries: int, subject: str) -> Refusal:
+    reason = (
+        f"a mask of {entries:,} entries would be built in every step; up to "
+        f"{MOST_MASK_CELLS:,} one is kept, and weighed"
+    )
+    return Refusal("full-mask-size", reason, subject)
 
 
 def _dearer(price: float, rival: Price, subject: str) -> Refusal:
