@@ -21,7 +21,7 @@ Image = tuple[Block, Region]
 
 # Runs of rows that are looked at in the time that a range of keys takes, and a slice.
 _PER_PIECE, _PER_SLICE = 8, 300
-_MOST_RUNS = 2**25
+_MOST_RUNS = 2**23
 
 
 def _distinct(images: Sequence[Image]) -> list[tuple[tuple[int, int], Region]]:

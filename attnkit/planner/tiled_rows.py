@@ -205,7 +205,6 @@ class ColumnRuns:
         joins[1:] &= counts[1:] == counts[:-1]
         joins[0] = False
         keeps = np.logical_and.reduceat(same == same[above], tops) & joins
-        keeps[1:] &= joins[:-1]
         runs = np.stack([self.start, steps[0], self.stop, steps[1]], axis=1)
         return Region(tuple(_strips(runs, self.first.tolist(), joins.tolist(), keeps.tolist())))
 
