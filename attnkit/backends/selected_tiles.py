@@ -7,8 +7,9 @@ selects and those of its own; the masked cells among them are few. As many are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from attnkit.backends.base import AttentionOutput, Operands, Stats, stats_dtype
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.selected import checked, selected_by
+from attnkit.backends.tiled.whole import is_sound
 from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.masks.selected import SelectedBlocks
@@ -27,6 +29,12 @@ from attnkit.planner import Plan, Request
 from attnkit.planner.selected import selection_of
 
 __all__ = ["run_tiles", "selected_refusals"]
+
+Found = tuple[Tensor, Tensor | None, Tensor | None]
+Attend = Callable[[Request, "_Batch"], Found]
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 CELLS = 1 << 21
 """Scores that are held at a time."""
@@ -86,30 +94,35 @@ def run_tiles(plan: Plan, operands: Operands) -> AttentionOutput:
     """Attend to selected blocks; autograd records what happens here."""
     request, chosen = plan.request, selected_by(plan.request, operands)
     right = checked(chosen, request.kv_len)
-    again, parts = torch.is_grad_enabled(), []
-    for batch in _ByBlock(request, chosen, operands).batches():
-        parts.append(
-            checkpoint(
-                _attend,
-                request,
-                batch,
-                use_reentrant=False,
-                preserve_rng_state=request.dropout > 0,
-            )
-            if again
-            else _attend(request, batch)
-        )
-    folds = max(chosen.form.shape[1], request.num_kv_heads)
-    out, lse, peak = (
-        rearrange(
-            torch.cat(column), "(b f i) g r ... -> b (f g) (i r) ...", b=request.batch, f=folds
-        )
-        for column in zip(*parts, strict=True)
+    blocks = _ByBlock(request, chosen, operands)
+    fused = _fits_torch(request, chosen, operands)
+    out, lse, peak = blocks.run(_attend_fused if fused else _attend)
+    if fused and torch.is_grad_enabled():  # of torch's kernel only the output has gradients
+        lse = None
+
+    def told(found: Tensor) -> Tensor:
+        return found if right is None else torch.where(right, found, torch.nan)
+
+    def statistic(number: int) -> Tensor:
+        return told(cast(Tensor, blocks.run(_attend)[number]))
+
+    output = request.layout_of.from_bnsd(told(out).to(request.dtype))
+    return AttentionOutput(
+        output,
+        Stats(
+            partial(statistic, 1) if lse is None else told(lse),
+            partial(statistic, 2) if peak is None else peak.detach(),
+        ),
     )
-    if right is not None:  # nothing wrong may look right
-        out, lse = (torch.where(right, t, torch.nan) for t in (out, lse))
-    output = request.layout_of.from_bnsd(out.to(request.dtype))
-    return AttentionOutput(output, Stats(lse, peak.detach()))
+
+
+def _fits_torch(request: Request, chosen: SelectedBlocks, operands: Operands) -> bool:
+    """Whether torch's fused kernel for the CPU computes it: nothing but masked rows with keys."""
+    terms = request.sink or request.softcap is not None or request.dropout
+    trains = chosen.gates is not None and chosen.gates.requires_grad and torch.is_grad_enabled()
+    sees = chosen.causal or chosen.counts is None
+    plain = operands.query.device.type == "cpu" and request.head_dim == request.value_dim
+    return plain and sees and not terms and not trains and bool(request.q_len)
 
 
 class _ByBlock:
@@ -128,6 +141,25 @@ class _ByBlock:
         self.sink = None
         if operands.sink is not None:
             self.sink = rearrange(operands.sink.to(wide), "(f g) -> f g 1", f=self.folds)
+
+    def run(self, attend: Attend) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what a function makes of all query blocks, ``[b n s ...]``."""
+        request, again = self.request, torch.is_grad_enabled()
+        drops = request.dropout > 0
+        parts = [
+            checkpoint(attend, request, batch, use_reentrant=False, preserve_rng_state=drops)
+            if again
+            else attend(request, batch)
+            for batch in self.batches()
+        ]
+        sizes = {"b": request.batch, "f": self.folds}
+        out, lse, peak = (
+            None
+            if column[0] is None
+            else rearrange(torch.cat(column), "(b f i) g r ... -> b (f g) (i r) ...", **sizes)
+            for column in zip(*parts, strict=True)
+        )
+        return cast(Tensor, out), lse, peak
 
     def batches(self) -> Iterator[_Batch]:
         """Yield query blocks, as many as may be held at once."""
@@ -197,7 +229,46 @@ class _ByBlock:
         return found.repeat_interleave(times, 1).flatten(0, 2)
 
 
-def _attend(request: Request, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_fused(request: Request, batch: _Batch) -> Found:
+    """Return output ``[x g r d]`` and log-sum-exp of query blocks, by torch's own kernel."""
+    heads = batch.query.shape[1]
+    key, value = (t[:, None].expand(-1, heads, -1, -1) for t in (batch.key, batch.value))
+    mask = torch.zeros(batch.seen.shape, dtype=batch.query.dtype)
+    if batch.gates is not None:
+        mask = mask + batch.gates[:, None, None]
+    mask = mask.masked_fill(~batch.seen, -torch.inf)
+    scale = bounded(request.scale, batch.query.dtype)
+    out, lse = _TorchKernel.apply(scale, mask, batch.query, key, value)  # type: ignore[no-untyped-call]
+    return (out, lse, None) if is_sound(lse) else _attend(request, batch)
+
+
+class _TorchKernel(torch.autograd.Function):
+    """Torch's kernel, whose derivative has none of its own: further ones are the definition's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: float, mask: Tensor, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(mask, query, key, value, out, lse)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        mask, query, key, value, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            weights = (ctx.scale * query @ key.mT + mask).softmax(-1)
+            leaves = (query, key, value)
+            found = torch.autograd.grad(weights @ value, leaves, dy, create_graph=True)
+        else:
+            given = (dy, query, key, value, out, lse, 0.0, False)
+            found = _backward(*given, attn_mask=mask, scale=ctx.scale)
+        return (None, None, *found)
+
+
+def _attend(request: Request, batch: _Batch) -> Found:
     """Return output ``[x g r d]``, log-sum-exp and maximum ``[x g r]`` of query blocks."""
     wide = batch.query.dtype
     heads = batch.query.shape[1]

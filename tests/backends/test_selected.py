@@ -349,6 +349,29 @@ def test_dropout_keeps_what_it_says(backend: str) -> None:
     assert abs(out.mean().item() - 1.0) < 0.02
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_second_derivatives_on_tiles(gated: bool) -> None:
+    """Torch's kernel has none: where it computes the first ones, the definition has the second."""
+    inputs, mask, _ = tensors(q_len=4, kv_len=4, q_block=2, kv_block=2, k=1, gated=gated)
+    leaves = [*inputs, *([mask.gates] if mask.gates is not None else [])]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *gates: Tensor) -> Tensor:
+        again = SelectedBlocks(mask.indices, 2, 2, True, *gates)
+        return ak.attention(query, key, value, mask=again, backend="tiled")
+
+    torch.autograd.gradgradcheck(attend, leaves, atol=1e-6, fast_mode=True)
+
+
+def test_statistics_of_tiles_are_made_where_somebody_looks() -> None:
+    inputs, mask, _ = tensors()
+    with torch.no_grad():
+        _, stats = ak.attention(*inputs, mask=mask, backend="tiled", return_stats=True)
+        _, wanted = ak.attention(*inputs, mask=mask, backend="reference", return_stats=True)
+    assert (stats.max - wanted.max).abs().max() < 1e-13
+    assert (stats.lse - wanted.lse).abs().max() < 1e-13
+    assert (stats.sum - wanted.sum).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_that_nobody_selects_count_for_nothing(backend: str) -> None:
     inputs, _, given = tensors(causal=False)
