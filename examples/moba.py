@@ -53,9 +53,8 @@ class MoBA(nn.Module):
         scores = queries @ keys.mT
         blocks = torch.arange(scores.shape[-1], device=scores.device)
         best = scores.masked_fill(blocks >= blocks[:, None], -torch.inf).topk(TOP)
-        # Of the first blocks of queries fewer are read, and what is not read must be finite.
-        gates = best.values.masked_fill(best.values == -torch.inf, 0.0)
-        return masks.SelectedBlocks(best.indices, BLOCK, BLOCK, causal=True, gates=gates)
+        # Of the first blocks of queries fewer are read; what is not read may be anything.
+        return masks.SelectedBlocks(best.indices, BLOCK, BLOCK, causal=True, gates=best.values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend to the blocks that are selected."""

@@ -74,7 +74,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: masks.SelectedBlocks)
     if mask.gates is not None:
         blocks = torch.arange(length // mask.kv_block)
         chosen = mask.live(length)[..., None] & (mask.indices[..., None] == blocks)
-        gates = (chosen * mask.gates[..., None]).sum(-2)
+        gates = torch.where(chosen, mask.gates[..., None], 0.0).sum(-2)
         gates = gates.repeat_interleave(mask.q_block, 2).repeat_interleave(mask.kv_block, 3)
         scores = scores + gates.repeat_interleave(heads // gates.shape[1], 1)
     allowed = mask.materialize(length, length, batch, heads)

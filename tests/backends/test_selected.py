@@ -386,6 +386,15 @@ def test_blocks_that_nobody_selects_count_for_nothing(backend: str) -> None:
     assert (clean["lse"][..., :8] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_that_are_not_read_may_be_anything(backend: str) -> None:
+    inputs, mask, given = tensors(gated=True, counted=True)
+    clean = results(backend, inputs, mask, given)
+    assert mask.gates is not None
+    mask.gates.data.masked_fill_(~mask.live(48), torch.nan)
+    assert worst(results(backend, inputs, mask, given), clean) == 0.0
+
+
 def test_what_calls_cannot_have_is_refused_and_the_reference_computes_it() -> None:
     inputs, mask, _ = tensors()
     how = {"pse": ak.pse.ALiBi(4)}
