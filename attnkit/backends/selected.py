@@ -237,25 +237,29 @@ class _WayBack:
             made = self.launcher.backward(call, tensors, dy, answer)
             self._add(part, gather, made.query, made.key)
             if random is not None:
-                self._sum(self.to_value, gather, made.value)
+                self._sum(part, gather, self.to_value, made.value)
 
     def _add(self, part: GatheredCall, gather: Gather, to_query: Tensor, to_key: Tensor) -> None:
         laid, dim = self.laid, self.laid.request.head_dim
         rows = laid.view_of(part, self.to_query)
         rows += to_query[..., :dim].view(rows.shape)
-        self._sum(self.to_key, gather, to_key[..., :dim])
+        self._sum(part, gather, self.to_key, to_key[..., :dim])
         if self.to_gates is not None:
             self._add_to_gates(part, gather, to_key[..., dim])
 
-    def _sum(self, total: Tensor, gather: Gather, part: Tensor) -> None:
+    def _sum(self, part: GatheredCall, gather: Gather, total: Tensor, slope: Tensor) -> None:
         """Add a call's keys ``[t m d]`` to their units."""
-        units = gather.cleared(part.to(total.dtype).reshape(-1, *total.shape[1:]))
+        units = gather.cleared(slope.to(total.dtype).reshape(-1, *total.shape[1:]))
         if not torch.are_deterministic_algorithms_enabled():
             total.index_add_(0, gather.index, units)
             return
-        numbers = torch.arange(len(total), device=total.device)
-        here = (numbers[:, None] == gather.index).to(total.dtype)
-        total += (here @ units.flatten(1)).view(total.shape)
+        width, each = self.laid.width, gather.units.shape[1]
+        for number, fold in enumerate(range(*part.folds)):
+            first = fold // self.laid.shared * width
+            places = torch.arange(first, first + width, device=total.device)
+            here = (places[:, None] == gather.units[number]).to(total.dtype)
+            own = units[number * each : (number + 1) * each].flatten(1)
+            total[first : first + width] += (here @ own).view(-1, *total.shape[1:])
 
     def _add_to_gates(self, part: GatheredCall, gather: Gather, slope: Tensor) -> None:
         """Add what the channel's first piece got, ``[t m]``: the scale times that of the score."""

@@ -162,14 +162,18 @@ class Laid:
             gates = torch.where(recipe.chosen if live is None else recipe.chosen & live, found, 0.0)
         # What is not read may hold any number; one that is wrong is told, and reads nothing else.
         units = units.clamp(0, kv_len // self.unit - 1)
-        return Gather(recipe, units + self._first(part), live, gates)
+        first = _first_units(part.folds, self.shared, self.width, self.device)
+        return Gather(recipe, units + first, live, gates)
 
-    def _first(self, part: GatheredCall) -> Tensor:
-        """Return the first unit of each fold's key heads, ``[fold 1]``."""
-        folding, heads = self.folding, self.tensors[1].shape[1]
-        shared = max(1, folding.heads // heads)  # folds that read one key head
-        numbers = torch.arange(*part.folds, device=self.device) // shared
-        return (numbers * (self.request.kv_len // self.unit))[:, None]
+    @property
+    def shared(self) -> int:
+        """The folds that read one key head."""
+        return max(1, self.folding.heads // self.request.num_kv_heads)
+
+    @property
+    def width(self) -> int:
+        """The units of each fold's keys."""
+        return self.request.kv_len // self.unit
 
     def tensors_of(self, part: GatheredCall, gather: Gather, value: Tensor) -> dict[str, Any]:
         """Return the tensors of a part's call."""
@@ -221,6 +225,12 @@ class Laid:
         if self.counts is None or self.selection.causal:
             return None
         return (self.counts == 0).repeat_interleave(self.selection.q_block, 1)[..., None]
+
+
+@constant
+def _first_units(folds: tuple[int, int], shared: int, width: int, device: torch.device) -> Tensor:
+    """Return the first unit of each fold's key heads, ``[fold 1]``."""
+    return torch.arange(*folds, device=device)[:, None] // shared * width
 
 
 def _wide(tokens: Tensor, dim: int) -> Tensor:

@@ -328,8 +328,9 @@ def test_nothing_gathered_is_kept_for_the_backward() -> None:
     assert max(held) <= max(t.numel() for t in inputs)
 
 
-def test_deterministic_sums_are_the_same_sums() -> None:
-    given = tensors(gated=True, counted=True)
+@pytest.mark.parametrize("selects", [1, 2, 4])
+def test_deterministic_sums_are_the_same_sums(selects: int) -> None:
+    given = tensors(gated=True, counted=True, selects=selects)
     wanted = results("emulated", *given)
     torch.use_deterministic_algorithms(True)
     try:
