@@ -288,6 +288,23 @@ def test_a_compiled_layer_makes_its_mask_in_the_graph() -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_a_graph_takes_masks_from_outside_and_biases_beside_them() -> None:
+    layer = ak.Attention(4, 8, num_kv_heads=2, pse=ak.pse.ALiBi(4), backend="reference")
+
+    def attend(inputs: list[Tensor], mask: SelectedBlocks) -> Tensor:
+        return layer(*inputs, mask=mask)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        inputs, mask, _ = tensors(gated=True, counted=True, seed=seed)
+        leaves = [*inputs, *([mask.gates] if mask.gates is not None else [])]
+        found, wanted = (
+            torch.autograd.grad(run(inputs, mask).square().sum(), leaves)
+            for run in (compiled, attend)
+        )
+        assert max((a - b).abs().max().item() for a, b in zip(found, wanted, strict=True)) < 1e-13
+
+
 # -- how it runs ----------------------------------------------------------------------------------
 
 
