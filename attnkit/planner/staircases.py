@@ -35,7 +35,8 @@ Keys = tuple[tuple[int, int], ...]
 
 _MOST_SEGMENTS = 8192  # four calls of as many sequences as the contract takes
 _MOST_RUNS = 2**15  # of rows whose ends move in no way that is named above
-_FEW_ROWS = 256  # that are looked at one by one though their strip is of a kind
+# Rows of strips that are of a kind are looked at one by one where they are few and strips short.
+_FEW_ROWS, _SHORT = 256, 4
 # Whether there are slides; whether there are chains; whether, beside these, rows are in classes.
 _WAYS = ((True, True, True), (False, True, True), (False, False, True), (False, True, False))
 
@@ -55,7 +56,7 @@ def partitions(region: Region, batch: int = 0) -> Iterator[tuple[Segment, ...]]:
     seen: set[tuple[Segment, ...]] = set()
     if (whole := _Kinds.of(region.strips)) is None:
         return
-    few = sum(strip.i1 - strip.i0 for strip in region.strips) <= _FEW_ROWS
+    few = _are_short(region.strips)
     for slides, chains, classes in _WAYS if whole.slides else _WAYS[1:]:
         parts = whole.by_row(slides=not slides, stairs=few or not chains)
         if parts is None:
@@ -126,7 +127,7 @@ class _Kinds(NamedTuple):
         strips = self.slides * slides + self.stairs * stairs
         if not strips:
             return self
-        if sum(strip.i1 - strip.i0 for strip in strips) > _FEW_ROWS:
+        if not _are_short(strips):
             return None
         rows = {keys: list(ranges) for keys, ranges in self.classes.items()}
         parts = _Kinds([] if slides else self.slides, [] if stairs else self.stairs, rows)
@@ -174,6 +175,12 @@ class _Kinds(NamedTuple):
                 yield _chain(batch, path)
         for keys, ranges in rest.items():
             yield _class(batch, ranges, keys)
+
+
+def _are_short(strips: Sequence[Strip]) -> bool:
+    """Whether strips have few rows each, and in all: then chains may part at every row."""
+    rows = sum(strip.i1 - strip.i0 for strip in strips)
+    return rows <= min(_FEW_ROWS, _SHORT * (len(strips) + _SHORT))
 
 
 def _keys(runs: tuple[Run, ...]) -> Keys:
