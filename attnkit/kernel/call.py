@@ -130,12 +130,12 @@ class KernelCall:
         """The number of batch elements, or of packed sequences."""
         return len(self.sequences) if self.is_packed else self.sizes[0].batch
 
-    @property
+    @cached_property
     def q_len(self) -> int:
         """The number of queries of one score matrix; of the longest sequence when packed."""
         return max((q for q, _ in self.sequences), default=0)
 
-    @property
+    @cached_property
     def kv_len(self) -> int:
         """The number of keys of one score matrix; of the longest sequence when packed."""
         return max((kv for _, kv in self.sequences), default=0)
@@ -263,7 +263,7 @@ class KernelCall:
             known = {some: mode_region(self.sparse_mode, ends, *some) for some in set(given)}
             return tuple(known[some] for some in given)
         heads = range(self.num_heads) if head is None and mask.per_head else (head or 0,)
-        found = {tuple(self._masked_region(mask, b, h) for b in range(self.batch)) for h in heads}
+        found = {self._masked_regions(mask, h) for h in heads}
         if len(found) > 1:
             raise KernelContractError(
                 f"the mask of shape {mask.shape} differs between heads; ask for "
@@ -285,10 +285,17 @@ class KernelCall:
         pairs = zip(self.sequences, self.prefix or (), strict=True)
         return tuple(prefix_causal(*sizes, length) for sizes, length in pairs)
 
-    def _masked_region(self, mask: AttenMask, b: int, head: int) -> Region:
-        """Modes 0, 1 and 5: the block of the mask tensor that belongs to one score matrix."""
-        (i0, j0), (q_len, kv_len) = self.mask_origin(b), self.sequences[b]
-        return mask.plane(b, head).cut((i0, i0 + q_len), (j0, j0 + kv_len))
+    def _masked_regions(self, mask: AttenMask, head: int) -> tuple[Region, ...]:
+        """Modes 0, 1 and 5: the block of the mask tensor that belongs to each score matrix."""
+        known: dict[tuple[int, ...], tuple[Region, Region]] = {}  # with the plane, for its id
+        found = []
+        for b, (q_len, kv_len) in enumerate(self.sequences):
+            plane, (i0, j0) = mask.plane(b, head), self.mask_origin(b)
+            block = (id(plane), i0, j0, q_len, kv_len)
+            if block not in known:
+                known[block] = plane, plane.cut((i0, i0 + q_len), (j0, j0 + kv_len))
+            found.append(known[block][1])
+        return tuple(found)
 
     def mask_origin(self, b: int) -> tuple[int, int]:
         """Return where a full mask starts for score matrix `b` (modes 0, 1 and 5).

@@ -59,9 +59,10 @@ def partitions(region: Region, batch: int = 0) -> Iterator[tuple[Segment, ...]]:
     few = _are_short(region.strips)
     for slides, chains, classes in _WAYS if whole.slides else _WAYS[1:]:
         parts = whole.by_row(slides=not slides, stairs=few or not chains)
-        if parts is None:
+        pieces = [piece for strip in parts.slides for piece in _pieces(strip)] if parts else []
+        if parts is None or len(pieces) > _MOST_SEGMENTS:
             continue
-        found = [_slide(batch, piece) for strip in parts.slides for piece in _pieces(strip)]
+        found = [_slide(batch, piece) for piece in pieces]
         found += parts.in_chains(batch, classes) if chains else parts.in_classes(batch)
         own = tuple(sorted(found, key=lambda one: one.block.ends))
         if 0 < len(own) <= _MOST_SEGMENTS and own not in seen:
