@@ -291,6 +291,96 @@ class World:
 
         return self.node(masks.Slices(pieces, q, k), formula)
 
+    def table(self, q: int, k: int) -> Node:
+        if not (q and k):
+            return self.slices(q, k)
+        a, causal = self.align(), self.random.random() < 0.4
+        rows, keys = self.random.randint(1, 4), self.random.randint(1, 4)
+        planes = self.random.choice(((1, 1), (self.batch, 1), (self.batch, self.heads)))
+        shape = (*planes, -(-q // rows), -(-k // keys))
+        bits = [self.random.random() < 0.5 for _ in range(int(np.prod(shape)))]
+        given = np.array(bits, bool).reshape(shape)
+        mask = masks.Blocks(given, rows, keys, causal, a, q_len=q, kv_len=k)
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            found = given[:, :, i // rows, j // keys]
+            return found & (j <= p) if causal else found
+
+        return self.node(mask, formula, a)
+
+    def ancestors(self, q: int, k: int) -> Node:
+        if not 0 < q <= k:
+            return self.slices(q, k)
+        each = []
+        for _ in range(self.random.choice((1, self.batch))):
+            names = self.random.sample(range(q), q)
+            parents = [-1] * q
+            for n, name in enumerate(names):
+                parents[name] = self.random.choice((-1, *names[:n]))
+            each.append(parents)
+        cells = np.zeros((len(each), 1, q, k), bool)
+        cells[..., : k - q] = True
+        for b, parents in enumerate(each):
+            for token in range(q):
+                above = token
+                while above >= 0:
+                    cells[b, 0, token, k - q + above] = True
+                    above = parents[above]
+        prefix = self.random.choice((None, k - q))
+        mask = masks.Tree(each if len(each) > 1 else each[0], prefix)
+        return self.node(mask, lambda p, j, i, b: cells)
+
+    def image(self, q: int, k: int) -> Node:
+        if q != k or not q:
+            return self.slices(q, k)
+        shape = self.random.choice([(h, q // h) for h in range(1, q + 1) if q % h == 0])
+        mask, seen = self.random.choice((self.near, self.tiles, self.windows))(shape)
+
+        def formula(p: Any, j: Any, i: Any, b: Any) -> Any:
+            wide = shape[1]
+            return seen(0, i // wide, j // wide) & seen(1, i % wide, j % wide)
+
+        return self.node(mask, formula)
+
+    def near(self, shape: tuple[int, int]) -> tuple[Any, Any]:
+        kernel = [self.random.randint(1, n) for n in shape]
+        step = [self.random.randint(1, n // own) for n, own in zip(shape, kernel, strict=True)]
+        causal = [self.random.random() < 0.3 for _ in shape]
+
+        def seen(axis: int, i: Any, j: Any) -> Any:
+            n, d, own = shape[axis], step[axis], kernel[axis]
+            most = (n - 1 - i % d) // d  # the last position of this residue
+            low = np.clip(i // d - own // 2, 0, most - own + 1)
+            inside = (low <= j // d) & (j // d < low + own)
+            if causal[axis]:
+                inside = (j <= i) & (i // d - j // d < own)
+            return inside & ((i - j) % d == 0)
+
+        return masks.Neighborhood(shape, kernel, step, causal), seen
+
+    def tiles(self, shape: tuple[int, int]) -> tuple[Any, Any]:
+        tile = [self.random.choice([t for t in range(1, n + 1) if n % t == 0]) for n in shape]
+        many = [n // t for n, t in zip(shape, tile, strict=True)]
+        window = [self.random.choice((*range(1, n + 1, 2), n)) for n in many]
+
+        def seen(axis: int, i: Any, j: Any) -> Any:
+            t, w = tile[axis], window[axis]
+            low = np.clip(i // t - w // 2, 0, many[axis] - w)
+            return (low <= j // t) & (j // t < low + w)
+
+        return masks.SlidingTiles(shape, tile, window), seen
+
+    def windows(self, shape: tuple[int, int]) -> tuple[Any, Any]:
+        window = [self.random.choice([w for w in range(1, n + 1) if n % w == 0]) for n in shape]
+        shift = [
+            self.random.randrange(w) if w < n else 0 for n, w in zip(shape, window, strict=True)
+        ]
+
+        def seen(axis: int, i: Any, j: Any) -> Any:
+            return (i - shift[axis]) // window[axis] == (j - shift[axis]) // window[axis]
+
+        return masks.ShiftedWindows(shape, window, shift), seen
+
     # -- expressions -----------------------------------------------------------------------
 
     def tree(self, depth: int, size: tuple[int, int] | None, apart: bool = False) -> Node:
@@ -313,6 +403,8 @@ class World:
             )
         if draw < 0.88 and self.batch > 1:
             return self.per_batch(depth, size, apart)
+        if draw < 0.94 and size is not None:
+            return self.placed(depth, size, apart)
         return self.cut(depth, size, apart)
 
     def per_batch(self, depth: int, size: tuple[int, int] | None, apart: bool) -> Node:
@@ -336,6 +428,20 @@ class World:
         if sign == "|":
             return Node(x.mask | y.mask, lambda q, k: x.cells(q, k) | y.cells(q, k), writable)
         return Node(x.mask - y.mask, lambda q, k: x.cells(q, k) & ~y.cells(q, k), writable)
+
+    def placed(self, depth: int, size: tuple[int, int], apart: bool) -> Node:
+        """A mask between other tokens, as many as there is room for."""
+        before = [self.random.randint(0, min(n, 3)) for n in size]
+        after = [self.random.randint(0, min(n - a, 2)) for n, a in zip(size, before, strict=True)]
+        q, k = (n - a - z for n, a, z in zip(size, before, after, strict=True))
+        x = self.tree(depth - 1, (q, k), apart)
+
+        def cells(rows: int, keys: int) -> Cells:
+            out = np.zeros((self.batch, self.heads, rows, keys), bool)
+            out[:, :, before[0] : before[0] + q, before[1] : before[1] + k] = x.cells(q, k)
+            return out
+
+        return Node(masks.Placed(x.mask, before, after), cells, x.writable)
 
     def cut(self, depth: int, size: tuple[int, int] | None, apart: bool) -> Node:
         i0, j0 = self.random.randint(0, 3), self.random.randint(0, 3)
@@ -367,7 +473,10 @@ FREE = [
     World.dilated, World.columns, World.rows, World.prefix, World.prefixes, World.prefix_lm,
     World.predicate, World.spans, World.keys,
 ]  # fmt: skip
-SIZED = [World.documents, World.documents, World.padding, World.dense, World.slices, World.numbers]
+SIZED = [
+    World.documents, World.documents, World.padding, World.dense, World.slices, World.numbers,
+    World.table, World.ancestors, World.image, World.image,
+]  # fmt: skip
 
 
 def drawn(region: Any, q: int, k: int) -> Cells:

@@ -25,6 +25,20 @@ def dense_masks(draw: st.DrawFn, q_len: int, kv_len: int, heads: int) -> Mask:
 
 
 @st.composite
+def block_tables(draw: st.DrawFn, q_len: int, kv_len: int, heads: int) -> Mask:
+    q_block, kv_block = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    shape = (draw(st.sampled_from([1, heads])), -(-q_len // q_block), -(-kv_len // kv_block))
+    table = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    causal, align = draw(st.booleans()), draw(ALIGN)
+    return masks.Blocks(table < 0.5, q_block, kv_block, causal, align, q_len=q_len, kv_len=kv_len)
+
+
+@st.composite
+def forests(draw: st.DrawFn, q_len: int) -> Mask:
+    return masks.Tree([draw(st.integers(-1, token - 1)) for token in range(q_len)])
+
+
+@st.composite
 def atoms(
     draw: st.DrawFn, batch: int, heads: int, extent: tuple[int, int] | None, shortest: int
 ) -> Mask:
@@ -53,7 +67,11 @@ def atoms(
         ),
     ]
     if extent is not None:
-        some.append(dense_masks(*extent, heads))
+        some += [dense_masks(*extent, heads), block_tables(*extent, heads)]
+        some += [forests(extent[0])] if extent[0] <= extent[1] else []
+        if extent[0] == extent[1]:
+            kernel = st.integers(1, extent[0])
+            some.append(kernel.map(lambda size: masks.Neighborhood(extent[0], size)))
         if extent[0] == extent[1] > 1:
             first = st.integers(1, extent[0] - 1)
             some.append(first.map(lambda n: masks.Documents((n, extent[0] - n))))
