@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate, pairwise, product
 from math import prod
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from attnkit.arguments import LARGEST, check_int
@@ -31,6 +32,8 @@ __all__ = ["GridMask", "check_per_axis", "check_shape", "grid_product", "per_axi
 T = TypeVar("T", bool, int)
 
 _MOST_AXES = 3
+
+_Table = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,10 +81,12 @@ class GridMask(Mask):
         return Enclosure(Region.empty(), _product(region, Region.full(rest, rest), rest))
 
     @cached_property
-    def _tables(self) -> tuple[torch.Tensor, ...]:
-        """The cells of each axis alone."""
-        pairs = zip(self._axes, self.shape, strict=True)
-        return tuple(paint(region, size, size, "cpu") for region, size in pairs)
+    def _inner_tables(self) -> tuple[_Table, ...]:
+        """The cells of each axis alone, but for the first one, which may be long.
+
+        Arrays, for a mask outlives the mode in which its first tensor is made.
+        """
+        return tuple(map(_drawn, self._axes[1:], self.shape[1:]))
 
     def enclosure(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Enclosure:
         """The product of the axes, or a bound around it."""
@@ -98,18 +103,27 @@ class GridMask(Mask):
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         device = torch.get_default_device() if device is None else device
         (i0, i1), (j0, j1) = at.rows, at.keys
-        rows, stride = torch.arange(i0, i1, device=device), prod(self.shape)
-        first = 0
-        cells = torch.ones(i1 - i0, 1, dtype=torch.bool, device=device)
-        for axis, (size, table) in enumerate(zip(self.shape, self._tables, strict=True)):
+        rows, stride = torch.arange(i0, i1, device=device), prod(self.shape[1:])
+        # Of the first axis, only what the rows and the keys lie in.
+        (top, below), (first, stop) = (
+            (a // stride, -(-b // stride)) for a, b in (at.rows, at.keys)
+        )
+        own = self._axes[0].cut((top, below), (first, stop))
+        cells = paint(own, below - top, stop - first, "cpu").to(device)[rows // stride - top]
+        for size, table in zip(self.shape[1:], self._inner_tables, strict=True):
             stride //= size
-            seen = table.to(device)[rows // stride % size]
-            if axis == 0:  # only what the keys lie in
-                first = j0 // stride
-                seen = seen[:, first : -(-j1 // stride)]
-                first *= stride
+            seen = torch.from_numpy(table).to(device)[rows // stride % size]
             cells = (cells[:, :, None] & seen[:, None, :]).flatten(1)
-        return cells[:, j0 - first : j1 - first]
+        start = first * prod(self.shape[1:])
+        return cells[:, j0 - start : j1 - start]
+
+
+def _drawn(region: Region, size: int) -> _Table:
+    cells = np.zeros((size, size), np.bool_)
+    for i in range(size):
+        for a, b in region.row(i):
+            cells[i, a:b] = True
+    return cells
 
 
 # -- products ------------------------------------------------------------------------------

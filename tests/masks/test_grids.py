@@ -236,6 +236,9 @@ def test_large_grids_are_sets_of_few_runs():
     assert (video.area, count_slices(video)) == (16384 * 245, 53760)
     windows = masks.ShiftedWindows((128, 128), 8, 4).region(16384, 16384)
     assert windows.row_counts()[0].first == 16
+    line = masks.Neighborhood(1 << 20, 9)
+    rows = line._read(Rectangle((1000, 1003), (995, 1007), 1 << 20, 1 << 20))
+    assert rows.int().tolist() == [[0] * (k + 1) + [1] * 9 + [0] * (2 - k) for k in range(3)]
     tiles = masks.SlidingTiles((30, 48, 80), (6, 8, 8), 3)
     assert not tiles.is_region(115200, 115200)
     assert tiles.materialize(115200, 115200, device="meta").shape == (1, 1, 115200, 115200)
