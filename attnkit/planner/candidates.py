@@ -44,14 +44,22 @@ def whole_calls(request: Request) -> Iterator[Launch]:
     if request.layout_of.packed or known.per_head or not known.exact:
         return
     chain: list[Block] = []
+    inside: list[Region] = []
     for b, region in enumerate(known.regions()):
-        chain += diagonal_blocks(region, request.q_len, request.kv_len, b)
-    targets = tuple(known.regions()[k.batch].cut(k.ends[:2], k.ends[2:]) for k in chain)
+        own = diagonal_blocks(region, request.q_len, request.kv_len, b)
+        chain += own
+        inside += (_inside(region, block) for block in own)
+    targets = tuple(inside)
     if len(chain) > request.batch:
         yield _bare(request, "TND", tuple(chain), targets)
     cells = tuple(cell for pair in zip(chain, targets, strict=True) for cell in _cells(*pair))
     if len(cells) > len(chain):
         yield _bare(request, "TND", *zip(*cells, strict=True))
+
+
+def _inside(region: Region, block: Block) -> Region:
+    """Return the cells of a region in a block, counted from its corner."""
+    return region.cut(block.ends[:2], block.ends[2:]) if all(block.sizes) else Region.empty()
 
 
 def _bare(

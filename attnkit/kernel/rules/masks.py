@@ -50,7 +50,7 @@ def window_without_mask(call: KernelCall, on: Target) -> Found:
     if call.atten_mask is not None or call.sparse_mode != 0:
         return
     pre, next_ = call.pre_tokens, call.next_tokens
-    if any(window(*s, pre, next_) != Region.full(*s) for s in set(call.sequences)):
+    if any(q and kv and (pre < q - 1 or next_ < kv - 1) for q, kv in call.sequences):
         yield f"pre_tokens={pre}, next_tokens={next_} without atten_mask"
 
 
