@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from attnkit.backends.arranged import arranged
 from attnkit.backends.base import (
     AttentionOutput,
     Backend,
@@ -29,6 +30,7 @@ from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.selected_tiles import run_tiles, selected_refusals
 from attnkit.backends.tiled.bias import Bound, bind
+from attnkit.backends.tiled.classes import in_classes, saves
 from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import DEVICE_CELLS, Job
 from attnkit.backends.tiled.passes import (
@@ -81,7 +83,7 @@ class TiledPlan(Plan):
     @cached_property
     def job(self) -> Job:
         """What its calls have in common; made anew from the request where a copy needs it."""
-        return Job(self.request)
+        return Job(self.in_order or self.request)
 
 
 class Tiled(Backend):
@@ -119,9 +121,13 @@ class Tiled(Backend):
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
         plan = TiledPlan(self.name, request)
-        if plan.few is None and not isinstance(request.mask, Selection):
-            _ = plan.schedule
-        return plan
+        if plan.few is not None or isinstance(request.mask, Selection):
+            return plan
+        other = in_classes(request, plan.schedule.computed)
+        sorted_ = None if other is None else TiledPlan(self.name, request, in_order=other)
+        if sorted_ is None or not saves(sorted_.schedule.computed, plan.schedule.computed):
+            return plan
+        return sorted_
 
     def yields(self, plan: Plan) -> Refusal | None:
         """Return why whole score matrices are cheaper, on a device where each operator is launched.
@@ -165,6 +171,8 @@ class Tiled(Backend):
             return run_held(plan, operands)
         if isinstance(plan.request.mask, Selection):
             return run_tiles(plan, operands)
+        if plan.in_order is not None:
+            return _in_order(self, plan, plan.in_order, operands)
         few = plan.few if isinstance(plan, TiledPlan) else None
         if few is not None:
             return _of_few(few, operands)
@@ -178,7 +186,7 @@ class Tiled(Backend):
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Walk the schedule without recording a graph."""
-        if isinstance(plan.request.mask, Selection):
+        if isinstance(plan.request.mask, Selection) or plan.in_order is not None:
             return super().compute(plan, operands, seed)
         if isinstance(plan, TiledPlan) and plan.few is not None:
             return _of_few(plan.few, operands)
@@ -190,7 +198,7 @@ class Tiled(Backend):
         self, plan: Plan, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
     ) -> Grads:
         """Walk the schedule again, on the statistics of the forward pass."""
-        if isinstance(plan.request.mask, Selection):
+        if isinstance(plan.request.mask, Selection) or plan.in_order is not None:
             return super().gradients(plan, operands, kept, wanted)
         lse, grad_lse = kept.lse, kept.grad_lse
         # A graph sends zeros where nothing arrived, and the fastest ways know no such gradient.
@@ -205,6 +213,18 @@ class Tiled(Backend):
         job, kept = _job(plan), kept._replace(lse=lse, grad_lse=grad_lse)
         bias = Bound(job.request, operands.pse, carried, wanted[4:], query.device)
         return _derivatives(job, bias, operands.leaves[:4], kept)
+
+
+def _in_order(backend: Tiled, plan: Plan, other: Request, operands: Operands) -> AttentionOutput:
+    """Run the plan of sorted tokens, and put its rows back."""
+
+    def run(inner: Plan, given: Operands) -> AttentionOutput:
+        made = backend.run(inner, given)
+        # The largest scores are looked for when somebody asks, and not here.
+        return AttentionOutput(made.output, Stats(made.stats.lse, made.stats.lse))
+
+    output, stats = arranged(run, plan, other, operands)
+    return AttentionOutput(output, Stats(stats.lse, partial(maxima, plan.request, operands)))
 
 
 def _job(plan: Plan) -> Job:
