@@ -88,7 +88,7 @@ class Tokens:
     @cached_property
     def span(self) -> slice | None:
         """Where the tokens lie if they follow each other, so that a view will do."""
-        if any(one.step < 0 for one in self.ranges):
+        if any(one.step != 1 for one in self.ranges):
             return None
         if any(a.stop != b.start for a, b in pairwise(self.ranges)):
             return None
@@ -97,6 +97,8 @@ class Tokens:
     @cached_property
     def layers(self) -> tuple[tuple[Tokens, Tokens], ...]:
         """The sequences in layers in which no token occurs twice, and where the call has them."""
+        if any(abs(one.step) > 1 for one in self.ranges):
+            return self._layers_of_steps
         ends = pairwise(accumulate(map(len, self.ranges), initial=0))
         lies = sorted(
             (min(one[0], one[-1]), max(one[0], one[-1]), k, range(*own))
@@ -111,6 +113,24 @@ class Tokens:
             out[home][2].append(own)
             out[home] = (last, *out[home][1:])
         return tuple((Tokens(tuple(there)), Tokens(tuple(own))) for _, there, own in out)
+
+    @cached_property
+    def _layers_of_steps(self) -> tuple[tuple[Tokens, Tokens], ...]:
+        """The layers of ranges between whose tokens others may lie."""
+        count = max(max(one[0], one[-1]) for one in self.ranges) + 1
+        out: list[tuple[bytearray, list[range], list[range]]] = []
+        at = 0
+        for one in self.ranges:
+            way = one if one.step > 0 else one[::-1]
+            there = slice(way.start, way.stop, way.step)
+            home = next((k for k, layer in enumerate(out) if 1 not in layer[0][there]), len(out))
+            if home == len(out):
+                out.append((bytearray(count), [], []))
+            out[home][0][there] = bytes([1]) * len(one)
+            out[home][1].append(one)
+            out[home][2].append(range(at, at + len(one)))
+            at += len(one)
+        return tuple((Tokens(tuple(some)), Tokens(tuple(own))) for _, some, own in out)
 
     @property
     def are_distinct(self) -> bool:

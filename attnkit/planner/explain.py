@@ -20,6 +20,7 @@ from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.calls import Launch, Solution, Tokens, diagonal_blocks
 from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.orders import how_moved
+from attnkit.planner.parted import Parted
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
@@ -145,6 +146,13 @@ def _request_lines(request: Request, in_order: Request | None) -> Iterator[tuple
 def _understood(request: Request, in_order: Request | None) -> str:
     """Say the mask's region in words, its density and its empty rows."""
     known, where = request.matrices, ""
+    if in_order is not None and isinstance(in_order.mask, Parted):
+        cells = sum(region.area for region in in_order.matrices.regions())
+        whole = sum(q * kv for q, kv in request.sequences)
+        return (
+            f"two regions, of tokens as they stand and of sorted ones; {cells:,} of {whole:,} "
+            f"cells ({100 * cells / whole:.1f} %)"
+        )
     if not known.exact and in_order is not None:
         known, where = in_order.matrices, "a region once positions are sorted; "
     if not known.exact:

@@ -14,7 +14,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Enclosure, Mask
 from attnkit.planner.request import Request
 
-__all__ = ["Folded", "folded", "has_own_sinks"]
+__all__ = ["Folded", "folded"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -99,8 +99,3 @@ def folded(request: Request) -> Request | Refusal | None:
         num_kv_heads=1,
         seqlens=lens,
     )
-
-
-def has_own_sinks(request: Request) -> bool:
-    """Whether each batch element has sinks of its own, which no call takes, but a merge does."""
-    return request.sink and isinstance(request.mask, Folded)

@@ -23,8 +23,8 @@ from attnkit.planner.calls import (
 )
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups, partings
-from attnkit.planner.folded import has_own_sinks
-from attnkit.planner.orders import moves, restated, sorted_positions
+from attnkit.planner.orders import moves, only_merges, restated, sorted_positions
+from attnkit.planner.parted import Parted, as_they_stand
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, least_with_full_mask
 from attnkit.planner.proof import reasons_against
@@ -132,11 +132,28 @@ def in_other_order(request: Request, other: Request, search: Search) -> Plan:
     found = _in_place(other, search)
     if not found.steps:
         return replace(found, request=request)
+    if isinstance(other.mask, Parted):
+        return _parted(request, other, found)
     copied, launches = moves(request, other)
     ways = [
         replace(way, launches=(_moving(way.launches[0], copied, launches), *way.launches[1:]))
         for way in (Solution(found.steps), *found.alternatives)
     ]
+    steps, others = ways[0].launches, tuple(ways[1:])
+    return replace(found, request=request, steps=steps, alternatives=others, in_order=other)
+
+
+def _parted(request: Request, other: Request, found: Plan) -> Plan:
+    """Return a plan of the parts of a union with what its calls gather and merge as one request."""
+    ways = []
+    for way in (Solution(found.steps), *found.alternatives):
+        placed = as_they_stand(request, other, way.launches)
+        told = (
+            replace(one, copied_bytes=own.copied_bytes, small_launches=own.small_launches)
+            for one, own in zip(way.launches, placed, strict=True)
+        )
+        ways.append(Solution(tuple(told)))
+    ways.sort(key=_nanoseconds)
     steps, others = ways[0].launches, tuple(ways[1:])
     return replace(found, request=request, steps=steps, alternatives=others, in_order=other)
 
@@ -162,7 +179,7 @@ def _dearer_than(other: Plan, best: Plan) -> Refusal:
 def _in_place(request: Request, search: Search) -> Plan:
     """Return how the kernel computes a request with its tokens where they are."""
     refusals: list[Refusal] = []
-    bare_calls = () if has_own_sinks(request) else tuple(whole_calls(request))
+    bare_calls = () if only_merges(request) else tuple(whole_calls(request))
     found: list[Solution] = []
     for bare in bare_calls:
         ordered = candidates(request, bare, full_masks=False)
@@ -170,7 +187,7 @@ def _in_place(request: Request, search: Search) -> Plan:
     if not found:
         found, reasons = _merged(request, search)
         refusals += reasons
-        way = _by_blocks(request, search, found)
+        way = [] if only_merges(request) else _by_blocks(request, search, found)
         found += [way] if isinstance(way, Solution) else []
         refusals += [] if isinstance(way, Solution) else way
     if any(_nothing_beats(request, solution) for solution in found):

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product
 from math import prod
 
-from attnkit.errors import CompositionError, Refusal
-from attnkit.geometry import Region
-from attnkit.masks import Mask, Order
+from attnkit.errors import Refusal
+from attnkit.masks import Mask
 from attnkit.planner.folded import Folded, folded
+from attnkit.planner.parted import Parted, parted
 from attnkit.planner.request import Request
+from attnkit.planner.sorting import Sorted
 
 __all__ = [
     "Positions",
     "Sorted",
     "how_moved",
     "moves",
+    "only_merges",
     "placed",
     "restated",
     "sorted_alike",
@@ -33,67 +34,14 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class Sorted(Mask):
-    """A mask on positions in the order that it knows of: a region.
-
-    >>> from attnkit.masks import Band, Dilated
-    >>> window = Sorted(Dilated(2) & Band(4, 0))
-    >>> window.region(8, 8).area == int((Dilated(2) & Band(4, 0)).materialize(8, 8).sum())
-    True
-    """
-
-    mask: Mask
-
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        order = self.order(q_len, kv_len, batch, head)
-        if order is None:
-            raise CompositionError(
-                f"{self.mask!r} is no region in any order of {q_len} queries and {kv_len} keys "
-                "that it knows of"
-            )
-        return order.region
-
-    def order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
-        """Return the mask's own order at these lengths, if it has one; kept, for it may be long."""
-        own = batch if self.mask.batches is not None else 0
-        key = (q_len, kv_len, own, head if self.mask.heads is not None else 0)
-        if key not in self._orders:
-            found = self.mask.in_order(*key)
-            fits = found is not None and found.fits(q_len, kv_len)
-            self._orders[key] = found if fits else None
-        return self._orders[key]
-
-    @cached_property
-    def _orders(self) -> dict[tuple[int, int, int, int], Order | None]:
-        return {}
-
-    @property
-    def batches(self) -> int | None:
-        """As the mask."""
-        return self.mask.batches
-
-    @property
-    def heads(self) -> int | None:
-        """As the mask."""
-        return self.mask.heads
-
-    @property
-    def extent(self) -> tuple[int | None, int | None]:
-        """As the mask."""
-        return self.mask.extent
-
-    def __repr__(self) -> str:
-        return f"{self.mask!r}, positions sorted"
-
-
 def restated(request: Request) -> Iterator[Request | Refusal]:
     """Yield the requests whose calls compute this one once its tokens are moved around them.
 
-    Positions are sorted, heads folded, or both: first sorted, then folded.
+    Positions are sorted, heads folded, or both: first sorted, then folded. Or parts of a union
+    are apart, each in its own order.
     """
     in_order = sorted_positions(request)
-    for way in (in_order, folded(request), in_order and folded(in_order)):
+    for way in (in_order, folded(request), in_order and folded(in_order), parted(request)):
         if way is not None:
             yield _beside(request, way)
 
@@ -117,8 +65,20 @@ def sorting(other: Request) -> Sorted | None:
     return mask if isinstance(mask, Sorted) else None
 
 
+def only_merges(request: Request) -> bool:
+    """Whether no call answers whole rows of a restated request, though one might by its cells.
+
+    Parts of a union share rows; and where heads are folded, each element has sinks of its own.
+    """
+    if isinstance(request.mask, Parted):
+        return True
+    return request.sink and isinstance(request.mask, Folded)
+
+
 def placed(other: Request, batch: int, head: int) -> tuple[int, int]:
     """Return which batch element and head of a restated request a score matrix is."""
+    if isinstance(other.mask, Parted):  # drawn is the part of tokens as they stand
+        return batch, head
     if not isinstance(other.mask, Folded):
         return batch, head
     first = head - head % other.num_heads
@@ -179,6 +139,8 @@ def moves(request: Request, other: Request) -> tuple[int, int]:
 
 def how_moved(request: Request, other: Request) -> str:
     """Say in a few words how the tokens of a restated request are moved."""
+    if isinstance(other.mask, Parted):
+        return f"nothing: {other.mask!r} gather from the same tokens"
     said = []
     positions = Positions.of(request, other)
     if positions is not None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
+from attnkit.masks import Full
 from attnkit.planner.again import has_form, in_same_form
 from attnkit.planner.backward import disprove_backward
 from attnkit.planner.bias_pass import BiasPass, disprove_pass, frozen
 from attnkit.planner.biases import lacking
 from attnkit.planner.calls import Launch, Parts, Solution, by_heads, widened
-from attnkit.planner.folded import has_own_sinks
-from attnkit.planner.orders import Positions, restated
+from attnkit.planner.orders import Positions, only_merges, restated
+from attnkit.planner.parted import Parted, as_they_stand
 from attnkit.planner.price import Price
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places
 from attnkit.planner.request import Request, bias_terms, check_fits, state_of
@@ -155,6 +156,8 @@ class Plan:
     @cached_property
     def by_heads(self) -> tuple[Parts, ...]:
         """The steps by the heads that they have: those of the same heads are merged."""
+        if self.in_order is not None:
+            return self.inner.by_heads
         return by_heads(self.steps, self.back)
 
     @property
@@ -182,6 +185,14 @@ class Plan:
             return replace(self, request=request, bias_pass=None)
         if self.route is not None:
             return replace(self, request=self.route.request, route=None)
+        if self.in_order is not None and isinstance(self.in_order.mask, Parted):
+            # Every key is seen by a part, so there is none to keep from the calls.
+            steps, back = (
+                tuple(as_they_stand(self.request, self.in_order, launches))
+                for launches in (self.steps, self.back)
+            )
+            whole = replace(self.request, mask=Full())
+            return replace(self, request=whole, steps=steps, back=back, in_order=None)
         if self.in_order is not None:
             return replace(self, request=self.in_order, in_order=None)
         return self
@@ -365,8 +376,8 @@ def _unmergeable(request: Request, steps: Sequence[Launch]) -> Refusal | None:
     """Check that there is one call, or that all are parts, in groups of heads that are disjoint."""
     if not steps:
         return Refusal("no-calls", "it has no calls")
-    if has_own_sinks(request) and not all(step.partial for step in steps):
-        return Refusal("misplaced", "a call that answers whole rows has one sink for all of them")
+    if only_merges(request) and not all(step.partial for step in steps):
+        return Refusal("misplaced", "a call answers whole rows, and has but a part of their sum")
     if len(steps) == 1 and not steps[0].partial:
         return None
     if not all(step.partial for step in steps):

@@ -19,9 +19,9 @@ from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
 from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, on_route
-from attnkit.planner.orders import Sorted
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.sorting import Sorted
 from attnkit.pse import Align
 from tests.agreement import slope_error
 from tests.backends.standin import Ops
