@@ -23,8 +23,8 @@ from attnkit.planner.calls import (
 )
 from attnkit.planner.candidates import candidates, whole_calls
 from attnkit.planner.decompose import Search, decompositions, head_groups, partings
-from attnkit.planner.orders import moves, only_merges, restated, sorted_positions
-from attnkit.planner.parted import Parted, as_they_stand
+from attnkit.planner.moved import least_moved, with_moves
+from attnkit.planner.orders import only_merges, restated, sorted_positions
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, least_with_full_mask
 from attnkit.planner.proof import reasons_against
@@ -118,9 +118,18 @@ def _as_given(request: Request, search: Search, by_cells: bool = True) -> Plan:
     by_cells &= max(map(prod, request.sequences), default=0) <= MOST_MASK_CELLS
     stays = not others or request.matrices.exact or by_cells
     options = [_in_place(request, search)] if stays else []
-    options += (in_other_order(request, other, search) for other in others)
-    best = min(options, key=lambda plan: (_last_resort(plan.steps), _least([plan])))
     refused = [way for way in ways if isinstance(way, Refusal)]
+    for way in others:
+        bound, least = _least(options), least_moved(request, way, options)
+        if least < bound:
+            options.append(in_other_order(request, way, search))
+        else:
+            reason = (
+                f"moving tokens and computing their cells would cost {least / 1e3:,.1f} us or "
+                f"more, and calls on tokens where they are {bound / 1e3:,.1f} us"
+            )
+            refused.append(Refusal("dearer-order", reason, f"{way.mask!r}"))
+    best = min(options, key=lambda plan: (_last_resort(plan.steps), _least([plan])))
     for other in options:
         if other is not best:
             refused += other.refusals if not other.steps else [_dearer_than(other, best)]
@@ -129,42 +138,7 @@ def _as_given(request: Request, search: Search, by_cells: bool = True) -> Plan:
 
 def in_other_order(request: Request, other: Request, search: Search) -> Plan:
     """Return how the kernel computes a request restated (`orders`), with the tokens' ways there."""
-    found = _in_place(other, search)
-    if not found.steps:
-        return replace(found, request=request)
-    if isinstance(other.mask, Parted):
-        return _parted(request, other, found)
-    copied, launches = moves(request, other)
-    ways = [
-        replace(way, launches=(_moving(way.launches[0], copied, launches), *way.launches[1:]))
-        for way in (Solution(found.steps), *found.alternatives)
-    ]
-    steps, others = ways[0].launches, tuple(ways[1:])
-    return replace(found, request=request, steps=steps, alternatives=others, in_order=other)
-
-
-def _parted(request: Request, other: Request, found: Plan) -> Plan:
-    """Return a plan of the parts of a union with what its calls gather and merge as one request."""
-    ways = []
-    for way in (Solution(found.steps), *found.alternatives):
-        placed = as_they_stand(request, other, way.launches)
-        told = (
-            replace(one, copied_bytes=own.copied_bytes, small_launches=own.small_launches)
-            for one, own in zip(way.launches, placed, strict=True)
-        )
-        ways.append(Solution(tuple(told)))
-    ways.sort(key=_nanoseconds)
-    steps, others = ways[0].launches, tuple(ways[1:])
-    return replace(found, request=request, steps=steps, alternatives=others, in_order=other)
-
-
-def _moving(first: Launch, copied: int, launches: int) -> Launch:
-    """Return the first call of some, with what is moved around all of them."""
-    return replace(
-        first,
-        copied_bytes=first.copied_bytes + copied,
-        small_launches=first.small_launches + launches,
-    )
+    return with_moves(request, other, _in_place(other, search))
 
 
 def _dearer_than(other: Plan, best: Plan) -> Refusal:
