@@ -214,8 +214,8 @@ def grid_order(
     one; else there is no such order.
 
     >>> tiles = (range(0, 2), range(2, 4))
-    >>> near, whole = Region.of(Slice(0, 2, 0, 2), Slice(2, 4, 2, 4)), Region.full(2, 2)
-    >>> order = grid_order([whole, near], [[range(0, 2)], tiles], (2, 4))
+    >>> near = Region.stacked([Strip(0, 2, ((0, 0, 2, 0),)), Strip(2, 4, ((2, 0, 4, 0),))])
+    >>> order = grid_order([Region.full(2, 2), near], [[range(0, 2)], tiles], (2, 4))
     >>> order.rows, order.region.area
     ((range(0, 2), range(4, 6), range(2, 4), range(6, 8)), 32)
     """

@@ -120,10 +120,10 @@ def moves(request: Request, other: Request) -> tuple[int, int]:
 
     >>> import torch
     >>> import attnkit as ak
-    >>> x = torch.empty(1, 64, 2, 16, device="meta")
+    >>> x = torch.empty(1, 8192, 2, 16, device="meta")
     >>> plan = ak.plan(x, x, x, mask=ak.masks.Dilated(2), backend="emulated")
     >>> moves(plan.request, plan.in_order)
-    (65536, 6)
+    (8388608, 6)
     """
     size, moved = 2 * request.dtype.itemsize, 0
     query, key, value = (prod(shape) for shape in request.shapes())
