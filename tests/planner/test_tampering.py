@@ -455,3 +455,26 @@ def test_every_row_is_in_a_gathered_sequence() -> None:
         targets = (step.targets * 2)[: len(some)]
         launch = replace(step, call=call, blocks=some, targets=targets)
         assert caught(replace(plan, steps=(launch,))) == "cover"
+
+
+@pytest.mark.usefixtures("no_full_masks")
+@pytest.mark.parametrize(("length", "window"), [(64, 16), (4096, 1024)])
+def test_the_order_of_rows_and_keys_under_a_window_is_proven(length: int, window: int) -> None:
+    """A window cuts what stands at the ends; images are looked at by rows, and long ones whole."""
+    x = torch.empty(1, length, HEADS, 4, device="meta", requires_grad=True)
+    mask = masks.Causal() & (masks.SlidingWindow(window) | masks.Prefix(2))
+    plan = ak.plan(x, x, x, mask=mask, backend="emulated")
+    ways = (way.launches for way in (plan.solution, *plan.alternatives))
+    slides = (way for way in ways if len(way) == 1 and way[0].call.sparse_mode == 4)
+    plan = replace(plan, steps=next(slides))
+    plan.verify()
+    blocks = plan.steps[0].blocks
+    at = next(k for k, one in enumerate(blocks) if len(one.keys) > 1)
+    rows, keys = blocks[at].rows, blocks[at].keys
+    for wrong in (
+        {"keys": keys[::-1]},
+        {"keys": (*keys[:-1], keys[-1][::-1])},
+        {"rows": tuple(one[::-1] for one in rows[::-1])},
+        {"rows": blocks[0].rows},
+    ):
+        assert caught(with_block(plan, at, **wrong)) in ("cover", "misplaced"), wrong
