@@ -25,6 +25,7 @@ from attnkit.planner.bounds import Work, dearer
 from attnkit.planner.calls import Launch, bare_call, diagonal_blocks
 from attnkit.planner.cuts import cuts
 from attnkit.planner.grouping import MOST_WINDOWS, Segment, Window, group
+from attnkit.planner.in_place import in_place
 from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.staircases import partitions
@@ -84,7 +85,8 @@ class Search:
             turned = self.all_partitions(region.transpose())
             return tuple(tuple(one.transposed for one in way) for way in turned)
         if region not in self.partitions:
-            ways = islice(partitions(region), _MOST_PARTITIONS)
+            ways = list(islice(partitions(region), _MOST_PARTITIONS))
+            ways = list(dict.fromkeys([*ways, *map(in_place, ways)]))
             # In the order of their rows, which may then be where the call has them.
             found = tuple(tuple(sorted(way, key=lambda one: one.block.ends)) for way in ways)
             self.partitions[region] = found if region else ((),)

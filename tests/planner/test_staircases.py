@@ -12,6 +12,7 @@ import pytest
 from attnkit.geometry import Region, Slice
 from attnkit.planner import staircases
 from attnkit.planner.grouping import Segment, group
+from attnkit.planner.in_place import in_place
 from attnkit.planner.sequences import Block, are_distinct
 from attnkit.planner.staircases import partitions
 
@@ -223,3 +224,25 @@ def test_the_check_sees_what_is_planted() -> None:
     assert "they are" in keys(lambda own: (range(40, 44), *own[1:]))
     assert "they are" in plant(lambda one: replace(one, hi=None))
     assert "they are" in plant(lambda one: replace(one, block=Block(0, (), ())))
+
+
+def test_pieces_in_place_are_a_partition_too() -> None:
+    """Cut where rows leave off, a chain keeps its triangle and a slide its band."""
+    chance, cut, banded = random.Random(8), 0, 0
+    for _ in range(1500):
+        region = region_of([chance.choice([1, 3, 6, 7, 12, 14, 15, 31]) for _ in range(8)])
+        for way in partitions(region):
+            pieces = in_place(way)
+            assert not wrong(region, pieces)
+            if pieces == tuple(sorted(way, key=lambda one: (one.block.batch, one.block.ends))):
+                continue
+            cut += 1
+            banded += any(one.hi is not None for one in pieces)
+            assert all(len(one.block.rows) == 1 for one in pieces)
+            assert sum(one.keys for one in pieces) <= sum(one.keys + one.rows for one in way)
+    assert cut > 200
+    assert banded > 50
+    banded_slide = Segment(Block(0, (range(2), range(4, 6)), (range(6),)), 0, 2)
+    first, last = in_place([banded_slide])
+    assert (first.block.keys, first.lo, first.hi) == ((range(4),), 0, 2)
+    assert (last.block.keys, last.lo, last.hi) == ((range(2, 6),), 0, 2)
