@@ -82,7 +82,7 @@ def disprove_backward(
     request: Request, steps: Sequence[Launch], back: Sequence[Launch], route: Route | None
 ) -> Refusal | None:
     """Return why other calls than the steps do not make the gradients of a request."""
-    if not back:
+    if back == ():
         return None
     if not _may_differ(request, steps) or not all(one.partial for one in back):
         reason = "gradients of this plan come from its own calls"

@@ -384,6 +384,7 @@ def test_what_cannot_be_read_is_not_proven() -> None:
         replace(plan, request=None),
         replace(plan, steps=(None,)),
         replace(plan, in_order=plan.request),
+        replace(plan, back=None),
     ):
         assert caught(fault)  # type: ignore[arg-type]
 
