@@ -224,7 +224,8 @@ _CASES = {
         Case("merge-two-calls", _WINDOW_AND_START, merges=True, **_WIDE),
         Case("merge-two-calls-sink", _WINDOW_AND_START, sink=True, merges=True, **_WIDE),
         Case("merge-packed", _WINDOW_AND_START, layout="TND", seqlens=_LONGER, merges=True),
-        Case("merge-heads", _HEADS, merges=True),
+        # Heads with a bias of their own are not folded into the batch.
+        Case("merge-heads", _HEADS, pse.ALiBi(4), merges=True),
         Case(
             "merge-tiles",
             (_CAUSAL & masks.SlidingWindow(100)) | (_CAUSAL & masks.Columns(0, 20)),
