@@ -213,6 +213,7 @@ def grid_order(
     A part has positions of each axis. It may see any cells of itself, and all or none of another
     one; else there is no such order.
 
+    >>> from attnkit.geometry import Slice
     >>> tiles = (range(0, 2), range(2, 4))
     >>> near = Region.stacked([Strip(0, 2, ((0, 0, 2, 0),)), Strip(2, 4, ((2, 0, 4, 0),))])
     >>> order = grid_order([Region.full(2, 2), near], [[range(0, 2)], tiles], (2, 4))
