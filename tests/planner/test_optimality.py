@@ -1,6 +1,7 @@
 """Small sizes, searched in full: no legal cover is cheaper than the plan, or the gap is known.
 
-The brute force (`bruteforce`) prices every legal cover by the planner's own price. Covers that
+The brute force (`bruteforce`) prices every legal cover whose keys lie side by side, as `cuts` make
+them, by the planner's own price; how few sequences gather their keys is tested apart. Covers that
 read a mask of one entry per cell are left out on both sides: at such sizes one of them is
 cheaper than any two calls, which the last test weighs. Weights matter: on the shipped ones a
 launch outweighs everything at such sizes; on CELLS, whose tiles are 2 x 2, the cells that a
@@ -29,7 +30,7 @@ from attnkit.planner.calls import tile_whole
 from attnkit.planner.price import Chip, chip
 from tests.planner.bruteforce import DIM, Search, Sizes, bits, region_of, request_of
 
-pytestmark = pytest.mark.usefixtures("no_full_masks")
+pytestmark = pytest.mark.usefixtures("no_full_masks", "side_by_side", "merged")
 
 SHIPPED = chip()
 CELLS = Chip(
@@ -131,6 +132,13 @@ def weigh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Chip], None]]:
     yield use
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Price every part as one that is merged, as the brute force does, where none would be."""
+    lowering = sys.modules["attnkit.planner.lower"]
+    monkeypatch.setattr(lowering, "_without_merge", lambda request, launches: tuple(launches))
 
 
 def forget() -> None:
