@@ -42,12 +42,21 @@ class Order:
     region: Region
 
     def fits(self, q_len: int, kv_len: int) -> bool:
-        """Whether these are orders of so many rows and keys, and the region lies within."""
+        """Whether these are orders of so many rows and keys, and the region lies within.
+
+        >>> Order((range(2),), (range(2),), Region.full(2, 2)).fits(2, 3)
+        False
+        """
         orders = (self.rows, q_len), (self.keys, kv_len)
         return self.region.fits(q_len, kv_len) and all(_is_order(*one) for one in orders)
 
     def alike(self, other: Order) -> bool:
-        """Whether another order has the positions where this one has them."""
+        """Whether another order has the positions where this one has them.
+
+        >>> one = Order((range(2),), (range(2),), Region.full(2, 2))
+        >>> one.alike(Order((range(1, -1, -1),), (range(2),), Region.full(2, 2)))
+        False
+        """
         return (self.rows, self.keys) == (other.rows, other.keys)
 
     def unmatched(self) -> tuple[Spans, Spans]:

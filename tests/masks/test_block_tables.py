@@ -94,9 +94,7 @@ def test_a_table_of_no_structure_is_known_by_its_cells(monkeypatch):
     region = mask.region(80, 120)
     monkeypatch.setattr(module, "MOST_RUNS", 50)
     assert not mask.is_region(80, 120)
-    assert (
-        region <= mask.outer(80, 120) <= masks.Dense.keep(table).outer(40, 40).transpose() or True
-    )
+    assert region <= mask.outer(80, 120)
     assert mask.outer(80, 120).bounds.i0 == region.bounds.i0
     assert mask.outer(80, 120).bounds.j1 == region.bounds.j1
     drawn = mask.materialize(80, 120)[0, 0]
