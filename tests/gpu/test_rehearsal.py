@@ -29,6 +29,7 @@ FEW = {
     "dilated": torch.float32,
     "empty-sequences": torch.bfloat16,
     "merge-packed": torch.float32,
+    "gather-blocks": torch.float32,
     "matrix-before-scale": torch.bfloat16,
     "sink-packed": torch.float32,
     "sbh": torch.bfloat16,
