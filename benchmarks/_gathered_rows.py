@@ -16,8 +16,8 @@ from _sparse_masks import LONG, SHORT, SPARSE, Sparse
 from attnkit import masks
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.calls import Launch, Solution, by_heads
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import search_for
+from attnkit.planner.search import Search
 
 __all__ = ["ABOUT", "row", "tables"]
 

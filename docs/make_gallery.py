@@ -12,8 +12,8 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region, Slice
 from attnkit.planner.calls import Launch
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import MOST_MASK_CELLS, search_for
+from attnkit.planner.search import Search
 
 HERE = Path(__file__).parent
 LENGTH = 2048

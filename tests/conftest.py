@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from attnkit.backends import make_plan
 from attnkit.planner import lower
-from attnkit.planner.decompose import Search
+from attnkit.planner.search import Search
 
 # Workers share the cores; more threads than cores only make them wait for each other.
 torch.set_num_threads(1)

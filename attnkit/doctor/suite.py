@@ -17,8 +17,8 @@ from attnkit.errors import BackendRefused
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.planner import Composition, Launch, Plan, Request, read_request
 from attnkit.planner.calls import tile_whole
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import search_for
+from attnkit.planner.search import Search
 
 __all__ = ["DTYPES", "Result", "make_case_plan", "make_request", "run_case", "run_suite"]
 

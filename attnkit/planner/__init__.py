@@ -4,7 +4,7 @@ The way of one request:
 
 1. `request.read_request` checks composition and tensors, and returns the `Request`: no tensors.
 2. `request.Request.matrices` asks the mask for the `Region` of every score matrix.
-3. `lower.lower` begins a `decompose.Search`; a bias that trains goes through `routes` first.
+3. `lower.lower` begins a `search.Search`; a bias that trains goes through `routes` first.
 4. `candidates` makes a `calls.Launch` for every mode: one call, where its sequences lie, its cells.
 5. `decompose` makes several, where one is not enough: `staircases` of rows that gather their keys,
    and `cuts` of a region where `bounds` say that they may be cheaper, with `grouping` by window.

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from attnkit.errors import Refusal
 from attnkit.planner.calls import Launch
 from attnkit.planner.candidates import candidates, whole_calls
-from attnkit.planner.decompose import Search, first_decomposition, head_groups
+from attnkit.planner.decompose import first_decomposition
+from attnkit.planner.packing import head_groups
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.search import Search
 
 if TYPE_CHECKING:
     from attnkit.planner.plan import Plan

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from attnkit.errors import Refusal
 from attnkit.kernel.stats import COPIES
 from attnkit.planner.calls import Launch
-from attnkit.planner.decompose import Search, partings
+from attnkit.planner.decompose import partings
 from attnkit.planner.price import chip
 from attnkit.planner.proof import disprove_calls, disprove_cover, disprove_places, reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
+from attnkit.planner.search import Search
 
 __all__ = ["backward_calls", "backward_time", "disprove_backward"]
 

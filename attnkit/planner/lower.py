@@ -22,14 +22,16 @@ from attnkit.planner.calls import (
     widened,
 )
 from attnkit.planner.candidates import candidates, whole_calls
-from attnkit.planner.decompose import Search, decompositions, head_groups, partings
+from attnkit.planner.decompose import decompositions, partings
 from attnkit.planner.moved import least_moved, with_moves
 from attnkit.planner.orders import only_merges, restated, sorted_positions
+from attnkit.planner.packing import head_groups
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price, least_with_full_mask
 from attnkit.planner.proof import reasons_against
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route, in_parts, routes
+from attnkit.planner.search import Search
 from attnkit.planner.selected import select
 from attnkit.planner.tilings import tilings
 from attnkit.planner.zones import cost_of_channels, least_of_zones

@@ -9,10 +9,10 @@ from typing import Any
 from attnkit.errors import CompositionError
 from attnkit.masks import Mask
 from attnkit.planner.candidates import is_in_order
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, search_for
 from attnkit.planner.price import Price, chip
 from attnkit.planner.request import Request
+from attnkit.planner.search import Search
 
 __all__ = ["Saving", "savings"]
 

@@ -28,7 +28,7 @@ from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask
 from attnkit.planner.calls import Launch, bare_call
-from attnkit.planner.decompose import head_groups, kv_heads_of, most_bytes
+from attnkit.planner.packing import head_groups, kv_heads_of, most_bytes
 from attnkit.planner.request import Request
 from attnkit.planner.row_groups import MOST_PATTERNS, RowGroup, TileCosts
 from attnkit.planner.sequences import Block

@@ -20,9 +20,9 @@ from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
 from attnkit.planner.bias_pass import BiasPass, frozen
 from attnkit.planner.calls import widened
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import _as_given, _with_pass
 from attnkit.planner.price import price_of_pass
+from attnkit.planner.search import Search
 from tests.agreement import agreement, slope_error
 from tests.backends.memory import Allocated
 

@@ -14,8 +14,8 @@ from attnkit.kernel.block_sparse_op import BACKWARD, lacks_block_sparse
 from attnkit.planner import Plan
 from attnkit.planner.block_sparse import by_blocks
 from attnkit.planner.calls import Solution
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import _merged
+from attnkit.planner.search import Search
 from tests.agreement import Results, agree
 from tests.npu.device import DEVICE
 

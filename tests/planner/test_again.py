@@ -14,9 +14,9 @@ import attnkit as ak
 from attnkit import masks as M
 from attnkit import pse
 from attnkit.planner import again
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import on_route, search_for
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.search import Search
 
 BATCH, SIZE = 3, 12
 

@@ -17,10 +17,10 @@ from attnkit.backends import Operands, run_plan
 from attnkit.backends.ascend import Ascend
 from attnkit.errors import KernelContractError
 from attnkit.planner import Plan, Request
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import lower, on_route
 from attnkit.planner.route_proof import disprove_route
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.search import Search
 from attnkit.planner.sorting import Sorted
 from attnkit.pse import Align
 from tests.agreement import slope_error

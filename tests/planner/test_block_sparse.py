@@ -20,9 +20,9 @@ from attnkit.kernel.block_sparse import OP
 from attnkit.planner import Plan, Request
 from attnkit.planner.block_sparse import by_blocks
 from attnkit.planner.calls import Solution
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import _merged, lower
 from attnkit.planner.orders import restated
+from attnkit.planner.search import Search
 from tests.agreement import distance
 from tests.npu.releases.recorded import RecordedOps
 

@@ -12,11 +12,13 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.geometry import Region, Slice
 from attnkit.planner import decompose
+from attnkit.planner import search as searching
 from attnkit.planner.bounds import Work
 from attnkit.planner.calls import Solution, by_heads
-from attnkit.planner.decompose import Search, decompositions, partings
+from attnkit.planner.decompose import decompositions, partings
 from attnkit.planner.lower import search_for
 from attnkit.planner.request import Request
+from attnkit.planner.search import Search
 
 
 def requests(count: int) -> Iterator[Request]:
@@ -85,7 +87,7 @@ def test_a_region_of_many_runs_is_not_even_cut(monkeypatch: pytest.MonkeyPatch) 
     mask = masks.Dense.keep(table.repeat_interleave(64, 0).repeat_interleave(64, 1))
     x = torch.empty(1, 4096, 8, 64, device="meta", dtype=torch.bfloat16)
     request = ak.plan(x, x, x, mask=mask, backend="reference").request
-    monkeypatch.setattr(decompose, "cuts", lambda region: pytest.fail("it was cut"))
+    monkeypatch.setattr(searching, "cuts", lambda region: pytest.fail("it was cut"))
     plan = search_for(request, Search())
     (refusal,) = (one for one in plan.refusals if one.code == "pieces-dearer")
     assert "would cost" in refusal.reason

@@ -12,7 +12,7 @@ import attnkit as ak
 from attnkit import masks
 from attnkit.errors import Refusal
 from attnkit.geometry import Slice
-from attnkit.planner import decompose
+from attnkit.planner import packing
 from attnkit.planner.decompose import decompositions
 from attnkit.planner.grouping import MOST_WINDOWS, Segment, group
 
@@ -49,7 +49,7 @@ def test_a_head_without_grouping_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -
     mask, length = random_heads(0)
     x = torch.empty(1, length, 2, 4, device="meta")
     request = ak.plan(x, x, x, mask=mask, backend="reference").request
-    monkeypatch.setattr(decompose, "group", lambda pieces: group(pieces) if len(pieces) < 9 else [])
+    monkeypatch.setattr(packing, "group", lambda pieces: group(pieces) if len(pieces) < 9 else [])
     found = list(decompositions(request))
     assert found
     assert {one.code for one in found if isinstance(one, Refusal)} == {"cut-windows"}

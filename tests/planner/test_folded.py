@@ -14,10 +14,10 @@ from attnkit.backends.base import BACKENDS, Operands
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.masks import Dense, PerHead
 from attnkit.planner import Plan, read_request
-from attnkit.planner.decompose import Search
 from attnkit.planner.folded import Folded, folded
 from attnkit.planner.lower import in_other_order, lower
 from attnkit.planner.request import Composition, Request
+from attnkit.planner.search import Search
 
 
 def blocks(seed: int, q_len: int, kv_len: int, size: int = 3, share: float = 0.4) -> masks.Mask:

@@ -21,8 +21,8 @@ from attnkit.backends.base import Operands
 from attnkit.geometry import Region
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.calls import Block
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import search_for
+from attnkit.planner.search import Search
 from benchmarks._sparse_masks import SMALL, SPARSE
 from tests.agreement import Results, definition, near, slopes
 

@@ -12,8 +12,8 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.planner import Plan, Request
-from attnkit.planner.decompose import Search
 from attnkit.planner.routes import Route, routes
+from attnkit.planner.search import Search
 from attnkit.planner.zones import cost_of_channels, least_of_zones
 
 lower = import_module("attnkit.planner.lower")  # the package has its function by this name

@@ -19,10 +19,10 @@ from attnkit.geometry import Region
 from attnkit.masks import Dilated, Mask
 from attnkit.masks.grid import GridMask, grid_order
 from attnkit.planner import Plan, Request, read_request
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import in_other_order, lower
 from attnkit.planner.orders import how_moved, restated, sorted_positions
 from attnkit.planner.request import Composition
+from attnkit.planner.search import Search
 from attnkit.planner.sorting import Sorted
 
 RESTS = (

@@ -16,10 +16,10 @@ from attnkit.errors import KernelContractError
 from attnkit.masks import Dilated
 from attnkit.planner import Plan, Request, read_request
 from attnkit.planner.calls import Tokens
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import in_other_order
 from attnkit.planner.parted import Parted, parted
 from attnkit.planner.request import Composition
+from attnkit.planner.search import Search
 from attnkit.planner.sorting import Sorted
 
 CAUSAL = masks.Causal()

@@ -12,8 +12,8 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.planner import Plan, lower
-from attnkit.planner.decompose import Search
 from attnkit.planner.lower import search_for
+from attnkit.planner.search import Search
 from tests.planner.test_tampering import a_bias, a_mask
 
 
