@@ -22,11 +22,11 @@ __all__ = ["Work", "dearer"]
 
 
 class Work(NamedTuple):
-    """The cells that some pieces compute at least, the rows that they answer, the keys they read.
+    """What some pieces take at least: cells of tiles, rows that they answer, keys that they read.
 
     >>> causal_blocks = Region.of(Slice(0, 4, 0, 2), Slice(2, 4, 4, 6))
     >>> Work.of_region(causal_blocks)
-    Work(cells=12, rows=6, keys=4)
+    Work(cells=768, rows=6, keys=4)
     """
 
     cells: int = 0

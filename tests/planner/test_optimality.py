@@ -25,7 +25,8 @@ from attnkit import masks
 from attnkit.backends import make_plan
 from attnkit.geometry import Region
 from attnkit.kernel import AttenMask, KernelCall, TensorSpec
-from attnkit.planner import Launch, cuts, decompose, lower, price, proof
+from attnkit.planner import Launch, cuts, lower, price, proof
+from attnkit.planner import search as searching
 from attnkit.planner.calls import tile_whole
 from attnkit.planner.price import Chip, chip
 from tests.planner.bruteforce import DIM, Search, Sizes, bits, region_of, request_of
@@ -191,7 +192,7 @@ def test_a_planner_that_tries_one_cut_is_noticed(
     tiny = {(3, 3): every_tiny_set()[3, 3][::7]}
     weigh(weights)
     before = compare(tiny, weights)
-    monkeypatch.setattr(decompose, "_MOST_CUTS", 1)
+    monkeypatch.setattr(searching, "_MOST_CUTS", 1)
     forget()
     after = compare(tiny, weights)
     assert len(after.gaps) > len(before.gaps)

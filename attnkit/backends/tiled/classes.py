@@ -35,9 +35,9 @@ class Classes(Mask):
     """A mask that knows an order: rows by the keys that they see, keys by the rows that see them.
 
     >>> from attnkit.masks import SameId
-    >>> two = Classes(SameId([(0, 2), (1, 2), (0, 2)]))
-    >>> two.in_order(6, 6).rows, len(two.in_order(6, 6).region.slices)
-    ((range(0, 2), range(4, 6), range(2, 4)), 2)
+    >>> two = Classes(SameId([(0, 64), (1, 64), (0, 64)]))
+    >>> two.in_order(192, 192).rows, len(two.in_order(192, 192).region.slices)
+    ((range(0, 64), range(128, 192), range(64, 128)), 2)
     """
 
     mask: Mask
