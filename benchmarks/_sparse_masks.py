@@ -45,6 +45,13 @@ class Sparse:
         """Return the mask and its lengths."""
         return self.make(*self.arguments[size] or ())
 
+    def odd(self) -> tuple[Mask, int, int]:
+        """Return a small one of odd sizes, some rows of which see no key, and its lengths."""
+        mask, (q_len, kv_len) = self.at(SMALL)
+        some = mask - masks.Rows(11, 14)
+        few = some.cut((1, q_len), (0, kv_len - 1), q_len=q_len, kv_len=kv_len)
+        return few, q_len - 1, kv_len - 1
+
 
 # -- blocks ----------------------------------------------------------------------------------
 

@@ -38,11 +38,8 @@ def masks_of_tiles(no_full_masks: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 @cache
 def odd(name: str) -> tuple[masks.Mask, int, int]:
-    """Return a mask without its first row, its last key and some rows' keys, and its lengths."""
-    mask, (q_len, kv_len) = SPARSE[NAMES.index(name)].at(SMALL)
-    some = mask - masks.Rows(11, 14)
-    few = some.cut((1, q_len), (0, kv_len - 1), q_len=q_len, kv_len=kv_len)
-    return few, q_len - 1, kv_len - 1
+    """Return a mask of odd sizes, some rows of which see no key, and its lengths."""
+    return SPARSE[NAMES.index(name)].odd()
 
 
 def request_for(name: str, dtype: torch.dtype = torch.float64) -> Request:
