@@ -41,7 +41,12 @@ class Block:
         >>> Block.at(0, 2, 4, 0, 3).rows
         (range(2, 4),)
         """
-        return cls(batch, (range(i0, i1),) if i0 < i1 else (), (range(j0, j1),) if j0 < j1 else ())
+        rows, keys = (i0, i1) if i0 < i1 else (0, 0), (j0, j1) if j0 < j1 else (0, 0)
+        found = cls(batch, (range(*rows),) if i0 < i1 else (), (range(*keys),) if j0 < j1 else ())
+        # A packed batch has thousands of them, and what is known need not be found out.
+        sizes = (rows[1] - rows[0], keys[1] - keys[0])
+        vars(found).update(sizes=sizes, ends=(*rows, *keys), is_rectangle=True)
+        return found
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
