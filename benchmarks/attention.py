@@ -297,6 +297,13 @@ def growth_rows(options: argparse.Namespace) -> Iterator[tuple[int, float, float
         length *= 2
 
 
+def written(results: Path, lines: list[str]) -> None:
+    """Write a page of results."""
+    results.parent.mkdir(exist_ok=True)
+    results.write_text("\n".join(lines), encoding="utf-8")
+    print(f"written to {results.name}")
+
+
 def machine(threads: int) -> str:
     """Say what ran where."""
     model = platform.processor() or platform.machine()

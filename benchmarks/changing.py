@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from attention import machine
+from attention import machine, written
 from torch import Tensor, nn
 
 import attnkit as ak
@@ -205,9 +205,7 @@ def main() -> None:
         *growth(options.steps),
         "",
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines), encoding="utf-8")
-    print(f"written to {RESULTS.name}")
+    written(RESULTS, lines)
 
 
 if __name__ == "__main__":

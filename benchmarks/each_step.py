@@ -20,7 +20,7 @@ from random import Random
 from statistics import median
 
 import torch
-from attention import machine
+from attention import machine, written
 
 import attnkit as ak
 from attnkit import masks, pse
@@ -160,9 +160,7 @@ def main() -> None:
         *rows(options.steps),
         "",
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines), encoding="utf-8")
-    print(f"written to {RESULTS.name}")
+    written(RESULTS, lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _sparse_masks import LONG, SHORT, SPARSE, Sparse
-from attention import machine
+from attention import machine, written
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -184,9 +184,7 @@ def main() -> None:
         *long_plans(),
         "",
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines), encoding="utf-8")
-    print(f"written to {RESULTS.name}")
+    written(RESULTS, lines)
 
 
 if __name__ == "__main__":

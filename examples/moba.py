@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from lm.steps import ByteModel, apart, dense, train
+from lm.steps import dense, shown
 
 DIM, HEADS, KV_HEADS, BLOCK, TOP = 64, 4, 2, 32, 2
 LENGTH = 256
@@ -70,16 +70,7 @@ class MoBA(nn.Module):
 
 def main(steps: int = 40) -> None:
     """Compare with the dense computation, train a little, and print the plan."""
-    torch.manual_seed(0)
-    x = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
-    far = apart(MoBA().double(), MoBA(plainly=True).double(), x)
-    print(f"output and gradients differ from the dense computation by {far:.1e}")
-
-    model = ByteModel(DIM, 2, MoBA)
-    losses = train(model, steps, LENGTH)
-    print(f"bits per byte: {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps\n")
-
-    layer: MoBA = model.layers[0]  # type: ignore[assignment]
+    layer: MoBA = shown(MoBA, DIM, LENGTH, steps).layers[0]  # type: ignore[assignment]
     query, key, value = layer.heads(torch.randn(2, LENGTH, DIM))
     print(layer.attention.explain(query, key, value, mask=layer.select(query, key)))
 

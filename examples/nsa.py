@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import attnkit as ak
 from attnkit import masks
-from lm.steps import ByteModel, apart, dense, train
+from lm.steps import dense, shown
 
 DIM, HEADS, KV_HEADS, BLOCK, TOP, WINDOW = 64, 4, 1, 16, 3, 32
 LENGTH = 256
@@ -97,16 +97,7 @@ class NSA(nn.Module):
 
 def main(steps: int = 40) -> None:
     """Compare with the dense computation, train a little, and print the plan."""
-    torch.manual_seed(0)
-    x = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
-    far = apart(NSA().double(), NSA(plainly=True).double(), x)
-    print(f"output and gradients differ from the dense computation by {far:.1e}")
-
-    model = ByteModel(DIM, 2, NSA)
-    losses = train(model, steps, LENGTH)
-    print(f"bits per byte: {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps\n")
-
-    layer: NSA = model.layers[0]  # type: ignore[assignment]
+    layer: NSA = shown(NSA, DIM, LENGTH, steps).layers[0]  # type: ignore[assignment]
     query, key, value = layer.heads(torch.randn(2, LENGTH, DIM))
     mask = layer.select(query, torch.randn(2, LENGTH // BLOCK, KV_HEADS, DIM // HEADS))
     print(layer.selected.explain(query, key, value, mask=mask))

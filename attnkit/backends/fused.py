@@ -33,6 +33,7 @@ from attnkit.backends.merged import Answer, Drawn, Launcher, Merged
 from attnkit.backends.selected import run_selected
 from attnkit.backends.single import Single
 from attnkit.backends.unseen import cleared
+from attnkit.constants import constant
 from attnkit.errors import Refusal
 from attnkit.kernel import Gradients, KernelCall
 from attnkit.masks.given import GivenCells
@@ -152,8 +153,8 @@ def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tens
     if silent:  # heads whose mask allows nothing
         groups += (Parts(silent, (), once=True),)
     parts = [_run_heads(launcher, plan, some, operands) for some in groups]
-    order = torch.tensor([head for some in groups for head in some.heads or ()]).argsort()
-    back = order.to(operands.query.device)
+    order = [head for some in groups for head in some.heads or ()]
+    back = _indices(tuple(map(order.index, sorted(order))), operands.query.device)
     out, lse, peak = (torch.cat(c, dim=1).index_select(1, back) for c in zip(*parts, strict=True))
     return out, lse, peak
 
@@ -168,8 +169,9 @@ def _run_heads(
     biases = [call_bias(plan.request, one, operands.pse, query.device) for one in launches]
     if heads is not None:
         group = plan.request.num_heads // plan.request.num_kv_heads
-        reads = launches[0].kv_heads if launches else [head // group for head in heads]
-        own, kv_own = (torch.tensor(some, device=query.device) for some in (heads, reads))
+        reads = launches[0].kv_heads if launches else None
+        reads = reads or tuple(head // group for head in heads)
+        own, kv_own = (_indices(some, query.device) for some in (heads, reads))
         query = query.index_select(1, own)
         key, value = key.index_select(1, kv_own), value.index_select(1, kv_own)
         sink = None if sink is None else sink.index_select(0, own)
@@ -178,6 +180,11 @@ def _run_heads(
         launcher, parts, biases, query, key, value, sink, logits
     )
     return out
+
+
+@constant
+def _indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, device=device)
 
 
 def _call_tensors(request: Request, step: Launch, operands: Operands) -> tuple[Tensor | None, ...]:

@@ -16,13 +16,10 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from attnkit.planner.tiled_rows import RowRuns
+from attnkit.planner.tiled_rows import Array, RowRuns
 
 __all__ = ["GridAxis", "axes_of", "in_patches", "patches"]
-
-Array = NDArray[np.int64]
 
 _SAMPLES, _AGREE = 9, 3  # rows that are looked at, of which a third must tell the same
 _MOST_AXES = 4

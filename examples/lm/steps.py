@@ -96,3 +96,15 @@ def apart(layer: nn.Module, plain: nn.Module, x: Tensor) -> float:
     for a, b in zip(*found, strict=True):
         far.append((a - b).abs().max().item() / max(1.0, b.abs().max().item()))
     return max(far)
+
+
+def shown(make: Callable[..., nn.Module], dim: int, length: int, steps: int) -> ByteModel:
+    """Compare a layer with its dense computation, train a model of two, and print both."""
+    torch.manual_seed(0)
+    x = torch.randn(2, length, dim, dtype=torch.float64)
+    far = apart(make().double(), make(plainly=True).double(), x)
+    print(f"output and gradients differ from the dense computation by {far:.1e}")
+    model = ByteModel(dim, 2, make)
+    losses = train(model, steps, length)
+    print(f"bits per byte: {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps\n")
+    return model
