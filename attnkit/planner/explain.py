@@ -145,7 +145,7 @@ def _request_lines(request: Request, in_order: Request | None) -> Iterator[tuple
 
 def _understood(request: Request, in_order: Request | None) -> str:
     """Say the mask's region in words, its density and its empty rows."""
-    known, where = request.matrices, ""
+    known, sequences, where = request.matrices, request.sequences, ""
     if in_order is not None and isinstance(in_order.mask, Parted):
         cells = sum(region.area for region in in_order.matrices.regions())
         whole = sum(q * kv for q, kv in request.sequences)
@@ -154,21 +154,23 @@ def _understood(request: Request, in_order: Request | None) -> str:
             f"cells ({100 * cells / whole:.1f} %)"
         )
     if not known.exact and in_order is not None:
-        known, where = in_order.matrices, "a region once positions are sorted; "
+        # Heads that are folded into the batch have a score matrix each there.
+        known, sequences = in_order.matrices, in_order.sequences
+        where = "a region once positions are sorted; "
     if not known.exact:
         if request.mask.comes_with_call:
             return "which cells they are comes with each call, and no plan depends on it"
         return "not a union of slices, so its cells are passed one by one"
     if known.per_head:
         return f"{len(known.planes)} heads with different regions"
-    regions = list(zip(known.regions(), request.sequences, strict=True))
+    regions = list(zip(known.regions(), sequences, strict=True))
     kinds: Counter[str] = Counter()
     for (region, sizes), count in Counter(pair for pair in regions if all(pair[1])).items():
         kinds[_named(region, *sizes)] += count
     names = " or ".join(kind for kind, _ in kinds.most_common(3)) + " or more" * (len(kinds) > 3)
     names = where or ("" if names == str(request.mask) else f"{names}; ")
     cells = sum(region.area for region, _ in regions)
-    whole = sum(q * kv for q, kv in request.sequences)
+    whole = sum(q * kv for q, kv in sequences)
     empty = sum(b - a for r, (q_len, _) in regions for a, b in r.empty_rows(q_len))
     share = f"{100 * cells / whole:.1f} %" if whole else "none"
     rows = f"{empty:,} rows see no key and give 0" if empty else "every row sees a key"

@@ -205,3 +205,18 @@ def test_one_sink_for_all_elements_would_be_caught() -> None:
     # With sinks, the same heads run as parts, and the merge knows whose row has which sink.
     own = Case(case.mask, "BSND", 8)
     assert all(step.partial for step in folded_plan(own.request()).steps)
+
+
+def test_heads_that_are_folded_and_sorted_are_reported() -> None:
+    one = [[1, 0, 1, 1], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0]]
+    other = [[0, 0, 1, 1], [0, 0, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0]]
+    table = torch.tensor([one, other])
+    mask = masks.Dilated(2) & masks.Blocks(table.bool(), 1, 1)
+    query, key = (torch.randn(2, heads, 4, 2, dtype=torch.float64) for heads in (2, 1))
+    plan = ak.plan(
+        query, key, key, mask=mask, layout="BNSD", sink=query[0, 0, 0], backend="emulated"
+    )
+    assert plan.in_order is not None
+    assert len(plan.in_order.sequences) > len(plan.request.sequences)
+    cells = int(mask.materialize(4, 4, 2, 2).sum())
+    assert f"{cells} of 64 cells" in " ".join(plan.explain().split())
