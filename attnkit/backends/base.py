@@ -11,14 +11,23 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from attnkit.errors import Refusal
+from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Composition, Plan, Request
 from attnkit.planner.plan import RUNNERS
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 from attnkit.registry import Registry
 
-__all__ = ["BACKENDS", "AttentionOutput", "Backend", "Kept", "Operands", "Stats", "register"]
+__all__ = [
+    "BACKENDS",
+    "AttentionOutput",
+    "Backend",
+    "Kept",
+    "Operands",
+    "Partial",
+    "Stats",
+    "register",
+]
 
 Maker = Callable[[], Tensor]
 
@@ -132,6 +141,18 @@ class Kept(NamedTuple):
         return torch.zeros_like(self.output) if self.grad is None else self.grad
 
 
+class Partial(NamedTuple):
+    """What the rows of a request answer over its keys alone, to be merged with other keys'.
+
+    `output` is in the request's layout and `lse` as in `Stats`, both in the dtype of the
+    statistics. `random` is what was drawn, where the gradients must draw it again.
+    """
+
+    output: Tensor
+    lse: Tensor
+    random: object = None
+
+
 class Backend(ABC):
     """One way to run a request.
 
@@ -197,8 +218,42 @@ class Backend(ABC):
             made += [] if kept.grad_lse is None else [(stats.lse, kept.grad_lse)]
             return gradients_of(made, apart)
 
+    # -- shares of a larger attention: requests with a `share` ------------------------------
+
+    def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
+        """Run a plan whose request has a `Share`, on its dropout's seed; nothing is recorded."""
+        raise BackendRefused(*_no_shares(self.name))
+
+    def partial_gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        kept: Kept,
+        wanted: tuple[bool, ...],
+        random: object = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return what a share gives to the gradients of its `leaves`, in the statistics' dtype.
+
+        `kept` has the output and the log-sum-exp of whole rows, over the keys of all shares, with
+        the sink; it may have them in the dtype of the statistics. ``kept.seed`` is the seed that
+        `partial` was given, `random` what it drew.
+        """
+        raise BackendRefused(*_no_shares(self.name))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def _no_shares(name: str) -> tuple[str, list[Refusal]]:
+    reason = "it computes whole rows, and a share needs their statistics from outside"
+    return f"backend {name!r} runs no share of an attention: {reason}", [
+        Refusal("share", reason, name)
+    ]
+
+
+def without_shares(request: Request, name: str) -> list[Refusal]:
+    """Return why a backend that computes whole rows cannot run a share of an attention."""
+    return [] if request.share is None else _no_shares(name)[1]
 
 
 @contextmanager

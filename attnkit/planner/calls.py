@@ -21,8 +21,9 @@ from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.price import Price, heads_of, price_call
 from attnkit.planner.request import Request, state_of
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
 from attnkit.pse import Align
+from attnkit.ranges import Ranges
 from attnkit.strips import diagonal_chain
 
 __all__ = [

@@ -25,7 +25,8 @@ from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
+from attnkit.ranges import Ranges
 
 __all__ = ["as_data", "explain"]
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from attnkit.geometry import Region
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
 from attnkit.planner.tiled_rows import Array, counted, row_runs, runs_in_rows, starts_of
+from attnkit.ranges import Ranges
 
 __all__ = ["are_many", "uncovered"]
 

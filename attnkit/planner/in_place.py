@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from attnkit.planner.grouping import Segment
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
+from attnkit.ranges import Ranges
 
 __all__ = ["in_place"]
 

@@ -17,8 +17,9 @@ from attnkit.masks import And, Enclosure, Mask, Or
 from attnkit.planner.calls import Launch
 from attnkit.planner.matrices import seen_spans
 from attnkit.planner.request import Request
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
 from attnkit.planner.sorting import Sorted
+from attnkit.ranges import Ranges
 from attnkit.strips import gaps
 
 __all__ = ["Parted", "as_they_stand", "parted"]

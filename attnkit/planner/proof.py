@@ -25,7 +25,8 @@ from attnkit.planner.images import are_many, uncovered
 from attnkit.planner.price import heads_of
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
-from attnkit.planner.sequences import Block, are_distinct
+from attnkit.planner.sequences import Block
+from attnkit.ranges import are_distinct
 
 __all__ = [
     "disprove",

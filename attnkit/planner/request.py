@@ -28,11 +28,13 @@ from attnkit.planner.scoring import ScoreFunction, check_score_fn, trains
 from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
+from attnkit.ranges import Ranges
 
 __all__ = [
     "BiasTerm",
     "Composition",
     "Request",
+    "Share",
     "check_fits",
     "read_request",
     "read_sizes",
@@ -144,6 +146,24 @@ def state_of(record: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which rows, keys and heads of a larger attention a request has: its results are merged.
+
+    So its output and its gradients are handed on in the dtype of the statistics, unrounded, and
+    its gradients take the statistics of whole rows. Positions are those of the whole's axes of
+    queries and of keys (of a packed batch: of its tokens), in the order in which the request has
+    them. Dropout decides by them, so that the shares drop what the whole would.
+    """
+
+    q_len: int
+    kv_len: int
+    rows: Ranges
+    keys: Ranges
+    num_heads: int
+    first_head: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
     """A composition with the shapes, dtype and device it is wanted for.
 
@@ -176,6 +196,8 @@ class Request:
     """Whether a tensor that the score function reads asks for a gradient."""
     deterministic: bool = False
     memory_limit: int | None = None
+    share: Share | None = None
+    """What of a larger attention it is, where its results are merged with those of others."""
 
     __getstate__ = state_of
 

@@ -13,12 +13,10 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from attnkit.geometry import Region, Slice, Strip
+from attnkit.ranges import Ranges, span, total
 from attnkit.strips import Run, advance
 
-__all__ = ["Block", "Ranges", "are_distinct"]
-
-Ranges = tuple[range, ...]
-"""Positions in the order in which a call has them: ranges of step 1 or -1, none of them empty."""
+__all__ = ["Block"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Block:
     @cached_property
     def sizes(self) -> tuple[int, int]:
         """``(q_len, kv_len)`` of the sequence."""
-        return sum(map(len, self.rows)), sum(map(len, self.keys))
+        return total(self.rows), total(self.keys)
 
     @cached_property
     def ends(self) -> tuple[int, int, int, int]:
@@ -81,29 +79,14 @@ class Block:
             if spans not in known:
                 known[spans] = _moved(static, self.keys)
             if kept := known[spans]:
-                standing.append(Strip(*_span(rows), kept))
+                standing.append(Strip(*span(rows), kept))
             moving += (part for wedge in wedges for part in _moved_wedge(wedge, rows, self.keys))
         still = Region.stacked(standing)
         return still | Region.of(*moving) if moving else still
 
 
-def are_distinct(ranges: Ranges, length: int) -> bool:
-    """Whether ranges are of positions below a length, none of which occurs twice.
-
-    >>> are_distinct((range(4, 6), range(3, 1, -1)), 6), are_distinct((range(3), range(2, 4)), 6)
-    (True, False)
-    """
-    if len(ranges) == 1 and ranges[0].step == 1:  # as most are, and packed batches are long
-        return 0 <= ranges[0].start < ranges[0].stop <= length
-    if any(abs(one.step) != 1 or not one for one in ranges):
-        return False
-    spans = sorted(map(_span, ranges))
-    apart = all(a[1] <= b[0] for a, b in pairwise(spans))
-    return apart and (not spans or (spans[0][0] >= 0 and spans[-1][1] <= length))
-
-
 def _hull(ranges: Ranges) -> tuple[int, int]:
-    spans = [_span(one) for one in ranges]
+    spans = [span(one) for one in ranges]
     return min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
 
 
@@ -153,7 +136,7 @@ def _moved(spans: list[tuple[int, int]], keys: Ranges) -> tuple[Run, ...]:
     for one in keys:
         while k < len(spans) and spans[k][0] < at + len(one):
             start, stop = max(spans[k][0], at) - at, min(spans[k][1], at + len(one)) - at
-            found.append(_span(one[start:stop]))
+            found.append(span(one[start:stop]))
             if spans[k][1] > at + len(one):
                 break
             k += 1
@@ -165,11 +148,6 @@ def _moved(spans: list[tuple[int, int]], keys: Ranges) -> tuple[Run, ...]:
         else:
             runs.append((a, b))
     return tuple((a, 0, b, 0) for a, b in runs)
-
-
-def _span(some: range) -> tuple[int, int]:
-    """Return the first position of a range of step 1 or -1, and where it ends."""
-    return (some.start, some.stop) if some.step > 0 else (some[-1], some[0] + 1)
 
 
 def _moved_wedge(wedge: Slice, rows: range, keys: Ranges) -> Iterator[Slice]:
@@ -188,7 +166,7 @@ def _moved_wedge(wedge: Slice, rows: range, keys: Ranges) -> Iterator[Slice]:
         else:
             for u in range(own.i0, own.i1):
                 row = own & Slice(u, u + 1, own.j0, own.j1)
-                yield Slice(rows[u], rows[u] + 1, *_span(one[row.j0 : row.j1]))
+                yield Slice(rows[u], rows[u] + 1, *span(one[row.j0 : row.j1]))
 
 
 def _turned(part: Slice, row: int, key: int) -> Slice:

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 from attnkit.geometry import Region, Strip
 from attnkit.planner.grouping import Segment
-from attnkit.planner.sequences import Block, Ranges
+from attnkit.planner.sequences import Block
+from attnkit.ranges import Ranges
 from attnkit.strips import Run, advance
 
 __all__ = ["partitions"]

@@ -13,8 +13,9 @@ from attnkit.geometry import Region, Slice
 from attnkit.planner import staircases
 from attnkit.planner.grouping import Segment, group
 from attnkit.planner.in_place import in_place
-from attnkit.planner.sequences import Block, are_distinct
+from attnkit.planner.sequences import Block
 from attnkit.planner.staircases import partitions
+from attnkit.ranges import are_distinct
 
 
 def region_of(rows: list[int]) -> Region:
