@@ -1,5 +1,5 @@
 # Two commands to start with: `make demo` trains the example language model, `make test` runs
-# every test. Each sets up .venv first, once. `make help` lists the rest.
+# the tests. Each sets up .venv first, once. `make help` lists the rest.
 
 PYTHON ?= python3
 CONFIG ?= examples/configs/alibi.yaml
@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
+.PHONY: help venv demo test test-sweeps test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -36,11 +36,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a small language model on the text of Python's own documentation
 	$(BIN)/python examples/train_lm.py --config $(CONFIG)
 
-test: $(READY) ## every test, doctests included
-	$(BIN)/python -m pytest -n $(WORKERS)
+test: $(READY) ## the tests, doctests included (minutes)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not sweep"
 
-test-fast: $(READY) ## the tests without the exhaustive sweeps
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+test-sweeps: $(READY) ## the tests that go through everything of a kind (minutes more)
+	$(BIN)/python -m pytest -n $(WORKERS) -m sweep tests
 
 test-models: $(READY) ## models of transformers against eager attention, a chosen set (minutes)
 	$(BIN)/python -m tests.zoo --chosen --strict --workers $(WORKERS)

@@ -169,7 +169,7 @@ def test_every_operation_on_every_pair_of_subsets():
         assert a.isdisjoint(b) is (x & y == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("sign", OPERATIONS)
 def test_every_operation_on_every_pair_of_subsets_of_a_wider_grid(sign):
     n, m = 4, 2

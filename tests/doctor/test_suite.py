@@ -73,7 +73,7 @@ def test_small_cases_pass_in_every_dtype(dtype: torch.dtype):
     assert {"keep rate, distance", "two calls draw the same"} <= told
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_all_cases_pass_in_every_dtype():
     results = run_suite(dtypes=DTYPES)
     assert [r.name for r in results if r.status in ("failed", "error")] == []

@@ -60,7 +60,7 @@ def test_backends_of_a_gpu_pass(backend: str) -> None:
     assert {BY_NAME[name].group for name in FEW} == {case.group for case in cases_of(backend)}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("backend", ["cuda", "tiled"])  # what cuda does not fuse, flex runs
 def test_all_cases_pass(backend: str) -> None:
     results = [run_case(case, backend=backend) for case in cases_of(backend)]

@@ -9,7 +9,7 @@ from tests.kernel.campaign import check
 SHARES = 8
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("share", range(SHARES))
 def test_random_calls_are_what_the_second_statement_says(share: int):
     """`python -m tests.kernel.campaign --seed 0 --only N` repeats the call 0:N of a failure."""

@@ -91,7 +91,7 @@ def test_compositions_of_two(q_len, kv_len):
     first_two_levels(q_len, kv_len)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("q_len", "kv_len"), SIZES)
 def test_compositions_of_three(q_len, kv_len):
     atoms, sets = first_two_levels(q_len, kv_len)

@@ -49,7 +49,7 @@ def test_every_family_comes_back(q_len, kv_len):
         check(found, cells)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("q_len", "kv_len"), SIZES)
 def test_every_family_comes_back_at_every_size(q_len, kv_len):
     test_every_family_comes_back(q_len, kv_len)
@@ -428,7 +428,7 @@ def test_a_large_dense_mask_is_enclosed_in_chunks(one_thread):
     assert peak < 32 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_64k_rows_are_read_in_chunks(one_thread):
     found, most, peak = tallest_chunk(window_function, 1 << 16)
     assert found.mask == W(4096)

@@ -76,7 +76,7 @@ def chunks(regions: list[Region]) -> Iterator[tuple[Region, ...]]:
         yield chunk
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("q_len", "kv_len"), list(product(SIDES, SIDES)))
 def test_every_set_is_planned_proven_and_computed(q_len: int, kv_len: int) -> None:
     known, gathered = sets(q_len, kv_len), 0

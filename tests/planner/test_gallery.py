@@ -69,7 +69,7 @@ def test_few_calls_and_no_full_mask(name: str) -> None:
         assert call.atten_mask is None or call.atten_mask.kind != "full"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", AT_MOST)
 def test_equal_to_the_reference_at_full_length(name: str) -> None:
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ def test_no_legal_cover_is_cheaper_on_the_shipped_weights(weigh: Weigh) -> None:
     assert max(tiny.worst, larger.worst) < 1.00001
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_gap_where_cells_are_dear(weigh: Weigh) -> None:
     """Plans have the fewest calls for a cut; where a launch is cheap, more would be cheaper."""
     weigh(CELLS)
@@ -168,7 +168,7 @@ def test_the_gap_where_cells_are_dear(weigh: Weigh) -> None:
     assert (larger.sets, len(larger.gaps), round(larger.worst, 3)) == (309, 102, 1.615)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_gap_to_parts_with_rows_of_no_key(weigh: Weigh) -> None:
     """Such rows between a call's others would spare a copy; no part of a plan has any."""
     weigh(SHIPPED)
@@ -176,7 +176,7 @@ def test_the_gap_to_parts_with_rows_of_no_key(weigh: Weigh) -> None:
     assert (len(found.gaps), round(found.worst, 3)) == (38, 1.088)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_gap_without_rectangles(weigh: Weigh, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cut into rectangles is for a few rows only; this is what larger regions do without."""
     monkeypatch.setattr(cuts, "_FEW_RUNS", 0)

@@ -293,7 +293,7 @@ def test_a_field_changed_by_hand_is_caught_or_changes_no_number(
     assert tally["caught"] > 3 * tally["same"] > 300, tally
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("merging", [False, True])
 def test_every_field_of_many_plans(merging: bool, request: pytest.FixtureRequest) -> None:
     if merging:

@@ -68,7 +68,7 @@ def test_random_compositions_of_several_calls_run_as_defined() -> None:
     _sweep(75)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_many_random_compositions() -> None:
     tally = _sweep(2000)
     # Among so many the kernel has gaps, and they are told: by code, with reasons (`Tally.run`).

@@ -54,7 +54,7 @@ def case_of(mask: Mask, layout: str, q_len: int, kv_len: int) -> Case:
     return Case(mask, layout, 1, q_len, kv_len, 1, dim=1, value_dim=1, seqlens=seqlens)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("layout", list(layouts.LAYOUTS))
 def test_every_atom_at_every_small_size(layout: str) -> None:
     count: Counter[str] = Counter()

@@ -81,7 +81,7 @@ def test_every_family(lengths: tuple[int, int]) -> None:
         check(mask, *lengths, [(1, 1), (2, 2), (3, 2)])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_pair_of_families() -> None:
     checked = 0
     for one, other in product(families(6, 6)[::2], repeat=2):

@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds(name: str) -> None:
     check(tensors(), **KINDS[name])
@@ -100,7 +100,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str) -> None:
     how = SHAPES[name]
@@ -109,14 +109,14 @@ def test_shapes(name: str) -> None:
     check(tensors(**how), mask=masks.Causal(), layout=layout, **merged)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_packed() -> None:
     lens = ak.SeqLens([50, 100, 0, 50], [40, 120, 10, 50])
     operands = tensors("TND", (200, 220))
     check(operands, mask=masks.Causal(), pse=pse.ALiBi(2), layout="TND", seqlens=lens)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_model_keeps_it_as_an_island() -> None:
     x = tensors()[0]
     for mask in (masks.Causal(), masks.SlidingWindow(50), masks.Dilated(2)):

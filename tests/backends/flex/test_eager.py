@@ -51,7 +51,7 @@ def test_random_compositions() -> None:
     sweep(80)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_many_random_compositions() -> None:
     sweep(500)
 

@@ -199,6 +199,7 @@ def batches(draw: st.DrawFn) -> tuple[ak.SeqLens, pse.Pse, dict[str, Any]]:
     return ak.SeqLens(*lens), bias, how
 
 
+@pytest.mark.sweep
 @settings(max_examples=25)
 @given(batches())
 def test_random_batches(case: tuple[ak.SeqLens, pse.Pse, dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from attnkit.interop.transformers import enable, report
 from tests.interop.transformers.models import CASES, pair
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_model() -> None:
     eager, model, inputs = pair("llama")
     enable(model)
