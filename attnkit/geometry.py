@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.ranges import Ranges, span
 from attnkit.strips import (
     AND,
     OR,
@@ -38,9 +39,11 @@ from attnkit.strips import (
     combine,
     gaps,
     inside,
+    seen_spans,
     strip_area,
     union_all,
 )
+from attnkit.taking import rows_of, taken
 from attnkit.tiles import TileCount, tile_rows
 
 __all__ = ["Region", "RowCount", "Slice", "Strip", "TileCount"]
@@ -191,6 +194,36 @@ def _canonical(part: Slice) -> tuple[Strip, ...]:
         strips.append(Strip(row, end, ((start, int(moves), stop, int(follows)),)))
         row = end
     return tuple(strips)
+
+
+def _turned(region: Region, rows: int, keys: int) -> Region:
+    """Return the cells ``(rows - 1 - i, keys - 1 - j)``."""
+    apart = keys - rows
+    return Region.of(
+        *(
+            Slice(
+                rows - part.i1,
+                rows - part.i0,
+                keys - part.j1,
+                keys - part.j0,
+                apart - part.hi,
+                apart - part.lo,
+            )
+            for part in region.slices
+        )
+    )
+
+
+def _upside_down(region: Region, rows: int) -> Region:
+    """Return the cells ``(rows - 1 - i, j)``: of ends that move, row by row."""
+    found: list[Strip] = []
+    for i0, i1, runs in region.strips:
+        if all(da == db == 0 for _, da, _, db in runs):
+            found.append(Strip(rows - i1, rows - i0, runs))
+        else:
+            each = ((rows - 1 - i0 - k, advance(runs, k)) for k in range(i1 - i0))
+            found += (Strip(i, i + 1, own) for i, own in each)
+    return Region.stacked(found)
 
 
 def _operator(table: Table) -> Callable[[Region, Region], Region]:
@@ -347,7 +380,51 @@ class Region:
         (i0, i1), (j0, j1) = q_range, kv_range
         return (self & Region.of(Slice(i0, i1, j0, j1))).shift(-i0, -j0)
 
+    def take(self, rows: Ranges, keys: Ranges) -> Region:
+        """Return ``{(u, v): (rows[u], keys[v]) in self}``: these rows and keys, in this order.
+
+        No row and no key is taken twice. Costs follow the strips and the ranges that meet; where
+        rows fall and keys rise (or the other way round), also the rows with a diagonal end.
+
+        >>> causal = Region.of(Slice(0, 8, 0, 8, hi=0))
+        >>> causal.take((range(0, 2), range(6, 8)), (range(0, 2), range(6, 8))).area
+        10
+        """
+        if all(one.step == 1 for one in (*rows, *keys)):
+            return Region(taken(self.strips, rows, keys))
+        parts: list[Region] = []
+        row = 0
+        for some in rows:
+            key = 0
+            for others in keys:
+                part = Region(taken(self.strips, (range(*span(some)),), (range(*span(others)),)))
+                if others.step < 0:
+                    part = _turned(part, len(some), len(others))
+                if some.step * others.step < 0:
+                    part = _upside_down(part, len(some))
+                parts.append(part.shift(row, key))
+                key += len(others)
+            row += len(some)
+        return Region.union(parts)
+
     # -- questions -----------------------------------------------------------------------
+
+    def seen(self, rows: Ranges) -> Ranges:
+        """Return the keys that some of these rows see, in order.
+
+        >>> Region.of(Slice(0, 8, 0, 8, lo=-1, hi=0)).seen((range(2), range(5, 7)))
+        (range(0, 2), range(4, 7))
+        """
+        strips = (strip for one in rows for strip in rows_of(self.strips, one))
+        return tuple(range(*keys) for keys in seen_spans(strips))
+
+    def cells(self, rows: Ranges) -> int:
+        """Return how many cells these rows have.
+
+        >>> Region.of(Slice(0, 8, 0, 8, hi=0)).cells((range(2), range(7, 8)))
+        11
+        """
+        return sum(strip_area(strip) for one in rows for strip in rows_of(self.strips, one))
 
     def __bool__(self) -> bool:
         return bool(self.strips)

@@ -24,6 +24,9 @@ class Strip(NamedTuple):
     runs: tuple[Run, ...]
 
 
+Span = tuple[int, int]
+"""Keys ``start <= j < stop``."""
+
 _FAR = 1 << 80  # further than any index
 _MANY = 8  # runs of a row, of which those that one run meets are looked up
 
@@ -385,6 +388,23 @@ def diagonal_chain(strips: tuple[Strip, ...], q_len: int, kv_len: int) -> list[E
         out += [(i0, i1, j0, j1)] * (i1 > i0)
         row, key = i1, j1
     return out
+
+
+def seen_spans(strips: Iterable[tuple[int, int, tuple[Run, ...]]], gap: int = 0) -> list[Span]:
+    """Return the keys that some row sees, as maximal ranges in order; small gaps are closed.
+
+    >>> seen_spans([Strip(0, 2, ((0, 0, 3, 1),)), Strip(4, 5, ((6, 0, 9, 0),))])
+    [(0, 4), (6, 9)]
+    """
+    # The runs of a strip overlap from row to row: each leaves one range behind.
+    runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
+    spans: list[Span] = []
+    for a, b in runs:
+        if spans and a <= spans[-1][1] + gap:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
+        else:
+            spans.append((a, b))
+    return spans
 
 
 def gaps(spans: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:

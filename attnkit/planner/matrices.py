@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask
-from attnkit.strips import Run
+from attnkit.strips import seen_spans
 
 __all__ = ["Matrices", "seen_spans"]
-
-
-Runs = tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -73,21 +70,3 @@ class Matrices:
         else:
             planes = [tuple(one(b, head) for b in range(len(sequences))) for head in heads]
         return cls(tuple(planes[:1] if all(plane == planes[0] for plane in planes) else planes))
-
-
-def seen_spans(strips: Iterable[tuple[int, int, Runs]], gap: int = 0) -> list[tuple[int, int]]:
-    """Return the keys that some row sees, as maximal ranges in order; small gaps are closed.
-
-    >>> from attnkit.masks import Causal
-    >>> seen_spans(Causal(align="top_left").region(2, 4).strips)
-    [(0, 2)]
-    """
-    # The runs of a strip overlap from row to row: each leaves one range behind.
-    runs = sorted((a, b + db * (i1 - i0 - 1)) for i0, i1, found in strips for a, _, b, db in found)
-    spans: list[tuple[int, int]] = []
-    for a, b in runs:
-        if spans and a <= spans[-1][1] + gap:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], b))
-        else:
-            spans.append((a, b))
-    return spans
