@@ -317,6 +317,18 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(operands: Operands, wanted: Sequence[bool] = ()) -> Operands:
+    """Return operands in the dtype of the statistics: what is made of them is not rounded again.
+
+    Tensors of the bias are cast where a gradient of them is `wanted`, which has their dtype.
+    """
+    wide = stats_dtype(operands.query.dtype)
+    query, key, value, sink, *carried = operands.leaves
+    asked = wanted[4:] or (False,) * len(carried)
+    cast_ = (t.to(wide) if want else t for t, want in zip(carried, asked, strict=True))
+    return Operands.of(operands.pse, (query.to(wide), key.to(wide), value.to(wide), sink, *cast_))
+
+
 def added(*parts: Tensor | None) -> Tensor | None:
     """Return the sum of what there is."""
     some = [part for part in parts if part is not None]

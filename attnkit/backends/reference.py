@@ -14,13 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register, stats_dtype
+from attnkit.backends.base import (
+    AttentionOutput,
+    Backend,
+    Kept,
+    Operands,
+    Partial,
+    Stats,
+    added,
+    gradients_of,
+    recorded,
+    register,
+    stats_dtype,
+    widened,
+    without_cells,
+)
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.backends.selected import checked, selected_by
 from attnkit.errors import Refusal
@@ -32,7 +47,7 @@ from attnkit.planner import Plan, Request
 from attnkit.planner.scoring import modified
 from attnkit.pse import Pse
 
-__all__ = ["Matrix", "Reference", "attend", "matrix_of", "scores_of"]
+__all__ = ["Matrix", "Reference", "SomeRows", "attend", "row_blocks", "scores_of"]
 
 CELLS = 1 << 21
 """Scores that are held at a time, of all batch elements and heads."""
@@ -45,8 +60,17 @@ class Reference(Backend):
     auto = 40
 
     def refusals(self, request: Request) -> list[Refusal]:
-        """Return nothing: the definition runs everything."""
-        return []
+        """Return nothing: the definition runs everything, but what no share can be planned of."""
+        if request.share is None:
+            return []
+        found = without_cells(request, self.name)
+        if request.score_trains:
+            reason = (
+                "score_fn reads a tensor that asks for a gradient, and a share hands on gradients "
+                "of its operands alone; what trains as a bias (pse=) trains here"
+            )
+            found.append(Refusal("score-gradient", reason, self.name))
+        return found
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend a dense batch at once, packed sequences one after the other."""
@@ -65,6 +89,39 @@ class Reference(Backend):
             for column in zip(*((lse, peak) for _, lse, peak in parts), strict=True)
         )
         return AttentionOutput(layout.join([out for out, _, _ in parts]), Stats(lse, peak))
+
+    def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
+        """Attend as `run` does, in the dtype of the statistics."""
+        made = self.compute(plan, widened(operands), seed)
+        return Partial(made.output, made.stats.lse)
+
+    def partial_gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        kept: Kept,
+        wanted: tuple[bool, ...],
+        random: object = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return what a share gives to the gradients.
+
+        With weights ``w = exp(score - lse)`` of whole rows, and ``delta = sum(dO * O)`` and dlse of
+        these, they are the gradients of ``sum(dO * (w @ v)) + sum((dlse - delta) * sum_j w)``.
+        """
+        if kept.grad is None and kept.grad_lse is None:
+            return (None,) * len(wanted)
+        leaves = widened(operands, wanted).leaves
+        apart = [
+            None if t is None else t.detach().requires_grad_(want)
+            for t, want in zip(leaves, wanted, strict=True)
+        ]
+        whole = _whole_rows(plan.request, kept)
+        total: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        with recorded():
+            for block in row_blocks(plan.request, Operands.of(operands.pse, apart)):
+                found = gradients_of(_made_of_share(block, whole), apart, retain=True)
+                total = tuple(added(*pair) for pair in zip(total, found, strict=True))
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +197,31 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
     return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink)
 
 
+class SomeRows(NamedTuple):
+    """Rows ``[start, stop)`` of the score matrices of a batch (or one sequence), and their place.
+
+    `row` is where the matrices begin on the axis of rows of a packed batch.
+    """
+
+    matrix: Matrix
+    row: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these rows of a tensor ``[b n s ...]`` (``[1 n t ...]`` of a packed batch)."""
+        return tensor[:, :, self.row + self.start : self.row + self.stop]
+
+
+def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
+    """Yield blocks of rows, each with the keys that it may see, one sequence after the other."""
+    packed = request.seqlens is not None
+    for b in range(request.batch) if packed else (None,):
+        row = request.token_starts[0][b] if b is not None else 0
+        for rows, block in matrix_of(request, operands, b).blocks():
+            yield SomeRows(block, row, *rows)
+
+
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output ``[b n s d]``, the log-sum-exp and the largest score ``[b n s]``."""
     blocks = [block for _, block in one.blocks()]
@@ -159,23 +241,57 @@ def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    request, wide = one.request, stats_dtype(one.query.dtype)
+    wide = stats_dtype(one.query.dtype)
     scores, value = scores_of(one)
     columns = scores
     if one.sink is not None:
         logits = one.sink.to(wide)[:, None, None].expand(*scores.shape[:-1], 1)
         columns = torch.cat([scores, logits], dim=-1)
     weights, lse, peak = _softmax(columns)
-    weights = weights[..., : scores.shape[-1]]
+    output = _valued(one, weights[..., : scores.shape[-1]], value.to(wide))
+    return output.to(one.query.dtype), lse, peak
+
+
+def _valued(one: Matrix, weights: Tensor, value: Tensor) -> Tensor:
+    """Return what weights ``[b n i j]`` make of the values, after dropout: ``[b n i d]``."""
+    request = one.request
     if request.dropout:
         kept = torch.rand_like(weights) >= request.dropout
         weights = weights * kept / (1.0 - request.dropout)
     output = einsum(
         rearrange(weights, "b (n g) i j -> b n g i j", n=request.num_kv_heads),
-        value.to(wide),
+        value,
         "b n g i j, b n j d -> b n g i d",
     )
-    return rearrange(output, "b n g i d -> b (n g) i d").to(one.query.dtype), lse, peak
+    return rearrange(output, "b n g i d -> b (n g) i d")
+
+
+class _WholeRows(NamedTuple):
+    """Of rows over all of their keys: log-sum-exp, gradient of the output, and dlse - delta."""
+
+    lse: Tensor
+    grad: Tensor
+    slope: Tensor
+
+
+def _whole_rows(request: Request, kept: Kept) -> _WholeRows:
+    """Return what is kept of whole rows, ``[b n s]`` and ``[b n s d]``; empty rows have lse 0."""
+    wide, view = stats_dtype(request.dtype), request.layout_of.view
+    output, grad = (view(t.to(wide), request.num_heads) for t in (kept.output, kept.arrived))
+    lse, grad_lse = kept.lse, kept.grad_lse
+    if request.seqlens is not None:
+        lse, grad_lse = lse.mT[None], None if grad_lse is None else grad_lse.mT[None]
+    slope = -(grad * output).sum(-1)
+    slope = slope if grad_lse is None else slope + grad_lse
+    return _WholeRows(lse.masked_fill(lse == -torch.inf, 0.0), grad, slope)
+
+
+def _made_of_share(rows: SomeRows, whole: _WholeRows) -> list[tuple[Tensor, Tensor]]:
+    """Return what some rows of a share make, each with the gradient that arrives for it."""
+    scores, value = scores_of(rows.matrix)
+    weights = torch.exp(scores - rows.of(whole.lse)[..., None])
+    made = _valued(rows.matrix, weights, value)
+    return [(made, rows.of(whole.grad)), (weights.sum(-1), rows.of(whole.slope))]
 
 
 def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:

@@ -7,43 +7,17 @@ over the keys that a block's rows may see, so that no whole score matrix is held
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
-from attnkit.backends.reference import Matrix, attend, matrix_of, scores_of
+from attnkit.backends.reference import Matrix, attend, row_blocks, scores_of
 from attnkit.planner import Request
 
 __all__ = ["derivatives", "maxima"]
-
-
-class SomeRows(NamedTuple):
-    """Rows ``[start, stop)`` of the score matrices of a batch (or one sequence), and their place.
-
-    `row` is where the matrices begin on the axis of rows of a packed batch.
-    """
-
-    matrix: Matrix
-    row: int
-    start: int
-    stop: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a tensor ``[b n s ...]`` (``[1 n t ...]`` of a packed batch)."""
-        return tensor[:, :, self.row + self.start : self.row + self.stop]
-
-
-def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
-    """Yield blocks of rows, each with the keys that it may see, one sequence after the other."""
-    packed = request.seqlens is not None
-    for b in range(request.batch) if packed else (None,):
-        row = request.token_starts[0][b] if b is not None else 0
-        for rows, block in matrix_of(request, operands, b).blocks():
-            yield SomeRows(block, row, *rows)
 
 
 def maxima(request: Request, operands: Operands) -> Tensor:

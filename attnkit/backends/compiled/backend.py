@@ -18,6 +18,7 @@ from attnkit.backends.base import (
     Stats,
     register,
     untransformed,
+    without_shares,
 )
 from attnkit.backends.compiled.library import KINDS, Library
 from attnkit.backends.compiled.table import TileTable, table_of
@@ -64,7 +65,8 @@ class Compiled(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
         found = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
-        return [*untransformed(request, self.name), *found]
+        unable = untransformed(request, self.name) + without_shares(request, self.name)
+        return unable + found
 
     def plan(self, request: Request) -> CompiledPlan:
         """Return the plan; the kernel is built here, if it was not before."""

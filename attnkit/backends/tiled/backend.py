@@ -21,10 +21,14 @@ from attnkit.backends.base import (
     Backend,
     Kept,
     Operands,
+    Partial,
     Stats,
     register,
+    stats_dtype,
     untransformed,
+    widened,
     without_cells,
+    without_shares,
 )
 from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
@@ -74,7 +78,8 @@ class TiledPlan(Plan):
     @property
     def of_any_length(self) -> bool:
         """Whether nothing of it was laid out for a mask; elsewhere a mask decides who runs it."""
-        return self.few is not None and self.request.device == "cpu"
+        own = self.few is not None and self.request.share is None
+        return own and self.request.device == "cpu"
 
     def _at(self, request: Request) -> Plan | None:
         found = replace(self, request=request)
@@ -83,7 +88,7 @@ class TiledPlan(Plan):
     @cached_property
     def job(self) -> Job:
         """What its calls have in common; made anew from the request where a copy needs it."""
-        return Job(self.in_order or self.request)
+        return _job_of(self.in_order or self.request)
 
 
 class Tiled(Backend):
@@ -108,7 +113,8 @@ class Tiled(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
         if isinstance(request.mask, Selection):
-            return untransformed(request, self.name) + selected_refusals(request, self.name)
+            reasons = untransformed(request, self.name) + selected_refusals(request, self.name)
+            return reasons + without_shares(request, self.name)
         reasons = untransformed(request, self.name) + without_cells(request, self.name)
         if request.score_trains:
             reason = (
@@ -121,7 +127,7 @@ class Tiled(Backend):
     def plan(self, request: Request) -> TiledPlan:
         """Return the plan; the schedule is made here, once per request."""
         plan = TiledPlan(self.name, request)
-        if plan.few is not None or isinstance(request.mask, Selection):
+        if plan.few is not None or isinstance(request.mask, Selection) or request.share:
             return plan
         other = in_classes(request, plan.schedule.computed)
         sorted_ = None if other is None else TiledPlan(self.name, request, in_order=other)
@@ -214,6 +220,29 @@ class Tiled(Backend):
         bias = Bound(job.request, operands.pse, carried, wanted[4:], query.device)
         return _derivatives(job, bias, operands.leaves[:4], kept)
 
+    def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
+        """Walk the schedule of a share; 16 bits are computed on wide copies of the operands."""
+        few = plan.few if isinstance(plan, TiledPlan) else None
+        with torch.no_grad():
+            made = self.compute(plan, operands if few is not None else widened(operands), seed)
+            return Partial(made.output, made.stats.lse)
+
+    def partial_gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        kept: Kept,
+        wanted: tuple[bool, ...],
+        random: object = None,
+    ) -> Grads:
+        """Walk the schedule again, on the statistics of whole rows."""
+        if kept.grad is None and kept.grad_lse is None:
+            return (None,) * len(wanted)
+        wide = stats_dtype(plan.request.dtype)
+        whole = kept._replace(output=kept.output.to(wide), grad=kept.arrived.to(wide))
+        with torch.no_grad():
+            return self.gradients(plan, widened(operands, wanted), whole, wanted)
+
 
 def _in_order(backend: Tiled, plan: Plan, other: Request, operands: Operands) -> AttentionOutput:
     """Run the plan of sorted tokens, and put its rows back."""
@@ -228,7 +257,14 @@ def _in_order(backend: Tiled, plan: Plan, other: Request, operands: Operands) ->
 
 
 def _job(plan: Plan) -> Job:
-    return plan.job if isinstance(plan, TiledPlan) else Job(plan.request)
+    return plan.job if isinstance(plan, TiledPlan) else _job_of(plan.request)
+
+
+def _job_of(request: Request) -> Job:
+    """Return a request's job: that of a share is in the dtype in which it is handed on."""
+    if request.share is not None:
+        request = replace(request, dtype=stats_dtype(request.dtype))
+    return Job(request)
 
 
 def _of_few(few: Few, operands: Operands) -> AttentionOutput:

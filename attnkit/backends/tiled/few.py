@@ -188,7 +188,8 @@ class _Part:
             start += span[1] - span[0]
         if made is None:
             made = self.query.new_zeros(*columns.shape[:2], self.value.shape[3])
-        return self._unfolded(made, made.shape[2]).to(self.query.dtype)
+        made = self._unfolded(made, made.shape[2])
+        return made if self.request.share is not None else made.to(self.query.dtype)
 
     def lse(self) -> Tensor:
         """Return the log of the softmax denominators ``[b n s]``."""
@@ -209,7 +210,8 @@ class _Part:
         even = request.head_dim == request.value_dim and 0 < request.scale <= HUGE_SCALE
         known = plain and even and len(self.sight.spans) == 1 and self.key.device.type == "cpu"
         if self.query.dtype in (torch.float16, torch.bfloat16):
-            return known and self.query.dtype == torch.bfloat16 and folded >= FUSED_ROWS
+            rounds = request.share is None  # and what a share answers is not rounded
+            return known and rounds and request.dtype == torch.bfloat16 and folded >= FUSED_ROWS
         return known and (folded > FUSED_ROWS or not _is_dense(self.key))
 
     def _fused_output(self) -> Tensor:

@@ -60,7 +60,8 @@ class Retraced(Walk):
         self.lse = Strided(kept.lse[..., None])
         self.grad_lse = None if kept.grad_lse is None else Strided(kept.grad_lse[..., None])
         # Whether the weights of a row are all there is: nothing else takes a share of its slope.
-        self.whole_rows = not job.request.sink and kept.grad_lse is None
+        self.sums_known = not job.request.sink and job.request.share is None
+        self.whole_rows = self.sums_known and kept.grad_lse is None
 
     def go(self) -> None:
         """Walk the schedule, and hand on what it gave to the bias."""
@@ -128,8 +129,9 @@ class Retraced(Walk):
             tile = self.scores(step, chunk, query, key)
             torch.maximum(peak, tile.amax(-1, keepdim=True), out=peak)
         peak.masked_fill_(peak == -torch.inf, 0.0)
-        if self.job.request.sink:
-            # The sink has its share; where rounding puts the statistics below a score, it has none.
+        if not self.sums_known:
+            # The sink, or other keys, have their share; where rounding puts the statistics below a
+            # score, they have none.
             torch.maximum(lse, peak, out=lse)
             return None
         lse.copy_(peak)
