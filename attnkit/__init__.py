@@ -14,6 +14,7 @@ from attnkit.errors import (
     BackendRefused,
     CompositionError,
     ConfigError,
+    ExchangeError,
     KernelContractError,
     Refusal,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "BackendRefused",
     "CompositionError",
     "ConfigError",
+    "ExchangeError",
     "KVCache",
     "KernelContractError",
     "MultiHeadAttention",

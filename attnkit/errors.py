@@ -22,6 +22,7 @@ __all__ = [
     "CompositionError",
     "CompositionTypeError",
     "ConfigError",
+    "ExchangeError",
     "KernelContractError",
     "KernelContractTypeError",
     "Refusal",
@@ -221,6 +222,17 @@ class BackendRefused(AttnkitError, RuntimeError):
     def __init__(self, message: str = "", refusals: Sequence[Refusal] = ()) -> None:
         super().__init__(message)
         self.refusals = tuple(refusals)
+
+
+class ExchangeError(AttnkitError, RuntimeError):
+    """Processes that compute together did not get through an exchange.
+
+    One is absent, late, gone, or does something else. The message names the pair, what it was
+    to exchange, and what to do; raised at the deadline at the latest.
+
+    >>> issubclass(ExchangeError, RuntimeError)
+    True
+    """
 
 
 class ConfigError(AttnkitError, ValueError):
