@@ -6,17 +6,24 @@ positions of an axis, in ranges. Costs follow the ranges, never the positions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+
+from attnkit.errors import CompositionError, CompositionTypeError, shown
 
 __all__ = [
     "Excerpt",
     "Ranges",
     "are_distinct",
+    "ends_of",
     "in_order",
     "joined",
+    "met",
+    "picked",
     "places",
+    "read_ranges",
     "shared",
     "span",
     "total",
@@ -174,3 +181,94 @@ def places(some: Ranges, among: Ranges) -> Ranges:
             spans.append((first, first + stop - at))
             at = stop
     return joined(spans)
+
+
+def met(ranges: Ranges, start: int, stop: int) -> Iterator[tuple[int, range]]:
+    """Yield the positions at the places ``start <= place < stop`` of a list, and where they begin.
+
+    Places are counted from `start`.
+
+    >>> list(met((range(5, 9), range(2, -1, -1)), 3, 6))
+    [(0, range(8, 9)), (1, range(2, 0, -1))]
+    """
+    at = 0
+    for one in ranges:
+        if at >= stop:
+            return
+        if at + len(one) > start:
+            yield max(at - start, 0), one[max(start - at, 0) : stop - at]
+        at += len(one)
+
+
+def picked(ranges: Ranges, places: Ranges) -> Ranges:
+    """Return the positions at some places of a list, in the order of these.
+
+    >>> picked((range(4, 8), range(2)), (range(5, 2, -1),))
+    (range(1, -1, -1), range(7, 8))
+    """
+    starts = list(accumulate(map(len, ranges), initial=0))
+    found: list[range] = []
+    for one in places:
+        first, stop = span(one)
+        k = bisect_right(starts, first) - 1
+        parts = [part for _, part in met(ranges[k:], first - starts[k], stop - starts[k])]
+        found += parts if one.step > 0 else [part[::-1] for part in reversed(parts)]
+    return _tidy(found)
+
+
+def _tidy(ranges: Iterable[range]) -> Ranges:
+    """Return the same positions in the same order, in few ranges and written in one way."""
+    out: list[range] = []
+    for one in ranges:
+        last = out[-1] if out else range(0)
+        apart = one.start - last[-1] if last and one else 0
+        steps = {own.step for own in (last, one) if len(own) > 1} | {apart}
+        if len(steps) == 1 and apart in (1, -1):
+            out[-1] = range(last.start, one[-1] + apart, apart)
+        elif one:
+            out.append(range(one.start, one.start + 1) if len(one) == 1 else one)
+    return tuple(out)
+
+
+def ends_of(ranges: Ranges) -> tuple[tuple[int, int], ...]:
+    """Return the ``(start, stop)`` of each: those that fall stop below where they start.
+
+    >>> ends_of((range(2, 4), range(2, -1, -1)))
+    ((2, 4), (2, -1))
+    """
+    return tuple((one.start, one.stop) for one in ranges)
+
+
+def read_ranges(name: str, given: object, length: int | None = None) -> Ranges:
+    """Return the positions that an argument gives: ranges, or the ``(start, stop)`` of ranges.
+
+    One that falls stops below its start: ``(2, -1)`` has 2, 1, 0. They are distinct, and below
+    `length`, where there is one.
+
+    >>> read_ranges("rows", [(0, 2), range(2, 4), (9, 7)])
+    (range(0, 4), range(9, 7, -1))
+    """
+    if not isinstance(given, (tuple, list)):
+        raise CompositionTypeError(
+            f"{name}={shown(given)}; give a list of ranges, or of (start, stop)"
+        )
+    found = _tidy(_range(name, one) for one in given)
+    most = max((span(one)[1] for one in found), default=0) if length is None else length
+    if not are_distinct(found, most):
+        within = "" if length is None else f" of 0 to {length - 1}"
+        raise CompositionError(
+            f"{name}={shown(given)}; each position{within} is taken once at most"
+        )
+    return found
+
+
+def _range(name: str, given: object) -> range:
+    if isinstance(given, range) and (abs(given.step) == 1 or len(given) < 2):
+        return given
+    start, stop = given if isinstance(given, (tuple, list)) and len(given) == 2 else (None, None)
+    if type(start) is not int or type(stop) is not int:
+        raise CompositionTypeError(
+            f"{name} has {shown(given)}; each entry is a range of step 1 or -1, or the two ints "
+            "(start, stop) of one"
+        )
+    return range(start, stop, 1 if start <= stop else -1)

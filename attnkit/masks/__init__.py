@@ -23,6 +23,7 @@ from attnkit.masks.foreign import (
 )
 from attnkit.masks.keys import Keys
 from attnkit.masks.neighborhood import Neighborhood
+from attnkit.masks.of_heads import OfHeads
 from attnkit.masks.order import Order
 from attnkit.masks.padding import Padding
 from attnkit.masks.parse import parse
@@ -36,6 +37,7 @@ from attnkit.masks.selected import SelectedBlocks
 from attnkit.masks.slices import Slices
 from attnkit.masks.spans import Spans, from_token_types
 from attnkit.masks.stack import StackReport, lint_stack
+from attnkit.masks.taken import Taken
 from attnkit.masks.tiles import ShiftedWindows, SlidingTiles
 from attnkit.masks.tree import Tree
 
@@ -64,6 +66,7 @@ __all__ = [
     "Mask",
     "Neighborhood",
     "Not",
+    "OfHeads",
     "Or",
     "Order",
     "Padding",
@@ -84,6 +87,7 @@ __all__ = [
     "SlidingWindow",
     "Spans",
     "StackReport",
+    "Taken",
     "Tree",
     "diff",
     "from_cu_seqlens",

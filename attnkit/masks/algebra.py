@@ -133,6 +133,9 @@ class _Joined(Composite):
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         return reduce(type(self)._combine, (part._read(at, device) for part in self.parts))
 
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return self.of(*(part.for_heads(start, stop) for part in self.parts))
+
     def _value(self) -> Hashable:
         return self._part_set
 
@@ -242,6 +245,9 @@ class Not(Composite):
 
     def _cells(self, at: Rectangle, device: torch.device | str | None) -> torch.Tensor:
         return ~self.part._read(at, device)
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return ~self.part.for_heads(start, stop)
 
     def _text(self, show: Callable[[Any], str]) -> str:
         if isinstance(self.part, Not):  # ``~~m`` would be read as m

@@ -29,6 +29,7 @@ from attnkit.masks.operators import Operators
 from attnkit.masks.order import Order
 from attnkit.masks.picture import Picture
 from attnkit.masks.trace import Enclosure, Rectangle, cells_of, paint, row_blocks
+from attnkit.ranges import Excerpt
 from attnkit.textform import Families, arguments_text, check_names
 
 if TYPE_CHECKING:
@@ -211,6 +212,29 @@ class Mask(Operators, ABC):
     def _nesting(self) -> tuple[int, int]:
         """How deep the mask nests, and how many masks it is written with."""
         return 1, 1
+
+    # -- of a rank, or of one that has some of the heads ------------------------------------
+
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Mask:
+        """Return rows and keys that are taken of the mask: of all batch elements, or of each.
+
+        `take` is the same with one excerpt. A packed batch has one for each sequence that is
+        taken, which says by `Excerpt.batch` whose it is.
+
+        >>> from attnkit import masks
+        >>> second = Excerpt(4, 4, (range(2, 4),), (range(4),), batch=1)
+        >>> masks.Prefix([1, 2]).take_excerpts((second,)).region(2, 4).area
+        4
+        """
+        from attnkit.masks.taken import Taken
+
+        return Taken(self, tuple(excerpts))
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        """Return the mask of some of the heads that it tells apart; a family may know a closer."""
+        from attnkit.masks.of_heads import OfHeads
+
+        return OfHeads(self, start, stop)
 
     # -- of masks whose tensors come with each call ----------------------------------------
 
@@ -478,3 +502,7 @@ class Full(Mask):
 
     def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
         return Region.full(q_len, kv_len)
+
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Mask:
+        """Return the mask itself."""
+        return self

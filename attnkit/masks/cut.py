@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +135,9 @@ class Cut(Nested):
         rows, keys = (i0 + row, i1 + row), (j0 + key, j1 + key)
         whole = self._whole(at.q_len, at.kv_len)
         return self.mask._read(Rectangle(rows, keys, *whole, at.batch, at.head), device)
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return replace(self, mask=self.mask.for_heads(start, stop))
 
     def _text(self, show: Callable[[Any], str]) -> str:
         if self.q_len is not None or self.kv_len is not None:

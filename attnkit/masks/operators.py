@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import torch
@@ -34,6 +35,15 @@ def refuse_operand(other: object) -> NoReturn:
         f"cannot combine a mask with {describe(other)}; both sides of &, | and - are masks (wrap "
         "a boolean tensor: masks.Dense.keep(t) or masks.Dense.drop(t))"
     )
+
+
+def _listed(given: object) -> bool:
+    return isinstance(given, (tuple, list))
+
+
+def _ends(one: object) -> object:
+    """Return a range as its ends, which can be written down."""
+    return (one.start, one.stop) if isinstance(one, range) and abs(one.step) == 1 else one
 
 
 class Operators:
@@ -96,6 +106,40 @@ class Operators:
         bottom-right needs them unless the ranges run to the end.
         """
         return combined("cut", self, q_range, kv_range, q_len, kv_len)
+
+    def take(
+        self,
+        rows: Sequence[range | tuple[int, int]],
+        keys: Sequence[range | tuple[int, int]],
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Mask:
+        """Return these rows and keys of the mask, in this order: ``(rows[u], keys[v])`` at (u, v).
+
+        Both are ranges, or the ``(start, stop)`` of ranges, and no position is taken twice. Each
+        cell is what it is in the whole score matrix, whose lengths are `q_len` and `kv_len`: a mask
+        that depends on them needs them.
+
+        >>> from attnkit import masks
+        >>> own = masks.Causal().take([(0, 1), (3, 4)], [(0, 4)], q_len=4, kv_len=4)
+        >>> print(own.show(2, 4))
+        #...
+        ####
+        """
+        ends = [tuple(map(_ends, one)) if _listed(one) else one for one in (rows, keys)]
+        return combined("taken", self, *ends, q_len, kv_len)
+
+    def for_heads(self, start: int, stop: int) -> Mask:
+        """Return the mask of query heads ``start <= h < stop``, counted from 0 there.
+
+        A mask that does not tell heads apart is that itself.
+
+        >>> from attnkit import masks
+        >>> masks.PerHead([masks.Full(), masks.Causal(), masks.Full()]).for_heads(1, 2)
+        Causal()
+        """
+        return combined("of_heads", self, start, stop)
 
     def __bool__(self) -> bool:
         raise CompositionTypeError(

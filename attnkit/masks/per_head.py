@@ -102,6 +102,10 @@ class PerHead(_Each):
         """One mask per head."""
         return len(self.masks)
 
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        own = self.masks[start:stop]
+        return own[0] if len(own) == 1 else PerHead(own)
+
 
 @MASKS.register("per_batch")
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -121,3 +125,6 @@ class PerBatch(_Each):
     def batches(self) -> int | None:
         """One mask per batch element."""
         return len(self.masks)
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return PerBatch([mask.for_heads(start, stop) for mask in self.masks])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,6 +139,9 @@ class Placed(Nested):
             height, width = inside.shape
             cells[i : i + height, j : j + width] = self.mask._read(inside, device)
         return cells
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return replace(self, mask=self.mask.for_heads(start, stop))
 
     def _read(self, at: Rectangle, device: torch.device | str | None = None) -> torch.Tensor:
         return self._cells(at, device)  # which form is read is for the mask between to say
