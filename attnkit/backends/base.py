@@ -196,7 +196,12 @@ class Backend(ABC):
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
         """Run a plan on random numbers that follow from `seed`; nothing is recorded."""
-        with torch.no_grad(), _seeded(seed, operands.query.device):
+        with torch.no_grad():
+            return self.run_on(seed, plan, operands)
+
+    def run_on(self, seed: Tensor | None, plan: Plan, operands: Operands) -> AttentionOutput:
+        """Run a plan on random numbers that follow from `seed`; autograd records what it does."""
+        with _seeded(seed, operands.query.device):
             return self.run(plan, operands)
 
     def gradients(
@@ -212,8 +217,8 @@ class Backend(ABC):
             for t, want in zip(operands.leaves, wanted, strict=True)
         ]
         again = Operands.of(operands.pse, apart)
-        with recorded(), _seeded(kept.seed, operands.query.device):
-            output, stats = self.run(plan, again)
+        with recorded():
+            output, stats = self.run_on(kept.seed, plan, again)
             made = [(output, kept.grad)]
             made += [] if kept.grad_lse is None else [(stats.lse, kept.grad_lse)]
             return gradients_of(made, apart)

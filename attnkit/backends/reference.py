@@ -36,6 +36,7 @@ from attnkit.backends.base import (
     widened,
     without_cells,
 )
+from attnkit.backends.dropout import Chances, drawn_seed
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.backends.selected import checked, selected_by
 from attnkit.errors import Refusal
@@ -74,16 +75,22 @@ class Reference(Backend):
 
     def run(self, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend a dense batch at once, packed sequences one after the other."""
+        return self.run_on(drawn_seed(plan.request, operands.query.device), plan, operands)
+
+    def run_on(self, seed: Tensor | None, plan: Plan, operands: Operands) -> AttentionOutput:
+        """Attend, and drop what a seed tells to."""
         request, layout = plan.request, plan.request.layout_of
+        chances = _chances(request, seed, operands)
         if isinstance(request.mask, Selection):
             right = checked(selected_by(request, operands), request.kv_len)
             if right is not None:  # nothing wrong may look right
                 query = torch.where(right, operands.query, torch.nan)
                 operands = replace(operands, query=query)
         if not layout.packed:
-            output, lse, peak = attend(matrix_of(request, operands, None))
+            output, lse, peak = attend(matrix_of(request, operands, None, chances))
             return AttentionOutput(layout.from_bnsd(output), Stats(lse, peak))
-        parts = [attend(matrix_of(request, operands, b)) for b in range(request.batch)]
+        matrices = (matrix_of(request, operands, b, chances) for b in range(request.batch))
+        parts = [attend(one) for one in matrices]
         lse, peak = (
             torch.cat([rearrange(part, "1 n s -> s n") for part in column])
             for column in zip(*((lse, peak) for _, lse, peak in parts), strict=True)
@@ -117,8 +124,9 @@ class Reference(Backend):
         ]
         whole = _whole_rows(plan.request, kept)
         total: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        chances = _chances(plan.request, kept.seed, operands)
         with recorded():
-            for block in row_blocks(plan.request, Operands.of(operands.pse, apart)):
+            for block in row_blocks(plan.request, Operands.of(operands.pse, apart), chances):
                 found = gradients_of(_made_of_share(block, whole), apart, retain=True)
                 total = tuple(added(*pair) for pair in zip(total, found, strict=True))
         return total
@@ -129,7 +137,8 @@ class Matrix:
     """What one attention is made of: tensors ``[b n s d]``, and what holds for their cells.
 
     `sequence` says which one of a packed batch they are; None where the batch is theirs. The first
-    cell is `corner`, row and key, of the score matrix that `mask` is of.
+    cell is `corner`, row and key, of the score matrix that `mask` is of. Weights survive by
+    `chances`, if any are dropped.
     """
 
     request: Request
@@ -140,6 +149,7 @@ class Matrix:
     mask: Mask
     pse: Pse | None
     sink: Tensor | None
+    chances: Chances | None
     corner: tuple[int, int] = (0, 0)
 
     def rectangle(self, rows: tuple[int, int], keys: tuple[int, int]) -> Matrix:
@@ -165,6 +175,13 @@ class Matrix:
         rows, keys = (row, row + self.query.shape[2]), (key, key + self.key.shape[2])
         return Rectangle(rows, keys, q_len, kv_len)
 
+    @property
+    def first_token(self) -> tuple[int, int]:
+        """Where its rows and keys begin on the axes of the batch's tensors."""
+        starts = self.request.token_starts if self.sequence is not None else ((0,), (0,))
+        row, key = (start[self.sequence or 0] for start in starts)
+        return row + self.corner[0], key + self.corner[1]
+
     def blocks(self) -> Iterator[tuple[tuple[int, int], Matrix]]:
         """Yield ranges of rows with what they are over the keys that they may see.
 
@@ -183,7 +200,15 @@ class Matrix:
             yield rows, self.rectangle(rows, keys)
 
 
-def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Matrix:
+def _chances(request: Request, seed: Tensor | None, operands: Operands) -> Chances | None:
+    if seed is None or not request.dropout:
+        return None
+    return Chances(request, seed, operands.query.device)
+
+
+def matrix_of(
+    request: Request, operands: Operands, sequence: int | None, chances: Chances | None
+) -> Matrix:
     """Return the score matrices of a request: all of a dense batch, or one packed sequence's."""
     q, k, v = operands.by_head(request)
     if sequence is not None:
@@ -194,7 +219,7 @@ def matrix_of(request: Request, operands: Operands, sequence: int | None) -> Mat
         mask = selected_by(request, operands)
     elif operands.given:
         mask = mask.bound(operands.given)
-    return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink)
+    return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink, chances)
 
 
 class SomeRows(NamedTuple):
@@ -213,12 +238,14 @@ class SomeRows(NamedTuple):
         return tensor[:, :, self.row + self.start : self.row + self.stop]
 
 
-def row_blocks(request: Request, operands: Operands) -> Iterator[SomeRows]:
+def row_blocks(
+    request: Request, operands: Operands, chances: Chances | None = None
+) -> Iterator[SomeRows]:
     """Yield blocks of rows, each with the keys that it may see, one sequence after the other."""
     packed = request.seqlens is not None
     for b in range(request.batch) if packed else (None,):
         row = request.token_starts[0][b] if b is not None else 0
-        for rows, block in matrix_of(request, operands, b).blocks():
+        for rows, block in matrix_of(request, operands, b, chances).blocks():
             yield SomeRows(block, row, *rows)
 
 
@@ -229,9 +256,9 @@ def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
         return _attend(blocks[0])
     # Of a block nothing is kept for the gradients but what it is made of. Transforms of torch.func
     # do not know that: they keep all.
-    again, drops = torch.is_grad_enabled() and not one.request.transformed, one.request.dropout > 0
+    again = torch.is_grad_enabled() and not one.request.transformed
     parts = [
-        checkpoint(_attend, block, use_reentrant=False, preserve_rng_state=drops)
+        checkpoint(_attend, block, use_reentrant=False, preserve_rng_state=False)
         if again
         else _attend(block)
         for block in blocks
@@ -255,9 +282,10 @@ def _attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
 def _valued(one: Matrix, weights: Tensor, value: Tensor) -> Tensor:
     """Return what weights ``[b n i j]`` make of the values, after dropout: ``[b n i d]``."""
     request = one.request
-    if request.dropout:
-        kept = torch.rand_like(weights) >= request.dropout
-        weights = weights * kept / (1.0 - request.dropout)
+    if one.chances is not None:
+        row, key = one.first_token
+        rows = slice(row, row + weights.shape[-2])
+        weights = weights * one.chances.survivors(rows, key, weights.shape[-1]) / one.chances.kept
     output = einsum(
         rearrange(weights, "b (n g) i j -> b n g i j", n=request.num_kv_heads),
         value,

@@ -30,6 +30,7 @@ from attnkit.backends.base import (
     without_cells,
     without_shares,
 )
+from attnkit.backends.dropout import drawn_seed
 from attnkit.backends.graph import run_held
 from attnkit.backends.rows import derivatives, maxima
 from attnkit.backends.selected_tiles import run_tiles, selected_refusals
@@ -183,7 +184,7 @@ class Tiled(Backend):
         if few is not None:
             return _of_few(few, operands)
         job, pse, leaves = _job(plan), operands.pse, operands.leaves
-        seed = torch.randint(2**63 - 1, (1,), device=query.device) if job.request.dropout else None
+        seed = drawn_seed(job.request, query.device)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
             output, lse = _Attend.apply(job, pse, seed, *leaves)  # type: ignore[no-untyped-call]
         else:

@@ -1,11 +1,4 @@
-"""Dropout without an S x S tensor: a counter hash of (batch, head, row, key).
-
-Every cell has a 16-bit number, made from one 64-bit key per row and one per four columns. It is
-compared with a level of its row: one of the two 65,536ths on either side of the probability,
-drawn such that a cell's chance is the probability itself. Two cells of a row thereby have a
-correlation below ``2**-34 / (p * (1 - p))``: 2e-10 at p = 0.5, 1e-5 at p = 5e-6. The backward
-makes the same numbers again; nothing is kept but the seed.
-"""
+"""Dropout on tiles: the numbers of their cells against the levels of their rows."""
 
 from __future__ import annotations
 
@@ -14,14 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from attnkit.backends.dropout import Chances, numbers
 from attnkit.backends.tiled.schedule import KeyChunk
 from attnkit.backends.tiled.tiles import Step, Strided, Workspace
 
 __all__ = ["Decisions", "Dropout"]
-
-# Odd constants with about half of their bits set (from splitmix64 and L'Ecuyer's tables).
-_ROW, _COLUMN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x5851F42D4C957F2D
-_LEVELS = 1 << 16
 
 
 class Decisions(Protocol):
@@ -36,27 +26,9 @@ class Decisions(Protocol):
 class Dropout:
     """Which weights of one call survive, as tiles of 0 and 1."""
 
-    def __init__(
-        self,
-        probability: float,
-        seed: Tensor,
-        sizes: tuple[int, int, int, int],
-        device: torch.device,
-    ) -> None:
-        batch, heads, rows, keys = sizes
-        self.kept = 1.0 - probability
-        level, part = divmod(probability * _LEVELS, 1.0)
-        # Levels go from 0 to 65,536 and 16 bits do not: "more than one less" saves the last one.
-        self.survives, first = (torch.ge, 0) if level == 0 else (torch.gt, -1)
-        seed = seed.to(device, non_blocking=True)  # a graph draws it on the host
-        count = torch.arange(batch * heads * rows, device=device)
-        keys_of_rows = _mixed(count * _ROW + seed)
-        above = _mixed(keys_of_rows ^ _MIX) < round((part - 0.5) * 2.0**64)
-        levels = (above + (int(level) + first - _LEVELS // 2)).to(torch.int16)
-        self.rows = Strided(keys_of_rows.view(batch, heads, rows, 1))
-        self.levels = Strided(levels.view(batch, heads, rows, 1))
-        quads = torch.arange(-(-keys // 4) + 1, device=device)
-        self.columns = _mixed((quads + 1) * _COLUMN)
+    def __init__(self, chances: Chances) -> None:
+        self.kept, self.chances = chances.kept, chances
+        self.rows, self.levels = (Strided(t[..., None]) for t in (chances.rows, chances.levels))
 
     def tile(self, work: Workspace, step: Step, chunk: KeyChunk, dtype: torch.dtype) -> Tensor:
         """Return ``[g r w]`` in `dtype`: 1 where a weight survives, else 0."""
@@ -66,23 +38,10 @@ class Dropout:
             source.rows(step).reshape(group, rows, 1) for source in (self.rows, self.levels)
         )
         for column, first, count in step.runs(chunk):
-            first += step.lane.origin[1]
-            quad, skip = divmod(first, 4)
-            quads = -(-(skip + count) // 4)
-            bits = work.take("bits", torch.int64, group, rows, quads)
-            spare = work.take("spare bits", torch.int64, group, rows, quads)
-            torch.add(row_keys, self.columns[quad : quad + quads], out=bits)
-            torch.bitwise_right_shift(bits, 29, out=spare)
-            bits.bitwise_xor_(spare).mul_(_MIX)
-            torch.bitwise_right_shift(bits, 32, out=spare)
-            # torch shifts in copies of the sign: adding spreads them, a second xor would not.
-            lanes = bits.add_(spare).view(torch.int16)[..., skip : skip + count]
-            self.survives(lanes, levels, out=keep[..., column : column + count])
+            quads, places = self.chances.columns(step.lane.origin[1] + first, count)
+            sizes = (group, rows, quads.stop - quads.start)
+            bits, spare = (work.take(name, torch.int64, *sizes) for name in ("bits", "spare bits"))
+            found = numbers(row_keys, self.chances.quads[quads], bits, spare)
+            target = keep[..., column : column + count]
+            self.chances.survives(found[..., places], levels, out=target)
         return keep
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Return 64-bit numbers whose every bit depends on every bit of `x`."""
-    for shift in (31, 29, 32):
-        x = (x ^ (x >> shift)) * _MIX
-    return x + (x >> 32)

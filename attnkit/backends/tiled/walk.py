@@ -15,6 +15,7 @@ from math import log2
 import torch
 from torch import Tensor
 
+from attnkit.backends.dropout import Chances
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.dropout import Decisions, Dropout
@@ -66,7 +67,7 @@ class Walk(ABC):
         self.bias = bias_of(job, terms, self.work)
         self.dropout: Decisions | None = None
         if request.dropout and seed is not None:
-            self.dropout = Dropout(request.dropout, seed, job.sizes, key.device)
+            self.dropout = Dropout(Chances(request, seed, key.device))
         self._edges: dict[int, Tensor] = {}
         self._patches: dict[tuple[bytes, int], Tensor] = {}
 
