@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attnkit import layouts, masks, pse
 from attnkit.attention import Attention, attention, plan
-from attnkit.backends import AttentionOutput, Stats
+from attnkit.backends import AttentionOutput, Stats, merge
 from attnkit.cache import KVCache
 from attnkit.errors import (
     AttnkitError,
@@ -56,6 +56,7 @@ __all__ = [
     "fusion_attention_grad",
     "layouts",
     "masks",
+    "merge",
     "plan",
     "pse",
 ]

@@ -14,6 +14,7 @@ from attnkit.backends.compiled import Compiled
 from attnkit.backends.cuda import Cuda
 from attnkit.backends.emulated import Emulated
 from attnkit.backends.flex import Flex
+from attnkit.backends.partials import merge
 from attnkit.backends.reference import Reference
 from attnkit.backends.tiled import Tiled
 
@@ -32,6 +33,7 @@ __all__ = [
     "Tiled",
     "auto_order",
     "make_plan",
+    "merge",
     "register",
     "run_plan",
 ]

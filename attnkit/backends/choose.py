@@ -7,7 +7,13 @@ from functools import lru_cache
 
 import torch
 
-from attnkit.backends.base import BACKENDS, AttentionOutput, Operands
+from attnkit.backends.base import (
+    BACKENDS,
+    AttentionOutput,
+    Backend,
+    Operands,
+    without_shares,
+)
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.planner import Plan, Request
 
@@ -34,7 +40,7 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
     """
     passed: list[Refusal] = []
     for name in auto_order() if backend == "auto" else (backend,):
-        reasons = BACKENDS[name].refusals(request)
+        reasons = _refusals(BACKENDS[name], request)
         if not reasons:
             plan = BACKENDS[name].plan(request)
             if backend != "auto":
@@ -54,6 +60,13 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
         "backend='auto' would take the next one that can and keep these reasons",
         passed,
     )
+
+
+def _refusals(backend: Backend, request: Request) -> list[Refusal]:
+    """Return why a backend cannot run a request; one without `partial` runs no share."""
+    own = backend.refusals(request)
+    lacks = type(backend).partial is Backend.partial
+    return [*own, *(without_shares(request, backend.name) if lacks else ())]
 
 
 BACKENDS.on_change(make_plan.cache_clear)

@@ -96,11 +96,11 @@ def _counted(ranges: Ranges) -> NDArray[np.int64]:
 
 
 @constant
-def _columns(keys: Ranges, device: torch.device) -> _Columns:
-    return _Columns(keys, device)
+def _columns(keys: Ranges, device: torch.device) -> _KeyPlaces:
+    return _KeyPlaces(keys, device)
 
 
-class _Columns:
+class _KeyPlaces:
     """The keys of a share among the `quads` of columns that have some of them, in their order."""
 
     def __init__(self, keys: Ranges, device: torch.device) -> None:
