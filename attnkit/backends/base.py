@@ -334,6 +334,20 @@ def widened(operands: Operands, wanted: Sequence[bool] = ()) -> Operands:
     return Operands.of(operands.pse, (query.to(wide), key.to(wide), value.to(wide), sink, *cast_))
 
 
+def of_whole_rows(kept: Kept, dtype: torch.dtype) -> Kept:
+    """Return what is kept of whole rows in the dtype of the statistics.
+
+    The lse of empty rows is -inf whatever the operands are, so what arrives for it counts for
+    nothing.
+    """
+    grad_lse = kept.grad_lse
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(kept.lse == -torch.inf, 0.0).to(dtype)
+    return kept._replace(
+        output=kept.output.to(dtype), grad=kept.arrived.to(dtype), grad_lse=grad_lse
+    )
+
+
 def added(*parts: Tensor | None) -> Tensor | None:
     """Return the sum of what there is."""
     some = [part for part in parts if part is not None]

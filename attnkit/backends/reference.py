@@ -30,6 +30,7 @@ from attnkit.backends.base import (
     Stats,
     added,
     gradients_of,
+    of_whole_rows,
     recorded,
     register,
     stats_dtype,
@@ -304,8 +305,8 @@ class _WholeRows(NamedTuple):
 
 def _whole_rows(request: Request, kept: Kept) -> _WholeRows:
     """Return what is kept of whole rows, ``[b n s]`` and ``[b n s d]``; empty rows have lse 0."""
-    wide, view = stats_dtype(request.dtype), request.layout_of.view
-    output, grad = (view(t.to(wide), request.num_heads) for t in (kept.output, kept.arrived))
+    view, kept = request.layout_of.view, of_whole_rows(kept, stats_dtype(request.dtype))
+    output, grad = (view(t, request.num_heads) for t in (kept.output, kept.arrived))
     lse, grad_lse = kept.lse, kept.grad_lse
     if request.seqlens is not None:
         lse, grad_lse = lse.mT[None], None if grad_lse is None else grad_lse.mT[None]

@@ -23,6 +23,7 @@ from attnkit.backends.base import (
     Operands,
     Partial,
     Stats,
+    of_whole_rows,
     register,
     stats_dtype,
     untransformed,
@@ -239,8 +240,7 @@ class Tiled(Backend):
         """Walk the schedule again, on the statistics of whole rows."""
         if kept.grad is None and kept.grad_lse is None:
             return (None,) * len(wanted)
-        wide = stats_dtype(plan.request.dtype)
-        whole = kept._replace(output=kept.output.to(wide), grad=kept.arrived.to(wide))
+        whole = of_whole_rows(kept, stats_dtype(plan.request.dtype))
         with torch.no_grad():
             return self.gradients(plan, widened(operands, wanted), whole, wanted)
 
