@@ -201,7 +201,7 @@ class Backend(ABC):
 
     def run_on(self, seed: Tensor | None, plan: Plan, operands: Operands) -> AttentionOutput:
         """Run a plan on random numbers that follow from `seed`; autograd records what it does."""
-        with _seeded(seed, operands.query.device):
+        with seeded(seed, operands.query.device):
             return self.run(plan, operands)
 
     def gradients(
@@ -262,7 +262,7 @@ def without_shares(request: Request, name: str) -> list[Refusal]:
 
 
 @contextmanager
-def _seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: Tensor | None, device: torch.device) -> Iterator[None]:
     """Draw random numbers from a seed, and leave the generators as they were."""
     if seed is None:
         yield

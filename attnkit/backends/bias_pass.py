@@ -7,16 +7,18 @@ statistics that the calls gave, and from the cells that they dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnkit.backends.base import AttentionOutput, Kept, Operands, Stats
-from attnkit.backends.merged import Answer, Drawn
+from attnkit.backends.base import AttentionOutput, Kept, Operands, Stats, stats_dtype
+from attnkit.backends.calling import Caller, Made, Noted
+from attnkit.backends.merged import Drawn
 from attnkit.backends.tiled.bias import Bound
 from attnkit.backends.tiled.job import Job
 from attnkit.backends.tiled.of_bias import bias_gradients
@@ -24,16 +26,16 @@ from attnkit.backends.tiled.schedule import KeyChunk
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.first_order import first_order
 from attnkit.geometry import Region, Slice
-from attnkit.kernel import Gradients, KernelCall
 from attnkit.planner import Launch, Plan
-from attnkit.planner.request import bias_terms
+from attnkit.planner.bias_pass import BiasPass
+from attnkit.planner.request import Request, bias_terms
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
 if TYPE_CHECKING:
     from attnkit.backends.fused import Fused
 
-__all__ = ["Noted", "PassedPlan", "with_bias_gradient"]
+__all__ = ["PassedPlan", "pass_gradients", "with_bias_gradient", "with_frozen"]
 
 Bits = Callable[[Tensor], Tensor]
 """Whether cells survive, from their numbers (int64) among the decisions of a call."""
@@ -44,33 +46,19 @@ class PassedPlan(Plan):
 
     @cached_property
     def job(self) -> Job:
-        """The tiles of the pass."""
-        return Job(self.request, wholes=False)
+        """The tiles of the pass; a share's operands are wide."""
+        return _job(self.request)
 
 
-class Noted:
-    """A launcher that notes the random numbers which its forward calls drew."""
-
-    def __init__(self, backend: Fused) -> None:
-        self.backend = backend
-        self.random: list[Drawn] = []
-
-    def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
-        """Make one call."""
-        answer = self.backend.forward(call, tensors)
-        self.random.append(answer.random)
-        return answer
-
-    def backward(
-        self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
-    ) -> Gradients:
-        """Make one grad call."""
-        return self.backend.backward(call, tensors, dy, merged)
+def _job(request: Request) -> Job:
+    if request.share is not None:
+        request = replace(request, dtype=stats_dtype(request.dtype))
+    return Job(request, wholes=False)
 
 
 def with_bias_gradient(
     backend: Fused,
-    run: Callable[[Noted, Plan, Operands], AttentionOutput],
+    run: Callable[[Caller, Plan, Operands], AttentionOutput],
     plan: Plan,
     operands: Operands,
 ) -> AttentionOutput:
@@ -79,15 +67,48 @@ def with_bias_gradient(
         raise ArithmeticError("a plan without a pass for its bias runs by itself")
     launcher, trained = Noted(backend), _by_tensor(operands.pse, plan.bias_pass.terms)
     tensors = operands.pse.tensors
-    apart = [t.detach() if own else t for t, own in zip(tensors, trained, strict=True)]
-    output, stats = run(launcher, plan.inner, replace(operands, pse=rebound(operands.pse, apart)))
-    job = plan.job if isinstance(plan, PassedPlan) else Job(plan.request, wholes=False)
+    output, stats = run(Made(launcher), plan.inner, with_frozen(plan.bias_pass, operands))
+    job = plan.job if isinstance(plan, PassedPlan) else _job(plan.request)
     left = _Left(backend, plan, job, operands.pse, trained, launcher.random)
     carried = [t if own else t.detach() for t, own in zip(tensors, trained, strict=True)]
     output, lse = _Passed.apply(  # type: ignore[no-untyped-call]
         left, operands.query, operands.key, operands.value, output, stats.lse, *carried
     )
     return AttentionOutput(output, Stats(lse, lambda: stats.max))
+
+
+def with_frozen(found: BiasPass, operands: Operands) -> Operands:
+    """Return operands whose bias has no gradient where a pass makes it."""
+    if operands.pse is None:
+        return operands
+    trained = _by_tensor(operands.pse, found.terms)
+    tensors = zip(operands.pse.tensors, trained, strict=True)
+    apart = [t.detach() if own else t for t, own in tensors]
+    return replace(operands, pse=rebound(operands.pse, apart))
+
+
+def pass_gradients(
+    backend: Fused,
+    plan: Plan,
+    operands: Operands,
+    kept: Kept,
+    wanted: Sequence[bool],
+    random: Iterable[Drawn],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the bias's tensors that the pass of a plan makes, None for others.
+
+    `kept` has the output and the log-sum-exp of whole rows, and what arrives for them.
+    """
+    if plan.bias_pass is None or operands.pse is None:
+        raise ArithmeticError("a plan without a pass for its bias has no gradients of one")
+    trained = _by_tensor(operands.pse, plan.bias_pass.terms)
+    job = plan.job if isinstance(plan, PassedPlan) else _job(plan.request)
+    left = _Left(backend, plan, job, operands.pse, trained, list(islice(random, len(plan.steps))))
+    wide = operands.query.dtype
+    output, grad = (None if t is None else t.to(wide) for t in (kept.output, kept.grad))
+    saved = (operands.query, operands.key, operands.value, output, kept.lse, *operands.pse.tensors)
+    given = [None if t is None else t.detach() for t in saved]
+    return left.gradients(given, (grad, kept.grad_lse), wanted)
 
 
 def _by_tensor(pse: Pse, terms: Sequence[int]) -> list[bool]:
@@ -111,7 +132,7 @@ class _Left:
 
     def gradients(
         self,
-        saved: Sequence[Tensor],
+        saved: Sequence[Any],
         slopes: tuple[Tensor | None, Tensor | None],
         wanted: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:

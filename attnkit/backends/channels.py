@@ -52,8 +52,8 @@ def run_on_route(
         if one.width:
             values = _values(parts, one, wide, operands.query.device)
             u, w = _channels(request, one, values / request.scale)
-            query.append(u.to(request.dtype))
-            key.append(w.to(request.dtype))
+            query.append(u.to(operands.query.dtype))  # a share's is wider, and calls round
+            key.append(w.to(operands.key.dtype))
     logits = None
     if route.levels:  # nothing that is added at the merge must be -inf
         logits = _finite(_values(parts, route.stepped, wide, operands.query.device), math.inf)

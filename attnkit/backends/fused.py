@@ -21,17 +21,20 @@ from attnkit.backends.arranged import arranged
 from attnkit.backends.base import (
     AttentionOutput,
     Backend,
+    Kept,
     Operands,
+    Partial,
     Stats,
     stats_dtype,
     untransformed,
 )
 from attnkit.backends.bias_pass import Bits, PassedPlan, with_bias_gradient
 from attnkit.backends.biases import call_bias
+from attnkit.backends.calling import Caller, Made
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, Drawn, Launcher, Merged
+from attnkit.backends.merged import Answer, Drawn
 from attnkit.backends.selected import run_selected
-from attnkit.backends.single import Single
+from attnkit.backends.shares import against_share, gradients_of_share, partial_of
 from attnkit.backends.unseen import cleared
 from attnkit.constants import constant
 from attnkit.errors import Refusal
@@ -55,7 +58,8 @@ class Fused(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why no call fits, if none does; candidates that fell keep their own reasons."""
-        found, reasons = self.lowered(request), untransformed(request, self.name)
+        reasons = untransformed(request, self.name) + against_share(request, self.name)
+        found = self.lowered(request)
         if isinstance(request.mask, GivenCells) and request.needs_grad:
             reason = (
                 "a mask whose cells come with each call is for inference, and a gradient is asked"
@@ -106,7 +110,30 @@ class Fused(Backend):
             plan, operands = plan.inner, _widened(plan.request, operands)
         if plan.bias_pass is not None:
             return with_bias_gradient(self, _run, plan, operands)
-        return _run(self, plan, operands)
+        return _run(Made(self), plan, operands)
+
+    def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
+        """Run the calls of a share.
+
+        Each rounds its output to the dtype of the query; where several answer one row, their merge
+        does not. `Partial.random` is a tuple of tensors, or None where nothing was drawn.
+        """
+        return partial_of(self, _attend, plan, operands, seed)
+
+    def partial_gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        kept: Kept,
+        wanted: tuple[bool, ...],
+        random: Any = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Make the grad calls of a share, on the log-sum-exp and the output of whole rows.
+
+        Each rounds what it returns to the dtype of the query, and their sum is wide. With
+        ``max = lse`` and ``sum = 1`` the op's ``exp(score - max) / sum`` is the weight of a cell.
+        """
+        return gradients_of_share(self, _attend, plan, operands, kept, wanted, random)
 
 
 def _widened(request: Request, operands: Operands) -> Operands:
@@ -116,12 +143,19 @@ def _widened(request: Request, operands: Operands) -> Operands:
     return replace(operands, query=query, key=key)
 
 
-def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
+def _attend(caller: Caller, plan: Plan, operands: Operands) -> AttentionOutput:
+    """Run the calls of a share, without the pass for a bias."""
+    if widened(plan.request) is not plan.request:
+        plan, operands = plan.inner, _widened(plan.request, operands)
+    return _run(caller, plan if plan.bias_pass is None else plan.inner, operands)
+
+
+def _run(caller: Caller, plan: Plan, operands: Operands) -> AttentionOutput:
     """Run calls, on their route and in their order."""
     if plan.route is not None:
-        return run_on_route(partial(_run, launcher), plan, plan.route, operands)
+        return run_on_route(partial(_run, caller), plan, plan.route, operands)
     if plan.in_order is not None:
-        return arranged(partial(_run, launcher), plan, plan.in_order, operands)
+        return arranged(partial(_run, caller), plan, plan.in_order, operands)
     request, layout, first = plan.request, plan.request.layout_of, plan.steps[0]
     operands = cleared(request, operands)
     packs = first.partial or first.packs(request)
@@ -132,10 +166,9 @@ def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
         )
         operands = replace(operands, query=query, key=key, value=value)
     if first.partial:
-        out, lse, peak = _run_parts(launcher, plan, operands)
+        out, lse, peak = _run_parts(caller, plan, operands)
     else:
-        tensors = _call_tensors(request, first, operands)
-        out, lse, peak = Single.apply(first.call, launcher, *tensors)  # type: ignore[no-untyped-call]
+        out, lse, peak = caller.single(first.call, _call_tensors(request, first, operands))
     if packs:
         out = layout.from_tnd(out, 1 if layout.packed else request.batch)
         if not layout.packed:
@@ -143,16 +176,16 @@ def _run(launcher: Launcher, plan: Plan, operands: Operands) -> AttentionOutput:
     return AttentionOutput(out, Stats(lse, peak))
 
 
-def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+def _run_parts(caller: Caller, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Run a plan of several calls on packed tensors, each group of heads by itself."""
     groups = plan.by_heads
     if groups[0].heads is None:
-        return _run_heads(launcher, plan, groups[0], operands)
+        return _run_heads(caller, plan, groups[0], operands)
     known = {head for some in groups for head in some.heads or ()}
     silent = tuple(head for head in range(plan.request.num_heads) if head not in known)
     if silent:  # heads whose mask allows nothing
         groups += (Parts(silent, (), once=True),)
-    parts = [_run_heads(launcher, plan, some, operands) for some in groups]
+    parts = [_run_heads(caller, plan, some, operands) for some in groups]
     order = [head for some in groups for head in some.heads or ()]
     back = _indices(tuple(map(order.index, sorted(order))), operands.query.device)
     out, lse, peak = (torch.cat(c, dim=1).index_select(1, back) for c in zip(*parts, strict=True))
@@ -160,7 +193,7 @@ def _run_parts(launcher: Launcher, plan: Plan, operands: Operands) -> tuple[Tens
 
 
 def _run_heads(
-    launcher: Launcher, plan: Plan, parts: Parts, operands: Operands
+    caller: Caller, plan: Plan, parts: Parts, operands: Operands
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the calls of one group of heads that share their regions."""
     launches, heads = parts.launches, parts.heads
@@ -176,10 +209,8 @@ def _run_heads(
         key, value = key.index_select(1, kv_own), value.index_select(1, kv_own)
         sink = None if sink is None else sink.index_select(0, own)
         logits = None if logits is None else logits.index_select(1, own)
-    out: tuple[Tensor, Tensor, Tensor] = Merged.apply(  # type: ignore[no-untyped-call]
-        launcher, parts, biases, query, key, value, sink, logits
-    )
-    return out
+    leaves = (query, key, value, sink, logits)
+    return caller.merged(parts, biases, leaves, plan.request.share is not None)
 
 
 @constant

@@ -27,13 +27,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.backends.tokens import add_to, put, taken
 from attnkit.constants import constant
 from attnkit.first_order import first_order
 from attnkit.kernel import Gradients, KernelCall, pack_stats, unpack_stats
 from attnkit.planner import Launch
 from attnkit.planner.calls import Parts, Tokens
 
-__all__ = ["Answer", "Drawn", "Launcher", "Merged"]
+__all__ = ["Answer", "BackwardCalls", "Drawn", "Launcher", "Merged", "backward_of", "by_token"]
 
 Drawn = tuple[int, int, int]
 """The seed, the offset and the number of decisions of a forward call."""
@@ -61,41 +62,28 @@ class Launcher(Protocol):
         """Make one grad call, with the statistics and output of the whole softmax."""
 
 
-# -- tokens ----------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class BackwardCalls:
+    """Calls that are to be differentiated: each with its bias, and with what it drew."""
 
+    launcher: Launcher
+    launches: Sequence[Launch]
+    biases: Sequence[Tensor | None]
+    random: Sequence[Drawn]
 
-@constant
-def _index(tokens: Tokens, device: torch.device) -> Tensor:
-    places = [torch.arange(one.start, one.stop, one.step) for one in tokens.ranges]
-    return torch.cat(places).to(device)
-
-
-def _taken(tensor: Tensor, tokens: Tokens) -> Tensor:
-    """Return tokens in a call's order: a view where that is possible."""
-    if tokens.span is not None:
-        return tensor[tokens.span]
-    return tensor.index_select(0, _index(tokens, tensor.device))
-
-
-def _add(total: Tensor, tokens: Tokens, part: Tensor) -> None:
-    """Add rows in a call's order back to the tokens; a token may occur twice."""
-    if tokens.span is not None:
-        total[tokens.span] += part
-        return
-    part = part.to(total.dtype)
-    if not torch.are_deterministic_algorithms_enabled():
-        total.index_add_(0, _index(tokens, total.device), part)
-        return
-    for there, mine in tokens.layers:  # in the same order each time
-        _put(total, there, _taken(total, there) + _taken(part, mine))
-
-
-def _put(total: Tensor, tokens: Tokens, values: Tensor) -> None:
-    """Write rows, none of which occurs twice, back to the tokens."""
-    if tokens.span is not None:
-        total[tokens.span] = values
-    else:
-        total.index_copy_(0, _index(tokens, total.device), values.to(total.dtype))
+    @classmethod
+    def of(
+        cls,
+        launcher: Launcher,
+        parts: Parts,
+        biases: Sequence[Tensor | None],
+        random: Sequence[Drawn],
+    ) -> BackwardCalls:
+        """Return the calls by whose grad calls the gradients come."""
+        if parts.back:  # where nothing was drawn, and no call has a bias
+            count = len(parts.back)
+            return cls(launcher, parts.back, [None] * count, [(0, 0, 0)] * count)
+        return cls(launcher, parts.launches, biases, random)
 
 
 # -- one call between them ---------------------------------------------------------------------
@@ -141,17 +129,19 @@ def _tensors(
     """Gather the tensors of a call."""
     call, dim = launch.call, launch.call.head_dim
     mask, queries, keys = call.atten_mask, launch.queries, launch.keys
+    rows = _turned(launch, taken(query[..., :dim], queries))
+    columns, values = taken(key[..., :dim], keys), taken(value, keys)
     return {
-        "query": _split(call, _turned(launch, _taken(query[..., :dim], queries)), call.q_len),
-        "key": _split(call, _taken(key[..., :dim], keys), call.kv_len),
-        "value": _split(call, _taken(value, keys), call.kv_len),
+        "query": _split(call, rows.to(call.dtype), call.q_len),
+        "key": _split(call, columns.to(call.dtype), call.kv_len),
+        "value": _split(call, values.to(call.dtype), call.kv_len),
         "atten_mask": None if mask is None else mask.build(query.device),
         "pse": bias,
         "sink": None,
     }
 
 
-def _by_token(call: KernelCall, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+def by_token(call: KernelCall, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
     """Return output [t n d], maximum and sum [t n] of what a call answered."""
     peak, total = (unpack_stats(call, stat) for stat in (answer.peak, answer.total))
     if not call.is_packed:
@@ -189,11 +179,12 @@ class Merged(torch.autograd.Function):
         value: Tensor,
         sink: Tensor | None,
         logits: Tensor | None,
+        wide: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the calls in order, and merge each into the softmax of the rows that it answers.
 
         Where every row is answered once, and no sink has a part in it, rows are written as they
-        come.
+        come. Otherwise the output is rounded, unless it is to be `wide`.
         """
         rows = _Answered(query, value.shape[-1], sink, parts.once)
         random: list[Drawn] = []
@@ -201,18 +192,15 @@ class Merged(torch.autograd.Function):
         for launch, bias in zip(parts.launches, biases, strict=True):
             answer = launcher.forward(launch.call, _tensors(launch, query, key, value, bias))
             random.append(answer.random)
-            own, level = _by_token(launch.call, answer), _level(launch, logits)
+            own, level = by_token(launch.call, answer), _level(launch, logits)
             rows.take(launch.queries, own, level)
             if level is not None and ctx.needs_input_grad[7]:
                 kept += own
         result, peak, total = rows.answer()
+        result = result if wide else result.to(query.dtype)
         lse = peak + total.log()
         ctx.save_for_backward(query, key, value, sink, logits, result, peak, total, *kept)
-        ctx.launcher, ctx.random = launcher, random
-        ctx.launches, ctx.biases = parts.launches, biases
-        if parts.back:  # where nothing was drawn, and no call has a bias
-            ctx.launches, ctx.biases = parts.back, [None] * len(parts.back)
-            ctx.random = [(0, 0, 0)] * len(parts.back)
+        ctx.calls = BackwardCalls.of(launcher, parts, biases, random)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(peak)
         return result, lse, peak
@@ -222,17 +210,19 @@ class Merged(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Give every call's own backward the merged maximum, denominator and output."""
-        saved = ctx.saved_tensors
+        query, key, value, sink, logits, out, peak, total, *kept = ctx.saved_tensors
+        leaves = query, key, value, sink, logits
 
         def make() -> tuple[Tensor | None, ...]:
-            way = _Back(ctx, saved)
-            if dy is not None:
-                way.through(dy)
-            if dlse is not None:
-                way.through_lse(dlse)
-            return way.found(ctx.needs_input_grad[6])
+            whole = Answer(out, peak, total)
+            found = backward_of(ctx.calls, leaves, whole, kept, dy, dlse)
+            asked = (True, True, True, ctx.needs_input_grad[6], True)
+            return tuple(
+                g.to(t.dtype) if g is not None and t is not None and wants else None
+                for g, t, wants in zip(found, leaves, asked, strict=True)
+            )
 
-        return (None, None, None, *first_order(make, dy, dlse, *saved[:5]))
+        return (None, None, None, *first_order(make, dy, dlse, *leaves), None)
 
 
 class _Answered:
@@ -254,14 +244,14 @@ class _Answered:
         else:
             self.found = self.found or self._none(self.query.dtype)
             for whole, some in zip(self.found, part, strict=True):
-                _put(whole, queries, some)
+                put(whole, queries, some)
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output, and the maximum and the sum of every row."""
         out, peak, total = self.found or self._none(self.wide)
         if not self.once:
             out /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-        return out.to(self.query.dtype), peak, total
+        return out, peak, total
 
     def _none(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return what rows are that nobody has answered yet; a sink alone is a weight of 1."""
@@ -281,27 +271,53 @@ class _Answered:
         answers, peaks, totals = part
         peaks = peaks if level is None else peaks + level
         for rows, own in queries.layers:
-            m_new, l_new, o_new = (_taken(t, own) for t in (peaks, totals, answers))
-            m_old, l_old, o_old = (_taken(t, rows) for t in (peak, total, out))
+            m_new, l_new, o_new = (taken(t, own) for t in (peaks, totals, answers))
+            m_old, l_old, o_old = (taken(t, rows) for t in (peak, total, out))
             m = torch.maximum(m_old, m_new)
             # A row that nothing has answered yet has weight 0: exp(-inf - m) is 0, m is finite.
             keep, weight = (m_old - m).exp(), l_new * (m_new - m).exp()
-            _put(peak, rows, m)
-            _put(total, rows, l_old * keep + weight)
-            _put(out, rows, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))
+            put(peak, rows, m)
+            put(total, rows, l_old * keep + weight)
+            put(out, rows, o_old * keep.unsqueeze(-1) + o_new * weight.unsqueeze(-1))
+
+
+def backward_of(
+    calls: BackwardCalls,
+    leaves: Sequence[Tensor | None],
+    whole: Answer,
+    kept: Sequence[Tensor],
+    dy: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value, sink and logits, in the dtype of the statistics.
+
+    `whole` has the output ``[t n d]``, the maximum and the sum ``[t n]`` of whole rows, which may
+    have more keys than the calls: a row that has none at all has the sum 0. `kept` are the output,
+    the maximum and the sum that each call of a level gave, where logits are to have a gradient.
+    """
+    way = _Back(calls, leaves, whole, kept)
+    if dy is not None:
+        way.through(dy)
+    if dlse is not None:
+        way.through_lse(dlse)
+    return (*way.sums, way.to_sink, way.to_logits)
 
 
 class _Back:
     """Gradients while they are summed up, in the dtype of the statistics."""
 
-    def __init__(self, ctx: Any, saved: Sequence[Any]) -> None:
-        self.ctx = ctx
-        query, key, value, sink, logits, out, peak, total, *self.kept = saved
+    def __init__(
+        self, calls: BackwardCalls, leaves: Sequence[Any], whole: Answer, kept: Sequence[Tensor]
+    ) -> None:
+        self.calls, self.kept = calls, kept
+        query, key, value, sink, logits = leaves
         self.leaves, self.sink, self.logits = (query, key, value), sink, logits
-        empty = total == 0
-        # Rows that no call computes are never gathered; the values only have to be finite.
-        self.merged = Answer(out, peak.masked_fill(empty, 0.0), total.masked_fill(empty, 1.0))
-        self.wide: torch.dtype = peak.dtype
+        empty = whole.total == 0
+        # Their scores are all masked, so their weights are 0; the values have to be finite.
+        self.merged = Answer(
+            whole.out, whole.peak.masked_fill(empty, 0.0), whole.total.masked_fill(empty, 1.0)
+        )
+        self.wide: torch.dtype = whole.peak.dtype
         self.sums = [torch.zeros_like(t, dtype=self.wide) for t in self.leaves]
         self.to_sink = None if sink is None else torch.zeros_like(sink, dtype=self.wide)
         self.to_logits = None if logits is None else torch.zeros_like(logits)
@@ -311,11 +327,11 @@ class _Back:
         out = self.merged.out
 
         def slope(launch: Launch, own: Tensor) -> Tensor:
-            apart = own.to(self.wide) - _taken(out, launch.queries).to(self.wide)
-            return (_taken(dy, launch.queries).to(self.wide) * apart).sum(-1)
+            apart = own.to(self.wide) - taken(out, launch.queries).to(self.wide)
+            return (taken(dy, launch.queries).to(self.wide) * apart).sum(-1)
 
-        for launch, found in self._launched(dy, out, self.leaves[2], self.ctx.random, slope):
-            _add(self.sums[2], launch.keys, _end_to_end(launch.call, found.value))
+        for launch, found in self._launched(dy, out, self.leaves[2], self.calls.random, slope):
+            add_to(self.sums[2], launch.keys, _end_to_end(launch.call, found.value))
         self._add_to_sink((dy * out).to(self.wide).sum(-1).neg())
 
     def through_lse(self, dlse: Tensor) -> None:
@@ -328,7 +344,7 @@ class _Back:
         value[..., 0] = 1.0
         dy = torch.zeros_like(out)
         dy[..., 0] = dlse
-        for _ in self._launched(dy, out, value, None, lambda one, _: _taken(dlse, one.queries)):
+        for _ in self._launched(dy, out, value, None, lambda one, _: taken(dlse, one.queries)):
             pass
         self._add_to_sink(dlse)
 
@@ -345,24 +361,25 @@ class _Back:
         `slope` is the gradient of one score more or less, by row, where its weight is all of it.
         """
         kept = iter(self.kept)
-        for n, (launch, bias) in enumerate(zip(self.ctx.launches, self.ctx.biases, strict=True)):
+        made = zip(self.calls.launches, self.calls.biases, strict=True)
+        for n, (launch, bias) in enumerate(made):
             call, queries, level = launch.call, launch.queries, _level(launch, self.logits)
-            peak, total = (_taken(t, queries) for t in (self.merged.peak, self.merged.total))
+            peak, total = (taken(t, queries) for t in (self.merged.peak, self.merged.total))
             if level is not None:
                 peak = peak - level
-                if self.kept and self.to_logits is not None:
+                if self.kept and self.to_logits is not None and launch.zone is not None:
                     own, highest, sums = islice(kept, 3)
                     weight = sums * (highest - peak).exp() / total
                     self.to_logits[launch.zone.row] += (weight * slope(launch, own)).sum(0)
             drawn = (0, 0, 0) if random is None else random[n]
             call = replace(call, keep_prob=1.0) if random is None else call
-            answer = _by_call(call, _taken(out, queries), peak, total, drawn)
+            answer = _by_call(call, taken(out, queries).to(call.dtype), peak, total, drawn)
             tensors = _tensors(launch, *self.leaves[:2], value, bias)
-            there = _split(call, _taken(dy, queries), call.q_len).contiguous()
-            found = self.ctx.launcher.backward(call, tensors, there, answer)
+            there = _split(call, taken(dy, queries).to(call.dtype), call.q_len).contiguous()
+            found = self.calls.launcher.backward(call, tensors, there, answer)
             to_query = _turned(launch, _end_to_end(call, found.query))
-            _add(self.sums[0][..., : call.head_dim], queries, to_query)
-            _add(self.sums[1][..., : call.head_dim], launch.keys, _end_to_end(call, found.key))
+            add_to(self.sums[0][..., : call.head_dim], queries, to_query)
+            add_to(self.sums[1][..., : call.head_dim], launch.keys, _end_to_end(call, found.key))
             yield launch, found
 
     def _add_to_sink(self, slope: Tensor) -> None:
@@ -370,9 +387,3 @@ class _Back:
         if self.sink is not None:
             share = (self.sink.to(self.wide) - self.merged.peak).exp() / self.merged.total
             self.to_sink += (share * slope).sum_to_size(self.sink.shape)
-
-    def found(self, wants_sink: bool) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the dtypes of their tensors."""
-        typed = [g.to(t.dtype) for g, t in zip(self.sums, self.leaves, strict=True)]
-        sink = self.to_sink.to(self.sink.dtype) if wants_sink and self.to_sink is not None else None
-        return (*typed, sink, self.to_logits)

@@ -20,7 +20,7 @@ from attnkit.first_order import first_order
 from attnkit.kernel import KernelCall, unpack_stats
 from attnkit.kernel.scores import MASKED
 
-__all__ = ["Single"]
+__all__ = ["Single", "backward_of"]
 
 
 class Single(torch.autograd.Function):
@@ -66,17 +66,34 @@ class Single(torch.autograd.Function):
         tensors |= {"atten_mask": mask, "pse": pse, "sink": sink}
 
         def make() -> tuple[Tensor | None, ...]:
-            found = []
-            if dy is not None:
-                answer = Answer(out, peak, total, ctx.random)
-                grads = launcher.backward(call, tensors, dy.contiguous(), answer)
-                found.append((*grads[:3], grads.sink))
-            if dlse is not None:
-                answer = Answer(out, peak, total)
-                found.append(_through_lse(launcher, call, tensors, dlse, answer, lse))
-            return tuple(added(*column) for column in zip(*found, strict=True)) or (None,) * 4
+            answer = Answer(out, peak, total, ctx.random)
+            return backward_of(launcher, call, tensors, answer, lse, dy, dlse)
 
         return (None, None, None, None, *first_order(make, dy, dlse, query, key, value, sink))
+
+
+def backward_of(
+    launcher: Launcher,
+    call: KernelCall,
+    tensors: dict[str, Any],
+    whole: Answer,
+    lse: Tensor,
+    dy: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value and sink, as the grad op gives them.
+
+    `whole` has the output and the statistics of whole rows, as the op has them; these may have more
+    keys than the call. `lse` is their log-sum-exp by row, for the sink.
+    """
+    found: list[tuple[Tensor | None, ...]] = []
+    if dy is not None:
+        grads = launcher.backward(call, tensors, dy.contiguous(), whole)
+        found.append((*grads[:3], grads.sink))
+    if dlse is not None:
+        answer = replace(whole, random=(0, 0, 0))
+        found.append(_through_lse(launcher, call, tensors, dlse, answer, lse))
+    return tuple(added(*column) for column in zip(*found, strict=True)) or (None,) * 4
 
 
 def _through_lse(

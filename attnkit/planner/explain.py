@@ -23,10 +23,10 @@ from attnkit.planner.orders import how_moved
 from attnkit.planner.parted import Parted
 from attnkit.planner.plan import Plan, disprove_plan
 from attnkit.planner.price import Price
-from attnkit.planner.request import Request
+from attnkit.planner.request import Request, Share
 from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
-from attnkit.ranges import Ranges
+from attnkit.ranges import Ranges, total
 
 __all__ = ["as_data", "explain"]
 
@@ -137,11 +137,23 @@ def _request_lines(request: Request, in_order: Request | None) -> Iterator[tuple
         extras.append(f"score_fn {function_name(request.score_fn)}")
     extras += ["a learnable sink per head"] if request.sink else []
     yield "numbers", ", ".join(extras)
+    if request.share is not None:
+        yield "share", _shared(request, request.share)
     if request.deterministic:
         here = "by operators that add in a fixed order"
         switch = "by torch.use_deterministic_algorithms, which its kernels follow"
         by = here if request.device in ("cpu", "meta") else switch
         yield "repeats", f"the same bits in every run, {by}"
+
+
+def _shared(request: Request, share: Share) -> str:
+    """Say what of a larger attention a request has, and how exact its results are."""
+    own = (("rows", share.rows), ("keys", share.keys))
+    said = " and ".join(f"{total(some):,} {name} in {len(some)} ranges" for name, some in own)
+    text = f"{said} of {share.q_len:,} x {share.kv_len:,}; its results are merged with others'"
+    if request.dtype.itemsize <= 2:
+        text += ", unrounded but for what a fused call rounds itself: its output and gradients"
+    return text
 
 
 def _understood(request: Request, in_order: Request | None) -> str:

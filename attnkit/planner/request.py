@@ -152,7 +152,8 @@ class Share:
     So its output and its gradients are handed on in the dtype of the statistics, unrounded, and
     its gradients take the statistics of whole rows. Positions are those of the whole's axes of
     queries and of keys (of a packed batch: of its tokens), in the order in which the request has
-    them. Dropout decides by them, so that the shares drop what the whole would.
+    them. Dropout decides by them, so that the shares drop what the whole would; `local_dropout`
+    leaves that to each share, as a kernel must that counts cells by its own calls.
     """
 
     q_len: int
@@ -161,6 +162,7 @@ class Share:
     keys: Ranges
     num_heads: int
     first_head: int = 0
+    local_dropout: bool = False
 
 
 @dataclass(frozen=True)
