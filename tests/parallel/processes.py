@@ -94,6 +94,10 @@ class Pool:
             there.close()
             self.workers.append(worker)
             self.pipes.append(here)
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(LIMIT), f"rank {rank} does not start"
+            with suppress(EOFError, OSError):  # of one that has ended, which `run` tells
+                pipe.recv()
 
     def close(self) -> None:
         """End the processes; the next job starts others."""
@@ -116,6 +120,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, hang: str) -> Non
     )
     groups = {n: dist.new_group(list(range(n)), timeout=limit) for n in range(1, size)}
     groups[size] = dist.group.WORLD
+    pipe.send("ready")
     with open(hang, "w") as trace:
         while True:
             try:
