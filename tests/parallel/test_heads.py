@@ -111,7 +111,8 @@ def test_bytes_are_as_told(heads: int, kv_heads: int, ways: int) -> None:
         return forward, [a - b for a, b in zip(wires.sent, forward, strict=True)]
 
     found = run_ranks(4, work)
-    assert dims and summed
+    assert dims
+    assert summed
     told = turn.transfers
     assert [one[0] for one in found] == told[0].tolist()
     assert [one[1] for one in found] == told[1].tolist()
