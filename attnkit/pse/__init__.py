@@ -15,6 +15,7 @@ from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import ByDistance
 from attnkit.pse.composite import Cut, Sum
 from attnkit.pse.distance_bias import DistanceBias
+from attnkit.pse.of_heads import OfHeads
 from attnkit.pse.parse import parse
 from attnkit.pse.structure import (
     Indexed,
@@ -28,6 +29,7 @@ from attnkit.pse.structure import (
 )
 from attnkit.pse.t5_relative import T5Relative, t5_bucket
 from attnkit.pse.table import Table
+from attnkit.pse.taken import Taken
 from attnkit.pse.tensors import Dense, KeyBias
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "KeyBias",
     "LearnableALiBi",
     "Linear",
+    "OfHeads",
     "PerCell",
     "PerKey",
     "Pse",
@@ -54,6 +57,7 @@ __all__ = [
     "Sum",
     "T5Relative",
     "Table",
+    "Taken",
     "Toeplitz",
     "parse",
     "press_slopes",

@@ -16,6 +16,8 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.pse.base import PSE, Align, Pse, Rectangle
 from attnkit.pse.by_distance import MOST_HEADS, ByDistance
 from attnkit.pse.structure import Linear, Root
+from attnkit.pse.taken import shift_of
+from attnkit.ranges import Excerpt
 
 __all__ = ["ALiBi", "LearnableALiBi", "Sloped", "SqrtALiBi", "press_slopes"]
 
@@ -96,6 +98,16 @@ class Sloped(ByDistance):
         if shift == keys - rows:
             return replace(self, align="bottom_right")
         return replace(self, align="top_left") if shift == 0 else super()._bias_of(at)
+
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
+        """Return the same slopes with the anchor that the excerpts have, where they have one."""
+        found = shift_of(excerpts, self.align)
+        if found is None or found[1] != 0:
+            return super().take_excerpts(excerpts)
+        return replace(self, align=found[0])
+
+    def _of_heads(self, start: int, stop: int) -> Pse:
+        return replace(self, num_heads=None, slopes=self.slopes[start:stop])
 
     @abstractmethod
     def curve(self, distance: Tensor) -> Tensor:

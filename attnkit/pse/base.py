@@ -22,8 +22,10 @@ from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.handles import born
 from attnkit.masks import Rectangle
+from attnkit.masks.taken import excerpt_of
 from attnkit.masks.trace import row_blocks
 from attnkit.pse.structure import Align, OfDistance, Structure
+from attnkit.ranges import Excerpt
 from attnkit.textform import Families, check_names
 
 if TYPE_CHECKING:
@@ -31,9 +33,12 @@ if TYPE_CHECKING:
 
     from attnkit.pse.composite import Sum
 
-__all__ = ["PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
+__all__ = ["EVERY", "PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
 
 Range = tuple[int, int]
+
+EVERY = -1
+"""For `Rectangle.batch`: all batch elements."""
 
 
 class Pse(ABC):
@@ -86,8 +91,9 @@ class Pse(ABC):
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         """Return the cells of a rectangle: ``[rows, keys]``, before them ``n`` and ``b``, if any.
 
-        Of all batch elements and heads; an axis of one entry serves any number. They are computed
-        in `dtype`, float32 or float64, and rounded after. Gradients reach the tensors of the bias.
+        Of all batch elements and heads (or of batch element ``at.batch`` alone, unless that is
+        `EVERY`); an axis of one entry serves any number. They are computed in `dtype`, float32 or
+        float64, and rounded after. Gradients reach the tensors of the bias.
         """
 
     @property
@@ -157,6 +163,16 @@ class Pse(ABC):
         names = cast(Any, self).__dataclass_fields__
         own = {id(value): name for name, value in zip(names, self._fields, strict=True)}
         return tuple(own.get(id(tensor), str(k)) for k, tensor in enumerate(self.tensors))
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The tensors that its `structure` speaks of: its own, or what follows from those.
+
+        >>> from attnkit import pse
+        >>> pse.T5Relative(8).for_heads(0, 2).numbers[0].shape
+        torch.Size([32, 2])
+        """
+        return self.tensors
 
     @property
     def requires_grad(self) -> bool:
@@ -240,11 +256,16 @@ class Pse(ABC):
             check_place("a tensor of the bias", tensor, device)
         where = tensors[0].device if tensors else None if device is None else torch.device(device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        cells = self._values(at, wide, where)
+        at = at._replace(batch=EVERY if batch_index is None else batch_index)
+        return self._cells(at, wide, where).to(dtype).expand(-1, -1, *at.shape)
+
+    def _cells(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """Return the cells of a rectangle ``[1 | b, n | 1, rows | 1, keys | 1]``."""
+        cells = self._values(at, dtype, device)
         cells = cells[(None,) * (4 - cells.ndim)]
-        if batch_index is not None and cells.shape[0] > 1:
-            cells = cells[batch_index : batch_index + 1]
-        return cells.to(dtype).expand(-1, -1, *at.shape)
+        if at.batch != EVERY and cells.shape[0] > 1:
+            cells = cells[at.batch : at.batch + 1]
+        return cells
 
     def diagonals(
         self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None
@@ -360,6 +381,82 @@ give it one per query head
         from attnkit.pse.composite import Cut
 
         return Cut(self, *at[:4])
+
+    def take(
+        self,
+        rows: Sequence[range | Range],
+        keys: Sequence[range | Range],
+        *,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+    ) -> Pse:
+        """Return these rows and keys, in this order: ``(rows[u], keys[v])`` at (u, v).
+
+        Both are ranges, or the ``(start, stop)`` of ranges, and no position is taken twice. Each
+        number is what it is in the whole score matrix, whose lengths are `q_len` and `kv_len`; they
+        may be left out where the bias knows them or does not depend on them. The tensors are those
+        of this bias, the same objects in the same order.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(8).take([(2, 4)], [(0, 4)], q_len=4, kv_len=4)
+        ALiBi(8)
+        """
+        q_len, kv_len = self._length("q_len", 0, q_len), self._length("kv_len", 1, kv_len)
+        return self.take_excerpts((excerpt_of(rows, keys, q_len, kv_len),))
+
+    def _length(self, name: str, axis: int, given: int | None) -> int | None:
+        """Return a length of the whole score matrix; None where nothing depends on it."""
+        own = self.extent[axis]
+        if given is not None:
+            check_int(name, given, 0)
+        if own is not None and given not in (None, own):
+            raise CompositionError(
+                f"rows and keys of pse.{self} cannot be of one of {name}={given}"
+            )
+        if own is None and given is None and self.anchored:
+            raise CompositionError(
+                f"{self}: what rows and keys of it hold depends on the lengths of the whole score "
+                "matrix; pass q_len= and kv_len="
+            )
+        return own if given is None else given
+
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
+        """Return rows and keys that are taken of it: of all batch elements, or of each.
+
+        `take` is the same with one excerpt. A packed batch has one for each sequence that is
+        taken, which says by `Excerpt.batch` whose it is. A family may know a closer form.
+
+        >>> import torch
+        >>> from attnkit.pse import KeyBias
+        >>> second = Excerpt(4, 4, (range(2, 4),), (range(3),), batch=1)
+        >>> KeyBias(torch.eye(2, 4)[:, None]).take_excerpts((second,)).materialize(2, 3)[0, 0, 0]
+        tensor([0., 1., 0.])
+        """
+        from attnkit.pse.taken import Taken
+
+        return Taken(self, tuple(excerpts))
+
+    @final
+    def for_heads(self, start: int, stop: int) -> Pse:
+        """Return the bias of query heads ``start <= h < stop``, counted from 0 there.
+
+        A bias that is the same for all heads is that itself. The tensors are those of this bias,
+        the same objects in the same order.
+
+        >>> from attnkit.pse import ALiBi
+        >>> ALiBi(8).for_heads(2, 4)
+        ALiBi(slopes=(0.125, 0.0625))
+        """
+        from attnkit.pse.of_heads import check_heads
+
+        check_heads(self, start, stop)
+        return self if self.heads in (None, stop - start) else self._of_heads(start, stop)
+
+    def _of_heads(self, start: int, stop: int) -> Pse:
+        """Return the bias of some of the heads; a family may know a closer form."""
+        from attnkit.pse.of_heads import OfHeads
+
+        return OfHeads(self, start, stop)
 
     def _extends(self, shorter: int, longer: int) -> bool:
         """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""

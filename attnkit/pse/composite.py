@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from attnkit.arguments import check_range
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.masks.taken import taken_again
 from attnkit.pse.base import Pse, Range, Rectangle
 from attnkit.pse.structure import Structure, Toeplitz
+from attnkit.ranges import Excerpt
 
 __all__ = ["Cut", "Sum"]
 
@@ -90,6 +92,13 @@ class Sum(Pse):
     def _bias_of(self, at: Rectangle) -> Sum:
         return Sum(part._bias_of(at) for part in self.parts)
 
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Sum:
+        """Return the sum of what is taken of each part."""
+        return Sum(part.take_excerpts(excerpts) for part in self.parts)
+
+    def _of_heads(self, start: int, stop: int) -> Sum:
+        return Sum(part.for_heads(start, stop) for part in self.parts)
+
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         _ = self.before_scale  # raises for a mixed sum
         return reduce(add, (part._values(at, dtype, device).to(dtype) for part in self.parts))
@@ -156,7 +165,7 @@ class Cut(Pse):
         """Return where a rectangle of the cut lies in the whole score matrix."""
         q0, kv0 = self.q_range[0], self.kv_range[0]
         rows, keys = (at.rows[0] + q0, at.rows[1] + q0), (at.keys[0] + kv0, at.keys[1] + kv0)
-        return Rectangle(rows, keys, self.q_len, self.kv_len)
+        return Rectangle(rows, keys, self.q_len, self.kv_len, at.batch)
 
     @property
     def members(self) -> tuple[Pse, ...]:
@@ -185,6 +194,18 @@ class Cut(Pse):
 
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         return self.part._values(self._whole(at), dtype, device)
+
+    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
+        """Return what is taken of the bias that is cut."""
+        rows, keys = (
+            tuple(range(*side) for side in [ends] if ends[0] < ends[1])
+            for ends in (self.q_range, self.kv_range)
+        )
+        own = Excerpt(self.q_len, self.kv_len, rows, keys)
+        return self.part.take_excerpts(taken_again((own,), excerpts))
+
+    def _of_heads(self, start: int, stop: int) -> Pse:
+        return replace(self, part=self.part.for_heads(start, stop))
 
     def __repr__(self) -> str:
         where = f"{self.q_range}, {self.kv_range}, q_len={self.q_len}, kv_len={self.kv_len}"

@@ -1,0 +1,119 @@
+"""`OfHeads`: some of the heads of a bias that tells heads apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnkit.arguments import check_int
+from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.pse.base import Pse, Rectangle
+from attnkit.pse.structure import Indexed, Linear, PerCell, PerKey, Root, Stepped, Structure
+
+__all__ = ["OfHeads", "check_heads"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class OfHeads(Pse):
+    """Query heads ``start <= h < stop`` of another bias, counted from 0.
+
+    Its tensors are those of the other bias, whole, which the gradients of these heads reach. Made
+    by `Pse.for_heads` where a bias has no closer form.
+
+    Raises `CompositionError` for heads that the bias was not made for.
+
+    >>> from attnkit import pse
+    >>> bias = pse.T5Relative(4).for_heads(1, 3)
+    >>> bias.heads, bias.tensors[0].shape, bias.materialize(2, 2).shape
+    (2, torch.Size([32, 4]), torch.Size([1, 2, 2, 2]))
+    """
+
+    part: Pse
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.part, Pse):
+            raise CompositionTypeError(
+                f"pse.OfHeads takes a positional bias, not {shown(self.part)}"
+            )
+        check_heads(self.part, self.start, self.stop)
+        if self.part.heads is None:
+            raise CompositionError(f"pse.{self.part} is the same for all heads; it is that of any")
+
+    @property
+    def members(self) -> tuple[Pse, ...]:
+        """The bias of all heads."""
+        return (self.part,)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """As that bias names them."""
+        return self.part.tensor_names
+
+    @property
+    def before_scale(self) -> bool:
+        """As that bias."""
+        return self.part.before_scale
+
+    @property
+    def heads(self) -> int:
+        """How many heads are left."""
+        return self.stop - self.start
+
+    @property
+    def structure(self) -> Structure | None:
+        """As that of the bias, with the slopes of these heads."""
+        known = self.part.structure
+        if isinstance(known, Linear | Root) and known.slopes is not None:
+            return replace(known, slopes=known.slopes[self.start : self.stop])
+        return known
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """Views of that bias's, of these heads."""
+        known, numbers = self.part.structure, self.part.numbers
+        axis = _HEADS.get(type(known)) if known is not None else None
+        if axis is None or not numbers or numbers[0].ndim < -axis:
+            return numbers
+        if numbers[0].shape[axis] == 1:
+            return numbers
+        return (numbers[0].narrow(axis, self.start, self.heads), *numbers[1:])
+
+    def diagonals(
+        self, q_len: int, kv_len: int, *, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Return those of these heads."""
+        found = self.part.diagonals(q_len, kv_len, dtype=dtype, device=device)
+        return found[self.start : self.stop] if len(found) > 1 else found
+
+    def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        cells = self.part._cells(at, dtype, device)
+        return cells[:, self.start : self.stop] if cells.shape[1] > 1 else cells
+
+    def _bias_of(self, at: Rectangle) -> Pse:
+        return self.part._bias_of(at).for_heads(self.start, self.stop)
+
+    def _of_heads(self, start: int, stop: int) -> Pse:
+        return self.part.for_heads(self.start + start, self.start + stop)
+
+    def __repr__(self) -> str:
+        return f"{self.part!r}.for_heads({self.start}, {self.stop})"
+
+
+_HEADS: dict[type[Structure], int] = {Linear: -1, Stepped: -1, Indexed: -1, PerKey: -2, PerCell: -3}
+"""The axis of heads of the tensor that a structure speaks of."""
+
+
+def check_heads(bias: Pse, start: object, stop: object) -> None:
+    """Raise `CompositionError` unless these are heads of a bias."""
+    check_int("for_heads start", start, 0)
+    check_int("for_heads stop", stop, 1)
+    most = bias.heads
+    if not start < stop or (most is not None and stop > most):  # type: ignore[operator]
+        told = "" if most is None else f" of pse.{bias}, which was made for {most}"
+        raise CompositionError(
+            f"heads {start} to {stop}{told}; give 0 <= start < stop, the heads that are left"
+        )
