@@ -9,15 +9,20 @@ with what it returns. A -inf that it returns takes a cell out, which no plan kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from attnkit.arguments import describe
+from attnkit.constants import constant
 from attnkit.errors import LONGEST, AttnkitError, CompositionError, CompositionTypeError, clipped
 from attnkit.masks.predicate import function_name
+from attnkit.ranges import Excerpt
 
 __all__ = [
     "SCORE_IN_GRAPH",
@@ -25,6 +30,7 @@ __all__ = [
     "ScoreFunction",
     "check_score_fn",
     "modified",
+    "taken_score",
     "trains",
 ]
 
@@ -114,3 +120,84 @@ def trains(fn: ScoreFunction | None, like: Tensor) -> bool:
         return bool(fn(score, cell, cell, cell, cell).requires_grad)
     except Exception:  # it will be told where the function is asked for scores
         return False
+
+
+# -- of some rows, keys and heads of a larger attention ------------------------------------------
+
+
+def taken_score(
+    fn: ScoreFunction | None, excerpts: Sequence[Excerpt], first_head: int = 0
+) -> ScoreFunction | None:
+    """Return a function that tells `fn` the numbers of the whole, given those of a share.
+
+    Excerpts are those of the share's mask and bias: one for all batch elements, or one for each.
+
+    >>> def far(score, b, h, i, j):
+    ...     return score + 100 * i + j
+    >>> share = taken_score(far, [Excerpt(8, 8, (range(6, 8),), (range(4, 6),))])
+    >>> zero, one = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.int64)
+    >>> share(torch.zeros(()), zero, zero, one, zero)
+    tensor(704.)
+    """
+    return None if fn is None else _OfShare(fn, _Excerpts(tuple(excerpts)), first_head)
+
+
+@dataclass(frozen=True)
+class _Excerpts:
+    """Excerpts with a hash that is computed once: their tensors are looked up for each tile."""
+
+    each: tuple[Excerpt, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.each)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"each": self.each}
+
+
+@dataclass(frozen=True)
+class _OfShare:
+    """A score function of a share: a value, so that plans of equal shares are one."""
+
+    fn: ScoreFunction
+    excerpts: _Excerpts
+    first_head: int
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        batch, rows, keys = _whole_numbers(self.excerpts, score.device)
+        if batch is not None:
+            number, first_row, first_key = batch[b].unbind(-1)
+            b, i, j = number.to(b.dtype), i + first_row, j + first_key
+        return self.fn(score, b, h + self.first_head, rows[i].to(h.dtype), keys[j].to(h.dtype))
+
+    def __repr__(self) -> str:
+        return f"{function_name(self.fn)} of a share"
+
+
+@constant
+def _whole_numbers(
+    excerpts: _Excerpts, device: torch.device
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the rows and keys of all excerpts one after the other, as positions of the whole.
+
+    Before them, where excerpts are of batch elements, the element of each, and where its rows and
+    its keys begin: ``[b, 3]``.
+    """
+    each = excerpts.each
+    rows, keys = (
+        torch.cat(
+            [torch.arange(one.start, one.stop, one.step) for one in side] or [torch.arange(0)]
+        )
+        for side in ([r for one in each for r in one.rows], [r for one in each for r in one.keys])
+    )
+    batch = None
+    if each[0].batch is not None:
+        sizes = zip(*(one.sizes for one in each), strict=True)
+        starts = [accumulate(lengths, initial=0) for lengths in sizes]
+        numbers = [one.batch for one in each]
+        batch = torch.tensor(list(zip(numbers, *starts, strict=False))).to(device)
+    return batch, rows.to(device), keys.to(device)
