@@ -1,0 +1,248 @@
+"""Who has which tokens: shardings that are even in tokens, in cells, or in both.
+
+`even` is even in both, for any mask. The cells of rows under a mask are a few lines
+(`parallel.load`), so that it is found without looking at rows:
+
+1. Tokens fall into *stretches*: blocks that share no key with others, neighbouring small ones
+   together; a block whose rows differ is folded, its tokens taken from both ends by turns, where
+   such pairs have as many cells each (so it is with a causal mask), or else each of its lines is.
+2. Stretches are laid end to end, those with the most cells per token first. A rank takes its
+   tokens from the beginning or, if that is uneven, some from the beginning and the others from
+   the end: all from the beginning is too many cells, all from the end too few, and in between,
+   one token more or less at a time, there is a number that fits. So the rest is as dense as the
+   whole was, and the next rank finds one, too.
+
+Under a causal mask this is zigzag, under a window it is contiguous. A rank has at most four
+stretches that others have a part of: only their keys travel.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import pairwise
+
+from attnkit.arguments import check_choice, check_int, check_number
+from attnkit.errors import CompositionError
+from attnkit.layouts import SeqLens
+from attnkit.masks import Mask
+from attnkit.parallel.load import Load, planes_of
+from attnkit.parallel.plane import seen_by
+from attnkit.parallel.sharding import MOST_RANKS, Sharding, even_sizes
+from attnkit.parallel.stretches import Chain, Untaken, stretches
+from attnkit.ranges import Ranges, in_order, total, without
+
+__all__ = ["LAYER_CELLS", "WITHIN", "balanced", "candidates", "even", "keys_of", "line"]
+
+WITHIN = 0.002
+"""How far over the mean a rank's cells may be where that saves keys: a stretch cut less."""
+
+LAYER_CELLS = 27_000
+"""How many cells cost as much as what a layer does for a token beside attention.
+
+A layer of 218 million weights (an eighth of a model of 8 billion has four of them) multiplies
+2 x 218 million times per token, and 4 x 4,096 times per cell where heads have 4,096 channels.
+"""
+
+
+def even(load: Load, ranks: int, within: float = WITHIN) -> Sharding:
+    """Return a sharding that is even in tokens, to one, and in cells.
+
+    With h for half of what the row with the most cells has more than the one with the least, and
+    m for the mean cells of as many tokens as a rank has, a rank of P has at most
+    ``(1 + within) m + h (1 + 2 (1 + 1/2 + ... + 1/(P - 1)))`` cells: each comes to within h of the
+    mean of what is left, and moves it by its error shared by the others. Errors cancel as a rule,
+    so that it is about h. All ranks find the same sharding.
+
+    >>> from attnkit import masks
+    >>> from attnkit.parallel.load import load_of
+    >>> print(even(load_of([masks.Causal()], 16), 2))
+    16 = 0:4 12:16 | 4:12
+    >>> print(even(load_of([masks.Documents([4, 2, 2])], 8), 2))
+    8 = 0:2 6:8 | 2:6
+    """
+    check_number("within", within, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    sizes = list(even_sizes(load.length, ranks))
+    found = list(stretches(load, _grain(load, ranks), within))
+    found.sort(key=lambda one: (-one.cells(load) / one.size, one.start))
+    chain = Chain(load, found)
+    rest: Ranges = (range(load.length),) if load.length else ()
+    most = (1 + within) * load.total / max(load.length, 1)
+    spans = []
+    for size in sizes:
+        taken = Untaken(chain, rest).fair(size, within, most)
+        spans.append([span for one in taken for span in chain.spans(one.start, one.stop)])
+        rest = without(rest, in_order(taken))
+    return Sharding.of(load.length, spans)
+
+
+def line(load: Load, ranks: int, token_cells: float = LAYER_CELLS) -> Sharding:
+    """Return a sharding that is even in cells plus `token_cells` for each token: in time.
+
+    Stretches stay in their order, so that fewer are cut and fewer keys travel than with `even`;
+    but a rank of many short texts has more tokens than others, in memory too.
+
+    >>> from attnkit import masks
+    >>> from attnkit.parallel.load import load_of
+    >>> print(line(load_of([masks.Documents([4, 2, 2])], 8), 2, token_cells=0))
+    8 = 0:3 | 3:8
+    """
+    check_number("token_cells", token_cells, lambda x: 0 <= x < 1e15, "0 or more")
+    check_int("ranks", ranks, 1, MOST_RANKS)
+    chain = Chain(load, list(stretches(load, _grain(load, ranks), WITHIN)))
+
+    def cost(place: int) -> float:
+        return chain.before(place) + token_cells * place
+
+    ends, every = [0], cost(load.length)
+    for rank in range(1, ranks):
+        wanted = every * rank / ranks
+        at = bisect_left(range(load.length), wanted, lo=ends[-1], key=cost)
+        ends.append(at - (at > ends[-1] and cost(at) - wanted > wanted - cost(at - 1)))
+    ends.append(load.length)
+    return Sharding.of(load.length, [chain.spans(a, b) for a, b in pairwise(ends)])
+
+
+def _grain(load: Load, ranks: int) -> int:
+    """Return how many tokens a stretch has at least, where they could be apart."""
+    return max(1, load.length // (16 * ranks))
+
+
+def keys_of(seen: Sequence[Ranges], kv_len: int) -> Sharding:
+    """Return who has the keys of cross-attention, given which keys the rows of each rank see.
+
+    Ranks have as many keys, to one. Either the keys are cut as they lie, or each goes to a rank
+    that sees it, as far as that has room: in the order of keys, to the one that soonest sees no
+    more. Of the two it is the one of which fewer keys travel.
+
+    >>> print(keys_of([(range(4, 8),), (range(4),)], 8))
+    8 = 4:8 | 0:4
+    """
+    as_they_lie = Sharding.contiguous(kv_len, len(seen))
+    where_seen = Sharding.of(kv_len, _where_seen(seen, kv_len))
+    return min((as_they_lie, where_seen), key=lambda one: _travelling(seen, one))
+
+
+def _travelling(seen: Sequence[Ranges], keys: Sharding) -> int:
+    each = zip(seen, keys.ranks, strict=True)
+    return sum(total(without(some, own)) for some, own in each)
+
+
+def _where_seen(seen: Sequence[Ranges], kv_len: int) -> list[list[tuple[int, int]]]:
+    room = list(even_sizes(kv_len, len(seen)))
+    found: list[list[tuple[int, int]]] = [[] for _ in seen]
+    starts = sorted((one.start, one.stop, rank) for rank, own in enumerate(seen) for one in own)
+    rows = {0, kv_len, *(end for start, stop, _ in starts for end in (start, stop))}
+    waiting: list[tuple[int, int, int]] = []  # (the last key a rank sees, rank, until here)
+    unseen, k = [], 0
+    for start, stop in pairwise(sorted(rows)):
+        while k < len(starts) and starts[k][0] <= start:
+            rank = starts[k][2]
+            heappush(waiting, (seen[rank][-1].stop, rank, starts[k][1]))
+            k += 1
+        while start < stop and waiting:
+            _, rank, until = waiting[0]
+            if until <= start or not room[rank]:
+                heappop(waiting)
+                continue
+            count = min(stop - start, room[rank])
+            found[rank].append((start, start + count))
+            room[rank] -= count
+            start += count
+        unseen += [(start, stop)] * (start < stop)
+    for start, stop in unseen:
+        _fill(found, room, start, stop)
+    return found
+
+
+def _fill(found: list[list[tuple[int, int]]], room: list[int], start: int, stop: int) -> None:
+    """Deal keys to the first ranks that have room."""
+    for rank, free in enumerate(room):
+        count = min(free, stop - start)
+        if count:
+            found[rank].append((start, start + count))
+            room[rank], start = free - count, start + count
+
+
+_KINDS = {
+    "even": "in tokens and in cells",
+    "contiguous": "neighbouring tokens, as they lie",
+    "zigzag": "a part of either end",
+    "line": "in cells and tokens together",
+    "auto": "even, where no price is known",
+}
+
+
+def balanced(
+    masks: Sequence[Mask],
+    tokens: int | None,
+    keys: int | None,
+    seqlens: SeqLens | None,
+    ranks: int,
+    kind: str | Sharding = "even",
+) -> tuple[Sharding, Sharding]:
+    """Return who has which queries and which keys: in self-attention one object, twice.
+
+    `masks` are those of the layers, one sharding for all of them: their cells add up, and without
+    any, tokens alone are dealt. `tokens` is the length of the text, or `seqlens` has those of a
+    packed batch, whose tokens are one axis. `keys` is the length of another text that is attended
+    to, or None: its keys are dealt by `keys_of`, so that ranks have as many. Masks that are no
+    region count with the region around them.
+
+    >>> from attnkit import masks
+    >>> queries, keys = balanced([masks.Causal()], 8, None, None, 2)
+    >>> print(queries, keys is queries)
+    8 = 0:2 6:8 | 2:6 True
+
+    Raises `CompositionError` for a sharding of other tokens or ranks.
+    """
+    planes, length, exact = planes_of(masks, tokens, keys, seqlens)
+    load = Load.of(planes, length, exact)
+    queries = _of_kind(load, ranks, kind)
+    if keys is None and (seqlens is None or seqlens.q == seqlens.kv):
+        return queries, queries
+    kv_len = seqlens.total_kv if seqlens is not None else check_int("keys", keys, 0)
+    if kind in ("contiguous", "zigzag"):
+        return queries, _simple(kv_len, ranks, kind)
+    return queries, keys_of([seen_by(planes, rows) for rows in queries.ranks], kv_len)
+
+
+def candidates(
+    masks: Sequence[Mask],
+    tokens: int | None,
+    keys: int | None,
+    seqlens: SeqLens | None,
+    ranks: int,
+) -> dict[str, tuple[Sharding, Sharding]]:
+    """Return every kind of `balanced` by its name, those that are another's equal left out.
+
+    >>> from attnkit import masks
+    >>> list(candidates([masks.Causal()], 8, None, None, 2))
+    ['even', 'contiguous']
+    """
+    found: dict[str, tuple[Sharding, Sharding]] = {}
+    for kind in _KINDS:
+        made = balanced(masks, tokens, keys, seqlens, ranks, kind)
+        if made not in found.values():
+            found[kind] = made
+    return found
+
+
+def _of_kind(load: Load, ranks: int, kind: str | Sharding) -> Sharding:
+    if isinstance(kind, Sharding):
+        if (kind.length, kind.size) != (load.length, ranks):
+            raise CompositionError(
+                f"{kind!r} is of {kind.length} tokens on {kind.size} ranks, not of {load.length} "
+                f"on {ranks}; make one for these"
+            )
+        return kind
+    check_choice("balance", kind, _KINDS)
+    if kind in ("contiguous", "zigzag"):
+        return _simple(load.length, ranks, kind)
+    return line(load, ranks) if kind == "line" else even(load, ranks)
+
+
+def _simple(length: int, ranks: int, kind: str | Sharding) -> Sharding:
+    make = Sharding.zigzag if kind == "zigzag" else Sharding.contiguous
+    return make(length, ranks)
