@@ -15,7 +15,7 @@ from attnkit.planner import Request
 from attnkit.ranges import Ranges, in_order, joined, total, without
 from attnkit.taking import rows_of
 
-__all__ = ["planes", "seeing", "seen_by", "worth_leaving_out"]
+__all__ = ["layers", "planes", "seeing", "seen_by", "worth_leaving_out"]
 
 _PARTS = 64
 
@@ -36,17 +36,18 @@ def planes(request: Request, heads: range | None = None) -> dict[Region, int]:
     True
     """
     heads = range(request.num_heads) if heads is None else heads
-    known = request.matrices
     found: Counter[Region] = Counter()
-    groups = [[*heads]] if not known.per_head else [[head] for head in heads]
+    groups = [[*heads]] if not request.matrices.per_head else [[head] for head in heads]
     for group in groups if heads else []:
-        regions = known.regions(group[0])
-        if request.seqlens is not None:
-            found[_diagonal(request, regions)] += len(group)
-            continue
-        for region in regions:
+        for region in layers(request, group[0]):
             found[region] += len(group)
     return dict(found)
+
+
+def layers(request: Request, head: int) -> tuple[Region, ...]:
+    """Return what a head may see, over whole axes of tokens: of each batch element, or packed."""
+    regions = request.matrices.regions(head)
+    return regions if request.seqlens is None else (_diagonal(request, regions),)
 
 
 def _diagonal(request: Request, regions: Sequence[Region]) -> Region:

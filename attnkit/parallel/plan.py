@@ -1,0 +1,343 @@
+"""`ParallelPlan`: how attention over tokens that are spread over ranks runs on each of them.
+
+Nothing here needs a process group: a plan of 512 ranks is made, proven and shown on one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnkit.arguments import check_int
+from attnkit.backends import make_plan
+from attnkit.backends.base import stats_dtype
+from attnkit.backends.graph import stand_in
+from attnkit.errors import CompositionError, Refusal, shown
+from attnkit.geometry import Region
+from attnkit.parallel.heads import Turn, coarse
+from attnkit.parallel.local import local_bias, local_request
+from attnkit.parallel.plane import planes, seeing, seen_by, worth_leaving_out
+from attnkit.parallel.price import ParallelPrice
+from attnkit.parallel.sharding import Sharding
+from attnkit.parallel.stages import Message, RankStage, Stages
+from attnkit.planner import Plan, Request
+from attnkit.planner.request import state_of
+from attnkit.pse import Pse
+from attnkit.pse.base import rebound
+from attnkit.ranges import Ranges, shared, total
+
+__all__ = ["ParallelPlan", "Received", "StagePiece", "Transfers"]
+
+_MOST_RANKS = 8  # a process is one rank; a test or a report looks at several
+
+
+class StagePiece(NamedTuple):
+    """Some rows and keys of a stage, as they lie on the whole's axes, and the plan of their share.
+
+    `bias` is that of the share, on stand-ins for the tensors of the whole's.
+    """
+
+    rows: Ranges
+    keys: Ranges
+    plan: Plan
+    bias: Pse | None
+
+
+class Transfers(NamedTuple):
+    """Bytes that go from one rank to another, ``[from, to]``, in int64."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+class Received(NamedTuple):
+    """What a rank receives: keys of other ranks, and bytes."""
+
+    keys: int
+    forward: int
+    backward: int
+
+
+class Alternative(NamedTuple):
+    """Another way that would do, and what it costs."""
+
+    label: str
+    price: ParallelPrice
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a request runs whose tokens are spread over ranks: who sends what to whom, and when.
+
+    `queries` and `keys` say which tokens each rank has. Neighbouring `heads_ways` ranks exchange
+    tokens for heads first: each has all of their tokens then, and a range of the heads. Between
+    those that have the same heads goes what `exchange` says, whose ranks are such neighbourhoods.
+    With `keep`, keys that were received stay for the backward pass, which would fetch them again.
+
+    `bias` is that of the request on tensors without memory.
+    """
+
+    request: Request
+    bias: Pse | None = field(compare=False)
+    queries: Sharding
+    keys: Sharding
+    exchange: Stages
+    heads_ways: int = 1
+    keep: bool = False
+    backend: str = "auto"
+    price: ParallelPrice | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+    __getstate__ = state_of
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        bias: Pse | None,
+        queries: Sharding,
+        keys: Sharding,
+        *,
+        method: str = "auto",
+        heads_ways: int | Literal["auto"] = "auto",
+        stages: int | Literal["auto"] = "auto",
+        keep: bool | Literal["auto"] = "auto",
+        backend: str = "auto",
+    ) -> ParallelPlan:
+        """Return the plan of a request of all tokens, for these shardings.
+
+        What is "auto" is chosen by price, see `attnkit.parallel.plan`. Nothing is run and no share
+        is planned but one, which tells whether the backend takes such a composition.
+
+        Raises `CompositionError` for what does not fit, and `BackendRefused`; both are the same on
+        every rank.
+        """
+        from attnkit.parallel.choose import Wanted, choose
+
+        _check_fits(request, queries, keys)
+        bare = cls(request, _without_memory(bias), queries, keys, _gather(keys))
+        found = choose(replace(bare, backend=backend), Wanted(method, heads_ways, stages, keep))
+        found.check_backend()
+        return found
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.queries.size
+
+    @property
+    def method(self) -> str:
+        """What is exchanged: "needed", "ring", "gather", "ulysses" or "hybrid"."""
+        if self.heads_ways == 1:
+            return self.exchange.method
+        return "ulysses" if self.heads_ways == self.size else "hybrid"
+
+    @cached_property
+    def turn(self) -> Turn:
+        """The exchange of tokens for heads among neighbours."""
+        return Turn(self.request, self.queries, self.keys, self.heads_ways)
+
+    @cached_property
+    def coarse(self) -> Sharding:
+        """The rows of each neighbourhood."""
+        return coarse(self.queries, self.heads_ways)
+
+    def rows(self, rank: int) -> Ranges:
+        """Return the rows that a rank computes, in order."""
+        return self.coarse.ranks[rank // self.heads_ways]
+
+    def heads(self, rank: int) -> range:
+        """Return the query heads that a rank computes; there may be none."""
+        return self.turn.heads[rank % self.heads_ways][0]
+
+    def kv_heads(self, rank: int) -> range:
+        """Return the key heads that these read."""
+        return self.turn.heads[rank % self.heads_ways][1]
+
+    def stages(self, rank: int) -> tuple[RankStage, ...]:
+        """Return the stages of a rank: the keys of each, and who sends what to whom."""
+        return self._kept(rank).stages
+
+    def _stages(self, rank: int) -> tuple[RankStage, ...]:
+        along, across = divmod(rank, self.heads_ways)
+        found = self.exchange.of(along)
+        if self.heads_ways == 1:
+            return found
+        used = bool(self.heads(rank))
+
+        def true(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+            every = (Message(other * self.heads_ways + across, keys) for other, keys in messages)
+            return tuple(every) if used else ()
+
+        return tuple(
+            RankStage(number, keys, true(receives), true(sends))
+            for number, keys, receives, sends in found
+        )
+
+    def pieces(self, rank: int, stage: int) -> tuple[StagePiece, ...]:
+        """Return what a rank computes in a stage; nothing where its rows see none of the keys.
+
+        Rows that see none of the keys, and keys that none of the rows sees, are left out where
+        many of them lie together.
+        """
+        known = self._kept(rank)
+        if stage not in known.pieces:
+            known.pieces[stage] = tuple(self._pieces(rank, known.stages[stage].keys))
+        return known.pieces[stage]
+
+    def _pieces(self, rank: int, keys: Ranges) -> Iterator[StagePiece]:
+        heads, rows = self.heads(rank), self.rows(rank)
+        regions = self.regions(heads)
+        keys = worth_leaving_out(keys, shared(keys, seen_by(regions, rows)))
+        rows = worth_leaving_out(rows, seeing(regions, rows, keys))
+        if rows and keys:
+            yield self.piece(rows, keys, heads)
+
+    def piece(self, rows: Ranges, keys: Ranges, heads: range) -> StagePiece:
+        """Return what is computed of some rows, keys and heads."""
+        request = local_request(self.request, self.bias, rows, keys, heads)
+        if request.share is None:
+            raise CompositionError("a share has lost its positions")
+        rows, keys = request.share.rows, request.share.keys
+        bias = local_bias(self.request, self.bias, rows, keys, heads)
+        return StagePiece(rows, keys, make_plan(request, self.backend), bias)
+
+    def regions(self, heads: range) -> dict[Region, int]:
+        """Return what the mask allows of some heads, and how many score matrices are alike."""
+        known: dict[range, dict[Region, int]] = self.__dict__.setdefault("_planes", {})
+        if heads not in known:
+            known[heads] = planes(self.request, heads)
+        return known[heads]
+
+    def _kept(self, rank: int) -> _RankTable:
+        every: dict[int, _RankTable] = self.__dict__.setdefault("_ranks", {})
+        if rank not in every:
+            check_int("rank", rank, 0, self.size - 1)
+            while len(every) >= _MOST_RANKS:
+                every.pop(next(iter(every)), None)
+            every[rank] = _RankTable(self._stages(rank), {})
+        return every[rank]
+
+    @property
+    def copies(self) -> int:
+        """How many tokens a position stands for: one of each batch element."""
+        return 1 if self.request.seqlens is not None else self.request.batch
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        """The bytes that go from each rank to each other, in the forward and the backward pass.
+
+        Keys and values go in their dtype. The backward pass fetches them again, unless they are
+        kept, and their gradients go back in the dtype of the statistics. Where heads are split,
+        what is turned among neighbours is counted, too.
+        """
+        moved = torch.zeros(self.size, self.size, dtype=torch.int64)
+        for rank in range(self.size):
+            numbers = len(self.kv_heads(rank)) * self.copies
+            for one in self._stages(rank)[1:]:
+                for source, keys in one.receives:
+                    moved[source, rank] += total(keys) * numbers
+        moved *= self.request.head_dim + self.request.value_dim
+        there = moved * self.request.dtype.itemsize
+        back = moved.mT * stats_dtype(self.request.dtype).itemsize
+        forward, backward = there, back if self.keep else back + there
+        if self.heads_ways > 1:
+            of_turn = self.turn.transfers
+            forward, backward = forward + of_turn[0], backward + of_turn[1]
+        return Transfers(forward, backward)
+
+    def received(self, rank: int) -> Received:
+        """Return what a rank receives, in keys of others and in bytes."""
+        return Received(
+            total(self.exchange.wanted[rank // self.heads_ways]) if self.heads(rank) else 0,
+            int(self.transfers.forward[:, rank].sum()),
+            int(self.transfers.backward[:, rank].sum()),
+        )
+
+    def check_backend(self) -> None:
+        """Raise `BackendRefused` unless the backend runs a share: that of the first with cells.
+
+        What a backend refuses of a composition it refuses of every share of it, so that all ranks
+        find the same by planning one, and none has to plan those of others.
+        """
+        any(self.pieces(rank, 0) for rank in range(self.size))
+
+    def disprove(self) -> Refusal | None:
+        """Return why the plan does not compute its request on its ranks; None if it does.
+
+        Tokens are with one rank, heads with one of its neighbours; every key that a row sees is in
+        one stage of the row's rank, where it arrives once, from its owner, who sends it then; and
+        every share is what the mask allows of its rows and keys, on a plan that is proven itself.
+        Shares are looked at one by one, of all ranks up to 64 stages in all, of more those of the
+        ranks with the most cells and keys.
+
+        >>> import attnkit as ak
+        >>> from attnkit.planner import Composition, read_request
+        >>> x = torch.empty(1, 8, 2, 16, device="meta")
+        >>> halves = Sharding.of(8, [[(0, 4)], [(4, 8)]])
+        >>> request = read_request(Composition(ak.masks.Causal()), x, x, x)
+        >>> plan = ParallelPlan.of(request, None, halves, halves, method="needed")
+        >>> plan.disprove() is None
+        True
+        >>> replace(plan, exchange=replace(plan.exchange, seen=((), ()))).disprove().code
+        'key-missing'
+        """
+        from attnkit.parallel.proof import disprove
+
+        return disprove(self)
+
+    def verify(self) -> None:
+        """Check the proof; see `disprove` for what is proven.
+
+        Raises `KernelContractError` that says what is wrong, and for no plan anything else.
+        """
+        from attnkit.parallel.proof import verify
+
+        verify(self)
+
+
+class _RankTable(NamedTuple):
+    """What is known of a rank: its stages, and the pieces of those that somebody asked for."""
+
+    stages: tuple[RankStage, ...]
+    pieces: dict[int, tuple[StagePiece, ...]]
+
+
+def _gather(keys: Sharding) -> Stages:
+    return Stages("gather", keys, ((),) * keys.size)
+
+
+def _without_memory(bias: Pse | None) -> Pse | None:
+    if bias is None:
+        return None
+    facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in bias.tensors)
+    return rebound(bias, [stand_in(*known) for known in facts])
+
+
+def _check_fits(request: Request, queries: Sharding, keys: Sharding) -> None:
+    if request.share is not None:
+        raise CompositionError("a share of an attention is not sharded again; plan the whole")
+    if request.mask.comes_with_call:
+        raise CompositionError(
+            f"{shown(request.mask)} comes with each call, and which keys a rank needs is planned "
+            "before; run it on the ranks of a batch instead"
+        )
+    if queries.size != keys.size:
+        raise CompositionError(
+            f"the queries are sharded over {queries.size} ranks, the keys over {keys.size}; both "
+            "are over the same ranks"
+        )
+    for name, sharding, length in (
+        ("queries", queries, request.q_len),
+        ("keys", keys, request.kv_len),
+    ):
+        if sharding.length != length:
+            raise CompositionError(
+                f"the sharding of the {name} is of {sharding.length} positions; there are {length}"
+            )

@@ -1,0 +1,150 @@
+"""Plans for ranks: proven, and their bytes counted cell by cell."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from itertools import product
+
+import pytest
+import torch
+
+import attnkit as ak
+from attnkit import masks
+from attnkit.parallel import Sharding
+from attnkit.parallel.choose import METHODS
+from attnkit.parallel.plan import ParallelPlan
+from attnkit.planner import Composition, Request, read_request
+from tests.parallel.test_stages import dealt, positions
+
+LENGTH = 24
+HEADS, KV_HEADS, DIM, VALUE_DIM, BATCH = 4, 2, 8, 4, 2
+MASKS = [
+    masks.Full(),
+    masks.Causal(),
+    masks.SlidingWindow(5),
+    masks.Documents([5, 1, 18]) & masks.Causal(),
+    masks.SlidingWindow(2) | masks.Columns(0, 2) | masks.Rows(3, 4),
+    masks.Padding([9, 24]) & masks.Causal(),
+    masks.PerHead([masks.Causal(), masks.SlidingWindow(3), masks.Full(), masks.Causal()]),
+    masks.Dilated(2) & masks.SlidingWindow(9),
+    ~masks.Full(),
+]
+
+
+def request_of(
+    mask: masks.Mask, q_len: int = LENGTH, kv_len: int = LENGTH, layout: str = "BSND"
+) -> Request:
+    form = ak.layouts.get(layout)
+    shapes = ((q_len, HEADS, DIM), (kv_len, KV_HEADS, DIM), (kv_len, KV_HEADS, VALUE_DIM))
+    tensors = [
+        torch.empty(form.shape(ak.layouts.Sizes(BATCH, *shape)), requires_grad=True)
+        for shape in shapes
+    ]
+    return read_request(
+        Composition(mask, layout=layout), *tensors, num_heads=HEADS, num_kv_heads=KV_HEADS
+    )
+
+
+def planned(request: Request, ranks: int, method: str, chance: random.Random) -> ParallelPlan:
+    queries = dealt(chance, request.q_len, ranks)
+    keys = queries if request.q_len == request.kv_len else dealt(chance, request.kv_len, ranks)
+    return ParallelPlan.of(
+        request,
+        None,
+        queries,
+        keys,
+        method=method,
+        stages="auto" if method != "needed" else chance.randint(1, 3),
+        keep=chance.choice([True, False]),
+        backend="reference",
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_every_plan_is_proven(mask: masks.Mask) -> None:
+    """Whatever is with whom, on more ranks than some have tokens, and on one."""
+    chance = random.Random(0)
+    for method, ranks in product(METHODS, (1, 2, 3, 4, 6)):
+        if method == "hybrid" and ranks in (2, 3):
+            continue
+        plan = planned(request_of(mask), ranks, method, chance)
+        assert plan.disprove() is None, (method, ranks)
+        assert plan.method == method or method == "auto" or ranks == 1
+        bytes_of_cells(plan)
+
+
+def bytes_of_cells(plan: ParallelPlan) -> None:
+    """The bytes of a plan, from the cells of its mask and the positions of its ranks."""
+    if plan.heads_ways > 1:
+        return
+    request, ranks = plan.request, range(plan.size)
+    cells = torch.zeros(request.q_len, request.kv_len, dtype=torch.bool)
+    for region in plan.regions(range(HEADS)):
+        for i in range(request.q_len):
+            for a, b in region.row(i):
+                cells[i, a:b] = True
+    rows = [sorted(positions(own)) for own in plan.queries.ranks]
+    keys = [sorted(positions(own)) for own in plan.keys.ranks]
+    moved = torch.zeros(plan.size, plan.size, dtype=torch.int64)
+    for source, to in product(ranks, ranks):
+        seen = cells[rows[to]].any(0)[keys[source]] if plan.method == "needed" else None
+        count = len(keys[source]) if seen is None else int(seen.sum())
+        moved[source, to] = count * KV_HEADS * (DIM + VALUE_DIM) * plan.copies * 4 * (source != to)
+    assert torch.equal(plan.transfers.forward, moved)
+    assert torch.equal(plan.transfers.backward, moved.mT if plan.keep else moved + moved.mT)
+    for rank in ranks:
+        assert plan.received(rank).forward == moved[:, rank].sum()
+
+
+@pytest.mark.parametrize("layout", ["BSH", "SBH", "BNSD"])
+def test_every_layout_is_planned(layout: str) -> None:
+    plan = planned(request_of(masks.Causal(), layout=layout), 3, "needed", random.Random(1))
+    assert plan.disprove() is None
+    assert {piece.plan.request.layout for piece in plan.pieces(1, 0)} == {layout}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal("top_left"), masks.Columns(3, 9)])
+def test_queries_and_keys_of_two_texts_have_a_sharding_each(mask: masks.Mask, method: str) -> None:
+    for q_len, kv_len in ((7, 24), (24, 7), (1, 12), (0, 5), (5, 0)):
+        plan = planned(request_of(mask, q_len, kv_len), 4, method, random.Random(2))
+        assert plan.disprove() is None
+        bytes_of_cells(plan)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(2), masks.Full()])
+def test_packed_sequences_are_cut_anywhere(mask: masks.Mask, method: str) -> None:
+    lens = ak.SeqLens([5, 0, 9, 1, 7], [5, 2, 9, 4, 0])
+    query, key = torch.empty(22, HEADS, DIM), torch.empty(20, KV_HEADS, DIM)
+    request = read_request(Composition(mask, layout="TND"), query, key, key, seqlens=lens)
+    for ranks in (1, 2, 4, 6):
+        if method == "hybrid" and ranks == 2:
+            continue
+        plan = planned(request, ranks, method, random.Random(ranks))
+        assert plan.disprove() is None
+        for piece in (one for rank in range(ranks) for one in plan.pieces(rank, 0)):
+            share = piece.plan.request
+            assert share.seqlens is not None
+            assert (share.q_len, share.kv_len) == (share.seqlens.total_q, share.seqlens.total_kv)
+
+
+def test_rows_and_keys_without_cells_are_left_out() -> None:
+    """A ring moves all keys, and computes over those that rows see."""
+    halves = Sharding.of(LENGTH, [[(0, 12)], [(12, 24)]])
+    plan = ParallelPlan.of(request_of(masks.SlidingWindow(4)), None, halves, halves, method="ring")
+    assert plan.stages(1)[1].keys == (range(12),)
+    (piece,) = plan.pieces(1, 1)
+    assert (piece.rows, piece.keys) == ((range(12, 15),), (range(9, 12),))
+    assert plan.pieces(0, 1) == ()
+
+
+def test_a_plan_is_a_value() -> None:
+    plan = planned(request_of(masks.Causal()), 3, "needed", random.Random(3))
+    plan.pieces(1, 0)
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert set(vars(again)) < set(vars(plan))
+    assert again.disprove() is None
