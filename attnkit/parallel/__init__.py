@@ -2,6 +2,18 @@
 
 from attnkit.parallel.balance import balanced, candidates, even, line
 from attnkit.parallel.load import Load, load_of
+from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.sharding import Sharding
+from attnkit.parallel.whole import plan
 
-__all__ = ["Load", "Sharding", "balanced", "candidates", "even", "line", "load_of"]
+__all__ = [
+    "Load",
+    "ParallelPlan",
+    "Sharding",
+    "balanced",
+    "candidates",
+    "even",
+    "line",
+    "load_of",
+    "plan",
+]

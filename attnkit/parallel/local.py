@@ -26,14 +26,20 @@ def key_heads(whole: Request, heads: range) -> range:
 
 
 def local_request(
-    whole: Request, bias: Pse | None, rows: Ranges, keys: Ranges, heads: range | None = None
+    whole: Request,
+    bias: Pse | None,
+    rows: Ranges,
+    keys: Ranges,
+    heads: range | None = None,
+    local_dropout: bool = False,
 ) -> Request:
     """Return the share of a request that some rows, keys and heads have; it has some of each.
 
     Rows and keys are in order, positions on the whole's axes of tokens. Sequences of a packed
     batch without a row or without a key are left out with all of their tokens: what is there is
     said by ``share.rows`` and ``share.keys``. The share has no sink, which joins once where shares
-    are merged. Heads read whole groups of key heads, or a part of one.
+    are merged. Heads read whole groups of key heads, or a part of one. With `local_dropout` it
+    drops cells of its own choice, if any.
     """
     heads = range(whole.num_heads) if heads is None else heads
     mask = whole.mask
@@ -59,7 +65,10 @@ def local_request(
         num_kv_heads=len(key_heads(whole, heads)),
         sink=False,
         seqlens=seqlens,
-        share=Share(whole.q_len, whole.kv_len, rows, keys, whole.num_heads, heads.start),
+        share=Share(
+            *(whole.q_len, whole.kv_len, rows, keys, whole.num_heads, heads.start),
+            local_dropout and whole.dropout > 0,
+        ),
     )
 
 

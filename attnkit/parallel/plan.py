@@ -6,14 +6,14 @@ Nothing here needs a process group: a plan of 512 ranks is made, proven and show
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnkit.arguments import check_int
+from attnkit.arguments import check_choice, check_int
 from attnkit.backends import make_plan
 from attnkit.backends.base import stats_dtype
 from attnkit.backends.graph import stand_in
@@ -31,8 +31,15 @@ from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 from attnkit.ranges import Ranges, shared, total
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["ParallelPlan", "Received", "StagePiece", "Transfers"]
 
+DROPOUTS = {
+    "global": "the cells that one process would drop",
+    "local": "cells of each share's own choice, for kernels that count their own",
+}
 _MOST_RANKS = 8  # a process is one rank; a test or a report looks at several
 
 
@@ -78,6 +85,7 @@ class ParallelPlan:
     tokens for heads first: each has all of their tokens then, and a range of the heads. Between
     those that have the same heads goes what `exchange` says, whose ranks are such neighbourhoods.
     With `keep`, keys that were received stay for the backward pass, which would fetch them again.
+    `dropout` is "global" where weights are dropped that one process would drop, or "local".
 
     `bias` is that of the request on tensors without memory.
     """
@@ -90,6 +98,8 @@ class ParallelPlan:
     heads_ways: int = 1
     keep: bool = False
     backend: str = "auto"
+    dropout: str = "global"
+    balance: str = "given"
     price: ParallelPrice | None = None
     alternatives: tuple[Alternative, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -109,6 +119,7 @@ class ParallelPlan:
         stages: int | Literal["auto"] = "auto",
         keep: bool | Literal["auto"] = "auto",
         backend: str = "auto",
+        dropout: str = "global",
     ) -> ParallelPlan:
         """Return the plan of a request of all tokens, for these shardings.
 
@@ -120,11 +131,27 @@ class ParallelPlan:
         """
         from attnkit.parallel.choose import Wanted, choose
 
-        _check_fits(request, queries, keys)
-        bare = cls(request, _without_memory(bias), queries, keys, _gather(keys))
-        found = choose(replace(bare, backend=backend), Wanted(method, heads_ways, stages, keep))
+        bare = cls.bare(request, bias, queries, keys, backend, dropout)
+        found = choose(bare, Wanted(method, heads_ways, stages, keep))
         found.check_backend()
         return found
+
+    @classmethod
+    def bare(
+        cls,
+        request: Request,
+        bias: Pse | None,
+        queries: Sharding,
+        keys: Sharding,
+        backend: str = "auto",
+        dropout: str = "global",
+    ) -> ParallelPlan:
+        """Return a plan that gathers all keys; nothing has been chosen and no share planned."""
+        _check_fits(request, queries, keys)
+        check_choice("dropout", dropout, DROPOUTS)
+        exchange = Stages("gather", keys, ((),) * keys.size)
+        bias = _without_memory(bias)
+        return cls(request, bias, queries, keys, exchange, backend=backend, dropout=dropout)
 
     @property
     def size(self) -> int:
@@ -201,7 +228,8 @@ class ParallelPlan:
 
     def piece(self, rows: Ranges, keys: Ranges, heads: range) -> StagePiece:
         """Return what is computed of some rows, keys and heads."""
-        request = local_request(self.request, self.bias, rows, keys, heads)
+        local = self.dropout == "local"
+        request = local_request(self.request, self.bias, rows, keys, heads, local)
         if request.share is None:
             raise CompositionError("a share has lost its positions")
         rows, keys = request.share.rows, request.share.keys
@@ -277,15 +305,13 @@ class ParallelPlan:
         Shares are looked at one by one, of all ranks up to 64 stages in all, of more those of the
         ranks with the most cells and keys.
 
-        >>> import attnkit as ak
-        >>> from attnkit.planner import Composition, read_request
+        >>> from dataclasses import replace
+        >>> from attnkit import masks, parallel
         >>> x = torch.empty(1, 8, 2, 16, device="meta")
-        >>> halves = Sharding.of(8, [[(0, 4)], [(4, 8)]])
-        >>> request = read_request(Composition(ak.masks.Causal()), x, x, x)
-        >>> plan = ParallelPlan.of(request, None, halves, halves, method="needed")
-        >>> plan.disprove() is None
+        >>> found = parallel.plan(x, x, x, ranks=2, mask=masks.Causal(), method="needed")
+        >>> found.disprove() is None
         True
-        >>> replace(plan, exchange=replace(plan.exchange, seen=((), ()))).disprove().code
+        >>> replace(found, exchange=replace(found.exchange, seen=((), ()))).disprove().code
         'key-missing'
         """
         from attnkit.parallel.proof import disprove
@@ -301,16 +327,48 @@ class ParallelPlan:
 
         verify(self)
 
+    @cached_property
+    def cells(self) -> tuple[int, ...]:
+        """How many cells each rank computes, over all score matrices of its heads."""
+        every = [self.regions(self.heads(rank)) for rank in range(self.size)]
+        return tuple(
+            sum(region.cells(self.rows(rank)) * count for region, count in regions.items())
+            for rank, regions in enumerate(every)
+        )
+
+    def explain(self) -> str:
+        """Return a short report: what each rank has, computes and receives, what it costs, why."""
+        from attnkit.parallel.explain import explain
+
+        return explain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `explain` tells as plain data, with the numbers of all ranks.
+
+        >>> from attnkit import masks, parallel
+        >>> x = torch.empty(1, 8, 2, 16, device="meta")
+        >>> parallel.plan(x, x, x, ranks=2, mask=masks.Causal()).to_dict()["tokens"]
+        [4, 4]
+        """
+        from attnkit.parallel.explain import as_data
+
+        return as_data(self)
+
+    def plot(self, batch: int = 0, head: int = 0) -> Figure:
+        """Return a matplotlib figure of one score matrix: a colour per rank, paler by stages."""
+        from attnkit.parallel.picture import plot
+
+        return plot(self, batch, head)
+
+    def __str__(self) -> str:
+        return self.explain()
+
 
 class _RankTable(NamedTuple):
     """What is known of a rank: its stages, and the pieces of those that somebody asked for."""
 
     stages: tuple[RankStage, ...]
     pieces: dict[int, tuple[StagePiece, ...]]
-
-
-def _gather(keys: Sharding) -> Stages:
-    return Stages("gather", keys, ((),) * keys.size)
 
 
 def _without_memory(bias: Pse | None) -> Pse | None:

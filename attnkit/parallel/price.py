@@ -16,12 +16,12 @@ from attnkit.ranges import Ranges, total
 if TYPE_CHECKING:
     from attnkit.parallel.plan import ParallelPlan
 
-__all__ = ["Link", "ParallelPrice", "link", "price_of", "slowest"]
+__all__ = ["BACKWARD", "Link", "ParallelPrice", "link", "price_of", "slowest"]
 
 # Each pass over the results of a stage reads them and writes them: they are scaled, and added.
 _PASSES = 4
 # What a backward pass computes, of what its forward pass does: five products in place of two.
-_BACKWARD = 2.5
+BACKWARD = 2.5
 # Stages of which each is looked at; of more, the keys of others are taken to be spread evenly.
 _MOST_STAGES = 8
 
@@ -130,7 +130,7 @@ def _of_rank(
         sum(arrives) + turn,
     )
     if plan.request.needs_grad:
-        behind = [_BACKWARD * one for one in forward]
+        behind = [BACKWARD * one for one in forward]
         again = [0.0 if plan.keep else one for one in arrives]
         returns = [wire.nanoseconds(one.back, one.messages) for one in stages]
         # The gradients of a stage's keys go back while the next one is computed.

@@ -19,7 +19,7 @@ from attnkit.errors import KernelContractError, Refusal
 from attnkit.geometry import Region
 from attnkit.parallel.heads import coarse
 from attnkit.parallel.local import local_request, terms_of
-from attnkit.parallel.plan import ParallelPlan, StagePiece
+from attnkit.parallel.plan import DROPOUTS, ParallelPlan, StagePiece
 from attnkit.parallel.plane import layers, seen_by
 from attnkit.parallel.price import slowest
 from attnkit.parallel.stages import Message, RankStage
@@ -85,6 +85,8 @@ def _other_whole(plan: ParallelPlan) -> Refusal | None:
         return Refusal("heads-ways", "its ranks are no neighbourhoods of as many ranks")
     if terms_of(request, plan.bias) != request.bias:
         return Refusal("other-bias", "the bias is not the one of the request")
+    if plan.dropout not in DROPOUTS:
+        return Refusal("other-dropout", f"dropout={str(plan.dropout)[:80]!r} is none that there is")
     if plan.backend != "auto" and plan.backend not in BACKENDS:
         return Refusal("other-backend", f"no backend has the name {str(plan.backend)[:80]!r}")
     return None
@@ -271,7 +273,8 @@ def _other_share(plan: ParallelPlan, at: _At) -> Refusal | None:
 
 def _other_piece(plan: ParallelPlan, piece: StagePiece, heads: range) -> Refusal | None:
     """Check that a piece's plan is proven, and of the share that its rows and keys are."""
-    asked = local_request(plan.request, plan.bias, piece.rows, piece.keys, heads)
+    local = plan.dropout == "local"
+    asked = local_request(plan.request, plan.bias, piece.rows, piece.keys, heads, local)
     if piece.plan.request != asked or asked.share is None:
         return Refusal("other-share", "its plan is of another share")
     if (asked.share.rows, asked.share.keys) != (piece.rows, piece.keys):

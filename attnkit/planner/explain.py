@@ -28,7 +28,7 @@ from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
 from attnkit.ranges import Ranges, total
 
-__all__ = ["as_data", "explain"]
+__all__ = ["as_data", "bytes_told", "entry", "explain", "listed", "request_lines"]
 
 WIDTH = 80
 _LABEL = 12
@@ -45,16 +45,16 @@ def explain(plan: Plan) -> str:
     runs = calls_made if count else "the composition itself, no fused call"
     lines = [f"attention on backend '{plan.backend}': {runs}"]
     calls = plan if plan.steps else lower(request)
-    for label, text in _request_lines(request, calls.in_order):
-        lines += _entry(label, text)
-    lines += _list("passed over", plan.passed_over)
+    for label, text in request_lines(request, calls.in_order):
+        lines += entry(label, text)
+    lines += listed("passed over", plan.passed_over)
     if not plan.steps:
         lines.append("on Ascend, the same composition is:")
     if calls.steps:
         lines += _solution_lines(calls)
-        lines += _entry("cheaper", "; ".join(map(str, plan.savings)))
+        lines += entry("cheaper", "; ".join(map(str, plan.savings)))
     if plan.steps or not calls.steps:
-        lines += _list("refused", calls.refusals)
+        lines += listed("refused", calls.refusals)
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
 
     return {
         "backend": plan.backend,
-        "request": dict(_request_lines(request, plan.in_order)),
+        "request": dict(request_lines(request, plan.in_order)),
         "moved": None if plan.in_order is None else how_moved(request, plan.in_order),
         "plan": solution(plan.solution) if plan.steps else None,
         "backward": list(map(_call, plan.back)),
@@ -110,7 +110,8 @@ def _as_json(value: object) -> object:
     return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
 
 
-def _request_lines(request: Request, in_order: Request | None) -> Iterator[tuple[str, str]]:
+def request_lines(request: Request, in_order: Request | None = None) -> Iterator[tuple[str, str]]:
+    """Yield what is asked for, as labels and sentences."""
     yield "mask", f"{request.mask!r}: {_understood(request, in_order)}"
     if request.bias:
         yield "bias", " + ".join(term.text for term in request.bias)
@@ -217,25 +218,25 @@ def _solution_lines(plan: Plan) -> list[str]:
         count = len(launch.blocks)
         sequences = f", {count} sequence{'s' * (count > 1)}" if launch.call.is_packed else ""
         name = f"{launch.call.op}, {launch.label}{sequences}"
-        lines += _entry(f"call {k}" if several else "call", name)
-        lines += _entry("", tensors)
-        lines += _entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
-        lines += _entry("gathers", _gathered(launch, plan.in_order or request))
-    lines += _entry("merge", _merge(plan))
-    lines += _entry("backward", _backward(plan))
+        lines += entry(f"call {k}" if several else "call", name)
+        lines += entry("", tensors)
+        lines += entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
+        lines += entry("gathers", _gathered(launch, plan.in_order or request))
+    lines += entry("merge", _merge(plan))
+    lines += entry("backward", _backward(plan))
     if plan.in_order is not None:
-        lines += _entry("moved", how_moved(request, plan.in_order))
+        lines += entry("moved", how_moved(request, plan.in_order))
     lines += _price_lines(Solution(best.launches).price, request)
     if plan.bias_pass is not None:
-        lines += _entry("bias pass", _pass(plan.bias_pass, request))
+        lines += entry("bias pass", _pass(plan.bias_pass, request))
     if request.bias:
-        lines += _entry("bias bytes", _bias(best, request, plan.route))
-    lines += _entry("empty rows", _rows(best))
-    lines += _entry("proof", _proof(plan))
+        lines += entry("bias bytes", _bias(best, request, plan.route))
+    lines += entry("empty rows", _rows(best))
+    lines += entry("proof", _proof(plan))
     if others:
         told = ", ".join(f"{o.label}{_merged(o)} ({_dearer(o, best)})" for o in others[:6])
         more = f", and {len(others) - 6} more" if len(others) > 6 else ""
-        lines += _entry("also right", told + more)
+        lines += entry("also right", told + more)
     return lines
 
 
@@ -300,18 +301,18 @@ def _backward(plan: Plan) -> str:
 def _price_lines(price: Price, request: Request) -> list[str]:
     heads, size = request.num_heads, 2 * (request.head_dim + request.value_dim)
     whole = sum(q * kv for q, kv in request.sequences)
-    lines = _entry(
+    lines = entry(
         "compute",
         f"{_flops(size * price.cells)} on allowed cells, {_flops(price.flops)} in whole tiles; "
         f"{_flops(size * whole * heads)} if dense",
     )
-    mask = f"{_bytes(price.mask_bytes)}; a dense mask would be {_bytes(whole)}"
+    mask = f"{bytes_told(price.mask_bytes)}; a dense mask would be {bytes_told(whole)}"
     if whole > MOST_MASK_CELLS:
-        mask += f", above the {_bytes(MOST_MASK_CELLS)} up to which one is weighed"
-    lines += _entry("mask bytes", mask)
-    lines += _entry("memory", f"{_bytes(price.peak_bytes)} beyond the inputs")
+        mask += f", above the {bytes_told(MOST_MASK_CELLS)} up to which one is weighed"
+    lines += entry("mask bytes", mask)
+    lines += entry("memory", f"{bytes_told(price.peak_bytes)} beyond the inputs")
     if price.copy_bytes:
-        lines += _entry("copies", f"{_bytes(price.copy_bytes)} to gather, pack and merge")
+        lines += entry("copies", f"{bytes_told(price.copy_bytes)} to gather, pack and merge")
     return lines
 
 
@@ -321,7 +322,7 @@ def _pass(found: BiasPass, request: Request) -> str:
     return (
         f"the kernel reads {terms} and writes no gradient of it: the backward makes that one in "
         f"torch, tile by tile from the calls' statistics, in {_flops(price.flops)} and "
-        f"{_bytes(price.copy_bytes)} moved, {_bytes(price.peak_bytes)} at a time, about "
+        f"{bytes_told(price.copy_bytes)} moved, {bytes_told(price.peak_bytes)} at a time, about "
         f"{price.nanoseconds / 1e3:,.0f} us"
     )
 
@@ -333,8 +334,8 @@ def _bias(best: Solution, request: Request, route: Route | None) -> str:
     batch = next((term.batch for term in request.bias if term.batch is not None), 1)
     cells = batch * max((q * kv for q, kv in request.sequences), default=0)
     whole = cells * request.num_heads * request.dtype.itemsize
-    told = f"{_bytes(best.price.bias_bytes)}, {' and '.join(ways)}"
-    return f"{told}; a matrix of all cells would be {_bytes(whole)}"
+    told = f"{bytes_told(best.price.bias_bytes)}, {' and '.join(ways)}"
+    return f"{told}; a matrix of all cells would be {bytes_told(whole)}"
 
 
 def _way(call: KernelCall) -> str:
@@ -391,7 +392,7 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _list(label: str, refusals: Sequence[Refusal]) -> list[str]:
+def listed(label: str, refusals: Sequence[Refusal]) -> list[str]:
     """List refusals, those for one reason together, as far as a reader will follow."""
     reasons: dict[tuple[str, str], dict[str, None]] = {}
     for refusal in refusals:
@@ -399,13 +400,14 @@ def _list(label: str, refusals: Sequence[Refusal]) -> list[str]:
     lines: list[str] = []
     for (reason, code), subjects in list(reasons.items())[:_MOST_REASONS]:
         told = "; ".join(subjects)
-        lines += _entry("" if lines else label, f"{told}: {reason} [{code}]")
+        lines += entry("" if lines else label, f"{told}: {reason} [{code}]")
     if len(reasons) > _MOST_REASONS:
-        lines += _entry("", f"and for {len(reasons) - _MOST_REASONS} more reasons")
+        lines += entry("", f"and for {len(reasons) - _MOST_REASONS} more reasons")
     return lines
 
 
-def _entry(label: str, text: str, indent: int = 0) -> list[str]:
+def entry(label: str, text: str, indent: int = 0) -> list[str]:
+    """Return the lines of a sentence after a label; none where it says nothing."""
     first = f"  {label:<{_LABEL}}" + " " * indent
     rest = " " * (len(first) + 2)
     return textwrap.wrap(
@@ -413,7 +415,8 @@ def _entry(label: str, text: str, indent: int = 0) -> list[str]:
     )
 
 
-def _bytes(count: float) -> str:
+def bytes_told(count: float) -> str:
+    """Say how many bytes in three digits."""
     return f"{count:.0f} B" if count < 1000 else _amount(count, "B", "kMG")
 
 

@@ -19,9 +19,9 @@ from attnkit.planner.price import chip
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot"]
+__all__ = ["GRID", "colour", "colours", "plot"]
 
-_GRID = 128
+GRID = 128
 _COLOURS = (0x2B6CB0, 0xDD6B20, 0x2F855A, 0x9F3A8F, 0xB7791F, 0x4A5568, 0xC53030, 0x319795)
 
 
@@ -42,18 +42,24 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     layers = list(_layers(launches, batch, head)) or [(known, "the mask")]
     cells = np.ones((1, 1, 3))
     for k, (region, _) in enumerate(layers):
-        share = picture.shares(region, q_len, kv_len, _GRID, _GRID)[..., None]
-        cells = cells * (1 - share) + np.array(_colour(k)) * share
+        share = picture.shares(region, q_len, kv_len, GRID, GRID)[..., None]
+        cells = cells * (1 - share) + np.array(colour(k)) * share
     title = f"{title}\n{_measured(known, q_len, kv_len)}"
     figure = picture.figure(cells, q_len, kv_len, title)
     from matplotlib.patches import Patch  # is there, or the figure would not be
 
-    legend = [Patch(color=_colour(k), label=label) for k, (_, label) in enumerate(layers)]
+    legend = [Patch(color=colour(k), label=label) for k, (_, label) in enumerate(layers)]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
-def _colour(call: int) -> tuple[float, float, float]:
+def colours() -> int:
+    """Return how many colours take turns."""
+    return len(_COLOURS)
+
+
+def colour(call: int) -> tuple[float, float, float]:
+    """Return the colour of the n-th thing: red, green, blue."""
     number = _COLOURS[call % len(_COLOURS)]
     return (number >> 16) / 255, (number >> 8 & 255) / 255, (number & 255) / 255
 
