@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from attnkit.errors import CompositionError
 from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Request
@@ -87,7 +86,14 @@ def local_bias(
     """Return the bias of a share, on the same tensors; its arguments are those of the share."""
     if bias is None:
         return None
-    raise CompositionError("a bias has no shares yet")
+    if heads is not None and len(heads) < whole.num_heads:
+        bias = bias.for_heads(heads.start, heads.stop)
+    if whole.seqlens is None:
+        return bias.take(rows, keys, q_len=whole.q_len, kv_len=whole.kv_len)
+    some = excerpts(whole, rows, keys)
+    if bias.batch is None and _all_whole(whole, some):
+        return bias
+    return bias.take_excerpts(some)
 
 
 def excerpts(whole: Request, rows: Ranges, keys: Ranges) -> tuple[Excerpt, ...]:

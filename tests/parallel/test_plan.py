@@ -8,13 +8,15 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 
 import attnkit as ak
-from attnkit import masks
+from attnkit import masks, pse
 from attnkit.parallel import Sharding
 from attnkit.parallel.choose import METHODS
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.planner import Composition, Request, read_request
+from attnkit.pse.base import rebound
 from tests.parallel.test_stages import dealt, positions
 
 LENGTH = 24
@@ -138,6 +140,55 @@ def test_rows_and_keys_without_cells_are_left_out() -> None:
     (piece,) = plan.pieces(1, 1)
     assert (piece.rows, piece.keys) == ((range(12, 15),), (range(9, 12),))
     assert plan.pieces(0, 1) == ()
+
+
+BIASES = [
+    pse.ALiBi(HEADS),
+    pse.ALiBi(HEADS, learnable=True),
+    pse.T5Relative(HEADS, 8, 6, bidirectional=False, table=nn.Parameter(torch.randn(8, HEADS))),
+    pse.Dense(torch.randn(HEADS, LENGTH, LENGTH, requires_grad=True)),
+    pse.KeyBias(torch.randn(HEADS, LENGTH)) + pse.SqrtALiBi(HEADS),
+]
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=repr)
+def test_a_share_has_the_bias_of_its_rows_keys_and_heads(bias: pse.Pse) -> None:
+    chance = random.Random(4)
+    x, y = torch.empty(BATCH, LENGTH, HEADS, DIM), torch.empty(BATCH, LENGTH, KV_HEADS, DIM)
+    request = read_request(Composition(masks.Causal(), bias), x, y, y)
+    whole = bias.materialize(LENGTH, LENGTH, batch=BATCH, heads=HEADS)
+    for method, backend in product(("needed", "ring", "hybrid"), ("reference", "auto")):
+        sharding = dealt(chance, LENGTH, 4)
+        with torch.no_grad():  # a backward pass plans as its forward did
+            plan = ParallelPlan.of(
+                request, bias, sharding, sharding, method=method, backend=backend
+            )
+            assert plan.disprove() is None
+        for rank, stage in product(range(4), plan.exchange.numbers):
+            for piece in plan.pieces(rank, stage):
+                assert piece.bias is not None
+                local = rebound(piece.bias, bias.tensors)
+                rows, keys = (sorted(positions(some)) for some in (piece.rows, piece.keys))
+                heads = [*plan.heads(rank)]
+                meant = whole[:, heads][:, :, rows][..., keys]
+                found = local.materialize(len(rows), len(keys), batch=BATCH, heads=len(heads))
+                assert torch.equal(found, meant)
+    assert plan.bias is not None
+    assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in plan.bias.tensors)
+
+
+def test_a_bias_of_packed_sequences_is_cut_with_them() -> None:
+    lens, bias = ak.SeqLens([5, 9, 8]), pse.ALiBi(HEADS)
+    query = torch.empty(22, HEADS, DIM)
+    request = read_request(
+        Composition(masks.Causal(), bias, "TND"), query, query, query, seqlens=lens
+    )
+    sharding = dealt(random.Random(5), 22, 3)
+    plan = ParallelPlan.of(request, bias, sharding, sharding, method="needed")
+    assert plan.disprove() is None
+    whole = Sharding.of(22, [[(0, 22)]])
+    alone = ParallelPlan.of(request, bias, whole, whole)
+    assert [piece.bias for piece in alone.pieces(0, 0)] == [bias]
 
 
 def test_a_plan_is_a_value() -> None:
