@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
-from attnkit.backends.reference import Matrix, attend, row_blocks, scores_of
+from attnkit.backends.matrix import Matrix, row_blocks
+from attnkit.backends.reference import attend, scores_of
 from attnkit.planner import Request
 
 __all__ = ["derivatives", "maxima"]

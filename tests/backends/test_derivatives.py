@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.backends import reference
+from attnkit.backends import matrix
 
 WIDE = torch.float64
 SINK_AND_WINDOW = masks.Causal() & (masks.SlidingWindow(3) | masks.Columns(0, 2))
@@ -151,7 +151,7 @@ def test_second_derivatives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how["sink"] = draw(4, seed=3)
     each = []
     for backend, cells in (("tiled", 60), ("reference", 60), ("reference", 1 << 21)):
-        monkeypatch.setattr(reference, "CELLS", cells)  # 60 makes several blocks of rows
+        monkeypatch.setattr(matrix, "CELLS", cells)  # 60 makes several blocks of rows
         lin = nn.Linear(8, 8, bias=False, dtype=WIDE)
         nn.init.normal_(lin.weight, std=0.3, generator=torch.Generator().manual_seed(5))
         tensors = [lin(t) for t in (packed() if name == "packed" else operands())]
@@ -180,7 +180,7 @@ def test_blocks_of_rows_are_the_definition(
     tensors = packed() if name == "packed" else operands()
     leaves, each = leaves_of(tensors, how), []
     for cells in (1 << 21, 60):
-        monkeypatch.setattr(reference, "CELLS", cells)
+        monkeypatch.setattr(matrix, "CELLS", cells)
         found = ak.attention(*tensors, backend="reference", return_stats=True, **how)
         grads = torch.autograd.grad(loss(found, "output and lse"), leaves)
         each.append((found.output, found.stats.lse, found.stats.max, *grads))
@@ -191,7 +191,7 @@ def test_blocks_of_rows_are_the_definition(
 
 def test_blocks_of_rows_drop_the_same_cells_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient by the values tells what was dropped."""
-    monkeypatch.setattr(reference, "CELLS", 60)
+    monkeypatch.setattr(matrix, "CELLS", 60)
     q, k, _ = (t.detach() for t in operands())
     v = torch.eye(14, dtype=WIDE).expand(2, 2, 14, 14).transpose(1, 2).clone().requires_grad_()
     out = ak.attention(q, k, v, dropout=0.5, backend="reference")

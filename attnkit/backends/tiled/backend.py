@@ -1,15 +1,9 @@
-"""The tiled backend: every mask at the cost of the cells it needs, forward and backward.
-
-Eager calls are one `torch.autograd.Function`; graphs call `compute` and `gradients` themselves.
-Both run a plan's `Job` here, and keep nothing but the operands, the output and the statistics.
-"""
+"""The tiled backend: every mask at the cost of the cells it needs, forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,32 +27,21 @@ from attnkit.backends.base import (
 )
 from attnkit.backends.dropout import drawn_seed
 from attnkit.backends.graph import run_held
-from attnkit.backends.rows import derivatives, maxima
+from attnkit.backends.rows import maxima
 from attnkit.backends.selected_tiles import run_tiles, selected_refusals
 from attnkit.backends.tiled.bias import Bound, bind
+from attnkit.backends.tiled.call import Attend, Grads, compute, differentiate
 from attnkit.backends.tiled.classes import in_classes, saves
 from attnkit.backends.tiled.few import Few, is_few
 from attnkit.backends.tiled.job import DEVICE_CELLS, Job
-from attnkit.backends.tiled.passes import (
-    Backward,
-    Forward,
-    backward_at_once,
-    forward_at_once,
-    sink_gradient,
-)
 from attnkit.backends.tiled.schedule import RowBlock, Schedule
-from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.tiles import steps
-from attnkit.backends.tiled.whole import fits_torch
-from attnkit.errors import BackendRefused, Refusal
+from attnkit.errors import Refusal
 from attnkit.masks.selection import Selection
 from attnkit.planner import Plan, Request
 from attnkit.planner.price import time_in_tiles, time_of_definition
-from attnkit.pse import Pse
 
 __all__ = ["Tiled", "TiledPlan"]
-
-Grads = tuple[Tensor | None, ...]
 
 
 class TiledPlan(Plan):
@@ -187,9 +170,9 @@ class Tiled(Backend):
         job, pse, leaves = _job(plan), operands.pse, operands.leaves
         seed = drawn_seed(job.request, query.device)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-            output, lse = _Attend.apply(job, pse, seed, *leaves)  # type: ignore[no-untyped-call]
+            output, lse = Attend.apply(job, pse, seed, *leaves)  # type: ignore[no-untyped-call]
         else:
-            output, lse = _compute(job, bind(job.request, pse, query.device), seed, *leaves[:4])
+            output, lse = compute(job, bind(job.request, pse, query.device), seed, *leaves[:4])
         return _answer(plan, operands, output, lse)
 
     def compute(self, plan: Plan, operands: Operands, seed: Tensor | None) -> AttentionOutput:
@@ -200,7 +183,7 @@ class Tiled(Backend):
             return _of_few(plan.few, operands)
         job, leaves = _job(plan), operands.leaves[:4]
         terms = bind(job.request, operands.pse, operands.query.device)
-        return _answer(plan, operands, *_compute(job, terms, seed, *leaves))
+        return _answer(plan, operands, *compute(job, terms, seed, *leaves))
 
     def gradients(
         self, plan: Plan, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
@@ -220,7 +203,7 @@ class Tiled(Backend):
         query, _, _, _, *carried = operands.leaves
         job, kept = _job(plan), kept._replace(lse=lse, grad_lse=grad_lse)
         bias = Bound(job.request, operands.pse, carried, wanted[4:], query.device)
-        return _derivatives(job, bias, operands.leaves[:4], kept)
+        return differentiate(job, bias, operands.leaves[:4], kept)
 
     def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
         """Walk the schedule of a share; 16 bits are computed on wide copies of the operands."""
@@ -280,149 +263,6 @@ def _answer(plan: Plan, operands: Operands, output: Tensor, lse: Tensor) -> Atte
     if plan.request.seqlens is not None:
         lse = lse[0].transpose(0, 1)
     return AttentionOutput(output, Stats(lse, partial(maxima, plan.request, operands)))
-
-
-# -- one call, and its gradients -------------------------------------------------------------
-
-
-def _compute(
-    job: Job,
-    terms: tuple[Term, ...],
-    seed: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the output in the request's layout, and the log denominators ``[b n s]``."""
-    if job.raised is not None:
-        wide = (query.float(), key.float(), value.float())
-        made, lse = _compute(job.raised, terms, seed, *wide, sink)
-        return made.to(query.dtype), lse
-    request, shape = job.request, job.layout
-    views = _views(job, query, key, value)
-    at_once = forward_at_once(job, terms, views)
-    if at_once is not None:
-        made, lse, sound = at_once
-        if not sound:
-            return _compute(job.by_blocks, terms, seed, query, key, value, sink)
-        return shape.restore(made), lse
-    if request.head_dim == request.value_dim:
-        output = query.new_empty(query.shape)
-    else:
-        sizes = list(query.shape)
-        sizes[-1] = sizes[-1] // request.head_dim * request.value_dim
-        output = query.new_empty(sizes)
-    forward = Forward(job, terms, views, sink, seed, shape.view(output, request.num_heads))
-    forward.go()
-    if not forward.sound:
-        return _compute(job.by_blocks, terms, seed, query, key, value, sink)
-    return output, forward.lse
-
-
-def _gradients(
-    job: Job,
-    terms: tuple[Term, ...],
-    operands: Sequence[Any],
-    kept: Kept,
-    made: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of query, key, value, sink and of bias tensors that ask for some."""
-    query, key, value, sink = operands
-    if job.schedule.fused and not fits_torch(kept, made, bool(terms)):
-        job = job.by_blocks
-    if job.raised is not None:
-        wide = kept._replace(output=kept.output.float(), grad=kept.arrived.float())
-        raised = (query.float(), key.float(), value.float(), sink)
-        found = _gradients(job.raised, terms, raised, wide, made)
-        return (*(g.to(query.dtype) for g in found[:3] if g is not None), *found[3:])
-    shape, heads, views = job.layout, job.request.num_heads, _views(job, query, key, value)
-    seen = kept._replace(
-        output=shape.view(kept.output, heads), grad=shape.view(kept.arrived, heads)
-    )
-    at_once = backward_at_once(job, terms, views, seen)
-    if at_once is not None:
-        return (*(shape.restore(grad) for grad in at_once), None)
-    to_sink = None if sink is None else sink_gradient(seen, sink)
-    to_query = query.new_empty(query.shape)
-    fresh = torch.Tensor.new_empty if job.reads_keys_once else torch.Tensor.new_zeros
-    to_key, to_value = (fresh(t, t.shape, dtype=job.wide) for t in (key, value))
-    to_bias = [None if t is None else torch.zeros_like(t, dtype=job.wide) for t in made]
-    slopes = _views(job, to_query, to_key, to_value)
-    Backward(job, terms, views, seen, slopes, to_bias).go()
-    return (to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_sink, *to_bias)
-
-
-def _views(job: Job, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See query, key and value (or their gradients) as ``[b n s d]``."""
-    view, heads, key_heads = job.layout.view, job.request.num_heads, job.request.num_kv_heads
-    return view(query, heads), view(key, key_heads), view(value, key_heads)
-
-
-def _derivatives(job: Job, bias: Bound, operands: Sequence[Any], kept: Kept) -> Grads:
-    """Return the gradients of query, key, value, sink and of the tensors of the bias."""
-    found = _gradients(job, bias.terms, operands, kept, bias.made)
-    return (*found[:4], *bias.handed_on(found[4:]))
-
-
-class _Attend(torch.autograd.Function):
-    """Saves the operands, the output and the statistics; the backward makes the rest again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, job: Job, pse: Pse | None, seed: Tensor | None, *leaves: Any
-    ) -> tuple[Tensor, Tensor]:
-        ctx.job, ctx.pse = job, pse
-        wanted = ctx.needs_input_grad[7:]
-        ctx.bias = Bound(job.request, pse, leaves[4:], wanted, leaves[0].device)
-        output, lse = _compute(job, ctx.bias.terms, seed, *leaves[:4])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(seed, output, lse, *leaves)
-        return output, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        seed, output, lse, *leaves = ctx.saved_tensors
-        if grad is None and grad_lse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        kept = Kept(seed, output, lse, grad, grad_lse)
-        if torch.is_grad_enabled():  # somebody will ask for the gradients of these gradients
-            given = (ctx.job, ctx.pse, ctx.bias)
-            grads = _Derivatives.apply(*given, *kept, *leaves)  # type: ignore[no-untyped-call]
-        else:
-            grads = _derivatives(ctx.job, ctx.bias, leaves[:4], kept)
-        return (None, None, None, *grads)
-
-
-class _Derivatives(torch.autograd.Function):
-    """The backward as a function; its derivatives follow from the definition."""
-
-    @staticmethod
-    def forward(ctx: Any, job: Job, pse: Pse | None, bias: Bound, *inputs: Any) -> Grads:
-        ctx.request, ctx.pse = job.request, pse
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[3:])
-        return _derivatives(job, bias, inputs[5:9], Kept(*inputs[:5]))
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
-        request, further = ctx.request, torch.is_grad_enabled()
-        if request.dropout:
-            reason = (
-                "second derivatives with dropout need the same cells to be dropped once more, "
-                "which the tiled backend does not do; backend='reference' computes them"
-            )
-            raise BackendRefused(reason, [Refusal("second-derivative", reason, "tiled")])
-        with torch.enable_grad():  # one tensor may be in several places, and each is one by itself
-            grad, grad_lse, *leaves = (
-                None if t is None else t.view_as(t) for t in ctx.saved_tensors
-            )
-        operands = Operands.of(ctx.pse, leaves)
-        inputs = [t for t in leaves if t is not None]
-        kept = [slope for t, slope in zip(leaves, slopes, strict=True) if t is not None]
-        found = iter(derivatives(request, operands, inputs, (grad, grad_lse), kept, further))
-        to_leaves = [None if t is None else next(found) for t in leaves]
-        return (*(None,) * 6, next(found), next(found), *to_leaves)
 
 
 register(Tiled())

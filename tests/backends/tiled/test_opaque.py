@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.backends import reference
+from attnkit.backends.matrix import CELLS
 from attnkit.backends.tiled import cells
 from attnkit.masks import Mask, Rectangle
 from attnkit.masks.dilated import Dilated
@@ -109,7 +109,7 @@ def test_the_definition_makes_no_plane(name: str) -> None:
     mask = INSIDE[name](2048)
     with Allocated() as seen:
         step(mask, 2048, "reference")
-    assert seen.numbers <= reference.CELLS
+    assert seen.numbers <= CELLS
     assert seen.peak < 64 << 20
 
 
