@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnkit.backends.base import stats_dtype
 from attnkit.layouts import Layout, Sizes
-from attnkit.parallel.messages import Shape, message, spread, taken
+from attnkit.parallel.messages import Shape, message, packed, room, spread, taken
 from attnkit.parallel.sharding import Sharding
 from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
@@ -232,7 +232,7 @@ class RankTurn:
         for other in self.every:
             parts = [sent(item, other) for item in items]
             if other.rank != self.own.rank:
-                sends.append((other.rank, _packed(parts)))
+                sends.append((other.rank, packed(parts)))
                 into = [(received(item, other), item.tensor.dtype) for item in items]
                 buffer, parts = message(into, items[0].tensor.device)
                 receives.append((other.rank, buffer))
@@ -245,10 +245,7 @@ class RankTurn:
         batch, _, _, dim = item.tensor.shape
         length = sum(len(one) for n in self.every for one in n.side(item.of_keys)[0])
         heads = len(self.own.side(item.of_keys)[1])
-        if not heads:  # no layout tells how many there are of a merged axis of length 0
-            return item.tensor.new_empty(batch, 0, length, dim)
-        room = item.tensor.new_empty(self.layout.shape(Sizes(batch, length, heads, dim)))
-        return self.layout.view(room, heads)
+        return room(self.layout, Sizes(batch, length, heads, dim), item.tensor)
 
 
 def _of_heads(tensor: Tensor, heads: range) -> Tensor:
@@ -258,11 +255,3 @@ def _of_heads(tensor: Tensor, heads: range) -> Tensor:
 def _shape(tensor: Tensor, tokens: Ranges, heads: range) -> Shape:
     batch, _, _, dim = tensor.shape
     return batch, len(heads), sum(map(len, tokens)), dim
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors in one message."""
-    buffer, parts = message([(tuple(t.shape), t.dtype) for t in tensors], tensors[0].device)
-    for part, tensor in zip(parts, tensors, strict=True):
-        part.copy_(tensor)
-    return buffer

@@ -9,9 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from attnkit.layouts import Layout, Sizes
 from attnkit.ranges import Ranges, total
 
-__all__ = ["Shape", "message", "places_or_all", "slices", "spread", "taken"]
+__all__ = ["Shape", "message", "packed", "places_or_all", "room", "slices", "spread", "taken"]
 
 Shape = tuple[int, ...]
 
@@ -37,6 +38,22 @@ def message(
         shape, dtype = shapes[k]
         parts[k] = buffer.narrow(0, start, size).view(dtype).view(shape)
     return buffer, [parts[k] for k in range(len(shapes))]
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors in one message."""
+    buffer, parts = message([(tuple(t.shape), t.dtype) for t in tensors], tensors[0].device)
+    for part, tensor in zip(parts, tensors, strict=True):
+        part.copy_(tensor)
+    return buffer
+
+
+def room(layout: Layout, sizes: Sizes, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a view ``[b n s d]`` of memory that lies as the layout says, in it nothing so far."""
+    dtype = dtype or like.dtype
+    if not sizes.heads:  # no layout tells how many there are of a merged axis of length 0
+        return like.new_empty((sizes.batch, 0, sizes.length, sizes.dim), dtype=dtype)
+    return layout.view(like.new_empty(layout.shape(sizes), dtype=dtype), sizes.heads)
 
 
 def slices(tensor: Tensor, places: Ranges, axis: int) -> Iterator[Tensor]:

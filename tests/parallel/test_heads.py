@@ -43,12 +43,14 @@ def at_random(length: int, ranks: int, seed: int) -> Sharding:
     )
 
 
-def turn_of(layout: str, heads: int, kv_heads: int, ranks: int, ways: int) -> Turn:
+def turn_of(
+    heads: int, kv_heads: int, ranks: int, ways: int, dtype: torch.dtype = torch.float32
+) -> Turn:
     request = read_request(
-        Composition(layout=layout),
-        torch.empty(BATCH, TOKENS, heads * DIM, device="meta"),
-        torch.empty(BATCH, KEYS, kv_heads * DIM, device="meta"),
-        torch.empty(BATCH, KEYS, kv_heads * VALUE_DIM, device="meta"),
+        Composition(layout="BSH"),
+        torch.empty(BATCH, TOKENS, heads * DIM, dtype=dtype, device="meta"),
+        torch.empty(BATCH, KEYS, kv_heads * DIM, dtype=dtype, device="meta"),
+        torch.empty(BATCH, KEYS, kv_heads * VALUE_DIM, dtype=dtype, device="meta"),
         num_heads=heads,
         num_kv_heads=kv_heads,
     )
@@ -60,7 +62,7 @@ def turn_of(layout: str, heads: int, kv_heads: int, ranks: int, ways: int) -> Tu
 def test_tokens_come_with_heads_and_go_back(
     heads: int, kv_heads: int, ranks: int, ways: int
 ) -> None:
-    turn = turn_of("BSH", heads, kv_heads, ranks, ways)
+    turn = turn_of(heads, kv_heads, ranks, ways)
     rows, keys = coarse(turn.queries, ways), coarse(turn.keys, ways)
     whole = torch.randn(BATCH, heads, TOKENS, DIM), torch.randn(BATCH, kv_heads, KEYS, VALUE_DIM)
 
@@ -82,37 +84,36 @@ def test_tokens_come_with_heads_and_go_back(
     assert len(run_ranks(ranks, work)) == ranks
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "ways"), [(4, 2, 2), (4, 1, 4), (3, 3, 4), (6, 2, 2)]
 )
-def test_bytes_are_as_told(heads: int, kv_heads: int, ways: int) -> None:
-    turn = turn_of("BSH", heads, kv_heads, 4, ways)
-    dims, summed = (DIM, VALUE_DIM), torch.float64 if turn.shares_keys else torch.float32
+def test_bytes_are_as_told(heads: int, kv_heads: int, ways: int, dtype: torch.dtype) -> None:
+    turn = turn_of(heads, kv_heads, 4, ways, dtype)
+    summed = torch.float32 if turn.shares_keys else dtype
 
     def work(wires: ThreadWires) -> tuple[list[int], list[int]]:
         here, rank = RankTurn(turn, wires.rank), wires.rank
         sizes = turn.queries.sizes[rank], turn.keys.sizes[rank]
-        query, key, value = (
-            Item(torch.zeros(BATCH, n, s, d), of_keys)
+        given = [
+            Item(torch.zeros(BATCH, n, s, d, dtype=dtype), of_keys)
             for n, s, d, of_keys in (
                 (heads, sizes[0], DIM, False),
                 (kv_heads, sizes[1], DIM, True),
                 (kv_heads, sizes[1], VALUE_DIM, True),
             )
-        )
-        q, k, v = here.to_heads(wires, [query, key, value], "there")
-        out, lse = q.new_zeros(*q.shape[:3], VALUE_DIM), q.new_zeros(*q.shape[:3], 1)
+        ]
+        q, k, v = here.to_heads(wires, given, "there")
+        out = q.new_zeros(*q.shape[:3], VALUE_DIM)
+        lse = q.new_zeros(*q.shape[:3], 1, dtype=torch.float32)
         answer = [Item(out, False), Item(lse, False)]
         back = here.to_tokens(wires, answer, (heads, heads), "back")
         forward = list(wires.sent)
         here.to_heads(wires, [Item(one, False) for one in back], "gradients")
-        slopes = [Item(q, False), *(Item(t.repeat(1, 1, 1, 1), True) for t in (k, v))]
+        slopes = [Item(q, False), Item(k.to(summed), True), Item(v.to(summed), True)]
         here.to_tokens(wires, slopes, (heads, kv_heads, kv_heads), "gradients back")
         return forward, [a - b for a, b in zip(wires.sent, forward, strict=True)]
 
-    found = run_ranks(4, work)
-    assert dims
-    assert summed
-    told = turn.transfers
+    found, told = run_ranks(4, work), turn.transfers
     assert [one[0] for one in found] == told[0].tolist()
     assert [one[1] for one in found] == told[1].tolist()
