@@ -9,7 +9,7 @@ add them in the order of stages and ranks: the same bits each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +24,7 @@ from attnkit.errors import CompositionError
 from attnkit.first_order import first_order
 from attnkit.layouts import Sizes
 from attnkit.parallel.course import Course, Task
+from attnkit.parallel.drawn import read, tensors_of, written
 from attnkit.parallel.exchange import Keys, Sums, stages
 from attnkit.parallel.heads import Item, RankTurn
 from attnkit.parallel.messages import room, taken
@@ -99,7 +100,7 @@ def _through_stages(
         for task in leg.tasks:
             asked = _of_task(course, task, operands, keys)
             part = BACKENDS[task.plan.backend].partial(task.plan, asked, seed)
-            drawn.append(_tensors_of(part.random))
+            drawn.append(tensors_of(part.random))
             if rows is None and task.rows is None:  # the first, which covers all
                 rows = Merging(request.layout, part.output, part.lse)
                 continue
@@ -111,7 +112,7 @@ def _through_stages(
     sink = None if operands.sink is None or not course.heads[0] else operands.sink
     made = rows.answer(None if sink is None else _of_heads(course, sink))
     output = made.output.to(request.dtype).contiguous()
-    return Attended(output, made.lse.contiguous(), (*held, *_written(drawn)))
+    return Attended(output, made.lse.contiguous(), (*held, *written(drawn)))
 
 
 def _turned(
@@ -169,7 +170,7 @@ def _back(
     seed: Tensor | None,
 ) -> Grads:
     """Return the gradients of the leaves for the rows of some heads, wide."""
-    held, drawn = _read(course, attended.kept)
+    held, drawn = read(course, attended.kept)
     whole = Kept(seed, attended.output, attended.lse, *arrived)
     asked = (*wanted[:3], False, *wanted[4:])
     sums, own = Sums(course, wires, operands, wanted), (operands.key, operands.value)
@@ -323,42 +324,6 @@ def _plainly(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
-
-
-# -- what is kept ----------------------------------------------------------------------------------
-
-
-def _tensors_of(random: object) -> Sequence[Tensor]:
-    """Return what a share has drawn."""
-    if random is None:
-        return ()
-    if isinstance(random, tuple) and all(isinstance(one, Tensor) for one in random):
-        return random
-    raise CompositionError(
-        "of what it draws for a share, a backend may keep a tuple of tensors, nothing else"
-    )
-
-
-def _written(drawn: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """Return what shares have drawn as tensors: how many each of them has, on the host, first."""
-    if not any(drawn):
-        return ()
-    counts = torch.tensor([len(one) for one in drawn], device="cpu")
-    return (counts, *(tensor for one in drawn for tensor in one))
-
-
-def _read(
-    course: Course, kept: Sequence[Tensor]
-) -> tuple[list[Keys | None] | None, Iterator[object]]:
-    """Return the keys of remote stages, if they were kept, and what each share has drawn."""
-    held: list[Keys | None] | None = None
-    rest = iter(kept)
-    if course.plan.keep:
-        held = [(next(rest), next(rest)) if leg.size else None for leg in course.legs[1:]]
-    counts = next(rest, None)
-    shares = sum(len(leg.tasks) for leg in course.legs)
-    many = [0] * shares if counts is None else counts.tolist()
-    return held, iter([tuple(next(rest) for _ in range(n)) or None for n in many])
 
 
 # -- autograd ------------------------------------------------------------------------------------
