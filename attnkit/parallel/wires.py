@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, final
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnkit.errors import CompositionError, ExchangeError
+from attnkit.parallel.guard import Guard, Statement
 
 __all__ = ["GridColumn", "GroupWires", "Pending", "Wires"]
 
@@ -46,6 +48,20 @@ class Wires(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.sent, self.received = [0] * size, [0] * size
+        self.guard: Guard | None = None
+        self.tag = 0
+
+    def begin(self, statement: Statement, seed: int | None = None) -> None:
+        """Begin an exchange, as all ranks do, one without messages, too; see `Guard.begin`.
+
+        Raises where ranks begin different ones, or one does not come.
+        """
+        if self.guard is not None:
+            self.tag = self.guard.begin(statement, seed)
+
+    def telling(self) -> AbstractContextManager[None]:
+        """Tell the other ranks what is raised inside, which is one whole exchange."""
+        return nullcontext() if self.guard is None else self.guard.telling()
 
     @final
     def post(self, sends: Messages, receives: Messages, what: str) -> Pending:
@@ -60,11 +76,26 @@ class Wires(ABC):
         for counts, messages in ((self.sent, sends), (self.received, receives)):
             for other, tensor in messages:
                 counts[other] += tensor.nbytes
-        return self._post(sends, receives, what) if sends or receives else _NOTHING
+        if not sends and not receives:
+            return _NOTHING
+        pending, tensor = self._post(sends, receives, what), (*sends, *receives)[0][1]
+        # Elsewhere it is the device that waits.
+        patient = self.guard is not None and tensor.device.type == "cpu"
+        return _Patient(pending, self.guard) if patient and self.guard else pending
 
     @abstractmethod
     def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
         """Begin to send and to receive what is not empty."""
+
+
+class _Patient:
+    """Messages that the host waits for, and looks meanwhile where the other ranks are."""
+
+    def __init__(self, pending: Pending, guard: Guard) -> None:
+        self.pending, self.guard = pending, guard
+
+    def wait(self) -> None:
+        self.guard.patient(self.pending.wait)
 
 
 class _Nothing:
@@ -128,6 +159,7 @@ class GroupWires(Wires):
                 "ranks exchange in it"
             )
         self.timeout = float(timeout)
+        self.guard = Guard.of(self.group, self.timeout) if self.size > 1 else None
 
     def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
         # Receives first: what arrives finds its place.
@@ -145,9 +177,10 @@ class _Posted:
         self.op, self.way, self.other, self.tensor = op, way, other, tensor
         self.work: Any = None
 
-    def begin(self, group: dist.ProcessGroup | None) -> None:
+    def begin(self, wires: GroupWires) -> None:
+        """Begin; by their tag messages of different exchanges never meet."""
         side = "group_src" if self.way == "from" else "group_dst"
-        self.work = self.op(self.tensor, group=group, **{side: self.other})
+        self.work = self.op(self.tensor, group=wires.group, tag=wires.tag, **{side: self.other})
 
     def __str__(self) -> str:
         return f"{self.tensor.nbytes:,} bytes {self.way} rank {self.other}"
@@ -163,7 +196,7 @@ class _Posts:
     def begin(self) -> None:
         if self.posted[0].tensor.device.type == "cpu":
             for one in self.posted:
-                self._guarded(one, partial(one.begin, self.wires.group))
+                self._guarded(one, partial(one.begin, self.wires))
             return
         group = self.wires.group
         operations = [

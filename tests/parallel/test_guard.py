@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 
 from attnkit.errors import AttnkitError, CompositionError, ExchangeError
 from attnkit.parallel import guard as guards
 from attnkit.parallel.guard import MOST_KNOWN, Guard, Said, Statement
+from attnkit.parallel.wires import GroupWires
+from tests.parallel.processes import Pool
 
 SOON = 1.0
 """Seconds of waiting until ranks that disagree know it; a busy machine's own come on top."""
@@ -300,3 +303,52 @@ def test_words_are_bounded_and_travel_as_they_are() -> None:
     found = messages(together(9, lambda guard: guard.begin(said("z" * 500 + str(guard.rank)))))
     assert len(found[0]) <= 2000
     assert re.search(r"1 more say something else", found[0])
+
+
+# -- over processes ------------------------------------------------------------------------------
+
+
+def mixed(group: dist.ProcessGroup, case: str) -> tuple[str, float]:
+    """Agree on two calls; then rank 1 makes another third call than rank 0."""
+    alone = dist.new_group([0, 1])  # it will be broken
+    if group.rank() > 1:
+        return "", 0.0
+    wires = GroupWires(alone, timeout=30.0)
+    other = 1 - wires.rank
+    for call, statement in enumerate((A, B, A)):
+        turned = case != "agree" and call == 2 and wires.rank == 1
+        if case == "raises" and turned:
+            with pytest.raises(ValueError, match="mine"), wires.telling():
+                raise ValueError("mine")
+            return "", 0.0
+        start = time.monotonic()
+        count = 100 if turned else 7  # gloo ends a process that receives more than it awaits
+        into = torch.zeros(count)
+        try:
+            wires.begin({"plan": B, "new": said("Full()")}.get(case, A) if turned else statement)
+            wires.post([(other, torch.ones(count))], [(other, into)], "keys").wait()
+        except AttnkitError as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - start
+        assert into.tolist() == [1.0] * count
+    return "", 0.0
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("plan", ("rank 0: mask Causal()", "rank 1: mask SlidingWindow(8)")),
+        ("new", ("rank 0: mask Causal()", "rank 1: mask Full()")),
+        ("raises", ("rank 1: raised ValueError: mine",)),
+        ("agree", ()),
+    ],
+)
+def test_processes_in_different_calls_find_out(
+    processes: Pool, case: str, told: tuple[str, ...]
+) -> None:
+    found = processes.run(mixed, case)[:2]
+    if case == "agree":
+        assert found == [("", 0.0)] * 2
+    for rank, (error, took) in enumerate(found):
+        if told and not (case == "raises" and rank == 1):
+            assert all(part in error for part in told), error
+            assert took < 10 * SOON, found
