@@ -29,6 +29,7 @@ from attnkit.parallel.exchange import Keys, Sums, stages
 from attnkit.parallel.heads import Item, RankTurn
 from attnkit.parallel.messages import room, taken
 from attnkit.parallel.plan import ParallelPlan
+from attnkit.parallel.statements import statement_of
 from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
 
@@ -80,6 +81,7 @@ def forward(
     plan: ParallelPlan, rank: int, wires: Wires, operands: Operands, seed: Tensor | None
 ) -> Attended:
     """Return what a rank's rows answer; nothing is recorded. See `attend`."""
+    wires.begin(statement_of(plan, "forward"), None if seed is None else int(seed))
     course = Course.of(plan, rank)
     with torch.no_grad(), _plainly(operands.query.device):
         if course.turn is None:
@@ -152,6 +154,11 @@ def backward(
 
     Whether keys or values want one is the same on all ranks.
     """
+    asked = "".join("yn"[not want] for want in wanted)
+    wires.begin(
+        statement_of(plan, "backward", (("gradients of q, k, v, sink, bias", asked),)),
+        None if seed is None else int(seed),
+    )
     course = Course.of(plan, rank)
     with torch.no_grad(), _plainly(attended.output.device):
         back = _back if course.turn is None else _turned_back

@@ -151,7 +151,8 @@ class GroupWires(Wires):
             raise CompositionError(
                 "there is no process group: call torch.distributed.init_process_group first"
             )
-        self.group = dist.group.WORLD if group is None else group
+        whole: Any = dist.group.WORLD
+        self.group: dist.ProcessGroup = whole if group is None else group
         super().__init__(dist.get_rank(self.group), dist.get_world_size(self.group))
         if self.rank < 0:
             raise CompositionError(
