@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -174,6 +174,9 @@ class Blocks(Mask):
                 min((int(keys[-1]) + 1) * self.kv_block, kv_len),
             )
         )
+
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        return replace(self, table=_written(torch.from_numpy(self._content[:, start:stop])))
 
     def _edge(self, q_len: int, kv_len: int) -> int | None:
         return anchor(self.align, q_len, kv_len) if self.causal else None

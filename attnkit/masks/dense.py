@@ -139,6 +139,16 @@ class Dense(Mask):
                 cells[own] = read[own, start : start + at.shape[1]]
         return torch.from_numpy(cells).to(device)
 
+    def _of_heads(self, start: int, stop: int) -> Mask:
+        (batch, _, q_len, kv_len), _ = self._content
+        whole = Rectangle((0, q_len), (0, kv_len), q_len, kv_len)
+        planes = [
+            self._cells(whole._replace(batch=b, head=h), "cpu")
+            for b in range(batch)
+            for h in range(start, stop)
+        ]
+        return Dense.keep(torch.stack(planes).view(batch, stop - start, q_len, kv_len))
+
     def _plane_index(self, batch: int, head: int) -> tuple[int, int]:
         b, n, _, _ = self._content[0]
         return (batch if b > 1 else 0, head if n > 1 else 0)
