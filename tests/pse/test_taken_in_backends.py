@@ -93,15 +93,13 @@ def test_rows_and_heads_of_a_rank_are_those_of_one_process(name: str, backend: s
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", "emulated"])
-@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("name", [name for name in BIASES if " of a batch" not in name])
 def test_packed_sequences_of_a_rank_are_those_of_one_process(name: str, backend: str) -> None:
     """Three texts; a rank has the end of one and pieces of another."""
     excerpts = [
         Excerpt(LENGTH, LENGTH, (range(20, 24),), (range(24),), batch=2),
         Excerpt(LENGTH, LENGTH, (range(2, 6), range(10, 12)), (range(12),), batch=0),
     ]
-    if " of a batch" in name:
-        return  # of two texts
     bias = BIASES[name]()
     q, k, v = make(72, HEADS, 8), make(72, 2, 9)[..., :8], make(72, 2, 10)[..., :8]
     whole = {"layout": "TND", "seqlens": SeqLens((LENGTH,) * 3), "mask": MASK}
