@@ -24,6 +24,12 @@ WRITTEN = {
     },
     "a complement": lambda x: {"mask": masks.Not(masks.Columns(1, 2))},
     "a part": lambda x: {"mask": masks.Causal()[2:, :]},
+    "rows of a rank": lambda x: {
+        "mask": CAUSAL.take([range(1, 3), (5, 3)], [range(6)], q_len=6, kv_len=6)
+    },
+    "heads of a rank": lambda x: {
+        "mask": masks.PerHead([masks.Full(), CAUSAL, masks.Columns(1)]).for_heads(1, 3)
+    },
     "one for each head": lambda x: {"mask": masks.PerHead([CAUSAL, masks.Full()])},
     "documents": lambda x: {"mask": masks.Documents([2, 2], [3, 3], inside=CAUSAL)},
     "padding of a size": lambda x: {"mask": masks.Padding([x.shape[1]])},

@@ -82,7 +82,9 @@ def _piece(
 def numbers_of(part: Pse, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the small tensor that a bias's cells follow from: constant slopes, or its own."""
     slopes = getattr(part.structure, "slopes", None)
-    return part.numbers[0].to(dtype) if slopes is None else constants(slopes, dtype, device)
+    return (
+        part.structure_tensors[0].to(dtype) if slopes is None else constants(slopes, dtype, device)
+    )
 
 
 @constant
@@ -95,7 +97,7 @@ def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torc
     """Return a bias ``[1 | b, 1 | n, 1 | i, j]``: a view of the tensor that it is, or its cells."""
     if not isinstance(part.structure, PerCell | PerKey):
         return part.materialize(*lengths, dtype=dtype, device=device)
-    tensor = part.numbers[0]
+    tensor = part.structure_tensors[0]
     if isinstance(part.structure, PerKey):  # every row is the same: one is enough
         tensor = tensor[..., None, :]
     return tensor[(None,) * (4 - tensor.ndim)]
@@ -103,7 +105,7 @@ def stored(part: Pse, lengths: tuple[int, int], dtype: torch.dtype, device: torc
 
 def looked_up(part: Pse, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return an indexed bias as entries ``[1 | n, entries]`` and their index ``[1 | b, i, j]``."""
-    table, index = part.numbers
+    table, index = part.structure_tensors
     return table.to(dtype).t().contiguous(), index if index.ndim == 3 else index[None]
 
 

@@ -62,6 +62,7 @@ class Taken(Nested):
             object.__setattr__(self, "mask", self.mask.mask)
         vars(self).update(excerpts=excerpts, taken=tuple(map(_written, excerpts)))
         self._check_nesting()
+        self._agreed  # noqa: B018 -- raises for a mask that comes with each call
         for sizes in {(one.q_len, one.kv_len) for one in excerpts}:
             self.mask.check(*sizes)
         most = max((one.batch or 0 for one in excerpts), default=0)
@@ -90,7 +91,6 @@ class Taken(Nested):
     @property
     def batches(self) -> int | None:
         """One for each excerpt, where these are of batch elements."""
-        self._agreed  # noqa: B018 -- raises for a mask that comes with each call
         return self.mask.batches if self.excerpts[0].batch is None else len(self.excerpts)
 
     @property

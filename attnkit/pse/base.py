@@ -165,11 +165,11 @@ class Pse(ABC):
         return tuple(own.get(id(tensor), str(k)) for k, tensor in enumerate(self.tensors))
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def structure_tensors(self) -> tuple[Tensor, ...]:
         """The tensors that its `structure` speaks of: its own, or what follows from those.
 
         >>> from attnkit import pse
-        >>> pse.T5Relative(8).for_heads(0, 2).numbers[0].shape
+        >>> pse.T5Relative(8).for_heads(0, 2).structure_tensors[0].shape
         torch.Size([32, 2])
         """
         return self.tensors

@@ -72,9 +72,9 @@ class OfHeads(Pse):
         return known
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def structure_tensors(self) -> tuple[Tensor, ...]:
         """Views of that bias's, of these heads."""
-        known, numbers = self.part.structure, self.part.numbers
+        known, numbers = self.part.structure, self.part.structure_tensors
         axis = _HEADS.get(type(known)) if known is not None else None
         if axis is None or not numbers or numbers[0].ndim < -axis:
             return numbers

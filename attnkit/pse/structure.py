@@ -3,9 +3,9 @@
 Planner and backends read this value, and never ask which family a bias is of. A small tensor
 is bound as slopes, in compressed rows, tile by tile, or, where it trains (the fused kernel
 never writes the gradient of a bias), as channels of query and key and as logits where partial
-softmaxes merge. The small tensor is the first of the bias's `numbers`. Positions are those of
-the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i. All but
-`Toeplitz` and `PerCell` are added after the scale.
+softmaxes merge. The small tensor is the first of the bias's `structure_tensors`. Positions are
+those of the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i.
+All but `Toeplitz` and `PerCell` are added after the scale.
 """
 
 from __future__ import annotations

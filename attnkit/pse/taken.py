@@ -146,9 +146,9 @@ class Taken(Pse):
         return Toeplitz(align)
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def structure_tensors(self) -> tuple[Tensor, ...]:
         """As that bias; a number per key of the keys that are taken."""
-        numbers = self.part.numbers
+        numbers = self.part.structure_tensors
         if not isinstance(self.structure, PerKey):
             return numbers
         tensor = numbers[0]

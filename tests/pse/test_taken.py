@@ -89,14 +89,14 @@ def check_structure(own: pse.Pse, right: Tensor, batch: int | None = None) -> No
             at = torch.arange(sizes[1]) - torch.arange(sizes[0])[:, None] + sizes[0] - 1
             torch.testing.assert_close(diagonals[:, at][None], values)
         if isinstance(known, pse.PerKey):
-            tensor = part.numbers[0][..., None, :].to(torch.float64)
+            tensor = part.structure_tensors[0][..., None, :].to(torch.float64)
             tensor = tensor[(None,) * (4 - tensor.ndim)]
             chosen = tensor if batch is None or len(tensor) == 1 else tensor[batch : batch + 1]
             torch.testing.assert_close(chosen.expand(-1, -1, *sizes), values)
         if isinstance(known, pse.Stepped):
             shift = sizes[1] - sizes[0] if known.align == "bottom_right" else 0
             distance = torch.arange(sizes[1]) - torch.arange(sizes[0])[:, None] - shift
-            table = part.numbers[0].to(torch.float64)
+            table = part.structure_tensors[0].to(torch.float64)
             for first, last, row in known.steps(-99, 99):
                 here = (distance >= first) & (distance <= last)
                 torch.testing.assert_close(
@@ -105,7 +105,7 @@ def check_structure(own: pse.Pse, right: Tensor, batch: int | None = None) -> No
         if isinstance(known, pse.Linear) and known.slopes is None:
             shift = sizes[1] - sizes[0] if known.align == "bottom_right" else 0
             distance = torch.arange(sizes[1]) - torch.arange(sizes[0])[:, None] - shift
-            slopes = part.numbers[0].to(torch.float64)[:, None, None]
+            slopes = part.structure_tensors[0].to(torch.float64)[:, None, None]
             torch.testing.assert_close(values[0], -slopes * distance.abs())
 
 
@@ -229,7 +229,7 @@ def test_a_rank_of_slopes_needs_no_matrix() -> None:
 def test_dtypes_and_empty_sides() -> None:
     own = pse.KeyBias(torch.arange(6.0).bfloat16()).take([(0, 2)], [(4, 6), (0, 1)], q_len=2)
     assert own.materialize(2, 3, dtype=torch.float16)[0, 0, 1].tolist() == [4, 5, 0]
-    assert own.numbers[0].dtype == torch.bfloat16
+    assert own.structure_tensors[0].dtype == torch.bfloat16
     none = pse.T5Relative(2).take([], [(0, 3)], q_len=5, kv_len=5)
     assert none.materialize(0, 3).shape == (1, 2, 0, 3)
 
