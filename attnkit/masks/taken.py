@@ -142,7 +142,8 @@ class Taken(Nested):
         place = (batch if self.batches is not None else 0, head if self.heads is not None else 0)
         if place not in self._known:
             one, number = self._of(place[0])
-            whole = self.mask.enclosure(one.q_len, one.kv_len, number, head)
+            at = one.q_len, one.kv_len, number, place[1]
+            whole = self.mask.enclosure(*at) if one.batch is not None else _whole(self.mask, *at)
             self._known[place] = _taken_of(whole, one)
         return self._known[place]
 
@@ -177,6 +178,19 @@ class Taken(Nested):
 
     def _text(self, show: Callable[[Any], str]) -> str:
         return f"Taken({show(self.mask)}, {show(self.taken)})"
+
+
+def _whole(mask: Mask, q_len: int, kv_len: int, *plane: int) -> Enclosure:
+    """Return the enclosure that ranks take theirs of, one after the other.
+
+    The mask keeps that of each of its score matrices, at the lengths that were last asked for.
+    """
+    kept: dict[tuple[int, ...], tuple[tuple[int, int], Enclosure]]
+    kept = vars(mask).setdefault("_wholes", {})
+    found = kept.get(plane)
+    if found is None or found[0] != (q_len, kv_len):
+        found = kept[plane] = (q_len, kv_len), mask.enclosure(q_len, kv_len, *plane)
+    return found[1]
 
 
 def _taken_of(whole: Enclosure, one: Excerpt) -> Enclosure:

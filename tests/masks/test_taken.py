@@ -203,3 +203,23 @@ def test_errors_say_what_was_given_and_what_to_do(call, words) -> None:
     with pytest.raises((CompositionError, CompositionTypeError)) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_all_ranks_take_theirs_of_one_whole() -> None:
+    made = []
+
+    class Counted(masks.SlidingWindow):
+        def _region(self, q_len, kv_len, batch, head):
+            made.append((q_len, kv_len))
+            return super()._region(q_len, kv_len, batch, head)
+
+    mask = Counted(9)
+    for length in (64, 64, 32, 64):
+        for rank in range(4):
+            rows = [(rank * length // 4, (rank + 1) * length // 4)]
+            own = mask.take(rows, [(0, length)], q_len=length, kv_len=length)
+            whole = masks.SlidingWindow(9).region(length, length)
+            assert own.region(length // 4, length) == whole.cut(rows[0], (0, length))
+    assert made == [(64, 64), (32, 32), (64, 64)]
+    assert pickle.loads(pickle.dumps(masks.Causal())) == masks.Causal()
+    assert "_wholes" not in copy.deepcopy(mask).__getstate__()
