@@ -55,6 +55,12 @@ class Excerpt:
         """How many rows and keys there are."""
         return total(self.rows), total(self.keys)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its score matrix, in order."""
+        sides = ((self.rows, self.q_len), (self.keys, self.kv_len))
+        return all(own == ((range(length),) if length else ()) for own, length in sides)
+
 
 def total(ranges: Ranges) -> int:
     """Return how many positions there are.

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from attnkit.geometry import Region, Slice
+from attnkit.ranges import Ranges, joined, span
 from attnkit.strips import gaps
 
 __all__ = ["Order", "carried"]
@@ -95,6 +96,19 @@ class Order:
             return None
         return Order(self.rows, self.keys, self.region | found)
 
+    def take(self, rows: Ranges, keys: Ranges) -> Order:
+        """Return these cells as an order of the rows and keys that are taken of it.
+
+        >>> even_first = (range(0, 4, 2), range(1, 4, 2))
+        >>> whole = Order(even_first, (range(4),), Region.of(Slice(0, 2, 0, 4)))
+        >>> own = whole.take((range(1, 4),), (range(2),))
+        >>> [list(one) for one in own.rows], own.region.area
+        ([[1], [0, 2]], 2)
+        """
+        own, at = _taken(self.rows, self._starts[0], rows)
+        others, there = _taken(self.keys, self._starts[1], keys)
+        return Order(own, others, self.region.take(at, there))
+
     def _rectangles(self, region: Region) -> Region | None:
         """Return the rectangles of a region in this order; None where they are too many."""
         pieces: list[Slice] = []
@@ -139,6 +153,27 @@ def carried(region: Region, rows: range, keys: range) -> Region | None:
     """
     parts = [_every(part, rows, keys) for part in region.slices]
     return Region.of(*(part for part in parts if part)) if None not in parts else None
+
+
+def _taken(
+    side: Sequence[range], starts: Sequence[int], chosen: Ranges
+) -> tuple[tuple[range, ...], Ranges]:
+    """Return an order of what is chosen of a side, numbered from 0, and where that is in the order.
+
+    What is chosen keeps the order that it has.
+    """
+    found: list[tuple[int, int, range]] = []
+    first = 0
+    for some in chosen:
+        for one, start in zip(side, starts, strict=False):
+            a, b = _places(one, *span(some))
+            if a < b:
+                begin, last = (first + some.index(one[k]) for k in (a, b - 1))
+                step = one.step * some.step
+                found.append((start + a, start + b, range(begin, last + (1, -1)[step < 0], step)))
+        first += len(some)
+    found.sort(key=lambda hit: hit[0])
+    return tuple(own for _, _, own in found), joined((a, b) for a, b, _ in found)
 
 
 def _is_order(ranges: Sequence[range], length: int) -> bool:

@@ -13,6 +13,7 @@ from attnkit.arguments import check_int, describe
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Nested
+from attnkit.masks.order import Order
 from attnkit.ranges import Excerpt, ends_of, met, picked, read_ranges, span
 
 __all__ = ["Taken", "excerpt_of", "read_excerpts", "taken_again"]
@@ -81,7 +82,8 @@ class Taken(Nested):
     def of(cls, mask: Mask, rows: object, keys: object, q_len: object, kv_len: object) -> Mask:
         """Return what `Mask.take` does, of arguments in any form."""
         lengths = _length(mask, 0, q_len), _length(mask, 1, kv_len)
-        return mask.take_excerpts((excerpt_of(rows, keys, *lengths),))
+        one = excerpt_of(rows, keys, *lengths)
+        return mask if one.is_whole else mask.take_excerpts((one,))
 
     @property
     def members(self) -> tuple[Mask, ...]:
@@ -146,6 +148,14 @@ class Taken(Nested):
             whole = self.mask.enclosure(*at) if one.batch is not None else _whole(self.mask, *at)
             self._known[place] = _taken_of(whole, one)
         return self._known[place]
+
+    def in_order(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Order | None:
+        """The order of the mask, of the rows and keys that are taken: alike for all elements."""
+        one = self.excerpts[0]
+        if one.batch is not None:
+            return None
+        whole = self.mask.in_order(one.q_len, one.kv_len, batch, head)
+        return None if whole is None else whole.take(one.rows, one.keys)
 
     def _each_enclosure(self, q_len: int, kv_len: int, batch: int, head: int) -> list[Enclosure]:
         """Take each; what elements share of the mask is made once."""

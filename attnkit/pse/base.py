@@ -402,7 +402,8 @@ give it one per query head
         ALiBi(8)
         """
         q_len, kv_len = self._length("q_len", 0, q_len), self._length("kv_len", 1, kv_len)
-        return self.take_excerpts((excerpt_of(rows, keys, q_len, kv_len),))
+        one = excerpt_of(rows, keys, q_len, kv_len)
+        return self if one.is_whole else self.take_excerpts((one,))
 
     def _length(self, name: str, axis: int, given: int | None) -> int | None:
         """Return a length of the whole score matrix; None where nothing depends on it."""

@@ -120,6 +120,24 @@ def test_a_mask_that_is_alike_for_all_heads_stays() -> None:
             assert mask.for_heads(1, 3) is mask
 
 
+def test_an_order_in_which_a_mask_is_a_region_is_one_of_what_is_taken() -> None:
+    rng, known = random.Random(3), 0
+    for mask in samples(6, 6) + samples(8, 8):
+        length = mask.extent[0] or 12
+        whole = mask.in_order(length, length)
+        own = mask.take(drawn(rng, length), drawn(rng, length), q_len=length, kv_len=length)
+        if whole is None or own.extent == (None, None):
+            continue
+        known += 1
+        order = own.in_order(*own.extent)
+        assert order.fits(*own.extent)
+        rows, keys = (places(side) for side in (order.rows, order.keys))
+        inside = paint(order.region, *own.extent)
+        found = own.materialize(*own.extent, own.batches or 1, own.heads or 1)[0, 0]
+        assert torch.equal(found[rows][:, keys], inside), mask
+    assert known > 15
+
+
 def test_families_that_are_not_built_in_are_taken_too() -> None:
     known = {type(mask).__name__ for mask in samples(6, 6)}
     registered = {family.__name__ for _, family in masks.MASKS.items()}
