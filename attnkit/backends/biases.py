@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,7 +16,15 @@ from attnkit.planner.biases import COMPRESSED_ROWS, is_compressed
 from attnkit.planner.sequences import Block
 from attnkit.pse import PerCell, PerKey, Pse
 
-__all__ = ["by_diagonal", "call_bias", "constants", "looked_up", "numbers_of", "stored"]
+__all__ = [
+    "by_diagonal",
+    "call_bias",
+    "constants",
+    "diagonals_of",
+    "looked_up",
+    "numbers_of",
+    "stored",
+]
 
 
 def call_bias(
@@ -117,9 +127,16 @@ def by_diagonal(
     Score matrices of the same lengths share theirs, in the order of ``j - i``, from ``1 - q_len``
     on.
     """
+    return diagonals_of(request.sequences, part, dtype, device)
+
+
+def diagonals_of(
+    sequences: Iterable[tuple[int, int]], part: Pse, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, dict[tuple[int, int], int]]:
+    """Return the same for score matrices of these lengths."""
     found, starts = [], {}
     start = 0
-    for lengths in dict.fromkeys(request.sequences):
+    for lengths in dict.fromkeys(sequences):
         if all(lengths):
             found.append(part.diagonals(*lengths, dtype=dtype, device=device))
             starts[lengths] = start

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import gradients_of, recorded, stats_dtype
-from attnkit.backends.biases import by_diagonal, constants, looked_up, stored
+from attnkit.backends.biases import by_diagonal, constants, diagonals_of, looked_up, stored
 from attnkit.backends.numbers import bounded, largest_bias
 from attnkit.backends.tiled.schedule import KeyChunk, Lane, RowBlock
 from attnkit.backends.tiled.terms import (
@@ -20,6 +20,7 @@ from attnkit.backends.tiled.terms import (
     Diagonals,
     Distances,
     Ends,
+    Excerpted,
     Lengths,
     LookedUp,
     Stored,
@@ -28,13 +29,17 @@ from attnkit.backends.tiled.terms import (
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm
-from attnkit.pse import Indexed, PerKey, Pse, Root
+from attnkit.pse import Indexed, PerKey, Pse, Root, Taken
 from attnkit.pse.base import rebound
+from attnkit.pse.structure import OfDistance
+from attnkit.ranges import total
 
 __all__ = ["Bias", "Bound", "bind", "with_tensors"]
 
 # Distances are kept for this many shapes of tiles: a window needs one, and memory stays bounded.
 KEPT = 4
+# Runs of rows and keys, on average, from which a share's bias is read piece by piece.
+ROWS_OF_PIECE, KEYS_OF_PIECE = 16, 32
 
 
 # -- terms -------------------------------------------------------------------------------------
@@ -68,6 +73,9 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
     if isinstance(structure, Indexed):
         entries, index = looked_up(part, wide)
         return LookedUp(entries, factor, index)
+    if is_in_long_runs(part):
+        numbers, starts = diagonals_of(_wholes(part), part.part, wide, device)
+        return Excerpted(numbers, factor, starts, part.excerpts)
     lengths = set(request.sequences)
     if len(lengths) == 1 or isinstance(structure, PerKey):
         return Stored(stored(part, request.sequences[0], wide, device), factor)
@@ -80,6 +88,23 @@ def _term(request: Request, part: Pse, known: BiasTerm, device: torch.device) ->
     flat = [rearrange(matrix, "1 n i j -> n (i j)").expand(heads, -1) for matrix in matrices]
     cells = accumulate((q_len * kv_len for q_len, kv_len in request.sequences), initial=0)
     return Stored(torch.cat(flat, dim=1), factor, tuple(cells))
+
+
+def is_in_long_runs(part: Pse) -> TypeGuard[Taken]:
+    """Whether a bias by distance has long runs of rows and keys of a whole, and several of them.
+
+    Then tiles are made of a few pieces of the whole's diagonals. Else its matrix is made.
+    """
+    if not isinstance(part, Taken) or not isinstance(part.part.structure, OfDistance):
+        return False
+    rows = tuple(run for one in part.excerpts for run in one.rows)
+    keys = tuple(run for one in part.excerpts for run in one.keys)
+    long = total(rows) >= ROWS_OF_PIECE * len(rows) and total(keys) >= KEYS_OF_PIECE * len(keys)
+    return long and all(one.step == 1 for one in (*rows, *keys))
+
+
+def _wholes(part: Taken) -> list[tuple[int, int]]:
+    return [(one.q_len, one.kv_len) for one in part.excerpts]
 
 
 class Bound:

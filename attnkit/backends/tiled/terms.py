@@ -20,12 +20,14 @@ from torch import Tensor
 from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
 from attnkit.masks.base import Align, anchor
+from attnkit.ranges import Excerpt, met
 
 __all__ = [
     "Carried",
     "Diagonals",
     "Distances",
     "Ends",
+    "Excerpted",
     "Lengths",
     "LookedUp",
     "Stored",
@@ -208,6 +210,42 @@ class Diagonals(Carried):
         if tensor.shape[0] > 1:
             tensor = tensor.narrow(0, step.head, step.heads)
         return tensor.narrow(1, start, rows + count - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Excerpted(Diagonals):
+    """The numbers per diagonal of whole score matrices, of which a share has some rows and keys.
+
+    Of a tile, each run of rows over each run of keys is a piece of whole diagonals.
+    """
+
+    excerpts: tuple[Excerpt, ...]
+
+    def put(
+        self, target: Tensor, step: Step, first: int, work: Workspace, ends: Ends, *, more: bool
+    ) -> None:
+        """Put the tile's cells piece by piece."""
+        for piece, there, key in self._pieces(target, step, first):
+            super().put(piece, there, key, work, ends, more=more)
+
+    def add(self, grad: Tensor, part: Tensor, step: Step, first: int, work: Workspace) -> None:
+        """Add the sums of the diagonals of each piece."""
+        for piece, there, key in self._pieces(part, step, first):
+            super().add(grad, piece, there, key, work)
+
+    def _pieces(self, cells: Tensor, step: Step, first: int) -> Iterator[tuple[Tensor, Step, int]]:
+        """Yield parts of ``[b h i j]`` cells, with the step and first key that the whole has."""
+        one = self.excerpts[0]
+        if one.batch is not None:
+            one = self.excerpts[step.lane.matrix + step.batch - step.lane.batches[0]]
+        lane = step.lane._replace(lengths=(one.q_len, one.kv_len))
+        row, (rows, count) = step.row, cells.shape[2:]
+        keys = [*met(one.keys, first, first + count)]
+        for u, own in met(one.rows, row, row + rows):
+            block = step.block._replace(row=own.start, rows=len(own))
+            there = step._replace(lane=lane, block=block, repeat=0)
+            for v, some in keys:
+                yield cells[:, :, u : u + len(own), v : v + len(some)], there, some.start
 
 
 Term = Distances | Carried
