@@ -18,7 +18,10 @@ from attnkit.backends.tiled.schedule import KeyChunk
 from attnkit.backends.tiled.tiles import Step
 from attnkit.masks import Mask, Rectangle
 
-__all__ = ["TileCells"]
+__all__ = ["Bits", "TileCells"]
+
+Bits = tuple[bytes, int, int]
+"""The cells of a tile as bits, and its rows and keys: a byte holds those of several sizes."""
 
 ROOM = 4 << 20
 """Bytes of bits that a plan keeps: the cells of 2,048 keys for each of 16,384 rows."""
@@ -37,7 +40,7 @@ class TileCells:
         self._known: dict[tuple[Rectangle, ...], bytes] = {}
 
     def patch(
-        self, step: Step, chunk: KeyChunk, like: Tensor, recent: dict[tuple[bytes, int], Tensor]
+        self, step: Step, chunk: KeyChunk, like: Tensor, recent: dict[Bits, Tensor]
     ) -> Tensor:
         """Return inf where a cell is allowed, else -inf: ``[b m h rows width]``, or 1 where alike.
 
@@ -58,12 +61,13 @@ class TileCells:
         kinds = [self._kind(place) for place in places]
         if any(kind != kinds[0] for kind in kinds):
             return _bounds(_unpacked(kinds, sizes).view(*map(len, axes), *sizes), like)
-        found = recent.get((kinds[0], chunk.width))
+        kind = (kinds[0], *sizes)
+        found = recent.get(kind)
         if found is None:
             if len(recent) == FEW:
                 recent.clear()
             found = _bounds(_unpacked(kinds[:1], sizes).view(1, 1, 1, *sizes), like)
-            recent[kinds[0], chunk.width] = found
+            recent[kind] = found
         return found
 
     def _kind(self, place: tuple[Rectangle, ...]) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor
 from attnkit.backends.dropout import Chances
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
+from attnkit.backends.tiled.cells import Bits
 from attnkit.backends.tiled.dropout import Decisions, Dropout
 from attnkit.backends.tiled.job import Job
 from attnkit.backends.tiled.modify import Modify
@@ -69,7 +70,7 @@ class Walk(ABC):
         if request.dropout and seed is not None:
             self.dropout = Dropout(Chances(request, seed, key.device))
         self._edges: dict[int, Tensor] = {}
-        self._patches: dict[tuple[bytes, int], Tensor] = {}
+        self._patches: dict[Bits, Tensor] = {}
 
     def go(self) -> None:
         """Walk the schedule: every block in its tiles, every whole piece, every blank row."""

@@ -181,6 +181,16 @@ def test_equal_cells_are_kept_once() -> None:
     assert cells.ROOM - plan.job.cells.room < 8192  # type: ignore[attr-defined]
 
 
+def test_equal_bits_of_other_sizes_are_other_cells() -> None:
+    """One row, and the first of four rows, over one key: a byte says both."""
+    first = masks.Predicate(lambda b, h, i, j: i + j == 0)
+    mask = masks.PerHead([first & masks.Rows(0, 1), first])
+    query, key = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 1, 8)
+    found = ak.attention(query, key, key, mask=mask, layout="BNSD", backend="tiled")
+    assert isinstance(found, Tensor)
+    assert found[0, :, :, 0].tolist() == [[1.0, 0.0, 0.0, 0.0]] * 2
+
+
 def test_a_fault_in_what_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cells._rectangles
     monkeypatch.setattr(
