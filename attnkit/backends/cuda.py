@@ -16,14 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnkit.backends.base import (
-    AttentionOutput,
-    Backend,
-    Operands,
-    Stats,
-    register,
-    without_shares,
-)
+from attnkit.backends.base import AttentionOutput, Backend, Operands, Stats, register
 from attnkit.backends.flex import Flex, FlexPlan
 from attnkit.backends.numbers import masks_before_scale
 from attnkit.backends.rows import maxima
@@ -78,7 +71,7 @@ class Cuda(Backend):
             found.append(Refusal("cuda-device", reason, self.name))
         unfused = _unfused(request)
         if not unfused:
-            return found + without_shares(request, self.name)
+            return found
         rest = [replace(reason, subject=self.name) for reason in self._flex.refusals(request)]
         # Where there are some, it matters why the other way is closed too.
         return [*found, *rest, *(unfused if rest else ())]

@@ -18,7 +18,6 @@ from attnkit.backends.base import (
     Stats,
     register,
     untransformed,
-    without_shares,
 )
 from attnkit.backends.compiled.library import KINDS, Library
 from attnkit.backends.compiled.table import TileTable, table_of
@@ -65,8 +64,7 @@ class Compiled(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
         found = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
-        unable = untransformed(request, self.name) + without_shares(request, self.name)
-        return unable + found
+        return [*untransformed(request, self.name), *found]
 
     def plan(self, request: Request) -> CompiledPlan:
         """Return the plan; the kernel is built here, if it was not before."""

@@ -25,7 +25,6 @@ from attnkit.backends.base import (
     Stats,
     register,
     without_cells,
-    without_shares,
 )
 from attnkit.backends.flex.blocks import Tables, request_tables
 from attnkit.backends.flex.scores import ScoreMod, score_function
@@ -146,8 +145,7 @@ class Flex(Backend):
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
         own = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
-        own += without_cells(request, self.name)
-        return own + without_shares(request, self.name)
+        return own + without_cells(request, self.name)
 
     def plan(self, request: Request) -> FlexPlan:
         """Return the plan, its tables made unless the tensors are only shapes."""
