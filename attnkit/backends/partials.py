@@ -1,4 +1,4 @@
-"""Partial results of the same rows over disjoint keys, merged to the result over all of these.
+"""Partial results of the same rows over disjoint keys, and how they are merged to that over all.
 
     lse = log(sum_i exp(lse_i)),  output = sum_i exp(lse_i - lse) * output_i
 
@@ -16,12 +16,23 @@ from torch import Tensor
 
 from attnkit import layouts
 from attnkit.arguments import check_float_dtype, check_tensor
-from attnkit.backends.base import AttentionOutput, Partial, Stats, stats_dtype
+from attnkit.backends.base import (
+    AttentionOutput,
+    Backend,
+    Kept,
+    Operands,
+    Partial,
+    Stats,
+    of_whole_rows,
+    stats_dtype,
+    widened,
+)
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout
+from attnkit.planner import Plan
 from attnkit.ranges import Ranges, span
 
-__all__ = ["Merging", "Part", "merge"]
+__all__ = ["Merging", "OnStatistics", "Part", "merge"]
 
 Part = tuple[Tensor, Tensor] | AttentionOutput | Partial
 """An output and the log-sum-exp of its rows."""
@@ -144,6 +155,35 @@ class Merging:
     def _by_head(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """See them as ``[b n s d]`` and ``[b n s]``."""
         return self.layout.view(output, lse.shape[1]), lse.mT[None] if self.layout.packed else lse
+
+
+class OnStatistics(Backend):
+    """A backend whose gradients follow from the output and the log-sum-exp that were kept.
+
+    Those of whole rows are as good, so that it answers shares: 16 bits on wide copies of the
+    operands, since its kernels round what they return.
+    """
+
+    def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
+        """Compute a share as if it were all."""
+        with torch.no_grad():
+            made = self.compute(plan, widened(operands), seed)
+            return Partial(made.output, made.stats.lse)
+
+    def partial_gradients(
+        self,
+        plan: Plan,
+        operands: Operands,
+        kept: Kept,
+        wanted: tuple[bool, ...],
+        random: object = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients as if what is kept were the share's own."""
+        if kept.grad is None and kept.grad_lse is None:
+            return (None,) * len(wanted)
+        whole = of_whole_rows(kept, stats_dtype(plan.request.dtype))
+        with torch.no_grad():
+            return self.gradients(plan, widened(operands, wanted), whole, wanted)
 
 
 # -- what is given -----------------------------------------------------------------------------

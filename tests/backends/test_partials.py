@@ -329,7 +329,7 @@ def test_few_rows_read_their_keys_as_they_are() -> None:
 # -- who answers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["compiled", "flex", "cuda"])
+@pytest.mark.parametrize("backend", ["flex", "cuda"])
 def test_backends_of_whole_rows_refuse(backend: str) -> None:
     whole = whole_of(tensors(8, 8, dtype=torch.float32), Composition(masks.Causal())).request
     request = local_request(whole, None, (range(4),), (range(8),))

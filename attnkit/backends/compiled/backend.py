@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnkit.backends.base import (
     BACKENDS,
     AttentionOutput,
-    Backend,
     Kept,
     Operands,
     Stats,
@@ -22,6 +21,7 @@ from attnkit.backends.base import (
 from attnkit.backends.compiled.library import KINDS, Library
 from attnkit.backends.compiled.table import TileTable, table_of
 from attnkit.backends.graph import run_held
+from attnkit.backends.partials import OnStatistics
 from attnkit.backends.rows import maxima
 from attnkit.backends.tiled.passes import sink_gradient
 from attnkit.errors import BackendRefused, Refusal
@@ -47,7 +47,7 @@ class CompiledPlan(Plan):
         return table_of(self.request, LIBRARY.height)
 
 
-class Compiled(Backend):
+class Compiled(OnStatistics):
     """A kernel in C++ for the CPU: masks that are regions, at the cost of their cells.
 
     Tiles are as high as two vectors, so that narrow windows and short documents cost little more

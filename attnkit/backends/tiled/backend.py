@@ -12,21 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnkit.backends.arranged import arranged
 from attnkit.backends.base import (
     AttentionOutput,
-    Backend,
     Kept,
     Operands,
     Partial,
     Stats,
-    of_whole_rows,
     register,
     stats_dtype,
     untransformed,
-    widened,
     without_cells,
     without_shares,
 )
 from attnkit.backends.dropout import drawn_seed
 from attnkit.backends.graph import run_held
+from attnkit.backends.partials import OnStatistics
 from attnkit.backends.rows import maxima
 from attnkit.backends.selected_tiles import run_tiles, selected_refusals
 from attnkit.backends.tiled.bias import Bound, bind
@@ -76,7 +74,7 @@ class TiledPlan(Plan):
         return _job_of(self.in_order or self.request)
 
 
-class Tiled(Backend):
+class Tiled(OnStatistics):
     """Computes blocks of query rows over the key runs that hold allowed cells, and no others.
 
     Exact for every composition; memory beyond inputs and outputs is a few tiles, whatever the
@@ -206,26 +204,11 @@ class Tiled(Backend):
         return differentiate(job, bias, operands.leaves[:4], kept)
 
     def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
-        """Walk the schedule of a share; 16 bits are computed on wide copies of the operands."""
-        few = plan.few if isinstance(plan, TiledPlan) else None
-        with torch.no_grad():
-            made = self.compute(plan, operands if few is not None else widened(operands), seed)
+        """Walk the schedule of a share; a few rows read their keys as they are."""
+        if isinstance(plan, TiledPlan) and plan.few is not None:
+            made = _of_few(plan.few, operands)
             return Partial(made.output, made.stats.lse)
-
-    def partial_gradients(
-        self,
-        plan: Plan,
-        operands: Operands,
-        kept: Kept,
-        wanted: tuple[bool, ...],
-        random: object = None,
-    ) -> Grads:
-        """Walk the schedule again, on the statistics of whole rows."""
-        if kept.grad is None and kept.grad_lse is None:
-            return (None,) * len(wanted)
-        whole = of_whole_rows(kept, stats_dtype(plan.request.dtype))
-        with torch.no_grad():
-            return self.gradients(plan, widened(operands, wanted), whole, wanted)
+        return super().partial(plan, operands, seed)
 
 
 def _in_order(backend: Tiled, plan: Plan, other: Request, operands: Operands) -> AttentionOutput:

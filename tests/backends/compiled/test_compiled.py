@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from attnkit.backends import BACKENDS, register
 from attnkit.backends.compiled import CompiledPlan, library
 from attnkit.backends.compiled import backend as compiled
 from attnkit.errors import BackendRefused
+from attnkit.planner import Composition
 from tests.agreement import agree, agreement, definition, results, slopes
+from tests.backends.shares import dealt, in_shares, whole_of
 
 if compiled.LIBRARY.missing():
     pytest.skip(str(compiled.LIBRARY.missing()), allow_module_level=True)
@@ -53,6 +56,25 @@ def tensors(
 def test_masks(name: str) -> None:
     agreement(tensors(), "compiled", mask=MASKS[name])
     agreement(tensors((40, 90)), "compiled", mask=MASKS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MASKS)
+def test_shares_are_one_process(name: str, dtype: torch.dtype) -> None:
+    """On wide copies of 16 bits: what is merged and added up is rounded once, at the end."""
+    rng, composition = random.Random(name), Composition(MASKS[name])
+    query, key, value = tensors(heads=(4, 2), batch=2, dtype=dtype)
+    sink = torch.linspace(-1, 1, 4) if name == "no row in the middle" else None
+    whole = whole_of((query, key, value), composition, sink=sink)
+    wide = (query.double(), key.double(), value.double())
+    exact = whole_of(wide, composition, sink=sink).by("reference")
+    one = whole.by("compiled")
+    found = in_shares(whole, "compiled", dealt(rng, 75, 2), dealt(rng, 75, 3))
+    for what, share in found.items():
+        finite = exact[what].isfinite()
+        assert torch.equal(share.isfinite(), finite)
+        off, own = ((t.double() - exact[what])[finite].norm() for t in (share, one[what].float()))
+        assert off <= 1.1 * own + 1e-5, (what, off, own)
 
 
 def test_what_a_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
