@@ -15,7 +15,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from attnkit.backends import BACKENDS
-from attnkit.errors import KernelContractError, Refusal
+from attnkit.errors import BackendRefused, KernelContractError, Refusal
 from attnkit.geometry import Region
 from attnkit.parallel.heads import coarse
 from attnkit.parallel.local import local_request, terms_of
@@ -23,6 +23,8 @@ from attnkit.parallel.plan import DROPOUTS, ParallelPlan, StagePiece
 from attnkit.parallel.plane import layers, seen_by
 from attnkit.parallel.price import slowest
 from attnkit.parallel.stages import Message, RankStage
+from attnkit.planner.plan import inconsistent
+from attnkit.planner.request import check_fits
 from attnkit.planner.sequences import Block
 from attnkit.ranges import Ranges, are_distinct, joined, places, total, without
 
@@ -51,6 +53,8 @@ def disprove(plan: ParallelPlan) -> Refusal | None:
     """Return why a plan does not compute its request on its ranks; None if it does."""
     try:
         return _disproof(replace(plan))  # with nothing kept that somebody may have changed
+    except BackendRefused as error:
+        return Refusal("refused", f"a share is refused: {error.refusals[0].reason}"[:400])
     except _UNREADABLE as error:
         return Refusal("unreadable", f"it is not a plan ({type(error).__name__}: {error})"[:400])
 
@@ -80,6 +84,10 @@ def _other_whole(plan: ParallelPlan) -> Refusal | None:
     request, ways = plan.request, plan.heads_ways
     if request.share is not None or request.mask.comes_with_call:
         return Refusal("other-request", "it is for a whole attention whose mask is known")
+    wrong = inconsistent(request)
+    if wrong is not None:
+        return wrong
+    check_fits(request, request.mask, plan.bias)  # raises what `disprove` answers
     plain = type(ways) is int and type(plan.keep) is bool and type(plan.exchange.count) is int
     if not plain or ways < 1 or plan.size % ways:
         return Refusal("heads-ways", "its ranks are no neighbourhoods of as many ranks")

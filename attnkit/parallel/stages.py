@@ -78,9 +78,10 @@ class Stages:
                 f"{', '.join(EXCHANGED)}"
             )
         check_int("stages", self.count, 1)
-        if len(self.seen) != self.keys.size:
+        if not isinstance(self.keys, Sharding) or len(self.seen) != self.keys.size:
             raise CompositionError(
-                f"Stages got the keys that {len(self.seen)} ranks see; there are {self.keys.size}"
+                f"Stages got the keys that {len(self.seen)} ranks see, of {shown(self.keys)}; give "
+                "them for each rank of a Sharding"
             )
 
     @cached_property

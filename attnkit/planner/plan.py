@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from attnkit.planner.nearby import Saving
     from attnkit.pse import Pse
 
-__all__ = ["RUNNERS", "Plan", "Runner", "disprove_calls_of", "disprove_plan"]
+__all__ = ["RUNNERS", "Plan", "Runner", "disprove_calls_of", "disprove_plan", "inconsistent"]
 
 # What reading a record that was changed by hand may raise. All of attnkit's errors are among them.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -320,7 +320,7 @@ def _disproof(plan: Plan) -> Refusal | None:
     computed = in_order or inner
     every = (plan.request, request, inner, computed)
     return (
-        next(filter(None, map(_inconsistent, dict.fromkeys(every))), None)
+        next(filter(None, map(inconsistent, dict.fromkeys(every))), None)
         or disprove_pass(asked, rest, found)
         or _other_request(request, in_order, route)
         or _unmergeable(computed, steps)
@@ -341,8 +341,8 @@ def _readable(check: Callable[[], Refusal | None]) -> Refusal | None:
         return Refusal("unreadable", f"it is not a plan ({type(error).__name__}: {error})"[:400])
 
 
-def _inconsistent(request: Request) -> Refusal | None:
-    """Check that tensors of such sizes exist: nobody could ask for others."""
+def inconsistent(request: Request) -> Refusal | None:
+    """Return why no tensors of such sizes exist, which nobody could ask for; None if they do."""
     heads, kv_heads = request.num_heads, request.num_kv_heads
     lengths = (request.batch, request.q_len, request.kv_len)
     counts = (*lengths, heads, kv_heads, request.head_dim, request.value_dim)
