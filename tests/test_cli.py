@@ -312,9 +312,26 @@ def test_a_plan_as_json_and_as_a_picture(config: Path, capsys: Any):
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plan_for_ranks(config: Path, packed: Path, capsys: Any):
+    command_line = ["plan", "--config", str(config), "--q-len", "512", "--ranks", "4", "--train"]
+    chosen = ["--method", "hybrid", "--heads-ways", "2", "--balance", "zigzag", "--stages", "1"]
+    assert main([*command_line, *chosen, "--backend", "ascend"]) == 0
+    told = capsys.readouterr().out
+    assert "attention over 4 ranks: hybrid 2 x 2, 1 stage" in told
+    assert "its calls are those that 'emulated' makes" in " ".join(told.split())
+    assert main([*command_line, "--json", "--plot", "plan.png"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == [128] * 4
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", "--config", str(packed), "--lengths", "30,50", "--ranks", "3"]) == 0
+    assert "26 to 27 per rank" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command_line", "told"),
     [
+        (["plan", "--mask", "Causal()", "--q-len", "8", "--stages", "2"], "--ranks P"),
+        (["plan", "--mask", "Causal()", "--q-len", "8", "--ranks", "99999999"], "at most"),
+        (["plan", "--mask", "Causal()", "--q-len", "8", "--ranks", "2", "--method", "x"], "choice"),
         ([], "the following arguments are required: command"),
         (["operate"], "invalid choice: 'operate'"),
         (["doctor", "--fast"], "unrecognized arguments: --fast"),

@@ -21,7 +21,11 @@ from attnkit.doctor.suite import make_request
 from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.modules import MultiHeadAttention
+from attnkit.parallel import ParallelPlan
+from attnkit.parallel.choose import METHODS
+from attnkit.parallel.whole import spread
 from attnkit.planner import Plan, Request
+from attnkit.pse import Pse
 
 __all__ = ["add_arguments", "run"]
 
@@ -35,6 +39,7 @@ _CONFIG = (
     "an AttentionConfig or a MultiHeadAttentionConfig (it has `dim`) in YAML; its layout decides "
     "which sizes are needed"
 )
+_BALANCES = ("auto", "even", "contiguous", "zigzag", "line")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -51,9 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--kv-len", "M", _count, "keys of each (default: N)"),
         ("--lengths", "3,5,8", _lengths, "packed: queries of each sequence"),
         ("--kv-lengths", "3,5,8", _lengths, "packed: keys of each (default: as many as queries)"),
-        ("--plot", "FILE", Path, "draw the calls' cells"),
+        ("--plot", "FILE", Path, "draw the cells of calls, or of ranks"),
+        ("--ranks", "P", _count, "plan for tokens that are spread over ranks; no group is needed"),
+        ("--heads-ways", "U", _count, "with --ranks: neighbours that split the heads"),
+        ("--stages", "K", _count, "with --ranks: parts in which needed keys arrive"),
     ):
         parser.add_argument(option, metavar=metavar, type=read, help=told)
+    parser.add_argument("--method", choices=METHODS, help="with --ranks: what is exchanged")
+    parser.add_argument("--balance", choices=_BALANCES, help="with --ranks: who has which tokens")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), help="default: what the file says"
@@ -66,11 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run the command and return its exit code."""
+    _check_ranks(arguments)
     config = _config(arguments)
     if arguments.plot is not None:
         _check_picture(arguments.plot)  # a file that cannot be is known before the plan is made
-    request = _request(config, arguments)
-    plan, note = _plan(request, config.backend)
+    request, bias = _request(config, arguments)
+    plan: Plan | ParallelPlan
+    if arguments.ranks is None:
+        plan, note = _plan(request, config.backend)
+    else:
+        plan, note = _spread(request, bias, config.backend, arguments)
     if arguments.json:
         screen.line(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1))
     else:
@@ -81,6 +96,14 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.plot is not None:
         _plot(plan, arguments.plot)
     return GOOD
+
+
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    """Complain about what is said of ranks where there are none."""
+    names = ("method", "balance", "heads_ways", "stages")
+    said = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+    if said and arguments.ranks is None:
+        raise UsageError(f"{', '.join(said)}: say for how many ranks, --ranks P")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -96,8 +119,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     return AttentionConfig(**{"num_heads": 8, "head_dim": 64} | said)
 
 
-def _request(config: Config, arguments: argparse.Namespace) -> Request:
-    """Return the request that a module of this configuration would make of such tensors."""
+def _request(config: Config, arguments: argparse.Namespace) -> tuple[Request, Pse | None]:
+    """Return the request that a module of this configuration would make, and its bias."""
     layout = layouts.get(config.layout)
     seqlens = _seqlens(config.layout, layout.packed, arguments)
     if seqlens is not None:
@@ -117,7 +140,7 @@ def _request(config: Config, arguments: argparse.Namespace) -> Request:
         )
     query = Sizes(batch, q_len, module.num_heads, module.head_dim)
     key = Sizes(batch, kv_len, module.num_kv_heads, module.head_dim)
-    return make_request(
+    request = make_request(
         module.composition,
         (query, key, replace(key, dim=value_dim)),
         getattr(torch, arguments.dtype),
@@ -126,6 +149,7 @@ def _request(config: Config, arguments: argparse.Namespace) -> Request:
         module.sink,
         arguments.train,
     )
+    return request, module.composition.pse
 
 
 def _seqlens(name: str, packed: bool, arguments: argparse.Namespace) -> SeqLens | None:
@@ -160,6 +184,27 @@ def _plan(request: Request, name: str) -> tuple[Plan, str]:
     return plan, f"{absence}, so no installed op was asked whether it takes these calls"
 
 
+def _spread(
+    request: Request, bias: Pse | None, name: str, arguments: argparse.Namespace
+) -> tuple[ParallelPlan, str]:
+    """Return the plan for ranks; that of "ascend" has the calls of "emulated" where there is none.
+
+    The calls follow from the kernel's contract alone.
+    """
+    absence, note = npu_absence(), ""
+    if name == "ascend" and absence is not None:
+        name, note = "emulated", f"{absence}, so its calls are those that 'emulated' makes"
+    request = replace(request, device="npu" if absence is None else "cpu")
+    given = {
+        "method": arguments.method,
+        "balance": arguments.balance,
+        "heads_ways": arguments.heads_ways,
+        "stages": arguments.stages,
+    }
+    said = {option: value for option, value in given.items() if value is not None}
+    return spread(request, bias, arguments.ranks, backend=name, **said), note
+
+
 def _check_picture(path: Path) -> None:
     """Complain about a picture that cannot be written, or that would get another name."""
     if not path.suffix:
@@ -173,7 +218,7 @@ def _check_picture(path: Path) -> None:
         raise UsageError(f"--plot {path}: {error}") from None
 
 
-def _plot(plan: Plan, path: Path) -> None:
+def _plot(plan: Plan | ParallelPlan, path: Path) -> None:
     figure = plan.plot()
     try:
         figure.savefig(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnkit.parallel.choose import label
 from attnkit.parallel.plan import ParallelPlan, StagePiece
+from attnkit.parallel.posting import BUFFER, posts
 from attnkit.parallel.price import slowest
 from attnkit.parallel.proof import disprove, ranks_in_full
 from attnkit.parallel.stages import RankStage
@@ -19,6 +20,7 @@ __all__ = ["as_data", "explain"]
 
 _MOST_STAGES = 4
 _MOST_OTHERS = 6
+_MOST_POSTS = 4
 
 
 def explain(plan: ParallelPlan) -> str:
@@ -159,6 +161,8 @@ def _of_rank(plan: ParallelPlan, rank: int) -> Iterator[tuple[str, str]]:
     for stage in stages[:_MOST_STAGES]:
         name = f"rank {rank}" if not stage.number else ""
         yield name, _stage(plan, stage, plan.pieces(rank, stage.number))
+        if stage.receives or stage.sends:
+            yield "", _posted(plan, rank, stage)
     if len(stages) > _MOST_STAGES:
         yield "", f"and {len(stages) - _MOST_STAGES} more stages"
 
@@ -180,6 +184,18 @@ def _stage(plan: ParallelPlan, stage: RankStage, pieces: Sequence[StagePiece]) -
             f"{piece.plan.backend!r}{how}"
         )
     return f"{told}; {' and '.join(parts) or 'no row sees one'}"
+
+
+def _posted(plan: ParallelPlan, rank: int, stage: RankStage) -> str:
+    """Say what is posted for the keys of a stage, while the stage before is computed."""
+    every = posts(stage)
+    told = ", ".join(map(str, every[:_MOST_POSTS]))
+    more = f" and {len(every) - _MOST_POSTS} more" if len(every) > _MOST_POSTS else ""
+    request = plan.request
+    one = len(plan.kv_heads(rank)) * (request.head_dim + request.value_dim) * plan.copies
+    sent = sum(total(message.keys) for message in stage.sends) * one * request.dtype.itemsize
+    over = f", more than P2P_HCCL_BUFFSIZE has by default ({BUFFER:,})" if sent > BUFFER else ""
+    return f"posted: {told}{more}; {bytes_told(sent)} sent{over}"
 
 
 def _price(plan: ParallelPlan) -> str:

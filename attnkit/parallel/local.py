@@ -12,6 +12,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm, Share, bias_terms
+from attnkit.planner.scoring import taken_score
 from attnkit.pse import Pse
 from attnkit.ranges import Excerpt, Ranges, in_order, total
 
@@ -45,6 +46,7 @@ def local_request(
     if len(heads) < whole.num_heads:
         mask = mask.for_heads(heads.start, heads.stop)
     seqlens = None
+    some: tuple[Excerpt, ...] = (Excerpt(whole.q_len, whole.kv_len, rows, keys),)
     if whole.seqlens is not None:
         some = excerpts(whole, rows, keys)
         seqlens = _lengths(some)
@@ -64,6 +66,7 @@ def local_request(
         num_kv_heads=len(key_heads(whole, heads)),
         sink=False,
         seqlens=seqlens,
+        score_fn=taken_score(whole.score_fn, some, heads.start),
         share=Share(
             *(whole.q_len, whole.kv_len, rows, keys, whole.num_heads, heads.start),
             local_dropout and whole.dropout > 0,

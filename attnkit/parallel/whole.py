@@ -165,7 +165,8 @@ def _cheapest(found: Sequence[ParallelPlan]) -> ParallelPlan:
         for one in priced
         if one is not best and one.price
     ]
-    return replace(best, alternatives=(*others, *best.alternatives))
+    every = sorted((*others, *best.alternatives), key=lambda other: other.price.total)
+    return replace(best, alternatives=tuple(every))
 
 
 def _time_of_layer(plan: ParallelPlan) -> float:

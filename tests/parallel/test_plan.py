@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,28 @@ def test_a_bias_of_packed_sequences_is_cut_with_them() -> None:
     whole = Sharding.of(22, [[(0, 22)]])
     alone = ParallelPlan.of(request, bias, whole, whole)
     assert [piece.bias for piece in alone.pieces(0, 0)] == [bias]
+
+
+def far(score: torch.Tensor, b: Any, h: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    return score - 0.1 * (i - j).abs()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_score_function_is_told_positions_of_the_whole(packed: bool) -> None:
+    x = torch.empty(LENGTH, HEADS, DIM)
+    composition = Composition(masks.Causal(), layout="TND" if packed else "BSND", score_fn=far)
+    lens = ak.SeqLens([10, 14]) if packed else None
+    x = x if packed else x[None]
+    request = read_request(composition, x, x, x, seqlens=lens)
+    sharding = Sharding.zigzag(LENGTH, 2)
+    plan = ParallelPlan.of(request, None, sharding, sharding, method="needed")
+    assert plan.disprove() is None
+    (piece,) = plan.pieces(1, 0)
+    told = piece.plan.request.score_fn
+    assert told is not None
+    zero, two = torch.tensor(0), torch.tensor(2)
+    # row 0 is the 7th token of all, key 2 the 9th
+    assert float(told(torch.tensor(0.0), zero, zero, zero, two)) == pytest.approx(-0.2)
 
 
 def test_a_plan_is_a_value() -> None:
