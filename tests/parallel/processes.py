@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 __all__ = ["Pool"]
+
+ROOT = Path(__file__).parents[2]
 
 LIMIT = 60.0
 """Seconds that a job may take: far more than it does on a machine that others use, too."""
@@ -83,9 +86,7 @@ class Pool:
         if self.workers:
             return
         self.folder = tempfile.TemporaryDirectory(prefix="attnkit-ranks-")
-        # A clean process that has imported torch once is forked for every rank.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context = _forks()
         for rank in range(self.size):
             here, there = context.Pipe()
             args = (there, rank, self.size, self._path("store"), self._path(f"hang{rank}"))
@@ -109,6 +110,22 @@ class Pool:
         if self.folder is not None:
             self.folder.cleanup()
         self.folder, self.workers, self.pipes = None, [], []
+
+
+def _forks() -> Any:
+    """Return what forks a clean process for every rank, which has imported this tree once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "attnkit.parallel.run"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str, hang: str) -> None:

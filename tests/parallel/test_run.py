@@ -8,59 +8,107 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from attnkit import masks
-from tests.parallel.cases import GALLERY, SHARDINGS, Case, run_on_threads, worst
+from attnkit import masks, pse
+from attnkit.layouts import SeqLens
+from tests.parallel.cases import CAUSAL, GALLERY, LENGTH, SHARDINGS, Case, run_on_threads, worst
 
 EXACT = 1e-12
 METHODS = ("needed", "ring", "gather")
+
+HEADS = masks.PerHead([CAUSAL, masks.SlidingWindow(5), masks.Full(), masks.Chunked(9)])
+CELLS = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.3
+PACKED = SeqLens([20, 1, 0, 13, 14])
+
+
+def t5() -> pse.Pse:
+    return pse.T5Relative(4, 8, max_distance=16)
+
+
+def trained() -> pse.Pse:
+    return pse.Dense(torch.zeros(1, 4, LENGTH, LENGTH, requires_grad=True))
+
+
+def slopes() -> pse.Pse:
+    return pse.ALiBi(4) + pse.SqrtALiBi(4)
+
+
+def several() -> pse.Pse:
+    before = pse.Dense(torch.zeros(2, 4, LENGTH, LENGTH, requires_grad=True), before_scale=True)
+    return before + pse.KeyBias(torch.zeros(LENGTH, requires_grad=True)) + t5()
+
+
+def turned(ranks: int, ways: int) -> dict[str, object]:
+    method = "ulysses" if ranks == ways else "hybrid"
+    return {"ranks": ranks, "heads_ways": ways, "method": method}
+
+
+SOME = {
+    "causal": Case(),
+    "ring": Case(GALLERY["Longformer"], 3, "random", "ring"),
+    "stages": Case(GALLERY["Packed documents, causal"], 4, "contiguous", stages=3),
+    "gather": Case(GALLERY["Sink and window"], 4, "even", "gather", layout="SBH"),
+    "kept": Case(GALLERY["Dilated window"], 3, "random", keep=True),
+    "reference": Case(GALLERY["Neighborhood"], 2, backend="reference", sink=False),
+    "ulysses": Case(sharding="random", layout="BSH", **turned(4, 4)),
+    "hybrid, kept": Case(GALLERY["Prefix LM"], keep=True, **turned(4, 2)),
+    "a rank without heads": Case(heads=(2, 1), layout="BSH", **turned(3, 3)),
+    "no heads, split as bnsd": Case(heads=(1, 1), layout="BNSD", sharding="even", **turned(4, 2)),
+    "cross-attention": Case(lengths=(40, 56), ranks=3, sharding="random", softcap=2.0),
+    "cross, even": Case(lengths=(33, 17), ranks=3, sharding="even", bias=slopes),
+    "empty rows": Case(masks.Columns(40, 44) & CAUSAL, 3, "contiguous", sink=False),
+    "nothing is seen": Case(masks.Columns(0, 1) - masks.Full(), 2, sink=False, method="ring"),
+    "fewer tokens than ranks": Case(lengths=(3, 2), ranks=4, method="ring"),
+    "one token": Case(masks.Full(), lengths=(1, 1), heads=(1, 1), **turned(3, 3)),
+    "one rank": Case(ranks=1, bias=t5),
+    "dropout": Case(masks.SlidingWindow(9), 3, "random", dropout=0.3),
+    "dropout of heads": Case(dropout=0.3, heads=(4, 4), **turned(4, 2)),
+    "alibi": Case(bias=lambda: pse.ALiBi(4), ranks=3, sharding="random"),
+    "slopes": Case(bias=slopes, ranks=4, sharding="even"),
+    "t5": Case(bias=t5, ranks=2, method="ring", backend="reference"),
+    "several biases": Case(bias=several, ranks=4, sharding="random", keep=True),
+    "biases of heads": Case(bias=several, **turned(4, 2)),
+    "dense bias": Case(bias=trained, sharding="even", heads=(4, 1), **turned(3, 3)),
+    "packed": Case(ranks=3, sharding="even", layout="TND", seqlens=PACKED),
+    "packed, biased": Case(
+        GALLERY["Prefix LM"], 4, "random", bias=t5, dropout=0.2, layout="TND", seqlens=PACKED
+    ),
+    "packed, turned": Case(bias=t5, layout="TND", seqlens=PACKED, **turned(4, 4)),
+    "padded": Case(masks.Padding([30, 41]) & CAUSAL, 3, "even"),
+    "heads apart": Case(HEADS, 3, "even"),
+    "heads apart, turned": Case(HEADS, **turned(4, 2)),
+    "cells": Case(masks.Dense.keep(CELLS), 3, "random"),
+    "predicate": Case(masks.Predicate(lambda b, h, i, j: (i + j + h) % 3 != 0), **turned(2, 2)),
+}
 
 
 def check(case: Case) -> None:
     assert worst(case, run_on_threads(case)) < EXACT
 
 
-SOME = [
-    Case(),
-    Case(GALLERY["Longformer"], ranks=3, sharding="random", method="ring"),
-    Case(GALLERY["Packed documents, causal"], ranks=4, sharding="contiguous", stages=3),
-    Case(GALLERY["Sink and window"], ranks=4, method="gather", layout="SBH"),
-    Case(GALLERY["Dilated window"], ranks=3, sharding="random", keep=True),
-    Case(GALLERY["Neighborhood"], ranks=2, backend="reference", sink=False),
-    Case(ranks=4, heads_ways=4, method="ulysses", sharding="random", layout="BSH"),
-    Case(GALLERY["Prefix LM"], ranks=4, heads_ways=2, method="hybrid", keep=True),
-    Case(GALLERY["Causal"], ranks=3, heads_ways=3, method="ulysses", heads=(3, 1), layout="BNSD"),
-    Case(lengths=(40, 56), ranks=3, sharding="random", softcap=2.0),
-    Case(masks.Columns(40, 44) & masks.Causal(), ranks=3, sharding="contiguous", sink=False),
-    Case(masks.Causal(), lengths=(3, 2), ranks=4, method="ring"),
-    Case(masks.Full(), lengths=(1, 1), ranks=3, heads_ways=3, method="ulysses", heads=(1, 1)),
-    Case(masks.SlidingWindow(9), dropout=0.3, ranks=3, sharding="random"),
-    Case(dropout=0.3, ranks=4, heads_ways=2, method="hybrid", heads=(4, 4)),
-]
+@pytest.mark.parametrize("name", SOME)
+def test_ranks_equal_one_process(name: str) -> None:
+    check(SOME[name])
 
 
-@pytest.mark.parametrize("case", SOME, ids=lambda case: f"{case.method}{case.ranks}{case.sharding}")
-def test_ranks_equal_one_process(case: Case) -> None:
-    check(case)
-
-
-def sweep() -> list[Case]:
-    each = itertools.product(GALLERY.values(), SHARDINGS, (2, 3, 4))
-    found = [
-        Case(mask, ranks, sharding, method) for mask, sharding, ranks in each for method in METHODS
-    ]
-    turned = itertools.product(GALLERY.values(), SHARDINGS, ((2, 2), (3, 3), (4, 4), (4, 2)))
-    found += [
-        Case(mask, ranks, sharding, "ulysses" if ranks == ways else "hybrid", ways)
-        for mask, sharding, (ranks, ways) in turned
-    ]
+def matrix() -> dict[str, Case]:
+    """Every mask of the gallery, sharding, number of ranks and method; and turned to heads."""
+    found = {}
+    for name, sharding, ranks in itertools.product(GALLERY, (*SHARDINGS, "even"), (2, 3, 4)):
+        for method in METHODS:
+            case = Case(GALLERY[name], ranks, sharding, method)
+            found[f"{name}, {sharding}, {ranks}, {method}"] = case
+        for ways in {ranks, 2} if ranks == 4 else {ranks}:
+            case = Case(GALLERY[name], sharding=sharding, **turned(ranks, ways))
+            found[f"{name}, {sharding}, {ranks}, {ways} ways"] = case
     return found
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("number", range(len(sweep())))
-def test_every_mask_sharding_and_method_equals_one_process(number: int) -> None:
-    check(sweep()[number])
+@pytest.mark.parametrize("name", matrix())
+def test_every_mask_sharding_and_method_equals_one_process(name: str) -> None:
+    check(matrix()[name])
 
 
 def test_the_gallery_here_is_that_of_the_docs() -> None:

@@ -124,8 +124,8 @@ def send_to_the_dead(group: dist.ProcessGroup) -> str:
     return ""
 
 
-def hang(group: dist.ProcessGroup) -> None:
-    time.sleep(60 * group.rank())
+def hang(group: dist.ProcessGroup, seconds: float) -> None:
+    time.sleep(seconds * group.rank())
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -150,8 +150,9 @@ def test_what_does_not_come_is_an_error_in_words_at_the_deadline() -> None:
         assert "rank 1: it ended with exit code 3" in str(failed.value)
         assert "told: rank 0 of 2, keys of stage 2" in str(failed.value)
         assert "20 bytes from rank 1: the process group broke off" in str(failed.value)
+        pool.run(hang, 0.0)  # now the processes have imported what they need
         with pytest.raises(AssertionError, match=r"rank 0: done\nrank 1: it hangs\n[^$]*in hang"):
-            pool.run(hang, limit=0.5)
+            pool.run(hang, 60.0, limit=1.0)
     finally:
         pool.close()
 

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable
+from itertools import product
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
@@ -34,14 +34,16 @@ LIMIT = 30.0
 class Switchboard:
     """The queue of every ordered pair of ranks; `fail` wakes up whoever waits."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, size: int, limit: float) -> None:
         self.end = time.monotonic() + limit
-        self.queues: dict[tuple[int, int], Queue[tuple[str, Tensor] | None]] = defaultdict(Queue)
+        pairs = product(range(size), repeat=2)
+        self.queues: dict[tuple[int, int], Queue[tuple[str, Tensor] | None]]
+        self.queues = {pair: Queue() for pair in pairs}  # now: threads would make some twice
         self.broken = False
 
     def fail(self) -> None:
         self.broken = True
-        for queue in list(self.queues.values()):
+        for queue in self.queues.values():
             queue.put(None)
 
     def left_over(self) -> list[str]:
@@ -111,7 +113,7 @@ def run_ranks(
     rank sends must stay as they are until it returns; a rank that is stuck is an error that
     shows where.
     """
-    board = Switchboard(limit)
+    board = Switchboard(size, limit)
     found: dict[int, Any] = {}
     errors: dict[int, BaseException] = {}
 
