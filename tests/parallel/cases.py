@@ -110,6 +110,7 @@ class Case:
     train: tuple[bool, bool, bool] = (True, True, True)
     seed: int = 0
     spread: tuple[Sharding, Sharding] | None = None
+    drops: str = "global"
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
@@ -182,6 +183,7 @@ class Case:
             stages=self.stages,
             keep=self.keep,
             backend=self.backend,
+            dropout=self.drops,
         )
 
     @cached_property

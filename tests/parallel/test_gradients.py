@@ -248,6 +248,34 @@ def test_bits_repeat_whoever_is_late(case: Case) -> None:
     assert all(are_equal(first, bits(case, seed)) for seed in (1, 2))
 
 
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("keep", [False, True])
+def test_local_dropout_drops_the_same_backward(ways: int, keep: bool) -> None:
+    case = Case(
+        CAUSAL,
+        4,
+        method="needed" if ways == 1 else "hybrid",
+        heads_ways=ways,
+        keep=keep,
+        dropout=0.4,
+        drops="local",
+        backend="emulated",
+        sink=False,
+    )
+    exact = replace(case, dropout=0.0)
+    case.__dict__["slopes"] = exact.slopes
+    once, twice = run_on_threads(case), run_on_threads(case)
+    assert all(
+        are_equal([a["output"], a["value"]], [b["output"], b["value"]])
+        for a, b in zip(once, twice, strict=True)
+    )
+    output, slope = (case.whole(name, [one[name] for one in once]) for name in ("output", "value"))
+    assert not torch.allclose(output, exact.answer[0])
+    # The output is linear in the values: with the same cells, both sums are over the same terms.
+    forward, back = (output * case.slopes[0]).sum(), (slope * case.operands.value).sum()
+    torch.testing.assert_close(back.detach(), forward, rtol=EXACT, atol=EXACT)
+
+
 # -- faults ----------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,15 @@ import torch
 
 from attnkit import masks, pse
 from attnkit.layouts import SeqLens
-from tests.parallel.cases import CAUSAL, GALLERY, LENGTH, SHARDINGS, Case, run_on_threads, worst
+from tests.parallel.cases import (
+    CAUSAL,
+    GALLERY,
+    LENGTH,
+    SHARDINGS,
+    Case,
+    run_on_threads,
+    worst,
+)
 
 EXACT = 1e-12
 METHODS = ("needed", "ring", "gather")
@@ -79,6 +87,12 @@ SOME = {
     "heads apart": Case(HEADS, 3, "even"),
     "heads apart, turned": Case(HEADS, **turned(4, 2)),
     "cells": Case(masks.Dense.keep(CELLS), 3, "random"),
+    "calls": Case(GALLERY["Sink and window"], 4, backend="emulated", stages=2),
+    "calls, ring": Case(
+        GALLERY["Packed documents, causal"], 3, "random", "ring", backend="emulated"
+    ),
+    "calls, turned": Case(backend="emulated", bias=lambda: pse.ALiBi(4), **turned(4, 2)),
+    "calls, t5": Case(bias=t5, ranks=3, sharding="even", keep=True, backend="emulated"),
     "predicate": Case(masks.Predicate(lambda b, h, i, j: (i + j + h) % 3 != 0), **turned(2, 2)),
 }
 
