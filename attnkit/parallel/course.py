@@ -19,6 +19,8 @@ from attnkit.ranges import Ranges, places, total
 
 __all__ = ["Course", "Leg", "Move", "Task"]
 
+_MOST = 8  # a process is one rank; a test is several
+
 
 class Move(NamedTuple):
     """A message: whom it goes to or comes from, and where its keys lie; None: they are all."""
@@ -68,10 +70,12 @@ class Course:
     def of(cls, plan: ParallelPlan, rank: int) -> Course:
         """Return the course of a rank, which the plan keeps."""
         known: dict[int, Course] = plan.__dict__.setdefault("_courses", {})
-        if rank not in known:
-            known.clear()  # a process is one rank; tests are several, and make it anew
-            known[rank] = cls._made(plan, rank)
-        return known[rank]
+        found = known.get(rank)
+        if found is None:
+            if len(known) >= _MOST:
+                known.clear()
+            found = known[rank] = cls._made(plan, rank)
+        return found
 
     @classmethod
     def _made(cls, plan: ParallelPlan, rank: int) -> Course:

@@ -103,7 +103,8 @@ def _through_stages(
             asked = _of_task(course, task, operands, keys)
             part = BACKENDS[task.plan.backend].partial(task.plan, asked, seed)
             drawn.append(tensors_of(part.random))
-            if rows is None and task.rows is None:  # the first, which covers all
+            if rows is None and task.rows is None and part.random is None:
+                # The first, which covers all of them, and of which nothing else is kept.
                 rows = Merging(request.layout, part.output, part.lse)
                 continue
             rows = rows or Merging(request.layout, *_nothing(course, operands.query)[:2])
