@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def several() -> pse.Pse:
     return before + pse.KeyBias(torch.zeros(LENGTH, requires_grad=True)) + t5()
 
 
-def turned(ranks: int, ways: int) -> dict[str, object]:
+def turned(ranks: int, ways: int) -> dict[str, Any]:
     method = "ulysses" if ranks == ways else "hybrid"
     return {"ranks": ranks, "heads_ways": ways, "method": method}
 
@@ -107,15 +108,18 @@ def test_ranks_equal_one_process(name: str) -> None:
 
 
 def matrix() -> dict[str, Case]:
-    """Every mask of the gallery, sharding, number of ranks and method; and turned to heads."""
+    """Every mask of the gallery, sharding, number of ranks and method; and turned to heads.
+
+    All have a sink; a bias that trains, and dropout, where the masks are dealt at random.
+    """
     found = {}
     for name, sharding, ranks in itertools.product(GALLERY, (*SHARDINGS, "even"), (2, 3, 4)):
-        for method in METHODS:
-            case = Case(GALLERY[name], ranks, sharding, method)
-            found[f"{name}, {sharding}, {ranks}, {method}"] = case
-        for ways in {ranks, 2} if ranks == 4 else {ranks}:
-            case = Case(GALLERY[name], sharding=sharding, **turned(ranks, ways))
-            found[f"{name}, {sharding}, {ranks}, {ways} ways"] = case
+        ways = {ranks, 2} if ranks == 4 else {ranks}
+        hows: list[dict[str, Any]] = [{"ranks": ranks, "method": one} for one in METHODS]
+        for how in (*hows, *(turned(ranks, way) for way in ways)):
+            drops = {"bias": t5, "dropout": 0.2} if sharding == "random" else {}
+            told = f"{name}, {sharding}, {ranks}, {how['method']}"
+            found[told] = Case(GALLERY[name], sharding=sharding, **how, **drops)
     return found
 
 
