@@ -25,13 +25,26 @@ from attnkit.errors import CompositionError
 from attnkit.handles import number_of
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask, SelectedBlocks
-from attnkit.planner import Composition, Plan, read_request
+from attnkit.parallel.graph import without_maximum
+from attnkit.parallel.plan import ParallelPlan
+from attnkit.parallel.shards import Shards
+from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import is_transformed
 from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
 from attnkit.pse import Pse
 
-__all__ = ["Asked", "any_length", "attend", "is_tracing", "key_of", "plan_again", "plan_of"]
+__all__ = [
+    "Asked",
+    "any_length",
+    "attend",
+    "is_tracing",
+    "key_of",
+    "plan_again",
+    "plan_of",
+    "sharded_plan_again",
+    "sharded_plan_of",
+]
 
 is_tracing = torch.compiler.is_dynamo_compiling
 
@@ -101,8 +114,24 @@ def plan_of(
     seqlens: SeqLens | None,
 ) -> Plan:
     """Return the plan of what is asked for these tensors; nothing of their content is read."""
+    return make_plan(_request(asked, (query, key, value), sink, seqlens), asked.backend)
+
+
+def sharded_plan_of(
+    asked: Asked, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, shards: Shards
+) -> ParallelPlan:
+    """Return the plan of all ranks for what is asked for the tensors of this one."""
+    whole = shards.whole(layouts.get(asked.layout), query, key, value)
+    request = _request(asked, whole, sink, shards.seqlens)
+    return shards.plan(request, asked.pse, asked.backend)
+
+
+def _request(
+    asked: Asked, tensors: Sequence[Tensor], sink: Tensor | None, seqlens: SeqLens | None
+) -> Request:
     numbers = (asked.scale, asked.dropout, asked.softcap)
-    request = read_request(
+    query, key, value = tensors
+    return read_request(
         Composition(asked.mask, asked.pse, asked.layout, *numbers, *asked[11:]),
         query,
         key,
@@ -114,7 +143,6 @@ def plan_of(
         sink=sink,
         training=asked.training,
     )
-    return make_plan(request, asked.backend)
 
 
 def key_of(
@@ -206,7 +234,26 @@ def plan_again(
     return found
 
 
-def _keep(plans: dict[Hashable, Plan], known: Hashable, plan: Plan) -> None:
+def sharded_plan_again(
+    plans: dict[Hashable, Any],
+    asked: Asked,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor | None,
+    shards: Shards,
+) -> ParallelPlan:
+    """Return the plan of all ranks that a module has for such a call, or make it and keep it."""
+    known = key_of(asked, query, key, value, sink, shards.seqlens)
+    found: ParallelPlan | None = plans.get((known, shards))
+    if found is None:
+        found = sharded_plan_of(asked, query, key, value, sink, shards)
+        if known is not None:
+            _keep(plans, (known, shards), found)
+    return found
+
+
+def _keep(plans: dict[Hashable, Any], known: Hashable, plan: Plan | ParallelPlan) -> None:
     if len(plans) >= MOST_PLANS:
         plans.pop(next(iter(plans)), None)  # the oldest
     plans[known] = plan
@@ -221,6 +268,7 @@ def attend(
     seqlens: SeqLens | None,
     carried: Sequence[Tensor] | None = None,
     return_stats: bool = True,
+    shards: Shards | None = None,
 ) -> AttentionOutput:
     """Attend as asked.
 
@@ -229,9 +277,14 @@ def attend(
     """
     if is_tracing():
         now = list(asked.tensors if carried is None else carried)
-        return _in_graph(asked, query, key, value, sink, seqlens, now, return_stats)
-    found = plan_of(asked, query, key, value, sink, seqlens)
-    return run_plan(found, Operands(query, key, value, asked.pse, sink, given=asked.given))
+        return _in_graph(asked, query, key, value, sink, seqlens, now, return_stats, shards)
+    operands = Operands(query, key, value, asked.pse, sink, given=asked.given)
+    if shards is not None:
+        shards.lengths(seqlens)
+        with shards.wires.telling():
+            found = sharded_plan_of(asked, query, key, value, sink, shards)
+            return shards.attend(found, operands)
+    return run_plan(plan_of(asked, query, key, value, sink, seqlens), operands)
 
 
 def _in_graph(
@@ -243,13 +296,17 @@ def _in_graph(
     seqlens: SeqLens | None,
     carried: list[Tensor],
     return_stats: bool,
+    shards: Shards | None,
 ) -> AttentionOutput:
     """Attend by one operator of the graph: what differs in each step is a tensor to it."""
     # Those of the call come last: a plan is remembered with the last one.
     pse, call_pse = asked.biases
     known = [None if isinstance(one, SelectedBlocks) else one for one in asked.masks]
     words = [one.words for one in asked.masks if isinstance(one, SelectedBlocks)]
+    parts: tuple[tuple[str, Any], ...]
     parts = (("m", known[0]), ("b", pse), ("m", known[1]), ("b", call_pse), ("s", seqlens))
+    if shards is not None:
+        parts = (*parts[:-1], ("x", shards))
     some = [(role, one) for role, one in parts if one is not None] or [("m", _WHOLE)]
     roles, values = "".join([role for role, _ in some]), [one._handle for _, one in some]
     tensors = [query, key, value, *([] if sink is None else [sink]), *carried, *asked.given]
@@ -271,7 +328,9 @@ def _in_graph(
         asked.memory_limit,
         words[0] if words else None,
     )
-    return run_terms(text, tensors, values, bool(asked.training and asked.dropout), return_stats)
+    drops = bool(asked.training and asked.dropout)
+    found = run_terms(text, tensors, values, drops, return_stats)
+    return found if shards is None else without_maximum(found)
 
 
 def _function(score_fn: ScoreFunction, records: bool, device: torch.device) -> int:

@@ -10,13 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from attnkit.arguments import check_bool, check_int
-from attnkit.attend import Asked, attend, is_tracing, plan_again, plan_of
+from attnkit.attend import (
+    Asked,
+    attend,
+    is_tracing,
+    plan_again,
+    plan_of,
+    sharded_plan_again,
+    sharded_plan_of,
+)
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
 from attnkit.masks.predicate import function_name
+from attnkit.parallel.plan import ParallelPlan
+from attnkit.parallel.shards import Shards, as_shards
 from attnkit.planner import Composition, Plan
 from attnkit.planner.scoring import ScoreFunction
 from attnkit.pse import Pse
@@ -167,6 +177,7 @@ class Attention(nn.Module):
         mask: Mask | None = ...,
         pse: Pse | None = ...,
         seqlens: SeqLens | None = ...,
+        shards: Shards | None = ...,
         return_stats: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -180,6 +191,7 @@ class Attention(nn.Module):
         mask: Mask | None = ...,
         pse: Pse | None = ...,
         seqlens: SeqLens | None = ...,
+        shards: Shards | None = ...,
         return_stats: Literal[True],
     ) -> AttentionOutput: ...
 
@@ -192,19 +204,49 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
         return_stats: bool = False,
     ) -> Tensor | AttentionOutput:
         """Attend; a call-time `mask` is intersected with the module's, a `pse` is added.
 
+        With `shards` (`attnkit.parallel`), tensors have the tokens of this process, and mask,
+        bias and lengths are of the whole text.
+
         With `return_stats`, returns `AttentionOutput(output, stats)`; gradients flow through
         ``stats.lse``, too.
         """
-        asked = self._asked(mask, pse)
-        result = self._attend(asked, query, key, value, seqlens, return_stats)
+        asked, shards = self._asked(mask, pse), as_shards(shards)
+        result = self._attend(asked, query, key, value, seqlens, return_stats, shards)
         return result if return_stats else result.output
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    @overload
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        shards: None = ...,
+    ) -> Plan: ...
+
+    @overload
+    def plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        shards: Shards,
+    ) -> ParallelPlan: ...
 
     def plan(
         self,
@@ -215,9 +257,16 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
-    ) -> Plan:
-        """Return the plan that `forward` would run for these tensors; meta tensors will do."""
-        return self._plan(self._asked(mask, pse), query, key, value, self.sink, seqlens)
+        shards: Shards | None = None,
+    ) -> Plan | ParallelPlan:
+        """Return the plan that `forward` would run for these tensors; meta tensors will do.
+
+        With `shards` it is that of all ranks; nothing is exchanged.
+        """
+        asked, shards = self._asked(mask, pse), as_shards(shards)
+        if shards is not None:
+            return self._sharded_plan(asked, query, key, value, seqlens, shards)
+        return self._plan(asked, query, key, value, self.sink, seqlens)
 
     def explain(
         self,
@@ -228,9 +277,13 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
     ) -> str:
         """Return the report of the plan: what runs, on what, at what price, and why."""
-        return self.plan(query, key, value, mask=mask, pse=pse, seqlens=seqlens).explain()
+        asked, shards = self._asked(mask, pse), as_shards(shards)
+        if shards is not None:
+            return self._sharded_plan(asked, query, key, value, seqlens, shards).explain()
+        return self._plan(asked, query, key, value, self.sink, seqlens).explain()
 
     def _asked(self, mask: Mask | None, pse: Pse | None) -> Asked:
         """Return what a call with this mask and bias asks for."""
@@ -263,6 +316,18 @@ class Attention(nn.Module):
     ) -> Plan:
         return plan_again(self._plans, asked, query, key, value, sink, seqlens)
 
+    def _sharded_plan(
+        self,
+        asked: Asked,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seqlens: SeqLens | None,
+        shards: Shards,
+    ) -> ParallelPlan:
+        shards.lengths(seqlens)
+        return sharded_plan_again(self._plans, asked, query, key, value, self.sink, shards)
+
     def _attend(
         self,
         asked: Asked,
@@ -271,15 +336,19 @@ class Attention(nn.Module):
         value: Tensor,
         seqlens: SeqLens | None,
         return_stats: bool,
+        shards: Shards | None = None,
     ) -> AttentionOutput:
         sink = self.sink
         if not is_tracing():
-            plan = self._plan(asked, query, key, value, sink, seqlens)
             given = Operands(query, key, value, asked.pse, sink, given=asked.given)
-            return run_plan(plan, given)
+            if shards is not None:
+                with shards.wires.telling():
+                    shared = self._sharded_plan(asked, query, key, value, seqlens, shards)
+                    return shards.attend(shared, given)
+            return run_plan(self._plan(asked, query, key, value, sink, seqlens), given)
         own, added = [getattr(self, name) for name in self._pse_names], asked.biases[1]
         now = [*own, *(added.tensors if added is not None else ())]
-        return attend(asked, query, key, value, sink, seqlens, now, return_stats)
+        return attend(asked, query, key, value, sink, seqlens, now, return_stats, shards)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found again; they need not travel with a copy or a checkpoint.
@@ -373,6 +442,7 @@ def attention(
     pse: Pse | None = ...,
     layout: str = ...,
     seqlens: SeqLens | None = ...,
+    shards: Shards | None = ...,
     num_heads: int | None = ...,
     num_kv_heads: int | None = ...,
     scale: float | None = ...,
@@ -397,6 +467,7 @@ def attention(
     pse: Pse | None = ...,
     layout: str = ...,
     seqlens: SeqLens | None = ...,
+    shards: Shards | None = ...,
     num_heads: int | None = ...,
     num_kv_heads: int | None = ...,
     scale: float | None = ...,
@@ -420,6 +491,7 @@ def attention(
     pse: Pse | None = None,
     layout: str = "BSND",
     seqlens: SeqLens | None = None,
+    shards: Shards | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     scale: float | None = None,
@@ -435,7 +507,9 @@ def attention(
     """Attend without a module; the arguments are those of `Attention`.
 
     Layouts that merge heads (BSH, SBH) need `num_heads`, and `num_kv_heads` where it differs.
-    `sink` is a tensor [n]. A `dropout` above 0 applies: there is no eval mode here.
+    `sink` is a tensor [n]. A `dropout` above 0 applies: there is no eval mode here. With `shards`
+    (`attnkit.parallel`), tensors have the tokens of this process, and mask, bias and lengths are of
+    the whole text.
 
     >>> import torch
     >>> from attnkit import masks
@@ -458,8 +532,59 @@ def attention(
         deterministic=deterministic,
         memory_limit=memory_limit,
     )
-    result = attend(asked, query, key, value, sink, seqlens, return_stats=return_stats)
+    shards = as_shards(shards)
+    result = attend(
+        asked, query, key, value, sink, seqlens, return_stats=return_stats, shards=shards
+    )
     return result if return_stats else result.output
+
+
+@overload
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = ...,
+    pse: Pse | None = ...,
+    layout: str = ...,
+    seqlens: SeqLens | None = ...,
+    shards: None = ...,
+    num_heads: int | None = ...,
+    num_kv_heads: int | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    sink: Tensor | None = ...,
+    softcap: float | None = ...,
+    score_fn: ScoreFunction | None = ...,
+    deterministic: bool = ...,
+    memory_limit: int | None = ...,
+    backend: str = ...,
+) -> Plan: ...
+
+
+@overload
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = ...,
+    pse: Pse | None = ...,
+    layout: str = ...,
+    seqlens: SeqLens | None = ...,
+    shards: Shards,
+    num_heads: int | None = ...,
+    num_kv_heads: int | None = ...,
+    scale: float | None = ...,
+    dropout: float = ...,
+    sink: Tensor | None = ...,
+    softcap: float | None = ...,
+    score_fn: ScoreFunction | None = ...,
+    deterministic: bool = ...,
+    memory_limit: int | None = ...,
+    backend: str = ...,
+) -> ParallelPlan: ...
 
 
 def plan(
@@ -471,6 +596,7 @@ def plan(
     pse: Pse | None = None,
     layout: str = "BSND",
     seqlens: SeqLens | None = None,
+    shards: Shards | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     scale: float | None = None,
@@ -481,8 +607,10 @@ def plan(
     deterministic: bool = False,
     memory_limit: int | None = None,
     backend: str = "auto",
-) -> Plan:
+) -> Plan | ParallelPlan:
     """Return the plan that `attention` would run; meta tensors will do.
+
+    With `shards` it is that of all ranks; nothing is exchanged.
 
     >>> import torch
     >>> from attnkit import masks
@@ -506,4 +634,8 @@ def plan(
         deterministic=deterministic,
         memory_limit=memory_limit,
     )
-    return plan_of(asked, query, key, value, sink, seqlens)
+    shards = as_shards(shards)
+    if shards is None:
+        return plan_of(asked, query, key, value, sink, seqlens)
+    shards.lengths(seqlens)
+    return sharded_plan_of(asked, query, key, value, sink, shards)

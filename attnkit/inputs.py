@@ -14,6 +14,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.masks.parse import as_mask
+from attnkit.parallel.shards import Shards, as_shards
 from attnkit.pse import Pse
 from attnkit.pse.parse import as_pse
 from attnkit.rotary import Dynamic, Rotary
@@ -33,6 +34,7 @@ class LayerInputs(NamedTuple):
     cache: KVCache | StaticCache | None = None
     positions: Tensor | None = None
     values: Tensor | None = None
+    shards: Shards | None = None
 
     @property
     def source(self) -> Tensor:
@@ -52,14 +54,23 @@ class LayerInputs(NamedTuple):
     def read(self) -> LayerInputs:
         """Return the same with a mask and a bias for what may be their texts.
 
-        Raises for what is neither, and for a cache that is something else.
+        Raises for what is neither, and for a cache that is something else. Of `shards` come the
+        lengths of a packed batch.
         """
         if not isinstance(self.cache, KVCache | StaticCache | None):
             raise CompositionTypeError(
                 f"cache={shown(self.cache)}; give a KVCache(), one per layer"
             )
         mask = None if self.mask is None else as_mask(self.mask)
-        return self._replace(mask=mask, pse=as_pse(self.pse))
+        shards, seqlens = as_shards(self.shards), self.seqlens
+        if shards is not None:
+            if self.cache is not None:
+                raise CompositionError(
+                    f"cache={shown(self.cache)} with shards: a step of decoding has one token, "
+                    "which no rank can share; attnkit.parallel.decoding spreads the cache"
+                )
+            seqlens = shards.lengths(seqlens)
+        return self._replace(mask=mask, pse=as_pse(self.pse), seqlens=seqlens, shards=shards)
 
     def check_widths(
         self, widths: tuple[int, int, int], projections: tuple[nn.Module, nn.Module, nn.Module]
@@ -149,6 +160,8 @@ class LayerInputs(NamedTuple):
                 f"{seqlens}: in self-attention every sequence has as many keys as queries; give "
                 "SeqLens(lengths), or a context"
             )
+        if self.shards is not None:  # tokens are local, and their number is checked with the plan
+            return
         if not is_tracing():  # where the plan is read, outside of the trace, this is checked too
             seqlens.check_totals(x.shape[0], self.source.shape[0])
 
@@ -174,6 +187,11 @@ class LayerInputs(NamedTuple):
                 "positions=[a, s] or [a, b, s]"
             )
         scaling = rotary.scaling
+        if self.shards is not None and self.positions is not None and isinstance(scaling, Dynamic):
+            raise CompositionError(
+                f"{scaling} turns by the length of the whole text, and positions= tell those of "
+                "this process only; leave them out, its shards know them"
+            )
         if self.cache is None or not isinstance(scaling, Dynamic):
             return
         start = self.cache.length

@@ -22,6 +22,8 @@ from attnkit.inputs import LayerInputs
 from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.memory import padded
+from attnkit.parallel.plan import ParallelPlan
+from attnkit.parallel.shards import Shards
 from attnkit.planner import Plan
 from attnkit.planner.scoring import SCORE_WITH_CACHE, ScoreFunction
 from attnkit.projections import (
@@ -191,6 +193,7 @@ class MultiHeadAttention(AsTorch):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
         cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[False] = False,
@@ -206,6 +209,7 @@ class MultiHeadAttention(AsTorch):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
         cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[True],
@@ -220,6 +224,7 @@ class MultiHeadAttention(AsTorch):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
         cache: KVCache | StaticCache | None = None,
         positions: Tensor | None = None,
         return_stats: bool = False,
@@ -248,6 +253,10 @@ class MultiHeadAttention(AsTorch):
         and the same mask with every token that is appended (`Padding.of` says which keys of the
         prompt do not exist, however long the text grows).
 
+        With `shards` (`attnkit.parallel`), `x` has the tokens of this process and `context` its
+        part of that one; masks and biases speak of the whole text, lengths and the positions that
+        `rotary` turns by come from the shards.
+
         With `return_stats`, returns `AttentionOutput(output, stats)`.
 
         >>> from attnkit import masks
@@ -263,7 +272,7 @@ class MultiHeadAttention(AsTorch):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values).read()
+        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values, shards).read()
         self._check(given)
         if cache is None:
             found = self._attend(given, return_stats)
@@ -281,6 +290,32 @@ class MultiHeadAttention(AsTorch):
     if TYPE_CHECKING:  # what a call returns is what `forward` does
         __call__ = forward
 
+    @overload
+    def plan(
+        self,
+        x: Tensor,
+        context: Tensor | None = ...,
+        *,
+        values: Tensor | None = ...,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        shards: None = ...,
+    ) -> Plan: ...
+
+    @overload
+    def plan(
+        self,
+        x: Tensor,
+        context: Tensor | None = ...,
+        *,
+        values: Tensor | None = ...,
+        mask: Mask | None = ...,
+        pse: Pse | None = ...,
+        seqlens: SeqLens | None = ...,
+        shards: Shards,
+    ) -> ParallelPlan: ...
+
     def plan(
         self,
         x: Tensor,
@@ -290,19 +325,27 @@ class MultiHeadAttention(AsTorch):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
-    ) -> Plan:
+        shards: Shards | None = None,
+    ) -> Plan | ParallelPlan:
         """Return the plan that `forward` would run without a cache; nothing is projected.
+
+        With `shards` it is that of all ranks; nothing is exchanged.
 
         >>> layer = MultiHeadAttention(32, 4)
         >>> layer.plan(torch.randn(2, 6, 32)).request.num_heads
         4
         """
-        given = LayerInputs(x, context, mask, pse, seqlens, values=values).read()
+        return self._plan(LayerInputs(x, context, mask, pse, seqlens, values=values, shards=shards))
+
+    def _plan(self, given: LayerInputs) -> Plan | ParallelPlan:
+        given = given.read()
         self._check(given)
-        tokens = {"q": x, "k": given.source, "v": given.of_values}
+        tokens = {"q": given.x, "k": given.source, "v": given.of_values}
         heads = (self._heads(which, of, computed_like) for which, of in tokens.items())
         asked, _, laid = self._asked(given, heads)
-        return self.attention._plan(asked, *laid, self.attention.sink, seqlens)
+        if given.shards is not None:
+            return self.attention._sharded_plan(asked, *laid, given.seqlens, given.shards)
+        return self.attention._plan(asked, *laid, self.attention.sink, given.seqlens)
 
     def explain(
         self,
@@ -313,13 +356,15 @@ class MultiHeadAttention(AsTorch):
         mask: Mask | None = None,
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
+        shards: Shards | None = None,
     ) -> str:
         """Return the report of `plan`: what runs, at what price, and why.
 
         >>> print(MultiHeadAttention(32, 4).explain(torch.randn(2, 6, 32)).splitlines()[0])
         attention on backend 'tiled': the composition itself, no fused call
         """
-        return self.plan(x, context, values=values, mask=mask, pse=pse, seqlens=seqlens).explain()
+        given = LayerInputs(x, context, mask, pse, seqlens, values=values, shards=shards)
+        return self._plan(given).explain()
 
     def extra_repr(self) -> str:
         """Describe what the submodules do not show.
@@ -338,7 +383,7 @@ class MultiHeadAttention(AsTorch):
         heads = self._project(given, 0)
         asked, form, laid = self._asked(given, heads)
         stats = return_stats or self.extra_k is not None
-        found = self.attention._attend(asked, *laid, given.seqlens, stats)
+        found = self.attention._attend(asked, *laid, given.seqlens, stats, given.shards)
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
         return self._with_extra(AttentionOutput(output, found.stats), heads[0])
 
@@ -423,15 +468,16 @@ class MultiHeadAttention(AsTorch):
         """Return queries, keys and values, turned by the positions; by default they count on."""
         query, key = self._heads("q", given.x), self._heads("k", given.source)
         if self.rotary is not None:
-            where, seqlens = given.positions, given.seqlens
+            where, seqlens, longest = given.positions, given.seqlens, None
             if where is None:
                 tokens, device = given.x.shape[-2], given.x.device
-                where = (
-                    counted((tokens,), start, device)
-                    if seqlens is None
-                    else counted_in_each(seqlens, tokens, device)
-                )
-            query, key = self.rotary.rotate(query, where), self.rotary.rotate(key, where)
+                if given.shards is not None:
+                    where, longest = given.shards.places(device, tokens)
+                elif seqlens is None:
+                    where = counted((tokens,), start, device)
+                else:
+                    where = counted_in_each(seqlens, tokens, device)
+            query, key = (self.rotary.rotate(one, where, longest) for one in (query, key))
         return query, key, self._heads("v", given.of_values)
 
     def _check(self, given: LayerInputs) -> None:

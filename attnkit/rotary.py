@@ -181,8 +181,11 @@ class Rotary:
                 f"position per token{told or ', [s]'}, or {list(all_of)}"
             )
 
-    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+    def rotate(self, heads: Tensor, positions: Tensor, longest: Tensor | None = None) -> Tensor:
         """Return ``... s n d`` turned by the positions of its tokens (`check_positions`).
+
+        `longest` is the last position of the longest text plus 1, where tokens are only a part of
+        it (`Dynamic` turns by it), in a tensor.
 
         Angles are taken in float32 (float64 for float64 heads): half precision cannot tell
         distant positions apart. The result has the dtype of `heads`.
@@ -207,7 +210,7 @@ class Rotary:
             )
         dim = self.dims(heads.shape[-1])
         exact = torch.float64 if heads.dtype == torch.float64 else torch.float32
-        cos, sin = self._cos_sin(positions, dim, exact)
+        cos, sin = self._cos_sin(positions, dim, exact, longest)
         # One axis counts the pairs, the other the two of each.
         ends, two = ((-1, 2), -1) if self.pairing == "interleaved" else ((2, -1), -2)
         x, y = torch.unflatten(heads[..., :dim].to(exact), -1, ends).unbind(two)
@@ -215,12 +218,15 @@ class Rotary:
         turned = turned.to(heads.dtype)
         return turned if dim == heads.shape[-1] else torch.cat((turned, heads[..., dim:]), dim=-1)
 
-    def _cos_sin(self, positions: Tensor, dim: int, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cos_sin(
+        self, positions: Tensor, dim: int, exact: torch.dtype, longest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return cos and sin ``[..., s, 1, r/2]`` of the angle of every pair, scaled."""
         turns = _turns(self, dim, exact, positions.device)
         where, scaling = positions.to(exact), self.scaling
         if scaling is not None and scaling._by_length and positions.numel():
-            turns = scaling._scaled(turns, self.base, positions.amax() + 1)
+            longest = positions.amax() + 1 if longest is None else longest
+            turns = scaling._scaled(turns, self.base, longest)
         if self.sections is not None and where.ndim > 1:
             axes = _axes(self, positions.device)
             angle = where.movedim(0, -1).index_select(-1, axes) * turns

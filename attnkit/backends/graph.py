@@ -9,7 +9,7 @@ graph serves every mask, and lengths that are new in each step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -32,23 +32,34 @@ from attnkit.backends.base import (
 from attnkit.backends.choose import make_plan
 from attnkit.errors import BackendRefused, Refusal
 from attnkit.handles import memory_of, number_of, told
+from attnkit.layouts import SeqLens
 from attnkit.masks import Full
 from attnkit.masks.selection import Selection
-from attnkit.planner import Composition, Plan, read_request
+from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import read_sizes
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
-__all__ = ["Held", "Terms", "hold", "run_held", "run_terms", "stand_in"]
+__all__ = [
+    "Held",
+    "Terms",
+    "hold",
+    "read_terms",
+    "run_held",
+    "run_terms",
+    "stand_in",
+    "without_memory",
+]
 
 
 class Terms(NamedTuple):
     """What a graph is of, as words and numbers: all of a request that is no data of a step.
 
     `roles` says what each handle is, a letter for each: "m" a mask, "b" a bias, "s" the lengths of
-    a packed batch, "f" a score function; "p" is a plan with its bias. `grads` says which tensors
-    ask for a gradient.
+    a packed batch, "f" a score function; "p" is a plan with its bias, "x" the shards of tokens that
+    are spread over processes, which know the lengths. `grads` says which tensors ask for a
+    gradient.
     """
 
     roles: str
@@ -90,17 +101,37 @@ class Held:
         sink = () if self.plan.request.sink else (None,)
         return Operands.of(self.pse, [*tensors[:3], *sink, *tensors[3:]])
 
+    @property
+    def saves_lse(self) -> bool:
+        """Whether `gradients` needs the log-sum-exp of the forward pass."""
+        return BACKENDS[self.plan.backend].saves_lse
+
+    def compute(self, operands: Operands, seed: Tensor | None) -> AttentionOutput:
+        """Run the plan on random numbers that follow from `seed`; nothing is recorded."""
+        return BACKENDS[self.plan.backend].compute(self.plan, operands, seed)
+
+    def gradients(
+        self, operands: Operands, kept: Kept, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the leaves that are wanted."""
+        return BACKENDS[self.plan.backend].gradients(self.plan, operands, kept, wanted)
+
 
 def hold(plan: Plan, pse: Pse | None) -> Held:
     """Return a plan with a kind of bias; the plan keeps it."""
     kinds: dict[object, Held] = plan.__dict__.setdefault("_held", {})
     kind = None if pse is None else pse.key()
     if kind not in kinds:
-        if pse is not None:  # not the tensors of the first who asked
-            facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in pse.tensors)
-            pse = rebound(pse, [stand_in(*known) for known in facts])
-        kinds[kind] = Held(plan, pse)
+        kinds[kind] = Held(plan, without_memory(pse))  # not with tensors of the first who asked
     return kinds[kind]
+
+
+def without_memory(pse: Pse | None) -> Pse | None:
+    """Return a bias like one, on stand-ins for its tensors."""
+    if pse is None:
+        return None
+    facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in pse.tensors)
+    return rebound(pse, [stand_in(*known) for known in facts])
 
 
 def stand_in(
@@ -175,10 +206,31 @@ def _found(tensors: list[Tensor], values: list[Tensor], text: str) -> Held:
 
 def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
     given = list(zip(terms.roles, map(told, values), strict=True))
+    for role, spread in given:
+        if role == "x":  # it knows the plan of all ranks, and how one of them runs
+            held: Held = spread.held(terms, given, tensors)
+            return held
+    request, pse = read_terms(terms, given, tensors)
+    return hold(make_plan(request, terms.backend), pse)
+
+
+def read_terms(
+    terms: Terms,
+    given: Sequence[tuple[str, Any]],
+    tensors: Sequence[Tensor],
+    whole: Callable[..., Sequence[Tensor]] = lambda *local: local,
+    seqlens: SeqLens | None = None,
+) -> tuple[Request, Pse | None]:
+    """Return the request that a graph makes, and its bias, from what its handles stand for.
+
+    Of tokens that are spread over processes, `whole` puts query, key and value of all in place of
+    those of one, and `seqlens` are the lengths.
+    """
     with torch.set_grad_enabled(any(terms.grads)):
         facts = zip(tensors, terms.grads, strict=True)
         known = [stand_in(t.shape, t.dtype, t.device, grad) for t, grad in facts]
-        query, key, value, *carried = known
+        query, key, value = whole(*known[:3])
+        carried = known[3:]
         sink = carried.pop(0) if terms.sink else None
         masks, biases, lengths, functions = (
             [one for role, one in given if role == r] for r in "mbsf"
@@ -205,11 +257,11 @@ def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
             num_heads=terms.num_heads,
             num_kv_heads=terms.num_kv_heads,
             head_dim=terms.head_dim,
-            seqlens=lengths[0] if lengths else None,
+            seqlens=lengths[0] if lengths else seqlens,
             sink=sink,
             training=terms.training,
         )
-        return hold(make_plan(request, terms.backend), pse)
+    return request, pse
 
 
 def _selection(
@@ -247,12 +299,12 @@ def _forward(
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     held, kept = _found(tensors, values, text), return_stats or any(Terms.read(text).grads)
-    backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
+    operands = held.operands(tensors)
     with _alone(operands.query.device):
-        output, stats = backend.compute(held.plan, operands, seed)
+        output, stats = held.compute(operands, seed)
         output = output.contiguous()
         lse = peak = output.new_empty(0)
-        if return_stats or (kept and backend.saves_lse):
+        if return_stats or (kept and held.saves_lse):
             lse = stats.lse.contiguous()
         elif kept:
             lse = output.new_zeros(
@@ -292,12 +344,12 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are wanted, and empty tensors for the others."""
     held = _found(tensors, values, text)
-    backend, operands = BACKENDS[held.plan.backend], held.operands(tensors)
+    operands = held.operands(tensors)
     kept = Kept(seed, output, lse, grad, grad_lse)
     asked = iter(wanted)
     every = tuple(leaf is not None and next(asked) for leaf in operands.leaves)
     with _alone(output.device):
-        found = backend.gradients(held.plan, operands, kept, every)
+        found = held.gradients(operands, kept, every)
     slopes = (g for g, leaf in zip(found, operands.leaves, strict=True) if leaf is not None)
     return [
         (torch.zeros_like(t) if g is None else g.contiguous()) if want else t.new_empty(0)

@@ -92,7 +92,8 @@ class CallReading:
     def plan(self, query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Plan:
         """Return the plan that `attend` runs for such tensors; meta tensors will do."""
         used = self._used(query, key, value)
-        return plan(*used, dropout=self.dropout, backend=backend, **self._how)
+        found: Plan = plan(*used, dropout=self.dropout, backend=backend, **self._how)
+        return found
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -65,10 +65,10 @@ def attend(
     """
     given = (plan, rank, wires, seed, *operands.leaves)
     output, lse = _OneRank.apply(*given)  # type: ignore[no-untyped-call]
-    return AttentionOutput(output, Stats(lse, _no_maximum))
+    return AttentionOutput(output, Stats(lse, no_maximum))
 
 
-def _no_maximum() -> NoReturn:
+def no_maximum() -> NoReturn:
     raise CompositionError(
         "the largest score of each row is not exchanged between ranks; use stats.lse"
     )
