@@ -12,6 +12,10 @@ counting bytes achieves on the same held-out text, and leaves in runs/<config>/:
     metrics.json    the figures
 
 Ctrl-C finishes the step, writes the checkpoint and stops.
+
+`--context-parallel 4` spreads the tokens of every batch over four processes, which it starts (under
+torchrun it takes those that are there). The run is the same: its losses, and its checkpoint, from
+which another number of processes can go on.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -46,6 +51,7 @@ from lm import baselines, checkpoint
 from lm.config import RunConfig, RunError, TrainingConfig, load_config
 from lm.data import Batch, Corpus, held_out_batches, load_corpus, training_batches
 from lm.model import LanguageModel, bits_per_byte, write_on
+from lm.ranks import BACKENDS, PATIENCE, Ranks, launch
 from lm.report import plot_losses
 
 OK, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -55,19 +61,70 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    arguments, count = parse_arguments(argv), 1
+    try:
+        count = number_of_processes(arguments)
+    except RunError as error:
+        return complain(error, WRONG_REQUEST)
+    if dist.is_initialized():
+        return run_as_rank(arguments)
+    if count == 1:
+        return run_here(arguments, Ranks())
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    return launch(start_rank, count, given)
+
+
+def number_of_processes(arguments: argparse.Namespace) -> int:
+    """Return how many processes the run is spread over."""
+    count: int = arguments.context_parallel
+    if count < 1:
+        raise RunError(f"--context-parallel {count}: it is a number of processes, at least 1")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(timeout=PATIENCE)
+        if dist.get_world_size() != count:
+            there = dist.get_world_size()
+            raise RunError(f"--context-parallel {count}, but torchrun started {there} processes")
+    return count
+
+
+def start_rank(argv: Sequence[str], store: str, rank: int, count: int) -> int:
+    """Run the command line as one of the processes that `launch` starts."""
     arguments = parse_arguments(argv)
     try:
-        run = prepare(arguments)
-    except (RunError, AttnkitError) as error:
-        return complain(error, WRONG_REQUEST)
+        backend = BACKENDS[pick_device(arguments.device).type]
+    except RunError as error:
+        return complain(error, WRONG_REQUEST) if rank == 0 else WRONG_REQUEST
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    where = dist.FileStore(store, count)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=where, rank=rank, world_size=count, timeout=PATIENCE)
+    return run_as_rank(arguments)
+
+
+def run_as_rank(arguments: argparse.Namespace) -> int:
+    """Run the command line as one of the processes of the default group."""
+    try:
+        world = dist.group.WORLD
+        return run_here(arguments, Ranks.of(world) if world is not None else Ranks())
+    finally:
+        dist.destroy_process_group()
+
+
+def run_here(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Run what the command line asks for in this process; return the exit code."""
+    console.quiet = not ranks.first
+    try:
+        run = prepare(arguments, ranks)
+    except (RunError, AttnkitError) as error:  # alike on all of them
+        return complain(error, WRONG_REQUEST) if ranks.first else WRONG_REQUEST
     try:
         train(run)
         step = run.progress.step
         if step < run.config.training.steps:
             console.print(f"stopped after step {step}; the same command with --resume goes on")
             return OK if step >= run.last_step else INTERRUPTED
-        report(run)
-    except (RunError, OSError) as error:  # a disk may be full by now
+        if ranks.first:
+            report(run)
+    except (RunError, AttnkitError, OSError) as error:  # a disk may be full by now
         return complain(error, FAILED)
     return OK
 
@@ -87,6 +144,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where to write (default: runs/<config name>)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or npu")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the tokens of every batch over N processes",
+    )
     parser.add_argument("--stop-at", type=int, help="stop after this step, as Ctrl-C would")
     return parser.parse_args(argv)
 
@@ -104,6 +168,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     progress: checkpoint.Progress
     last_step: int
+    ranks: Ranks
 
     @property
     def checkpoint_path(self) -> Path:
@@ -129,12 +194,15 @@ class Run:
             max_len=training.max_len,
             tokens_per_batch=training.tokens_per_batch,
         )
-        bits = bits_per_byte(self.model, [batch.to(self.device) for batch in batches])
+        there = [batch.to(self.device) for batch in batches]
+        bits = bits_per_byte(self.model, there, self.ranks)
         self.progress.held_out_bits[self.progress.step] = bits
         return bits
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint: that of one process, however many there are."""
+        if not self.ranks.first:
+            return
         checkpoint.save(
             self.checkpoint_path,
             self.config,
@@ -145,11 +213,11 @@ class Run:
         )
 
 
-def prepare(arguments: argparse.Namespace) -> Run:
+def prepare(arguments: argparse.Namespace, ranks: Ranks) -> Run:
     """Build the run that the command line asks for, and say how its attention will be computed."""
     config = load_config(arguments.config, steps=arguments.steps, seed=arguments.seed)
     training = config.training
-    device = pick_device(arguments.device)
+    device = pick_device(arguments.device, ranks)
     name = arguments.config.stem
     out = arguments.out or Path("runs") / name
     if arguments.stop_at is not None and arguments.stop_at < 1:
@@ -157,7 +225,7 @@ def prepare(arguments: argparse.Namespace) -> Run:
 
     if training.threads is not None:
         torch.set_num_threads(training.threads)
-    torch.manual_seed(training.seed)
+    torch.manual_seed(training.seed)  # alike in all processes, and so they draw alike
     corpus = load_corpus()
     try:
         model = LanguageModel(config.model, config.attention).to(device)
@@ -178,10 +246,12 @@ def prepare(arguments: argparse.Namespace) -> Run:
         optimizer=optimizer,
         progress=checkpoint.Progress(),
         last_step=last_step,
+        ranks=ranks,
     )
     if arguments.resume:
         run.progress = checkpoint.load(run.checkpoint_path, config, model, optimizer, device)
-    console.print(model.explain_attention(next(run.batches()).to(device)), markup=False)
+    first = next(run.batches()).to(device)
+    console.print(model.explain_attention(first, ranks.spread), markup=False)
     make_room(run)
     return run
 
@@ -198,8 +268,11 @@ def make_room(run: Run) -> None:
         raise RunError(f"cannot write to --out {run.out}: {error.strerror}") from None
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" takes the fastest one that is there."""
+def pick_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """Return the device called `name`; "auto" takes the fastest one that is there.
+
+    Where there are several processes, each takes one of a kind.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "npu": has_npu()}
     if name == "auto":
         name = next(kind for kind in ("npu", "cuda", "cpu") if available[kind])
@@ -208,6 +281,11 @@ def pick_device(name: str) -> torch.device:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise RunError(f"--device {name} is not available here; there is: {there}")
     try:
+        if ranks is not None and ranks.spread is not None and name not in ("cpu", "meta"):
+            count = torch.get_device_module(kind).device_count()
+            device = torch.device(kind, ranks.spread.rank % count)
+            torch.get_device_module(kind).set_device(device)
+            return device
         return torch.empty(0, device=name).device
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
@@ -250,10 +328,13 @@ def train(run: Run) -> None:
     run.model.train()
     with interrupts() as interrupted, training_bar(run.name) as bar:
         task = bar.add_task("", total=training.steps, completed=progress.step, loss="", rate="")
-        while progress.step < run.last_step and not interrupted.is_set():
+        stops = 0.0
+        while progress.step < run.last_step and not stops:
             started = time.perf_counter()
             batch = next(batches).to(run.device)
             loss = take_step(run, batch)
+            # Of several processes all stop after the step in which one was interrupted.
+            loss, stops = run.ranks.added(loss, interrupted.is_set())
             rate = f"{len(batch.targets) / (time.perf_counter() - started):,.0f} tokens/s"
 
             progress.step += 1
@@ -270,13 +351,14 @@ def train(run: Run) -> None:
 
 
 def take_step(run: Run, batch: Batch) -> float:
-    """Learn from one batch; return its cost in bits per byte."""
+    """Learn from one batch; return its cost in bits per byte, or this process's share of it."""
     training = run.config.training
     rate = learning_rate(run.progress.step, training)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    loss = run.model.loss(batch)
+    loss = run.model.loss(batch, spread=run.ranks.spread)
     torch.autograd.backward(loss)
+    run.ranks.add_gradients(run.model)
     nn.utils.clip_grad_norm_(run.model.parameters(), training.clip_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnkit as ak
+from attnkit.parallel import ContextParallel, Shards
 from lm.config import ModelConfig
 from lm.data import START, VOCABULARY, Batch
+from lm.ranks import Ranks
 
 
 class LanguageModel(nn.Module):
@@ -30,24 +32,50 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         seqlens: ak.SeqLens | None = None,
         caches: Sequence[ak.KVCache] | None = None,
+        shards: Shards | None = None,
     ) -> Tensor:
-        """Return [t, 256] scores for packed tokens [t], or [b, s, 256] for [b, s] with caches."""
+        """Return [t, 256] scores for packed tokens [t], or [b, s, 256] for [b, s] with caches.
+
+        With `shards`, both are those of this process.
+        """
         x = self.embedding(tokens)
         for index, block in enumerate(self.blocks):
-            x = block(x, seqlens, caches[index] if caches else None)
+            x = block(x, seqlens, caches[index] if caches else None, shards)
         scores: Tensor = self.head(self.norm(x))
         return scores
 
-    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Return the cross-entropy of the batch's targets in bits (per byte, if the mean)."""
-        scores = self(batch.inputs, ak.SeqLens(batch.lengths))
-        return functional.cross_entropy(scores, batch.targets, reduction=reduction) / math.log(2)
+    def loss(
+        self, batch: Batch, reduction: str = "mean", spread: ContextParallel | None = None
+    ) -> Tensor:
+        """Return the cross-entropy of the batch's targets in bits (per byte, if the mean).
 
-    def explain_attention(self, batch: Batch) -> str:
+        Where it is `spread` over processes, that is this one's share: they add up to it.
+        """
+        if spread is None:
+            scores = self(batch.inputs, ak.SeqLens(batch.lengths))
+            bits = functional.cross_entropy(scores, batch.targets, reduction=reduction)
+        else:
+            here = self.shards(batch, spread)
+            scores = self(here.take(batch.inputs, dim=0), shards=here)
+            # Targets were shifted before they are cut here.
+            targets = here.take(batch.targets, dim=0)
+            bits = functional.cross_entropy(scores, targets, reduction="sum")
+            bits = bits / len(batch.targets) if reduction == "mean" else bits
+        return bits / math.log(2)
+
+    def shards(self, batch: Batch, spread: ContextParallel) -> Shards:
+        """Return which tokens of a batch each process has: as even as the mask can be cut."""
+        first: Block = self.blocks[0]  # type: ignore[assignment]
+        return spread.shards(first.attention.attention.mask, seqlens=ak.SeqLens(batch.lengths))
+
+    def explain_attention(self, batch: Batch, spread: ContextParallel | None = None) -> str:
         """Return the plan that every layer's attention follows for `batch`, and its reasons."""
         first: Block = self.blocks[0]  # type: ignore[assignment]
-        seqlens = ak.SeqLens(batch.lengths)
-        return first.attention.explain(self.embedding(batch.inputs), seqlens=seqlens)
+        if spread is None:
+            x = self.embedding(batch.inputs)
+            return first.attention.explain(x, seqlens=ak.SeqLens(batch.lengths))
+        here = self.shards(batch, spread)
+        return first.attention.explain(self.embedding(here.take(batch.inputs, dim=0)), shards=here)
 
 
 class Block(nn.Module):
@@ -78,9 +106,15 @@ class Block(nn.Module):
             nn.Linear(4 * config.dim, config.dim, bias=False),
         )
 
-    def forward(self, x: Tensor, seqlens: ak.SeqLens | None, cache: ak.KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        seqlens: ak.SeqLens | None,
+        cache: ak.KVCache | None,
+        shards: Shards | None = None,
+    ) -> Tensor:
         """Return x with what this block adds to it."""
-        x = x + self.attention(self.norm1(x), seqlens=seqlens, cache=cache)
+        x = x + self.attention(self.norm1(x), seqlens=seqlens, cache=cache, shards=shards)
         residual: Tensor = x + self.mlp(self.norm2(x))
         return residual
 
@@ -94,11 +128,12 @@ def _initialise(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def bits_per_byte(model: LanguageModel, batches: Sequence[Batch]) -> float:
+def bits_per_byte(model: LanguageModel, batches: Sequence[Batch], ranks: Ranks) -> float:
     """Return the mean cost of every target in `batches`, without dropout."""
     model.eval()
-    total = sum(float(model.loss(batch, reduction="sum")) for batch in batches)
+    total = sum(float(model.loss(batch, "sum", ranks.spread)) for batch in batches)
     model.train()
+    (total,) = ranks.added(total)
     return total / sum(len(batch.targets) for batch in batches)
 
 
