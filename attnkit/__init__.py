@@ -24,6 +24,7 @@ from attnkit.modules import MultiHeadAttention
 from attnkit.pages import PagedCache
 from attnkit.planner import Plan
 from attnkit.rotary import Rotary
+from attnkit.sharded_cache import ShardedCache
 from attnkit.static import StaticCache
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "Refusal",
     "Rotary",
     "SeqLens",
+    "ShardedCache",
     "StaticCache",
     "Stats",
     "attention",

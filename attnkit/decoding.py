@@ -34,6 +34,7 @@ from attnkit.texts import Runs, Text, paired
 
 __all__ = [
     "attend_rows",
+    "known_length",
     "next_positions",
     "next_rows",
     "rows_of_context",
@@ -98,6 +99,17 @@ masks.Causal(), or give all tokens that see each other in one call
     """
     new = NewRows(Text().grown(stop), stop - start)
     return _cut(mask, pse, new, _checked(mask, pse, (new,)))
+
+
+def known_length(mask: Mask, pse: Pse | None, start: int, stop: int) -> int | None:
+    """Return how long a text will be, where a part says it, after checking a step.
+
+    Raises `CompositionError` where the rows ``[start, stop)`` would differ in a longer text.
+
+    >>> from attnkit import masks
+    >>> known_length(masks.Causal(), None, 4, 6)
+    """
+    return _next(mask, pse, (NewRows(Text().grown(stop), stop - start),))[0]
 
 
 def next_rows(

@@ -18,6 +18,7 @@ from attnkit.parallel.shards import Shards, as_shards
 from attnkit.pse import Pse
 from attnkit.pse.parse import as_pse
 from attnkit.rotary import Dynamic, Rotary
+from attnkit.sharded_cache import ShardedCache
 from attnkit.static import StaticCache
 
 __all__ = ["LayerInputs", "check_tokens"]
@@ -31,7 +32,7 @@ class LayerInputs(NamedTuple):
     mask: Mask | None = None
     pse: Pse | None = None
     seqlens: SeqLens | None = None
-    cache: KVCache | StaticCache | None = None
+    cache: KVCache | StaticCache | ShardedCache | None = None
     positions: Tensor | None = None
     values: Tensor | None = None
     shards: Shards | None = None
@@ -57,18 +58,20 @@ class LayerInputs(NamedTuple):
         Raises for what is neither, and for a cache that is something else. Of `shards` come the
         lengths of a packed batch.
         """
-        if not isinstance(self.cache, KVCache | StaticCache | None):
+        if not isinstance(self.cache, KVCache | StaticCache | ShardedCache | None):
             raise CompositionTypeError(
                 f"cache={shown(self.cache)}; give a KVCache(), one per layer"
             )
         mask = None if self.mask is None else as_mask(self.mask)
         shards, seqlens = as_shards(self.shards), self.seqlens
+        if isinstance(self.cache, ShardedCache):
+            shards = self.cache.of_call(shards)
+        elif shards is not None and self.cache is not None:
+            raise CompositionError(
+                f"cache={shown(self.cache)} with shards: it holds all tokens of a text; an "
+                "ak.ShardedCache(shards) holds those of this process"
+            )
         if shards is not None:
-            if self.cache is not None:
-                raise CompositionError(
-                    f"cache={shown(self.cache)} with shards: a step of decoding has one token, "
-                    "which no rank can share; attnkit.parallel.decoding spreads the cache"
-                )
             seqlens = shards.lengths(seqlens)
         return self._replace(mask=mask, pse=as_pse(self.pse), seqlens=seqlens, shards=shards)
 
@@ -104,7 +107,7 @@ class LayerInputs(NamedTuple):
                 "with one batch size, or both packed"
             )
         self._check_values()
-        if isinstance(cache, StaticCache) and (x.ndim == 2 or context is not None):
+        if isinstance(cache, StaticCache | ShardedCache) and (x.ndim == 2 or context is not None):
             raise CompositionError(
                 f"x {list(x.shape)} with {cache}, which takes [b, s, {x.shape[-1]}] of the texts "
                 "themselves; packed tokens and contexts go with a KVCache"

@@ -15,7 +15,14 @@ from attnkit.attend import Asked, is_tracing
 from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput
 from attnkit.cache import KVCache
-from attnkit.decoding import attend_rows, next_positions, next_rows, rows_of_context, unpadded
+from attnkit.decoding import (
+    attend_rows,
+    next_positions,
+    next_rows,
+    rows_of_context,
+    rows_of_text,
+    unpadded,
+)
 from attnkit.errors import CompositionError
 from attnkit.extra_key import with_extra_key
 from attnkit.inputs import LayerInputs
@@ -40,6 +47,7 @@ from attnkit.pse import Pse
 from attnkit.rotary import Rotary
 from attnkit.rotary import positions as counted
 from attnkit.rotary import positions_in_each as counted_in_each
+from attnkit.sharded_cache import ShardedCache, sharded_step
 from attnkit.static import StaticCache, static_step
 
 __all__ = ["MultiHeadAttention"]
@@ -194,7 +202,7 @@ class MultiHeadAttention(AsTorch):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         shards: Shards | None = None,
-        cache: KVCache | StaticCache | None = None,
+        cache: KVCache | StaticCache | ShardedCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[False] = False,
     ) -> Tensor: ...
@@ -210,7 +218,7 @@ class MultiHeadAttention(AsTorch):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         shards: Shards | None = None,
-        cache: KVCache | StaticCache | None = None,
+        cache: KVCache | StaticCache | ShardedCache | None = None,
         positions: Tensor | None = None,
         return_stats: Literal[True],
     ) -> AttentionOutput: ...
@@ -225,7 +233,7 @@ class MultiHeadAttention(AsTorch):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         shards: Shards | None = None,
-        cache: KVCache | StaticCache | None = None,
+        cache: KVCache | StaticCache | ShardedCache | None = None,
         positions: Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | AttentionOutput:
@@ -276,6 +284,8 @@ class MultiHeadAttention(AsTorch):
         self._check(given)
         if cache is None:
             found = self._attend(given, return_stats)
+        elif isinstance(cache, ShardedCache):
+            found = self._decode_sharded(given, cache)
         elif isinstance(cache, StaticCache) or (context is None and not cache.sealed):
             found = self._decode(given, cache)
         else:
@@ -381,7 +391,19 @@ class MultiHeadAttention(AsTorch):
 
     def _attend(self, given: LayerInputs, return_stats: bool) -> AttentionOutput:
         heads = self._project(given, 0)
+        return self._attend_heads(given, heads, return_stats)
+
+    def _attend_heads(
+        self,
+        given: LayerInputs,
+        heads: Three,
+        return_stats: bool,
+        rows: tuple[Mask, Pse | None] | None = None,
+    ) -> AttentionOutput:
+        """Attend with heads that are projected; with `rows` in place of mask and bias."""
         asked, form, laid = self._asked(given, heads)
+        if rows is not None:
+            asked = asked._replace(masks=(None, rows[0]), biases=(None, rows[1]))
         stats = return_stats or self.extra_k is not None
         found = self.attention._attend(asked, *laid, given.seqlens, stats, given.shards)
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
@@ -407,6 +429,19 @@ class MultiHeadAttention(AsTorch):
             cache.truncate(before or 0)  # a step that failed has not happened
             raise
         return self._with_extra(found if packed is None else unpadded(found, counts), query)
+
+    def _decode_sharded(self, given: LayerInputs, cache: ShardedCache) -> AttentionOutput:
+        heads = self._project(given, cache.length)
+        if given.shards is None:
+            found = sharded_step(self.attention, cache, self._composed(given), heads)
+            return self._with_extra(found, heads[0])
+        rows = rows_of_text(*self._composed(given), 0, given.shards.sharding.length)
+        cache.append(*heads[1:])  # of the prompt
+        try:
+            return self._attend_heads(given, heads, True, rows)
+        except BaseException:
+            cache.reset()
+            raise
 
     def _decode_context(self, given: LayerInputs, cache: KVCache) -> AttentionOutput:
         query, source = self._heads("q", given.x), given.source

@@ -120,16 +120,16 @@ class Guard:
 
     # -- the three things that an exchange asks for ----------------------------------------
 
-    def begin(self, statement: Statement, seed: int | None = None) -> int:
+    def begin(self, statement: Statement, data: Sequence[tuple[str, int]] = ()) -> int:
         """Begin an exchange, as every rank does; return the tag of its messages.
 
+        `data` are numbers that ranks must agree on, too, and that are new in each step.
         Raises `CompositionError` where ranks say something else, by rank, and `ExchangeError`
         where one does not come in time.
         """
-        drawn = () if seed is None else (("dropout seed", str(seed)),)
         self.number += 1
-        self._words = (*statement.words, *drawn)
-        told = f"{self._mark} {self.number} {statement.digest.hex()} {seed}"
+        self._words = (*statement.words, *((name, str(value)) for name, value in data))
+        told = f"{self._mark} {self.number} {statement.digest.hex()} {data}"
         self._mark = blake2b(told.encode(), digest_size=8).hexdigest()
         if self.size > 1 and statement.digest not in self._known:
             with _asking():

@@ -81,12 +81,17 @@ def forward(
     plan: ParallelPlan, rank: int, wires: Wires, operands: Operands, seed: Tensor | None
 ) -> Attended:
     """Return what a rank's rows answer; nothing is recorded. See `attend`."""
-    wires.begin(statement_of(plan, "forward"), None if seed is None else int(seed))
+    drawn = seed if plan.dropout == "global" else None  # elsewhere each rank draws its own
+    wires.begin(statement_of(plan, "forward"), _in_words(drawn))
     course = Course.of(plan, rank)
     with torch.no_grad(), _plainly(operands.query.device):
         if course.turn is None:
             return _through_stages(course, wires, operands, seed)
         return _turned(course, course.turn, wires, operands, seed)
+
+
+def _in_words(seed: Tensor | None) -> tuple[tuple[str, int], ...]:
+    return () if seed is None else (("dropout seed", int(seed)),)
 
 
 def _through_stages(
@@ -155,11 +160,8 @@ def backward(
 
     Whether keys or values want one is the same on all ranks.
     """
-    asked = "".join("yn"[not want] for want in wanted)
-    wires.begin(
-        statement_of(plan, "backward", (("gradients of q, k, v, sink, bias", asked),)),
-        None if seed is None else int(seed),
-    )
+    named = "".join("yn"[not want] for want in wanted)
+    wires.begin(statement_of(plan, "backward", (("gradients of q, k, v, sink, bias", named),)))
     course = Course.of(plan, rank)
     with torch.no_grad(), _plainly(attended.output.device):
         back = _back if course.turn is None else _turned_back

@@ -38,7 +38,15 @@ def _made(plan: ParallelPlan, what: str, also: Words) -> Statement:
         *_facts(plan.request),
         plan.queries.ranks,
         plan.keys.ranks,
-        (plan.method, exchange.method, exchange.count, plan.heads_ways, plan.keep, plan.backend),
+        (
+            plan.method,
+            exchange.method,
+            exchange.count,
+            plan.heads_ways,
+            plan.keep,
+            plan.backend,
+            plan.dropout,
+        ),
     )
     return Statement.of(what, told, words)
 
@@ -69,7 +77,7 @@ def _words(plan: ParallelPlan) -> Iterator[tuple[str, str]]:
     yield "ranks with", f"{_few(plan.queries.sizes)} tokens"
     yield "backend", plan.backend
     yield "scale", f"{one.scale:g}"
-    yield "dropout", f"{one.dropout:g}"
+    yield "dropout", f"{one.dropout:g}{', of each rank its own' * (plan.dropout == 'local')}"
     yield "soft-cap", str(one.softcap)
     yield "sink", "yes" if one.sink else "no"
     yield "gradients", "yes" if one.needs_grad else "no"

@@ -51,13 +51,13 @@ class Wires(ABC):
         self.guard: Guard | None = None
         self.tag = 0
 
-    def begin(self, statement: Statement, seed: int | None = None) -> None:
+    def begin(self, statement: Statement, data: Sequence[tuple[str, int]] = ()) -> None:
         """Begin an exchange, as all ranks do, one without messages, too; see `Guard.begin`.
 
         Raises where ranks begin different ones, or one does not come.
         """
         if self.guard is not None:
-            self.tag = self.guard.begin(statement, seed)
+            self.tag = self.guard.begin(statement, data)
 
     def telling(self) -> AbstractContextManager[None]:
         """Tell the other ranks what is raised inside, which is one whole exchange."""

@@ -27,6 +27,7 @@ def said(mask: str = "Causal()", tokens: int = 64, what: str = "forward") -> Sta
     return Statement.of(what, (mask, tokens), words)
 
 
+SEED = (("seed", 1),)
 A, B = said(), said("SlidingWindow(8)")
 
 
@@ -61,7 +62,10 @@ def messages(found: list[object]) -> list[str]:
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_ranks_that_agree_get_one_tag_for_each_call(size: int) -> None:
     def act(guard: Guard) -> list[int]:
-        return [guard.begin(one, seed) for one, seed in ((A, 1), (A, 1), (A, 2), (B, None))]
+        return [
+            guard.begin(one, data)
+            for one, data in ((A, SEED), (A, SEED), (A, [("seed", 2)]), (B, ()))
+        ]
 
     found = together(size, act)
     assert all(one == found[0] for one in found)
@@ -97,7 +101,7 @@ def test_ranks_that_differ_are_told_by_rank(other: Statement, told: tuple[str, s
 
 
 def test_a_dropout_seed_that_differs_is_told() -> None:
-    found = messages(together(2, lambda guard: guard.begin(A, 10 + guard.rank)))
+    found = messages(together(2, lambda guard: guard.begin(A, [("dropout seed", 10 + guard.rank)])))
     assert "rank 0: dropout seed 10" in found[1]
     assert "rank 1: dropout seed 11" in found[0]
 
@@ -166,7 +170,7 @@ def test_ranks_in_different_calls_that_both_know_find_out() -> None:
 def test_a_call_that_differed_unnoticed_is_told_with_the_next_new_one() -> None:
     def act(guard: Guard) -> None:
         guard.begin(A)
-        guard.begin(A, seed=guard.rank)  # no message went, so nobody waited
+        guard.begin(A, [("seed", guard.rank)])  # no message went, so nobody waited
         guard.begin(B)
 
     assert "or was a call before this one" in messages(together(2, act))[0]
@@ -215,7 +219,7 @@ def test_ranks_may_agree_again_after_they_did_not() -> None:
     def act(guard: Guard) -> int:
         guard.begin(A)
         with pytest.raises(CompositionError, match="call 2"):
-            guard.begin(B, seed=guard.rank)
+            guard.begin(B, [("seed", guard.rank)])
         return guard.begin(A)
 
     assert len(set(together(3, act))) == 1

@@ -34,6 +34,7 @@ def plan_of(
     method: Exchanged = "needed",
     seqlens: SeqLens | None = None,
     grad: bool = False,
+    drops: str = "global",
     **composed: Any,
 ) -> ParallelPlan:
     form = (1, sharding.length) if seqlens is None else (sharding.length,)
@@ -44,7 +45,7 @@ def plan_of(
     composition = Composition(masks.Causal() if mask is None else mask, bias, layout, **composed)
     request = read_request(composition, query, key, key, seqlens=seqlens, training=True)
     exchange = Stages(method, sharding, ((),) * sharding.size)
-    return ParallelPlan(request, bias, sharding, sharding, exchange)
+    return ParallelPlan(request, bias, sharding, sharding, exchange, dropout=drops)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -56,6 +57,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "ring"}, "method ring"),
     "gradients": ({"grad": True}, "gradients yes"),
     "dropout": ({"dropout": 0.5}, "dropout 0.5"),
+    "local dropout": ({"drops": "local"}, "dropout 0, of each rank its own"),
     "scale": ({"scale": 1.0}, "scale 1"),
     "cap": ({"softcap": 3.0}, "soft-cap 3.0"),
     "lengths": ({"seqlens": SeqLens([3, 5])}, "tokens 8 in texts of 3, 5"),
