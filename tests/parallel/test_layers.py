@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import attnkit as ak
 from attnkit import masks, pse
-from attnkit.parallel import ContextParallel, Shards
-from attnkit.parallel.wires import Wires
+from attnkit.errors import CompositionError
+from attnkit.parallel import ContextParallel, ParallelPlan, Shards
+from attnkit.parallel.wires import Alone, Wires
 from attnkit.rotary import Dynamic, Rotary
+from tests.parallel.processes import Pool
 from tests.parallel.threads import run_ranks
 
 TOKENS, DIM = 37, 16
@@ -111,3 +114,177 @@ def test_a_layer_on_ranks_is_that_of_one_process(name: str, packed: bool) -> Non
         x,
     )
     assert far(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cross_attention_has_two_shardings(packed: bool) -> None:
+    layer = mha(kv_dim=6, pse=pse.ALiBi(4))
+    lengths = ak.SeqLens([11, 26], [20, 9])
+    shape = ((37, DIM), (29, 6)) if packed else ((2, TOKENS, DIM), (2, 29, 6))
+    x, context = (torch.randn(one, dtype=torch.float64) for one in shape)
+    slope = torch.randn_like(x)
+    expected = on_one(layer, slope, x, context, **({"seqlens": lengths} if packed else {}))
+    given = {"seqlens": lengths} if packed else {"tokens": TOKENS, "keys": 29}
+    found = on_ranks(3, layer, lambda cp: cp.shards(CAUSAL, **given), slope, x, context)
+    assert far(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("layout", ["BSND", "BNSD", "SBH", "TND"])
+def test_functions_take_shards_in_every_layout(layout: str) -> None:
+    form = ak.layouts.get(layout)
+    shape = form.shape(ak.layouts.Sizes(1, TOKENS, 4, 8))
+    heads = {"num_heads": 4} if form.merges_heads else {}
+    q, k, v = torch.randn(3, *shape, dtype=torch.float64)
+    packed = {"seqlens": LENGTHS} if form.packed else {}
+    given = {"mask": NEAR, "layout": layout, "return_stats": True, **heads}
+    expected = ak.attention(q, k, v, **given, **packed)
+    dim = form.length_axis
+
+    def work(wires: Wires) -> tuple[Shards, ak.AttentionOutput]:
+        here = ContextParallel(wires).shards(NEAR, **(packed or {"tokens": TOKENS}))
+        return here, ak.attention(*(here.take(t, dim) for t in (q, k, v)), **given, shards=here)
+
+    found = run_ranks(2, work)
+    sharding = found[0][0].sharding
+    whole = sharding.restore([one.output for _, one in found], dim)
+    lse = sharding.restore([one.stats.lse for _, one in found], 0 if form.packed else 2)
+    assert far([whole, lse], [expected.output, expected.stats.lse]) < 1e-12
+    with pytest.raises(CompositionError, match=r"stats\.lse"):
+        found[0][1].stats.max  # noqa: B018
+
+
+def test_positions_that_count_on_each_rank_are_seen() -> None:
+    layer, x = mha(rotary=True), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    expected = on_one(layer, x, x)
+
+    def counted(here: Shards) -> dict[str, Any]:
+        return {"positions": torch.arange(here.size)}
+
+    found = on_ranks(3, layer, lambda cp: cp.shards(CAUSAL, tokens=TOKENS), x, x, faulty=counted)
+    assert far(found, expected) > 1e-3
+
+
+def test_the_losses_of_ranks_add_up_and_labels_shifted_after_the_cut_do_not() -> None:
+    tokens = torch.randint(5, (1, TOKENS))
+    logits = torch.randn(1, TOKENS, 5, dtype=torch.float64)
+    expected = nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+
+    def work(wires: Wires) -> list[Tensor]:
+        here = ContextParallel(wires).shards(CAUSAL, tokens=TOKENS)
+        own, cut = here.take(logits), here.take(tokens)
+        late = torch.cat((cut[:, 1:], torch.full((1, 1), -100)), 1)
+        by_tokens = here.loss(own, tokens=tokens)
+        return [here.loss(own, here.labels(tokens)), by_tokens, here.loss(own, late)]
+
+    found = [sum(shares) for shares in zip(*run_ranks(3, work), strict=True)]
+    assert found[0].item() == pytest.approx(expected.item(), abs=1e-14)
+    assert found[1].item() == pytest.approx(expected.item(), abs=1e-14)
+    assert abs(found[2].item() - expected.item()) > 1e-3
+
+
+def test_what_is_gathered_is_the_whole_and_gradients_are_cut_again() -> None:
+    x = torch.randn(2, TOKENS, 3, dtype=torch.float64)
+    slope = torch.randn_like(x)
+
+    def work(wires: Wires) -> bool:
+        here = ContextParallel(wires).shards(CAUSAL, tokens=TOKENS)
+        own = here.take(x).clone().requires_grad_()
+        whole = here.gather(own)
+        (found,) = torch.autograd.grad(whole, own, slope)
+        turned = here.gather(here.take(x, -2).mT, -1).mT
+        return (
+            torch.equal(whole, x)
+            and torch.equal(turned, x)
+            and torch.equal(found, here.take(slope))
+        )
+
+    assert all(run_ranks(3, work))
+
+
+def dropped(group: Any, seed: int, again: bool) -> tuple[Any, list[Tensor]]:
+    """Return what a layer that drops gives on this rank; with the forward computed again."""
+    here, (x, slope), layer = ContextParallel(group).shards(CAUSAL, tokens=TOKENS), *for_dropout()
+    own = here.take(x).requires_grad_()
+    torch.manual_seed(seed)
+    if again:
+        output = checkpoint(layer, own, shards=here, use_reentrant=False)
+    else:
+        output = layer(own, shards=here)
+    return here.sharding, [output.detach(), *gradients(layer, output, [own], here.take(slope))]
+
+
+def for_dropout() -> tuple[Tensor, ak.MultiHeadAttention]:
+    torch.manual_seed(1)
+    data = torch.randn(2, 1, TOKENS, DIM, dtype=torch.float64)
+    return data, mha(rotary=True, dropout=0.3)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ranks_that_draw_alike_drop_what_one_process_drops(processes: Pool, again: bool) -> None:
+    (x, slope), layer = for_dropout()
+    torch.manual_seed(4)
+    expected = on_one(layer, slope, x)
+    apart = []
+    for seed in (4, 5):
+        found = processes.run(dropped, seed, again, ranks=3)
+        sharding, parts = found[0][0], list(zip(*(one[1] for one in found), strict=True))
+        whole = [sharding.restore(one) for one in parts[:2]]
+        apart.append(far([*whole, *map(sum, parts[2:])], expected))
+    assert apart[0] < 1e-12
+    assert apart[1] > 1e-2
+
+
+def test_layers_and_steps_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, cp = [], ContextParallel(Alone())
+    make = ParallelPlan.of
+
+    def counted(*args: Any, **kwargs: Any) -> ParallelPlan:
+        made.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(ParallelPlan, "of", counted)
+    layers = [mha(rotary=True) for _ in range(3)]
+    for _ in range(3):
+        x, here = torch.randn(1, TOKENS, DIM, dtype=torch.float64), cp.shards(tokens=TOKENS)
+        for layer in layers:
+            x = layer(x, shards=here)
+    assert len(made) == 1
+    assert layers[0].plan(x, shards=here) is layers[1].plan(x, shards=here)
+    for length in range(40):
+        cp.shards(tokens=length)
+    assert len(cp._shards) == 16
+    assert copy.deepcopy(layers[0]).attention._plans == {}
+
+
+def test_a_plan_is_that_of_all_ranks_and_is_told() -> None:
+    def work(wires: Wires) -> tuple[ParallelPlan, str]:
+        here = ContextParallel(wires).shards(NEAR, tokens=TOKENS)
+        layer, x = mha(mask=NEAR), torch.empty(1, here.size, DIM, dtype=torch.float64)
+        layer.plan(x, shards=here).verify()
+        q = torch.empty(1, here.size, 4, 4, dtype=torch.float64)
+        assert ak.plan(q, q, q, mask=NEAR, shards=here).size == wires.size
+        core = ak.Attention(4, 4, mask=NEAR)
+        assert core.explain(q, q, q, shards=here) == core.plan(q, q, q, shards=here).explain()
+        return layer.plan(x, shards=here), layer.explain(x, shards=here)
+
+    plans, told = zip(*run_ranks(3, work), strict=True)
+    assert plans[0] == plans[1] == plans[2]
+    assert len(set(told)) == 1
+
+
+def test_half_precision_and_autocast() -> None:
+    layer = mha(rotary=True).float()
+    x = torch.randn(2, TOKENS, DIM)
+
+    def work(wires: Wires) -> tuple[Shards, Tensor]:
+        here, own = ContextParallel(wires).shards(CAUSAL, tokens=TOKENS), copy.deepcopy(layer)
+        with torch.autocast("cpu", torch.bfloat16):
+            return here, own(here.take(x), shards=here).detach()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+    found = run_ranks(2, work)
+    whole = found[0][0].sharding.restore([one for _, one in found])
+    assert whole.dtype == expected.dtype == torch.bfloat16
+    exact = layer.double()(x.double())
+    assert (whole - exact).std() < 1.1 * (expected - exact).std()
