@@ -16,7 +16,7 @@ from attnkit.backends.base import BACKENDS as RUNNERS
 from attnkit.backends.base import Kept, Operands
 from attnkit.backends.choose import make_plan
 from attnkit.backends.dropout import Chances
-from attnkit.backends.tiled import TiledPlan, backend, job
+from attnkit.backends.tiled import TiledPlan, backend, job, retraced, walk
 from attnkit.backends.tiled import bias as bias_of_tiles
 from attnkit.backends.tiled.bias import bind
 from attnkit.backends.tiled.terms import Excerpted, Stored, Term
@@ -324,6 +324,31 @@ def test_few_rows_read_their_keys_as_they_are() -> None:
     found = ak.merge(parts)
     assert found.output.dtype == torch.float32
     torch.testing.assert_close(found.output.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "empty rows"])
+def test_the_steps_of_a_device_are_those_of_shares_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of rows, which are made again there, are not those of a share's keys alone."""
+    monkeypatch.setattr(walk, "_is_tame", lambda tensor, wide: False)
+    monkeypatch.setattr(retraced, "_swallows", lambda lse: True)
+    rng, whole = random.Random(name), whole_of(tensors(120, 120), Composition(**LONG[name]))
+    rows, keys = dealt(rng, 120, 2), dealt(rng, 120, 3)
+    expected = whole.by("reference")
+    found = in_shares(whole, "tiled", rows, keys, changed=lambda r: replace(r, device="cuda"))
+    for what, one in found.items():
+        assert torch.allclose(one, expected[what], rtol=1e-12, atol=1e-12), what
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_beside_which_sums_are_lost_leave_no_weight_above_one(backend: str) -> None:
+    """In float32, lse of 1e6 says no more than which key is the largest."""
+    query, key, value = tensors(16, 16, dtype=torch.float32)
+    whole = whole_of((query, key, value), Composition(masks.Full(), scale=1e6))
+    found = in_shares(whole, backend, [(range(16),)], [(range(7),), (range(7, 16),)])
+    assert all(one.isfinite().all() for one in found.values())
+    assert (found["dv"].abs().sum() <= whole.grad.abs().sum() * 1.01).all()
 
 
 # -- who answers -----------------------------------------------------------------------------
