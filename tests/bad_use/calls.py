@@ -71,6 +71,7 @@ def x(*shape: int) -> torch.Tensor:
 
 def cases() -> Iterator[Case]:
     yield from functional()
+    yield from merging()
     yield from module()
     yield from multi_head()
     yield from caches()
@@ -177,6 +178,30 @@ def functional() -> Iterator[Case]:
         "emulated cannot cap", lambda: ak.attention(one, one, one, softcap=3.0, backend="emulated")
     )
     yield Case("ascend without an NPU", lambda: ak.attention(one, one, one, backend="ascend"))
+
+
+def merging() -> Iterator[Case]:
+    output, lse = x(), torch.zeros(1, 2, 6)
+    fits = {"[1, 6, 2, 9]"}
+    given = {
+        "parts": (lambda bad: ak.merge(bad), [NOT_A_TENSOR]),
+        "part": (lambda bad: ak.merge([(output, lse), bad]), [NOT_A_TENSOR]),
+        "output": (
+            lambda bad: ak.merge([(bad, lse)]),
+            [NOT_A_TENSOR, strange_tensors(1, 6, 2, 8), without(shapes(1, 6, 2, 8), *fits)],
+        ),
+        "lse": (
+            lambda bad: ak.merge([(output, bad)]),
+            [NOT_A_TENSOR, strange_tensors(1, 2, 6), without(shapes(1, 2, 6), "[1, 2, 6]")],
+        ),
+        "layout": (lambda bad: ak.merge([(output, lse)], layout=bad), [NOT_A_LAYOUT]),
+        "sink": (
+            lambda bad: ak.merge([(output, lse)], sink=bad),
+            [without(NOT_A_TENSOR, "none"), strange_tensors(2), without(shapes(2), "[2]")],
+        ),
+    }
+    for name, (call, tables) in given.items():
+        yield from each(f"merge {name}", call, *tables)
 
 
 def module() -> Iterator[Case]:
