@@ -177,6 +177,16 @@ def test_distances_of_several_runs_are_read_piece_by_piece(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_score_functions_are_told_the_positions_of_the_whole(backend: str) -> None:
+    rng = random.Random(4)
+
+    def bent(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score * (1 + b) - 0.1 * h + torch.where(i - j > 3, 0.5, 0.01 * j)
+
+    check(whole_of(tensors(40, 40), Composition(masks.Causal(), score_fn=bent)), backend, rng)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["BSH", "SBH", "BNSD", "TND"])
 def test_layouts_and_packed_batches(layout: str, backend: str) -> None:
     rng = random.Random(layout)
