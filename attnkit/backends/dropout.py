@@ -20,7 +20,7 @@ from attnkit.constants import constant
 from attnkit.planner import Request
 from attnkit.ranges import Ranges
 
-__all__ = ["Chances", "drawn_seed", "numbers"]
+__all__ = ["Chances", "chances_of", "drawn_seed", "numbers"]
 
 # Odd constants with about half of their bits set (from splitmix64 and L'Ecuyer's tables).
 _ROW, _COLUMN, _MIX = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x5851F42D4C957F2D
@@ -30,6 +30,13 @@ _LEVELS = 1 << 16
 def drawn_seed(request: Request, device: torch.device) -> Tensor | None:
     """Draw the one number that a call takes from torch's generator, if it drops anything."""
     return torch.randint(2**63 - 1, (1,), device=device) if request.dropout else None
+
+
+def chances_of(request: Request, seed: Tensor | None, device: torch.device) -> Chances | None:
+    """Return which weights of a call survive; None where none is dropped."""
+    if seed is None or not request.dropout:
+        return None
+    return Chances(request, seed, device)
 
 
 class Chances:

@@ -36,7 +36,7 @@ from attnkit.backends.base import (
     widened,
     without_cells,
 )
-from attnkit.backends.dropout import Chances, drawn_seed
+from attnkit.backends.dropout import chances_of, drawn_seed
 from attnkit.backends.matrix import Matrix, SomeRows, matrix_of, row_blocks
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.backends.selected import checked, selected_by
@@ -76,7 +76,7 @@ class Reference(Backend):
     def run_on(self, seed: Tensor | None, plan: Plan, operands: Operands) -> AttentionOutput:
         """Attend, and drop what a seed tells to."""
         request, layout = plan.request, plan.request.layout_of
-        chances = _chances(request, seed, operands)
+        chances = chances_of(request, seed, operands.query.device)
         if isinstance(request.mask, Selection):
             right = checked(selected_by(request, operands), request.kv_len)
             if right is not None:  # nothing wrong may look right
@@ -120,18 +120,12 @@ class Reference(Backend):
         ]
         whole = _whole_rows(plan.request, kept)
         total: tuple[Tensor | None, ...] = (None,) * len(wanted)
-        chances = _chances(plan.request, kept.seed, operands)
+        chances = chances_of(plan.request, kept.seed, operands.query.device)
         with recorded():
             for block in row_blocks(plan.request, Operands.of(operands.pse, apart), chances):
                 found = gradients_of(_made_of_share(block, whole), apart, retain=True)
                 total = tuple(added(*pair) for pair in zip(total, found, strict=True))
         return total
-
-
-def _chances(request: Request, seed: Tensor | None, operands: Operands) -> Chances | None:
-    if seed is None or not request.dropout:
-        return None
-    return Chances(request, seed, operands.query.device)
 
 
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:

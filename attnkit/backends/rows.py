@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from attnkit.backends.base import Operands, added, gradients_of, stats_dtype
+from attnkit.backends.dropout import Chances
 from attnkit.backends.matrix import Matrix, row_blocks
 from attnkit.backends.reference import attend, scores_of
 from attnkit.planner import Request
@@ -50,13 +51,14 @@ def derivatives(
     grads: tuple[Tensor | None, Tensor | None],
     slopes: Sequence[Tensor | None],
     further: bool,
+    chances: Chances | None = None,
 ) -> list[Tensor | None]:
     """Return what `slopes`, gradients of the first derivatives, give to `inputs` and `grads`.
 
     `inputs` are the tensors that the first derivatives are of, which `operands` are made of, each
     with a node in the graph that no other shares; `grads` those that they were computed from: of
     the output in the request's layout, and of the log-sum-exp ``[b n s]``, rows of packed sequences
-    end to end. With `further`, the answer has derivatives again.
+    end to end. With `further`, the answer has derivatives again. By `chances` weights were dropped.
     """
     every = (*inputs, *grads)
     total: list[Tensor | None] = [None] * len(every)
@@ -64,7 +66,7 @@ def derivatives(
         to_output, to_lse = grads
         if to_output is not None:
             to_output = request.layout_of.view(to_output, request.num_heads)
-        for block in row_blocks(request, operands):
+        for block in row_blocks(request, operands, chances):
             output, lse, _ = attend(block.matrix)
             arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]
             # The blocks share nodes where tensors were only seen in another form.

@@ -248,12 +248,25 @@ def test_the_kernel_has_no_second_derivatives(mask: masks.Mask) -> None:
         slope.pow(2).sum().backward()
 
 
-def test_no_second_derivatives_with_dropout() -> None:
-    x = draw(1, 6, 2, 4)
-    found = ak.attention(x, x, x, dropout=0.5, backend="tiled")
-    (slope,) = torch.autograd.grad(found.sum(), x, create_graph=True)
-    with pytest.raises(ak.BackendRefused, match="with dropout"):
-        slope.pow(2).sum().backward()
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_second_derivatives_drop_the_same_cells_once_more(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the first pass, in the definition's blocks of rows."""
+    monkeypatch.setattr(matrix, "CELLS", 60)
+    tensors = packed() if form == "packed" else operands()
+    how = {"mask": masks.Causal(), **(PACKED if form == "packed" else {})}
+    each = []
+    for backend in ("tiled", "reference"):
+        torch.manual_seed(3)
+        found = ak.attention(*tensors, dropout=0.5, backend=backend, return_stats=True, **how)
+        total = found.output.square().sum() + loss(found, "lse")
+        first = torch.autograd.grad(total, tensors, create_graph=True)
+        torch.manual_seed(4)  # another pass would drop others
+        penalty = sum(slope.pow(2).sum() for slope in first)
+        each.append(torch.autograd.grad(penalty, tensors))
+    for mine, right in zip(*each, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.base import Kept, Operands
+from attnkit.backends.dropout import chances_of
 from attnkit.backends.rows import derivatives
 from attnkit.backends.tiled.bias import Bound
 from attnkit.backends.tiled.job import Job
@@ -25,7 +26,6 @@ from attnkit.backends.tiled.passes import (
 )
 from attnkit.backends.tiled.terms import Term
 from attnkit.backends.tiled.whole import fits_torch
-from attnkit.errors import BackendRefused, Refusal
 from attnkit.pse import Pse
 
 __all__ = ["Attend", "Grads", "compute", "differentiate"]
@@ -149,25 +149,20 @@ class _Derivatives(torch.autograd.Function):
     def forward(ctx: Any, job: Job, pse: Pse | None, bias: Bound, *inputs: Any) -> Grads:
         ctx.request, ctx.pse = job.request, pse
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_backward(inputs[0], *inputs[3:])
         return differentiate(job, bias, inputs[5:9], Kept(*inputs[:5]))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Any, ...]:
         request, further = ctx.request, torch.is_grad_enabled()
-        if request.dropout:
-            reason = (
-                "second derivatives with dropout need the same cells to be dropped once more, "
-                "which the tiled backend does not do; backend='reference' computes them"
-            )
-            raise BackendRefused(reason, [Refusal("second-derivative", reason, "tiled")])
         with torch.enable_grad():  # one tensor may be in several places, and each is one by itself
-            grad, grad_lse, *leaves = (
-                None if t is None else t.view_as(t) for t in ctx.saved_tensors
-            )
+            seed, *saved = ctx.saved_tensors
+            grad, grad_lse, *leaves = (None if t is None else t.view_as(t) for t in saved)
         operands = Operands.of(ctx.pse, leaves)
         inputs = [t for t in leaves if t is not None]
         kept = [slope for t, slope in zip(leaves, slopes, strict=True) if t is not None]
-        found = iter(derivatives(request, operands, inputs, (grad, grad_lse), kept, further))
+        chances = chances_of(request, seed, inputs[0].device)
+        arrived = (grad, grad_lse)
+        found = iter(derivatives(request, operands, inputs, arrived, kept, further, chances))
         to_leaves = [None if t is None else next(found) for t in leaves]
         return (*(None,) * 6, next(found), next(found), *to_leaves)

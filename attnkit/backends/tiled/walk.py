@@ -15,7 +15,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from attnkit.backends.dropout import Chances
+from attnkit.backends.dropout import chances_of
 from attnkit.backends.numbers import bounded, usable_cap
 from attnkit.backends.tiled.bias import Bias
 from attnkit.backends.tiled.cells import Bits
@@ -67,8 +67,9 @@ class Walk(ABC):
         self.per_score = per_score
         self.bias = bias_of(job, terms, self.work)
         self.dropout: Decisions | None = None
-        if request.dropout and seed is not None:
-            self.dropout = Dropout(Chances(request, seed, key.device))
+        chances = chances_of(request, seed, key.device)
+        if chances is not None:
+            self.dropout = Dropout(chances)
         self._edges: dict[int, Tensor] = {}
         self._patches: dict[Bits, Tensor] = {}
 
