@@ -167,7 +167,15 @@ def backward(
         back = _back if course.turn is None else _turned_back
         found = back(course, wires, operands, attended, arrived, wanted, seed)
     pairs = zip(found, operands.leaves, wanted, strict=True)
-    return tuple(g.to(leaf.dtype) if g is not None and want else None for g, leaf, want in pairs)
+    return tuple(_share_of(g, leaf) if want else None for g, leaf, want in pairs)
+
+
+def _share_of(grad: Tensor | None, leaf: Tensor) -> Tensor:
+    """Return a gradient in the dtype of its leaf; a rank that adds nothing to it adds zeros.
+
+    Whoever adds up the gradients of parameters over ranks waits for one of each.
+    """
+    return torch.zeros_like(leaf) if grad is None else grad.to(leaf.dtype)
 
 
 def _back(

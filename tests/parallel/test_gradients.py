@@ -311,6 +311,17 @@ def test_everything_moved_under_the_name_needed_is_seen() -> None:
     assert [one["sent"] for one in found] != told
 
 
+def test_a_rank_without_heads_adds_zeros_to_what_trains() -> None:
+    # Whoever adds up the gradients of parameters waits for one of each rank.
+    case = Case(ranks=3, heads=(2, 2), method="ulysses", heads_ways=3,
+                bias=lambda: pse.T5Relative(2, 8, max_distance=16))  # fmt: skip
+    found = run_on_threads(case)
+    assert worst(case, found) < EXACT
+    without = [rank for rank in range(3) if not case.plan.heads(rank)]
+    assert len(without) == 1
+    assert not found[without[0]]["table"].any()
+
+
 # -- processes -------------------------------------------------------------------------------------
 
 ON_PROCESSES = {
