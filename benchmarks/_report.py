@@ -27,6 +27,7 @@ TABLES = {
     "lifting": "masks of other libraries read as sets",
     "switching": "the adapter of transformers: a layer's call, a new padding, a step",
     "compiled": "steps that are all different in one compiled graph",
+    "parallel": "tokens of long texts on many ranks: cells, keys that travel, planning",
     "planner": "first plans and cached calls; sparse masks with and without gathered keys",
     "emulator": "the fused kernel's emulator: time and memory",
     "regions": "geometry at a million tokens",
