@@ -20,6 +20,8 @@ from attention import machine, written
 
 from attnkit.masks import Mask
 from attnkit.parallel import Load, ParallelPlan, Sharding, even, load_of, plan
+from attnkit.parallel.price import price_of
+from attnkit.ranges import total
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,7 +30,15 @@ from matplotlib.colors import ListedColormap
 RESULTS = Path(__file__).parent / "results" / "parallel.md"
 TEXTS = {"1M": 1 << 20, "128k": 1 << 17}
 RANKS = (8, 64, 512)
-KEY_BYTES = 4096  # 8 heads of 128, keys and values, two bytes each
+SOME = (
+    "causal",
+    "window of 4,096",
+    "1,000 documents, causal",
+    "prefix-LM, a quarter",
+    "block diffusion, blocks of 4,096",
+    "window and 256 global rows",
+)
+METHODS = ("needed", "ring", "gather", "ulysses", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,27 @@ def planned(name: str, tokens: int, ranks: int) -> str:
     return f"| {name} | {ranks} | {cells} |"
 
 
+def methods(name: str, tokens: int, ranks: int) -> Iterator[str]:
+    """Yield what each method would cost a training step of a layer, one row each."""
+    shape = (1, tokens, 64, 128)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    few = x[:, :, :8]
+    mask = masks_of(tokens)[name]
+    for method in METHODS:
+        found = plan(
+            x, few, few, ranks=ranks, mask=mask, method=method, balance="even", backend="tiled"
+        )
+        ways = f", {found.heads_ways} x {ranks // found.heads_ways}" * (method == "hybrid")
+        each = [table.sum(0).double() / 1e9 for table in found.transfers]
+        moved = " | ".join(f"{one.mean():,.3f} | {one.max():,.3f}" for one in each)
+        price, turned = price_of(found), 0
+        if found.heads_ways > 1:  # the tokens of its neighbours, for its heads of keys
+            turned = total(found.rows(0)) * len(found.kv_heads(0)) * 2 * 128 * x.itemsize
+        times = (price.compute, price.exchange, price.total)
+        took = " | ".join(f"{nanoseconds / 1e6:,.0f}" for nanoseconds in times)
+        yield f"| {name} | {method}{ways} | {moved} | {(price.held + turned) / 1e9:,.3f} | {took} |"
+
+
 def bars(rows: list[Row], target: Path) -> str:
     """Draw cells over the mean and keys received, mask by mask, on the most ranks."""
     rows = [row for row in rows if row.ranks == max(RANKS)]
@@ -195,6 +226,11 @@ ABOUT = """\
   the 256 global rows is 12 % of a rank's cells. The heap leaves such rows together, in chunks: few
   ranks receive all keys then, and have up to 30 times the cells of the others.
 - Lengths of documents are log-normal."""
+COSTS = (
+    "| mask | method | forward, mean | worst | backward, mean | worst | held | computes "
+    "| exchanges | takes |",
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+)
 STEPS = (
     "| mask | ranks | load | sharding | plan | a rank's cells | its stages | all transfers "
     "| proof |",
@@ -214,6 +250,28 @@ def page() -> Iterator[str]:
         yield from (f"## {tokens:,} tokens ({name})", "", *HEAD)
         yield from (row.line for row in counts[name])
         yield ""
+    yield from costs()
+    yield from times()
+
+
+def costs() -> Iterator[str]:
+    """Yield what the methods cost."""
+    yield from (f"## What each method costs, {TEXTS['1M']:,} tokens on {RANKS[1]} ranks", "")
+    yield (
+        "A training step of one layer, 64 heads and 8 of keys, of 128 channels, bfloat16; all "
+        "under `even`. GB that a rank receives; GB of keys and values that it holds at a time "
+        "beside those of its own tokens; and the milliseconds of the slowest rank, by estimate: of "
+        "a chip and of links that nobody has measured (`planner/chips.json`, "
+        "`parallel/links.json`)."
+    )
+    yield from ("", *COSTS)
+    for name in SOME:
+        yield from methods(name, TEXTS["1M"], RANKS[1])
+    yield ""
+
+
+def times() -> Iterator[str]:
+    """Yield what planning takes."""
     yield from ("## What planning takes at 1,048,576 tokens", "")
     yield f"{machine(1)}. Milliseconds of processor time, of masks that are new."
     yield from ("", *STEPS)
