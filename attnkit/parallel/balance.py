@@ -5,15 +5,17 @@
 
 1. Tokens fall into *stretches*: blocks that share no key with others, neighbouring small ones
    together; a block whose rows differ is folded, its tokens taken from both ends by turns, where
-   such pairs have as many cells each (so it is with a causal mask), or else each of its lines is.
+   such pairs have as many cells each (so it is with a causal mask), or else, if it has more tokens
+   than a rank, each of its lines is.
 2. Stretches are laid end to end, those with the most cells per token first. A rank takes its
    tokens from the beginning or, if that is uneven, some from the beginning and the others from
    the end: all from the beginning is too many cells, all from the end too few, and in between,
    one token more or less at a time, there is a number that fits. So the rest is as dense as the
    whole was, and the next rank finds one, too.
 
-Under a causal mask this is zigzag, under a window it is contiguous. A rank has at most four
-stretches that others have a part of: only their keys travel.
+Under a causal mask this is zigzag, under a window it is contiguous; and where one of these two is
+even, it is that. A rank has few stretches, four as a rule, that others have a part of: only their
+keys travel.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ WITHIN = 0.002
 LAYER_CELLS = 27_000
 """How many cells cost as much as what a layer does for a token beside attention.
 
-A layer of 218 million weights (an eighth of a model of 8 billion has four of them) multiplies
-2 x 218 million times per token, and 4 x 4,096 times per cell where heads have 4,096 channels.
+A layer of a model of 8 billion has about 218 million weights: 2 x 218 million operations for each
+token, beside 4 x 4,096 for each cell, where its heads have 4,096 channels.
 """
 
 
@@ -64,11 +66,15 @@ def even(load: Load, ranks: int, within: float = WITHIN) -> Sharding:
     """
     check_number("within", within, lambda x: 0 <= x < 1, "at least 0 and below 1")
     sizes = list(even_sizes(load.length, ranks))
-    found = list(stretches(load, _grain(load, ranks), within))
+    most = (1 + within) * load.total / max(load.length, 1)
+    for simple in (Sharding.contiguous(load.length, ranks), Sharding.zigzag(load.length, ranks)):
+        each = zip(load.of_ranks(simple), sizes, strict=True)
+        if all(cells <= most * size for cells, size in each):
+            return simple
+    found = list(stretches(load, load.length // ranks, within))
     found.sort(key=lambda one: (-one.cells(load) / one.size, one.start))
     chain = Chain(load, found)
     rest: Ranges = (range(load.length),) if load.length else ()
-    most = (1 + within) * load.total / max(load.length, 1)
     spans = []
     for size in sizes:
         taken = Untaken(chain, rest).fair(size, within, most)
@@ -90,7 +96,7 @@ def line(load: Load, ranks: int, token_cells: float = LAYER_CELLS) -> Sharding:
     """
     check_number("token_cells", token_cells, lambda x: 0 <= x < 1e15, "0 or more")
     check_int("ranks", ranks, 1, MOST_RANKS)
-    chain = Chain(load, list(stretches(load, _grain(load, ranks), WITHIN)))
+    chain = Chain(load, list(stretches(load, load.length // ranks, WITHIN)))
 
     def cost(place: int) -> float:
         return chain.before(place) + token_cells * place
@@ -102,11 +108,6 @@ def line(load: Load, ranks: int, token_cells: float = LAYER_CELLS) -> Sharding:
         ends.append(at - (at > ends[-1] and cost(at) - wanted > wanted - cost(at - 1)))
     ends.append(load.length)
     return Sharding.of(load.length, [chain.spans(a, b) for a, b in pairwise(ends)])
-
-
-def _grain(load: Load, ranks: int) -> int:
-    """Return how many tokens a stretch has at least, where they could be apart."""
-    return max(1, load.length // (16 * ranks))
 
 
 def keys_of(seen: Sequence[Ranges], kv_len: int) -> Sharding:

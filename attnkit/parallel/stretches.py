@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from attnkit.geometry import RowCount
 from attnkit.parallel.load import Load
 from attnkit.ranges import Ranges, total
 
 __all__ = ["Chain", "Stretch", "Untaken", "stretches"]
 
 Spans = list[tuple[int, int]]
+
+_GRAIN = 16  # blocks and lines of fewer tokens than such a part of a rank's are laid together
 
 
 class Stretch(NamedTuple):
@@ -51,8 +54,13 @@ class Stretch(NamedTuple):
         return [front, (self.stop - last // 2, self.stop - first // 2)]
 
 
-def stretches(load: Load, grain: int, within: float) -> Iterator[Stretch]:
-    """Yield all tokens in stretches, from the top; blocks of a few tokens are laid together."""
+def stretches(load: Load, own: int, within: float) -> Iterator[Stretch]:
+    """Yield all tokens in stretches, from the top, for ranks that have `own` tokens each.
+
+    Blocks of few tokens are laid together, and blocks of less than a rank has stay whole: what is
+    in one stretch mostly comes to one rank.
+    """
+    grain = max(1, own // _GRAIN)
     borders = (*load.borders, range(load.length, load.length + 1))
     stops = [one.stop for one in borders]
     start = 0
@@ -63,7 +71,7 @@ def stretches(load: Load, grain: int, within: float) -> Iterator[Stretch]:
         else:
             after = start + grain + 1
             stop = max(after, borders[bisect_right(stops, after)].start)
-            yield from _parts(load, start, stop, grain, within)
+            yield from _parts(load, start, stop, own, within)
         start = stop
 
 
@@ -75,7 +83,7 @@ def _last_border(borders: Ranges, stops: list[int], until: int) -> int:
     return stops[k - 1] - 1 if k else 0
 
 
-def _parts(load: Load, start: int, stop: int, grain: int, within: float) -> Iterator[Stretch]:
+def _parts(load: Load, start: int, stop: int, own: int, within: float) -> Iterator[Stretch]:
     """Yield a block as stretches whose tokens have as many cells each, or pairs of them have."""
     lines = list(load.between(start, stop))
     mean = (1 + within) * load.cells((range(start, stop),)) / (stop - start)
@@ -86,7 +94,15 @@ def _parts(load: Load, start: int, stop: int, grain: int, within: float) -> Iter
     if all(load.at(row) + load.at(start + stop - 1 - row) <= 2 * mean for row in ends):
         yield Stretch(start, stop, folded=True)
         return
-    few = start  # where short lines began that are laid together
+    if stop - start <= own:
+        yield Stretch(start, stop)
+    else:
+        yield from _apart(lines, max(1, own // _GRAIN))
+
+
+def _apart(lines: Sequence[RowCount], grain: int) -> Iterator[Stretch]:
+    """Yield each line for itself, short neighbouring ones together."""
+    few, stop = lines[0].i0, lines[-1].i1  # few: where the short ones began
     for i0, i1, _, step in lines:
         if i1 - i0 >= grain:
             if few < i0:

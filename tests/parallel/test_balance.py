@@ -169,6 +169,17 @@ def test_even_is_zigzag_under_a_causal_mask_and_contiguous_under_a_window() -> N
         assert even(load_of([mask], 1 << 15), 8) == Sharding.contiguous(1 << 15, 8)
 
 
+def test_blocks_that_fit_stay_whole() -> None:
+    # Documents with a window have rows with fewer cells and rows with as many: both in one stretch.
+    mask = masks.Documents([256] * 8) & masks.SlidingWindow(128)
+    assert even(load_of([mask], 2048), 8) == Sharding.contiguous(2048, 8)
+    lengths = [700, 90, 300, 110, 400, 448]
+    region = (masks.Documents(lengths) & masks.SlidingWindow(128)).region(2048, 2048)
+    dealt = even(Load.of({region: 1}, 2048), 2)
+    received = [total(without(region.seen(own), own)) for own in dealt.ranks]
+    assert max(received) <= 2 * 127  # of the documents that are cut, which are two
+
+
 def test_layers_with_other_masks_share_a_sharding() -> None:
     window = masks.SlidingWindow(64)
     both = [CAUSAL, window]
