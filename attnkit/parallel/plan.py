@@ -265,13 +265,13 @@ class ParallelPlan:
         kept, and their gradients go back in the dtype of the statistics. Where heads are split,
         what is turned among neighbours is counted, too.
         """
-        moved = torch.zeros(self.size, self.size, dtype=torch.int64)
+        counts = [[0] * self.size for _ in range(self.size)]
         for rank in range(self.size):
             numbers = len(self.kv_heads(rank)) * self.copies
-            for one in self._stages(rank)[1:]:
-                for source, keys in one.receives:
-                    moved[source, rank] += total(keys) * numbers
-        moved *= self.request.head_dim + self.request.value_dim
+            for _, _, receives, _ in self._stages(rank):
+                for source, keys in receives:
+                    counts[source][rank] += total(keys) * numbers
+        moved = torch.tensor(counts) * (self.request.head_dim + self.request.value_dim)
         there = moved * self.request.dtype.itemsize
         back = moved.mT * stats_dtype(self.request.dtype).itemsize
         forward, backward = there, back if self.keep else back + there

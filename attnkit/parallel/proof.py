@@ -22,7 +22,7 @@ from attnkit.parallel.local import local_request, terms_of
 from attnkit.parallel.plan import DROPOUTS, ParallelPlan, StagePiece
 from attnkit.parallel.plane import layers, seen_by
 from attnkit.parallel.price import slowest
-from attnkit.parallel.stages import Message, RankStage
+from attnkit.parallel.stages import RankStage
 from attnkit.planner.plan import inconsistent
 from attnkit.planner.request import check_fits
 from attnkit.planner.sequences import Block
@@ -33,8 +33,6 @@ __all__ = ["disprove", "ranks_in_full", "verify"]
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _MOST_SHARES = 64  # of which each is planned and looked at
 _MOST_STAGES = 4  # of a rank of a larger plan
-
-Moves = dict[tuple[int, int, int], Ranges]
 
 
 def verify(plan: ParallelPlan) -> None:
@@ -147,33 +145,80 @@ def _other_heads(plan: ParallelPlan) -> Refusal | None:
 
 def _other_tables(plan: ParallelPlan) -> Refusal | None:
     """Check the stages of all ranks, and that what each receives is what another sends."""
-    sent: Moves = {}
-    received: Moves = {}
+    alone: tuple[dict[int, Ranges], dict[int, Ranges]] = ({}, {})  # of sends, of receives
     counts: set[int] = set()
-    needed: dict[tuple[int, range], Ranges] = {}
+    needed: dict[tuple[int, range], tuple[Ranges, Ranges]] = {}
     for rank in range(plan.size):
-        stages, heads = plan.stages(rank), plan.heads(rank)
+        stages = plan.stages(rank)
         counts.add(len(stages))
-        along = (rank // plan.heads_ways, heads)
+        along = (rank // plan.heads_ways, plan.heads(rank))
         if along not in needed:
-            needed[along] = seen_by(plan.regions(heads), plan.rows(rank)) if heads else ()
-        wrong = _other_stages(plan, rank, stages, needed[along])
+            needed[along] = _needed(plan, rank)
+        wrong = _other_stages(plan, rank, stages, *needed[along])
         if wrong is not None:
             return wrong
-        for stage in stages:
-            sent.update({(stage.number, rank, to): keys for to, keys in stage.sends})
-            received.update({(stage.number, source, rank): keys for source, keys in stage.receives})
+        wrong = _unpaired(rank, plan.size, stages, *alone)
+        if wrong is not None:
+            return wrong
     if len(counts) > 1:
         return Refusal("other-stages", "ranks have different numbers of stages")
-    if sent != received:
-        number, source, to = next(iter(dict(sent.items() ^ received.items())))
-        reason = f"rank {source} sends rank {to} in stage {number} other keys than it receives"
-        return Refusal("unpaired", reason)
+    sends, receives = alone
+    if sends or receives:
+        pair = next(iter(sends or receives))
+        return _no_pair(pair, plan.size)
     return None
 
 
+def _unpaired(
+    rank: int,
+    size: int,
+    stages: tuple[RankStage, ...],
+    sent: dict[int, Ranges],
+    received: dict[int, Ranges],
+) -> Refusal | None:
+    """Match the messages of a rank with what ranks before it left without its other side.
+
+    Each pair of ranks in a stage has a number: there may be a quarter of a million of them.
+    """
+    for number, _, receives, sends in stages:
+        at = number * size**2
+        for to, keys in sends:
+            pair = at + rank * size + to
+            if to > rank:
+                sent[pair] = keys
+            elif received.pop(pair, None) != keys:
+                return _no_pair(pair, size)
+        for source, keys in receives:
+            pair = at + source * size + rank
+            if source > rank:
+                received[pair] = keys
+            elif sent.pop(pair, None) != keys:
+                return _no_pair(pair, size)
+    return None
+
+
+def _no_pair(pair: int, size: int) -> Refusal:
+    stage, ranks = divmod(pair, size**2)
+    source, to = divmod(ranks, size)
+    reason = f"rank {source} sends rank {to} in stage {stage} other keys than it receives"
+    return Refusal("unpaired", reason)
+
+
+def _needed(plan: ParallelPlan, rank: int) -> tuple[Ranges, Ranges]:
+    """Return the keys that the heads of a rank see, and those that any head does."""
+    heads, rows = plan.heads(rank), plan.rows(rank)
+    every = seen_by(plan.regions(range(plan.request.num_heads)), rows)
+    if not plan.request.matrices.per_head:
+        return every if heads else (), every
+    return seen_by(plan.regions(heads), rows) if heads else (), every
+
+
 def _other_stages(
-    plan: ParallelPlan, rank: int, stages: tuple[RankStage, ...], needed: Ranges
+    plan: ParallelPlan,
+    rank: int,
+    stages: tuple[RankStage, ...],
+    needed: Ranges,
+    of_any_head: Ranges,
 ) -> Refusal | None:
     own = plan.exchange.keys.ranks[rank // plan.heads_ways]
     if stages[0] != (0, own, (), ()):
@@ -181,7 +226,7 @@ def _other_stages(
     for number, stage in enumerate(stages):
         if stage.number != number:
             return Refusal("other-stages", f"rank {rank} has a stage {stage.number} as {number}")
-        wrong = _other_messages(plan, rank, stage)
+        wrong = _other_messages(plan, rank, stage, of_any_head)
         if wrong is not None:
             return wrong
     used = stages if plan.heads(rank) else stages[:1]
@@ -196,39 +241,49 @@ def _other_stages(
     return None
 
 
-def _other_messages(plan: ParallelPlan, rank: int, stage: RankStage) -> Refusal | None:
+def _other_messages(
+    plan: ParallelPlan, rank: int, stage: RankStage, needed: Ranges
+) -> Refusal | None:
     """Check that the keys of a stage are those that arrive for it, each once, from its owner."""
     ways, owned = plan.heads_ways, plan.exchange.keys.ranks
+    own_heads = rank % ways
     for messages in (stage.receives, stage.sends):
-        others = [message.rank for message in messages]
-        if others != sorted(set(others)) or not all(message.keys for message in messages):
-            reason = f"messages of rank {rank} in stage {stage.number} are not one per rank"
-            return Refusal("other-messages", reason)
-        if any(other == rank or other % ways != rank % ways for other in others):
-            return Refusal("other-messages", f"rank {rank} exchanges keys of other heads")
+        last = -1
+        for other, keys in messages:
+            if other <= last or not keys:
+                reason = f"messages of rank {rank} in stage {stage.number} are not one per rank"
+                return Refusal("other-messages", reason)
+            if other == rank or other % ways != own_heads or other >= plan.size:
+                return Refusal("other-messages", f"rank {rank} exchanges keys of other heads")
+            last = other
     for source, keys in stage.receives:
         own = owned[source // ways]
-        if keys != own and (not _in_order(keys) or without(keys, own)):
+        if keys != own and not _lie_in(keys, own):
             reason = f"rank {rank} receives keys from rank {source}, which has not got them"
             return Refusal("other-owner", reason)
-    if stage.number and plan.heads(rank) and stage.keys != _joined(stage.receives):
+    if not stage.number:
+        return None
+    arrived = joined((one.start, one.stop) for _, keys in stage.receives for one in keys)
+    if plan.heads(rank) and stage.keys != arrived:
         reason = f"the keys of stage {stage.number} of rank {rank} are not those that arrive"
         return Refusal("other-keys", reason)
-    if plan.exchange.method == "needed" and _unneeded(plan, rank, stage):
+    if plan.exchange.method == "needed" and without(arrived, needed):
         reason = f"rank {rank} receives keys in stage {stage.number} that no row of it sees"
         return Refusal("unneeded", reason)
     return None
 
 
-def _joined(messages: tuple[Message, ...]) -> Ranges:
-    return joined((one.start, one.stop) for _, keys in messages for one in keys)
-
-
-def _unneeded(plan: ParallelPlan, rank: int, stage: RankStage) -> Ranges:
-    if not stage.receives:
-        return ()
-    seen = seen_by(plan.regions(range(plan.request.num_heads)), plan.rows(rank))
-    return without(_joined(stage.receives), seen)
+def _lie_in(keys: Ranges, own: Ranges) -> bool:
+    """Whether keys are in order, and each run of them in a run of others: as a message's are."""
+    last = -1
+    for one in keys:
+        start, stop = one.start, one.stop
+        if one.step != 1 or not last < start < stop:
+            return False
+        if not any(some.start <= start and stop <= some.stop for some in own):
+            return False
+        last = stop
+    return True
 
 
 # -- what is computed ------------------------------------------------------------------------

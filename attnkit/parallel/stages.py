@@ -108,7 +108,14 @@ class Stages:
     def moved(self, source: int, to: int) -> Ranges:
         """Return the keys that go from a rank to another."""
         own = self.keys.ranks[source]
-        return shared(own, self.wanted[to]) if self.method == "needed" else own
+        if self.method != "needed":
+            return own
+        wanted = self.wanted[to]
+        if not (own and wanted) or own[-1].stop <= wanted[0].start:
+            return ()
+        if len(wanted) == 1 and wanted[0].start <= own[0].start and own[-1].stop <= wanted[0].stop:
+            return own
+        return () if wanted[-1].stop <= own[0].start else shared(own, wanted)
 
     def of(self, rank: int) -> tuple[RankStage, ...]:
         """Return the stages of a rank; a stage without keys and messages is among them."""
