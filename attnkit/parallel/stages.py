@@ -11,7 +11,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from attnkit.arguments import check_int
 from attnkit.errors import CompositionError, shown
@@ -108,14 +110,7 @@ class Stages:
     def moved(self, source: int, to: int) -> Ranges:
         """Return the keys that go from a rank to another."""
         own = self.keys.ranks[source]
-        if self.method != "needed":
-            return own
-        wanted = self.wanted[to]
-        if not (own and wanted) or own[-1].stop <= wanted[0].start:
-            return ()
-        if len(wanted) == 1 and wanted[0].start <= own[0].start and own[-1].stop <= wanted[0].stop:
-            return own
-        return () if wanted[-1].stop <= own[0].start else shared(own, wanted)
+        return shared(own, self.wanted[to]) if self.method == "needed" else own
 
     def of(self, rank: int) -> tuple[RankStage, ...]:
         """Return the stages of a rank; a stage without keys and messages is among them."""
@@ -123,7 +118,7 @@ class Stages:
 
     def _remote(self, rank: int) -> Iterator[RankStage]:
         size = self.keys.size
-        arriving = dict(self._arriving(rank))
+        arriving, leaving = dict(self._arriving(rank)), dict(self._leaving(rank))
         for number, distances in enumerate(self.distances, 1):
             sources = sorted((rank - d) % size for d in distances)
             receives = tuple(
@@ -131,8 +126,8 @@ class Stages:
             )
             keys = joined(span(one) for _, keys in receives for one in keys)
             others = sorted((rank + d) % size for d in distances)
-            sends = (Message(other, self.moved(rank, other)) for other in others)
-            yield RankStage(number, keys, receives, tuple(one for one in sends if one.keys))
+            sends = tuple(Message(other, leaving[other]) for other in others if other in leaving)
+            yield RankStage(number, keys, receives, sends)
 
     @cached_property
     def _owned(self) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -153,3 +148,22 @@ class Stages:
                 found.setdefault(owned[k][2], []).append(range(at, end))
                 at, k = end, k + 1
         return ((source, tuple(ranges)) for source, ranges in found.items())
+
+    @cached_property
+    def _wanting(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The ranges that ranks receive, ``[start | stop | rank, range]``, by rank and in order."""
+        every = ((k.start, k.stop, rank) for rank, some in enumerate(self.wanted) for k in some)
+        found: np.ndarray[Any, np.dtype[np.int64]] = np.array([*every], dtype=np.int64)
+        return found.reshape(-1, 3).T
+
+    def _leaving(self, rank: int) -> Iterable[tuple[int, Ranges]]:
+        """Return what a rank sends by its receivers, of which there may be as many."""
+        starts, stops, ranks = self._wanting
+        found: dict[int, list[range]] = {}
+        for one in self.keys.ranks[rank]:
+            low, high = np.maximum(starts, one.start), np.minimum(stops, one.stop)
+            (at,) = np.nonzero(low < high)
+            columns = (ranks[at].tolist(), low[at].tolist(), high[at].tolist())
+            for to, start, stop in zip(*columns, strict=True):
+                found.setdefault(to, []).append(range(start, stop))
+        return ((to, tuple(ranges)) for to, ranges in found.items())
