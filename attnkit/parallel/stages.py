@@ -153,8 +153,8 @@ class Stages:
     def _wanting(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The ranges that ranks receive, ``[start | stop | rank, range]``, by rank and in order."""
         every = ((k.start, k.stop, rank) for rank, some in enumerate(self.wanted) for k in some)
-        found: np.ndarray[Any, np.dtype[np.int64]] = np.array([*every], dtype=np.int64)
-        return found.reshape(-1, 3).T
+        found = np.array([*every], dtype=np.int64)
+        return np.ascontiguousarray(found.reshape(-1, 3).T)
 
     def _leaving(self, rank: int) -> Iterable[tuple[int, Ranges]]:
         """Return what a rank sends by its receivers, of which there may be as many."""
