@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import attnkit as ak
-from attnkit import masks, pse
+from attnkit import masks, parallel, pse
 from attnkit.parallel import Sharding
 from attnkit.parallel.choose import METHODS
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.planner import Composition, Request, read_request
 from attnkit.pse.base import rebound
+from tests.parallel.cases import GALLERY, SHARDINGS, Case
 from tests.parallel.test_stages import dealt, positions
 
 LENGTH = 24
@@ -222,3 +223,45 @@ def test_a_plan_is_a_value() -> None:
     assert hash(again) == hash(plan)
     assert set(vars(again)) < set(vars(plan))
     assert again.disprove() is None
+
+
+def proven(case: Case) -> None:
+    plan = case.plan
+    assert plan.disprove() is None, case
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_masks_of_the_gallery_are_proven(name: str) -> None:
+    chance = random.Random(name)
+    method = chance.choice(["needed", "ring", "gather", "ulysses"])
+    sharding = chance.choice([*SHARDINGS])
+    ways = 3 if method == "ulysses" else 1
+    proven(Case(GALLERY[name], 3, sharding, method, ways))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", GALLERY)
+def test_masks_of_the_gallery_are_proven_on_every_way_of_ranks(name: str) -> None:
+    for ranks, sharding, method, backend in product(
+        (2, 3, 4), SHARDINGS, METHODS, ("reference", "tiled", "emulated")
+    ):
+        if method == "hybrid" and ranks < 4:
+            continue
+        ways = {"ulysses": ranks, "hybrid": 2}.get(method, 1)
+        proven(Case(GALLERY[name], ranks, sharding, method, ways, backend=backend))
+
+
+@pytest.mark.parametrize("ranks", [64, 512])
+def test_a_million_tokens_on_many_ranks_are_proven(ranks: int) -> None:
+    length, window = 2**20, 4096
+    x, y = (torch.empty(1, length, n, 64, device="meta", dtype=torch.half) for n in (8, 2))
+    docs = masks.Documents([length // 1000 + 1] * 576 + [length // 1000] * 424)
+    for mask, most in ((masks.SlidingWindow(window), window - 1), (docs & masks.Causal(), 4200)):
+        plan = parallel.plan(
+            x, y, y, ranks=ranks, mask=mask, method="needed", balance="even", stages=1
+        )
+        assert plan.disprove() is None
+        assert max(plan.queries.sizes) - min(plan.queries.sizes) <= 1
+        assert max(plan.received(rank).keys for rank in range(ranks)) <= most
+        assert int(plan.transfers.forward.sum(0).max()) <= most * 2 * 128 * 2
