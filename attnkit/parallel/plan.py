@@ -10,12 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from attnkit.arguments import check_choice, check_int
 from attnkit.backends import make_plan
-from attnkit.backends.base import stats_dtype
 from attnkit.backends.graph import stand_in
 from attnkit.errors import CompositionError, Refusal, shown
 from attnkit.geometry import Region
@@ -25,11 +21,12 @@ from attnkit.parallel.plane import planes, seeing, seen_by, worth_leaving_out
 from attnkit.parallel.price import ParallelPrice
 from attnkit.parallel.sharding import Sharding
 from attnkit.parallel.stages import Message, RankStage, Stages
+from attnkit.parallel.transfers import Received, Transfers, received_by, transfers_of
 from attnkit.planner import Plan, Request
 from attnkit.planner.request import state_of
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
-from attnkit.ranges import Ranges, shared, total
+from attnkit.ranges import Ranges, shared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,21 +52,6 @@ class StagePiece(NamedTuple):
     bias: Pse | None
 
 
-class Transfers(NamedTuple):
-    """Bytes that go from one rank to another, ``[from, to]``, in int64."""
-
-    forward: Tensor
-    backward: Tensor
-
-
-class Received(NamedTuple):
-    """What a rank receives: keys of other ranks, and bytes."""
-
-    keys: int
-    forward: int
-    backward: int
-
-
 class Alternative(NamedTuple):
     """Another way that would do, and what it costs."""
 
@@ -88,6 +70,15 @@ class ParallelPlan:
     `dropout` is "global" where weights are dropped that one process would drop, or "local".
 
     `bias` is that of the request on tensors without memory.
+
+    >>> import torch
+    >>> from attnkit import masks, parallel
+    >>> x, mask = torch.empty(1, 64, 4, 16, device="meta"), masks.SlidingWindow(4)
+    >>> plan = parallel.plan(x, x, x, ranks=4, mask=mask, method="needed", balance="contiguous")
+    >>> plan.stages(2)[1].receives
+    (Message(rank=1, keys=(range(29, 32),)),)
+    >>> plan.pieces(2, 1)[0].rows, plan.received(2).forward
+    ((range(32, 35),), 1536)
     """
 
     request: Request
@@ -191,7 +182,8 @@ class ParallelPlan:
         """Return the stages of a rank: the keys of each, and who sends what to whom."""
         return self._kept(rank).stages
 
-    def _stages(self, rank: int) -> tuple[RankStage, ...]:
+    def table(self, rank: int) -> tuple[RankStage, ...]:
+        """Return the same, made anew: of all ranks they are many."""
         along, across = divmod(rank, self.heads_ways)
         found = self.exchange.of(along)
         if self.heads_ways == 1:
@@ -238,10 +230,7 @@ class ParallelPlan:
 
     def regions(self, heads: range) -> dict[Region, int]:
         """Return what the mask allows of some heads, and how many score matrices are alike."""
-        known: dict[range, dict[Region, int]] = self.__dict__.setdefault("_planes", {})
-        if heads not in known:
-            known[heads] = planes(self.request, heads)
-        return known[heads]
+        return planes(self.request, heads)
 
     def _kept(self, rank: int) -> _RankTable:
         every: dict[int, _RankTable] = self.__dict__.setdefault("_ranks", {})
@@ -249,7 +238,7 @@ class ParallelPlan:
             check_int("rank", rank, 0, self.size - 1)
             while len(every) >= _MOST_RANKS:
                 every.pop(next(iter(every)), None)
-            every[rank] = _RankTable(self._stages(rank), {})
+            every[rank] = _RankTable(self.table(rank), {})
         return every[rank]
 
     @property
@@ -262,31 +251,14 @@ class ParallelPlan:
         """The bytes that go from each rank to each other, in the forward and the backward pass.
 
         Keys and values go in their dtype. The backward pass fetches them again, unless they are
-        kept, and their gradients go back in the dtype of the statistics. Where heads are split,
-        what is turned among neighbours is counted, too.
+        kept, and their gradients, if they are asked for, go back in the dtype of the statistics.
+        Where heads are split, what is turned among neighbours is counted, too.
         """
-        counts = [[0] * self.size for _ in range(self.size)]
-        for rank in range(self.size):
-            numbers = len(self.kv_heads(rank)) * self.copies
-            for _, _, receives, _ in self._stages(rank):
-                for source, keys in receives:
-                    counts[source][rank] += total(keys) * numbers
-        moved = torch.tensor(counts) * (self.request.head_dim + self.request.value_dim)
-        there = moved * self.request.dtype.itemsize
-        back = moved.mT * stats_dtype(self.request.dtype).itemsize
-        forward, backward = there, back if self.keep else back + there
-        if self.heads_ways > 1:
-            of_turn = self.turn.transfers
-            forward, backward = forward + of_turn[0], backward + of_turn[1]
-        return Transfers(forward, backward)
+        return transfers_of(self)
 
     def received(self, rank: int) -> Received:
         """Return what a rank receives, in keys of others and in bytes."""
-        return Received(
-            total(self.exchange.wanted[rank // self.heads_ways]) if self.heads(rank) else 0,
-            int(self.transfers.forward[:, rank].sum()),
-            int(self.transfers.backward[:, rank].sum()),
-        )
+        return received_by(self, rank)
 
     def check_backend(self) -> None:
         """Raise `BackendRefused` unless the backend runs a share: that of the first with cells.
@@ -306,6 +278,7 @@ class ParallelPlan:
         ranks with the most cells and keys.
 
         >>> from dataclasses import replace
+        >>> import torch
         >>> from attnkit import masks, parallel
         >>> x = torch.empty(1, 8, 2, 16, device="meta")
         >>> found = parallel.plan(x, x, x, ranks=2, mask=masks.Causal(), method="needed")
@@ -345,6 +318,7 @@ class ParallelPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return what `explain` tells as plain data, with the numbers of all ranks.
 
+        >>> import torch
         >>> from attnkit import masks, parallel
         >>> x = torch.empty(1, 8, 2, 16, device="meta")
         >>> parallel.plan(x, x, x, ranks=2, mask=masks.Causal()).to_dict()["tokens"]

@@ -36,6 +36,13 @@ def planes(request: Request, heads: range | None = None) -> dict[Region, int]:
     True
     """
     heads = range(request.num_heads) if heads is None else heads
+    kept: dict[range, dict[Region, int]] = request.__dict__.setdefault("_planes", {})
+    if heads not in kept:  # a packed batch has thousands of strips, and is asked for again
+        kept[heads] = _planes(request, heads)
+    return kept[heads]
+
+
+def _planes(request: Request, heads: range) -> dict[Region, int]:
     found: Counter[Region] = Counter()
     groups = [[*heads]] if not request.matrices.per_head else [[head] for head in heads]
     for group in groups if heads else []:
