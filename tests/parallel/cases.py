@@ -226,10 +226,14 @@ class Case:
         found = [one if want else None for one, want in zip(made, wanted, strict=True)]
         return self.named(self.answer, found)
 
-    def named(self, answer: tuple[Any, Any], slopes: Any) -> dict[str, Tensor | None]:
+    @cached_property
+    def names(self) -> list[str]:
+        """Of results and gradients."""
         bias = self.operands.pse
-        names = [*ALL, *(() if bias is None else bias.tensor_names)]
-        return dict(zip(names, (*answer, *slopes), strict=True))
+        return [*ALL, *(() if bias is None else bias.tensor_names)]
+
+    def named(self, answer: tuple[Any, Any], slopes: Any) -> dict[str, Tensor | None]:
+        return dict(zip(self.names, (*answer, *slopes), strict=True))
 
     def work(self, wires: Wires) -> dict[str, Any]:
         """Do what a rank does; return what it found, and the bytes that it sent."""

@@ -248,34 +248,6 @@ def test_bits_repeat_whoever_is_late(case: Case) -> None:
     assert all(are_equal(first, bits(case, seed)) for seed in (1, 2))
 
 
-@pytest.mark.parametrize("ways", [1, 2])
-@pytest.mark.parametrize("keep", [False, True])
-def test_local_dropout_drops_the_same_backward(ways: int, keep: bool) -> None:
-    case = Case(
-        CAUSAL,
-        4,
-        method="needed" if ways == 1 else "hybrid",
-        heads_ways=ways,
-        keep=keep,
-        dropout=0.4,
-        drops="local",
-        backend="emulated",
-        sink=False,
-    )
-    exact = replace(case, dropout=0.0)
-    case.__dict__["slopes"] = exact.slopes
-    once, twice = run_on_threads(case), run_on_threads(case)
-    assert all(
-        are_equal([a["output"], a["value"]], [b["output"], b["value"]])
-        for a, b in zip(once, twice, strict=True)
-    )
-    output, slope = (case.whole(name, [one[name] for one in once]) for name in ("output", "value"))
-    assert not torch.allclose(output, exact.answer[0])
-    # The output is linear in the values: with the same cells, both sums are over the same terms.
-    forward, back = (output * case.slopes[0]).sum(), (slope * case.operands.value).sum()
-    torch.testing.assert_close(back.detach(), forward, rtol=EXACT, atol=EXACT)
-
-
 # -- faults ----------------------------------------------------------------------------------------
 
 
@@ -332,11 +304,35 @@ ON_PROCESSES = {
 }
 
 
+# Fused kernels draw of a generator, which threads would share.
+DROPS = Case(dropout=0.4, drops="local", backend="emulated", sink=False, ranks=4)
+DRAWN = {
+    "local dropout": DROPS,
+    "local dropout, kept": replace(DROPS, keep=True, bias=t5),
+    "local dropout of heads": replace(DROPS, method="hybrid", heads_ways=2),
+}
+
+
 def on_process(group: dist.ProcessGroup, name: str) -> dict[str, Any]:
-    return ON_PROCESSES[name].work(GroupWires(group, timeout=30.0))
+    case = (ON_PROCESSES | DRAWN)[name]
+    case.__dict__["slopes"] = replace(case, dropout=0.0).slopes
+    return case.work(GroupWires(group, timeout=30.0))
 
 
 @pytest.mark.parametrize("name", ON_PROCESSES)
 def test_processes_equal_one(processes: Pool, name: str) -> None:
     case = ON_PROCESSES[name]
     assert worst(case, processes.run(on_process, name, ranks=case.ranks)) < EXACT
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_local_dropout_drops_the_same_backward(processes: Pool, name: str) -> None:
+    case, exact = DRAWN[name], replace(DRAWN[name], dropout=0.0)
+    once, twice = (processes.run(on_process, name) for _ in range(2))
+    for a, b in zip(once, twice, strict=True):
+        assert are_equal([a[key] for key in case.names], [b[key] for key in case.names])
+    output, slope = (case.whole(key, [one[key] for one in once]) for key in ("output", "value"))
+    assert not torch.allclose(output, exact.answer[0])
+    # The output is linear in the values: with the same cells, both sums are over the same terms.
+    forward, back = (output * exact.slopes[0]).sum(), (slope * case.operands.value).sum()
+    torch.testing.assert_close(back.detach(), forward, rtol=EXACT, atol=EXACT)
