@@ -20,6 +20,7 @@ from attnkit.errors import LONGEST, CompositionError, CompositionTypeError, clip
 __all__ = [
     "FLOATS",
     "Align",
+    "Anchor",
     "IntsLike",
     "LengthsLike",
     "anchor",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 Align = Literal["bottom_right", "top_left"]
+Anchor = Align | int
+"""From where distances are counted: a corner of the score matrix, or the key of query 0."""
 
 IntsLike = Sequence[int] | Tensor | np.ndarray[Any, Any]  # what `check_ints` takes
 LengthsLike = IntsLike | Sequence[IntsLike]  # the same, for every batch element or for each
@@ -180,8 +183,14 @@ give (start, stop) with 0 <= start <= stop <= the extent
     return known
 
 
-def anchor(align: Align, q_len: int, kv_len: int) -> int:
-    """Return the key position that query 0 is at: 0, or kv_len - q_len."""
+def anchor(align: Anchor, q_len: int, kv_len: int) -> int:
+    """Return the key position that query 0 is at: 0, kv_len - q_len, or what was said.
+
+    >>> anchor("bottom_right", 2, 5), anchor("top_left", 2, 5), anchor(-4, 2, 5)
+    (3, 0, -4)
+    """
+    if isinstance(align, int):
+        return align
     return 0 if align == "top_left" else kv_len - q_len
 
 

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from attnkit.arguments import Anchor, anchor
 from attnkit.backends.base import AttentionOutput, Operands, stats_dtype
 from attnkit.backends.biases import numbers_of
 from attnkit.constants import constant
@@ -177,7 +178,7 @@ def _stepped(
 @constant
 def _nearest(
     sequences: tuple[tuple[int, int], ...],
-    align: str,
+    align: Anchor,
     anchors: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
@@ -223,10 +224,10 @@ def _rows_of(structure: Stepped, lo: int, hi: int, device: torch.device) -> Tens
 
 @constant
 def _token_positions(
-    sequences: tuple[tuple[int, int], ...], align: str, device: torch.device
+    sequences: tuple[tuple[int, int], ...], align: Anchor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the position ``i'`` of each query token and that of each key token."""
-    shifts = [kv - q if align == "bottom_right" else 0 for q, kv in sequences]
+    shifts = [anchor(align, *lengths) for lengths in sequences]
     rows = [
         torch.arange(at, at + q, device=device)
         for at, (q, _) in zip(shifts, sequences, strict=True)

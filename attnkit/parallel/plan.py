@@ -17,6 +17,7 @@ from attnkit.errors import CompositionError, Refusal, shown
 from attnkit.geometry import Region
 from attnkit.parallel.heads import Turn, coarse
 from attnkit.parallel.local import local_bias, local_request
+from attnkit.parallel.pieces import pieces
 from attnkit.parallel.plane import planes, seeing, seen_by, worth_leaving_out
 from attnkit.parallel.price import ParallelPrice
 from attnkit.parallel.sharding import Sharding
@@ -216,7 +217,8 @@ class ParallelPlan:
         keys = worth_leaving_out(keys, shared(keys, seen_by(regions, rows)))
         rows = worth_leaving_out(rows, seeing(regions, rows, keys))
         if rows and keys:
-            yield self.piece(rows, keys, heads)
+            for place in pieces(self.request, regions, rows, keys, self.backend):
+                yield self.piece(*place, heads)
 
     def piece(self, rows: Ranges, keys: Ranges, heads: range) -> StagePiece:
         """Return what is computed of some rows, keys and heads."""

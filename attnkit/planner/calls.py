@@ -16,13 +16,13 @@ from math import prod
 
 import torch
 
+from attnkit.arguments import Anchor
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall, TensorSpec
 from attnkit.planner.bias_pass import BiasPass
 from attnkit.planner.price import Price, heads_of, price_call
 from attnkit.planner.request import Request, state_of
 from attnkit.planner.sequences import Block
-from attnkit.pse import Align
 from attnkit.ranges import Ranges
 from attnkit.strips import diagonal_chain
 
@@ -143,12 +143,12 @@ class Tokens:
 class Zone:
     """Cells at some distances ``j - i'``, whose calls are given the same of a bias (`routes`).
 
-    `spans` are ``(align, first, last)``, and a cell's distance lies in each of them. In the
+    `spans` are ``(anchor, first, last)``, and a cell's distance lies in each of them. In the
     calls of a zone the query's dimensions in `turned`, ranges ``[start, stop)``, change sign,
     and every score adds the row `row` of the bias's table, at the merge.
     """
 
-    spans: tuple[tuple[Align, int, int], ...]
+    spans: tuple[tuple[Anchor, int, int], ...]
     turned: tuple[tuple[int, int], ...] = ()
     row: int | None = None
 

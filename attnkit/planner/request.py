@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnkit import layouts
-from attnkit.arguments import FLOATS, check_bool, check_int, check_number, check_tensor
+from attnkit.arguments import FLOATS, Anchor, check_bool, check_int, check_number, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
@@ -43,6 +43,22 @@ __all__ = [
 
 
 _ALIGNS: tuple[Align, ...] = ("bottom_right", "top_left")
+
+
+class DistanceHulls(dict[Anchor, tuple[int, int]]):
+    """The smallest and the largest distance of some cells, by where distances are counted from.
+
+    >>> found = DistanceHulls(top_left=(-3, 0))
+    >>> found[2]
+    (-5, -2)
+    """
+
+    def __missing__(self, key: Anchor) -> tuple[int, int]:
+        """Count from the key that query 0 stands at: it is 0 from the upper left corner."""
+        if not isinstance(key, int):
+            raise KeyError(key)
+        lo, hi = self["top_left"]
+        return lo - key, hi - key
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class BiasTerm:
         )
 
     @property
-    def align(self) -> Align:
+    def align(self) -> Anchor:
         """From which end the distances are counted, where it is one of distances."""
         return self.structure.align if isinstance(self.structure, OfDistance) else "bottom_right"
 
@@ -228,12 +244,12 @@ class Request:
         return Matrices.of(self.mask, self.sequences)
 
     @cached_property
-    def distances(self) -> dict[Align, tuple[int, int]]:
+    def distances(self) -> DistanceHulls:
         """The smallest and largest distance ``j - i'`` of an allowed cell; (0, 0) for none."""
         planes = self.matrices.planes
         pairs = {p for plane in planes for p in zip(plane, self.sequences, strict=True)}
         boxes = [(e.outer.bounds, sizes) for e, sizes in pairs]
-        found: dict[Align, tuple[int, int]] = {}
+        found = DistanceHulls()
         for align in _ALIGNS:
             ends = [(b.lo - at, b.hi - at) for b, s in boxes if b for at in (anchor(align, *s),)]
             lows, highs = zip(*ends, strict=True) if ends else ((0,), (0,))

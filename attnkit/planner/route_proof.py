@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from attnkit.arguments import Anchor, anchor
 from attnkit.errors import Refusal
 from attnkit.geometry import Region, Slice
-from attnkit.masks import Band, Or
-from attnkit.masks.base import anchor
+from attnkit.masks import Or
 from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.orders import sorted_alike, sorting
 from attnkit.planner.request import Request
@@ -16,11 +16,12 @@ from attnkit.planner.routes import (
     Channels,
     Route,
     Span,
+    band_of,
     channel_dims,
     structure_of,
 )
 from attnkit.planner.sequences import Block
-from attnkit.pse import Align, Linear, PerKey, Stepped
+from attnkit.pse import Linear, PerKey, Stepped
 
 __all__ = ["disprove_route"]
 
@@ -98,14 +99,14 @@ def _other_distances(
 
 
 def _at_distances(
-    request: Request, align: Align, bands: list[Span], head: int, block: Block, region: Region
+    request: Request, align: Anchor, bands: list[Span], head: int, block: Block, region: Region
 ) -> bool:
     """Whether a block's cells have distances in some bands; its bounds alone mostly tell."""
     sizes, box = request.sequences[block.batch], region.bounds
     if box is None:
         return True
     if sorting(request) is not None or not block.is_rectangle:
-        near = sorted_alike(request, Or.of(*(Band(-lo, hi, align) for lo, hi in bands)))
+        near = sorted_alike(request, Or.of(*(band_of(align, lo, hi) for lo, hi in bands)))
         return block.image(region) <= near.region(*sizes, block.batch, head)
     i0, _, j0, _ = block.ends
     shift = j0 - i0 - anchor(align, *sizes)

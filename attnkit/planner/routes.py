@@ -41,11 +41,12 @@ from operator import and_
 
 import torch
 
+from attnkit.arguments import Anchor
 from attnkit.errors import Refusal
 from attnkit.masks import Band
 from attnkit.planner.calls import Launch, Zone
 from attnkit.planner.request import Request
-from attnkit.pse import Align, Linear, PerKey, Stepped, Structure
+from attnkit.pse import Linear, PerKey, Stepped, Structure
 from attnkit.pse.structure import sum_of_steps
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Channels",
     "Route",
     "Span",
+    "band_of",
     "channel_dims",
     "in_parts",
     "routes",
@@ -148,8 +150,7 @@ class Route:
 
     def within(self, zone: Zone) -> Request:
         """Return what the calls of a zone compute together."""
-        bands = (Band(-lo, hi, align) for align, lo, hi in zone.spans)
-        inside = reduce(and_, bands, self.request.mask)
+        inside = reduce(and_, (band_of(*one) for one in zone.spans), self.request.mask)
         return replace(self.request, mask=inside, head_dim=self.dim_of(zone))
 
     @property
@@ -168,6 +169,17 @@ class Route:
         count = len(self.levels)
         told += [f"bias as {count} logit{'s' * (count != 1)} at the merge"] if count else []
         return ", ".join(told)
+
+
+def band_of(align: Anchor, lo: int, hi: int) -> Band:
+    """Return the cells at some distances ``j - i'``.
+
+    >>> band_of("bottom_right", -3, 0), band_of(2, -3, 0)
+    (Band(3, 0), Band(1, 2, align='top_left'))
+    """
+    if isinstance(align, int):
+        return Band(-lo - align, hi + align, "top_left")
+    return Band(-lo, hi, align)
 
 
 def routes(request: Request, sloped: bool = False) -> Iterator[Route | Refusal]:
@@ -204,7 +216,7 @@ def in_parts(request: Request, route: Route) -> Route | Refusal:
 
 
 def _fitting(
-    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps], whole: bool = True
+    request: Request, channels: tuple[Channels, ...], steps: dict[Anchor, Steps], whole: bool = True
 ) -> Route | Refusal:
     if request.sink or not whole or _zones(request, channels, steps):
         channels = tuple(_anchored(request, one) for one in channels)
@@ -223,15 +235,15 @@ def _fitting(
 
 
 def _zones(
-    request: Request, channels: tuple[Channels, ...], steps: dict[Align, Steps]
+    request: Request, channels: tuple[Channels, ...], steps: dict[Anchor, Steps]
 ) -> tuple[Zone, ...]:
     """Return the zones: a step that is a level, or one side of the queries, or both.
 
     Distances are counted from where each bias counts them, so there may be two cuts at 0.
     """
     sloped = {one.structure.align for one in channels if isinstance(one.structure, Linear)}
-    cuts: list[list[tuple[Align, int, int, int | None]]] = []
-    for align in sorted(sloped | set(steps)):
+    cuts: list[list[tuple[Anchor, int, int, int | None]]] = []
+    for align in sorted(sloped | set(steps), key=str):
         hull = request.distances[align]
         parts = steps.get(align, ((*hull, None),))
         if align in sloped:
@@ -259,7 +271,7 @@ def _halves(lo: int, hi: int) -> Iterator[tuple[int, int]]:
 
 
 def _turned(
-    request: Request, channels: tuple[Channels, ...], spans: tuple[tuple[Align, int, int], ...]
+    request: Request, channels: tuple[Channels, ...], spans: tuple[tuple[Anchor, int, int], ...]
 ) -> tuple[tuple[int, int], ...]:
     """Return the dimensions whose channels have the wrong sign at some distances."""
     side = {align: (1 if hi <= 0 else -1) for align, _, hi in spans}
@@ -311,7 +323,7 @@ def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
     if not isinstance(structure, Linear):
         text = request.bias[parts[0]].text
         return Refusal("pse-gradient", f"{text} has no known structure", "channels")
-    longest = max((max(sizes) for sizes in request.sequences), default=0)
+    longest = _longest(request, structure)
     if longest > _MOST_POSITIONS and request.dtype != torch.float64:
         reason = (
             f"{longest:,} positions times slopes lose more in float32 sums than a bfloat16 weight "
@@ -321,6 +333,13 @@ def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
     lo, hi = request.distances[structure.align]
     digits = 2 if low and longest > BASE else 1
     return Channels(parts, structure, 3 if low else 1, digits, sign=-1 if lo >= 0 < hi else 1)
+
+
+def _longest(request: Request, structure: Linear) -> int:
+    """Return the largest number of a position, of a key or of the place that a query stands at."""
+    at = structure.align if isinstance(structure.align, int) else 0
+    sizes = request.sequences
+    return max((max(kv_len, abs(at), q_len + at) for q_len, kv_len in sizes), default=0)
 
 
 def _anchored(request: Request, one: Channels) -> Channels:

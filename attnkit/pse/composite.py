@@ -10,11 +10,11 @@ from operator import add
 import torch
 from torch import Tensor
 
-from attnkit.arguments import check_range
+from attnkit.arguments import anchor, check_range
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks.taken import taken_again
 from attnkit.pse.base import Pse, Range, Rectangle
-from attnkit.pse.structure import Structure, Toeplitz
+from attnkit.pse.structure import Linear, Root, Structure, Toeplitz
 from attnkit.ranges import Excerpt
 
 __all__ = ["Cut", "Sum"]
@@ -179,7 +179,11 @@ class Cut(Pse):
 
     @property
     def structure(self) -> Structure | None:
-        """A shift leaves distances as they differ, and forgets where they are 0."""
+        """A shift leaves distances as they differ, and moves the key that query 0 stands at."""
+        known = self.part.structure
+        if isinstance(known, Linear | Root):
+            first = self.q_range[0] + anchor(known.align, self.q_len, self.kv_len)
+            return replace(known, align=first - self.kv_range[0])
         return Toeplitz("bottom_right") if self.part.toeplitz else None
 
     @property

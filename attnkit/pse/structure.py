@@ -4,8 +4,9 @@ Planner and backends read this value, and never ask which family a bias is of. A
 is bound as slopes, in compressed rows, tile by tile, or, where it trains (the fused kernel
 never writes the gradient of a bias), as channels of query and key and as logits where partial
 softmaxes merge. The small tensor is the first of the bias's `structure_tensors`. Positions are
-those of the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, else i.
-All but `Toeplitz` and `PerCell` are added after the scale.
+those of the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, i for
+``"top_left"``, and ``i + align`` for a number: the key that query 0 stands at. All but
+`Toeplitz` and `PerCell` are added after the scale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from attnkit.masks.base import Align
+from attnkit.arguments import Align, Anchor
 
 __all__ = [
     "Align",
@@ -35,8 +36,9 @@ __all__ = [
 class Toeplitz:
     """``bias[h, i, j] = f(h, j - i')``: a number for each distance and head.
 
-    >>> from attnkit.pse import ALiBi
-    >>> ALiBi(2).cut((0, 2), (1, 3), q_len=4, kv_len=4).structure
+    >>> import torch
+    >>> from attnkit.pse import DistanceBias
+    >>> DistanceBias(torch.zeros(2, 7), -3).cut((0, 2), (1, 3), q_len=4, kv_len=4).structure
     Toeplitz(align='bottom_right')
     """
 
@@ -50,9 +52,11 @@ class Linear:
     >>> from attnkit.pse import ALiBi
     >>> ALiBi(2, learnable=True).structure
     Linear(align='bottom_right', slopes=None)
+    >>> ALiBi([1.0]).cut((0, 2), (1, 3), q_len=4, kv_len=4).structure
+    Linear(align=-1, slopes=(1.0,))
     """
 
-    align: Align
+    align: Anchor
     slopes: tuple[float, ...] | None = None
 
 
@@ -65,7 +69,7 @@ class Root:
     Root(align='bottom_right', slopes=(0.5,))
     """
 
-    align: Align
+    align: Anchor
     slopes: tuple[float, ...]
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnkit.arguments import anchor, short
+from attnkit.arguments import Anchor, anchor, short
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
 from attnkit.masks.taken import read_excerpts, taken_again
 from attnkit.pse.base import EVERY, Pse, Rectangle
@@ -141,8 +141,12 @@ class Taken(Pse):
         align, shift = found
         if isinstance(known, Stepped):
             return Stepped(tuple(start - shift for start in known.starts), known.rows, align)
-        if isinstance(known, Linear | Root) and shift == 0:
-            return replace(known, align=align)
+        if isinstance(known, Linear | Root):
+            if shift == 0:
+                return replace(known, align=align)
+            if len(self._sizes) == 1:
+                ((q_len, kv_len),) = self._sizes
+                return replace(known, align=anchor(align, q_len, kv_len) - shift)
         return Toeplitz(align)
 
     @property
@@ -216,7 +220,7 @@ class Taken(Pse):
         return clipped(f"{self.part!r}.take({where}, {lengths})", LONGEST_REPR)
 
 
-def shift_of(excerpts: Sequence[Excerpt], align: Align) -> tuple[Align, int] | None:
+def shift_of(excerpts: Sequence[Excerpt], align: Anchor) -> tuple[Align, int] | None:
     """Return how the distances in excerpts are counted: the anchor, and what they are short of.
 
     A distance ``v - u'`` of an excerpt is ``j - i'`` less the shift. None where distances differ

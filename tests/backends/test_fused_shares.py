@@ -19,14 +19,17 @@ from attnkit import layouts, masks, pse
 from attnkit.backends import BACKENDS
 from attnkit.backends.base import Backend, Kept, Operands, Partial, stats_dtype
 from attnkit.backends.choose import make_plan
-from attnkit.geometry import Region
 from attnkit.masks import Mask
+from attnkit.parallel.pieces import pieces
+from attnkit.parallel.plane import planes
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.decompose import decompositions, partings
+from attnkit.planner.lower import on_route
 from attnkit.planner.request import Share
+from attnkit.planner.routes import Route, routes
 from attnkit.planner.search import Search
 from attnkit.pse import Pse
-from attnkit.ranges import Ranges, total
+from attnkit.ranges import Ranges
 from tests.agreement import slopes
 
 Tensors = tuple[torch.Tensor, ...]
@@ -40,32 +43,6 @@ UNEVEN = (
     ((range(5),), (range(5, 17),), (range(17, 24),)),
     ((range(9),), (range(9, 12), range(20, 24)), (range(12, 20),)),
 )
-
-
-def region_of(region: Region, rows: Ranges, keys: Ranges) -> Region:
-    """The cells (u, v) with (rows[u], keys[v]) in a region, one pair of ranges after the other."""
-    found, i = Region.empty(), 0
-    for some in rows:
-        j = 0
-        for others in keys:
-            piece = region.cut((some.start, some.stop), (others.start, others.stop))
-            found, j = found | piece.shift(i, j), j + len(others)
-        i += len(some)
-    return found
-
-
-def mask_of(mask: Mask, rows: Ranges, keys: Ranges, batch: int, heads: int) -> Mask:
-    """The mask of some rows and keys."""
-    sizes = total(rows), total(keys)
-
-    def part(b: int, h: int) -> Region:
-        return region_of(mask.region(LENGTH, LENGTH, batch=b, head=h), rows, keys)
-
-    if mask.heads is not None:
-        return masks.PerHead([masks.Slices.of(part(0, h), *sizes) for h in range(heads)])
-    if mask.batches is not None:
-        return masks.Slices.of([part(b, 0) for b in range(batch)], *sizes)
-    return masks.Slices.of(part(0, 0), *sizes)
 
 
 @dataclass(frozen=True)
@@ -101,7 +78,10 @@ class Whole:
         """The request of a share."""
         found = read_request(
             Composition(
-                mask_of(self.mask, rows, keys, 2, 4), bias, self.layout, dropout=self.dropout
+                self.mask.take(rows, keys, q_len=LENGTH, kv_len=LENGTH),
+                bias,
+                self.layout,
+                dropout=self.dropout,
             ),
             *(t.detach().requires_grad_() for t in tensors),
             num_heads=4,
@@ -138,10 +118,14 @@ def by_head(whole: Whole, tensor: torch.Tensor, heads: int = 4) -> torch.Tensor:
     return layouts.get(whole.layout).view(tensor, heads)
 
 
-def stages(sharded: Sharded, rank: int) -> tuple[Ranges, Ranges]:
-    """A rank's own keys, and all others in rising order."""
-    remote = (one for k, some in enumerate(sharded[1]) if k != rank for one in some)
-    return sharded[1][rank], tuple(sorted(remote, key=lambda one: one.start))
+def stages(sharded: Sharded) -> list[tuple[Ranges, Ranges]]:
+    """Each rank's rows with its own keys, and with all others in rising order."""
+    found = []
+    for rank, rows in enumerate(sharded[0]):
+        remote = (one for k, some in enumerate(sharded[1]) if k != rank for one in some)
+        found.append((rows, sharded[1][rank]))
+        found.append((rows, tuple(sorted(remote, key=lambda one: one.start))))
+    return found
 
 
 def share_of(whole: Whole, runner: Backend, rows: Ranges, keys: Ranges, variant: Variant) -> Done:
@@ -159,56 +143,50 @@ def share_of(whole: Whole, runner: Backend, rows: Ranges, keys: Ranges, variant:
     return Done(rows, keys, plan, operands, runner.partial(plan, operands, seed))
 
 
-def together(whole: Whole, parts: Sequence[Done]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output ``[b n s d]`` and the log-sum-exp ``[b n s]`` of some rows over all keys."""
-    lse = torch.logsumexp(torch.stack([part.partial.lse for part in parts]), 0)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    weighed = [
-        by_head(whole, part.partial.output) * (part.partial.lse - finite).exp().unsqueeze(-1)
-        for part in parts
-    ]
-    return sum(weighed[1:], weighed[0]), lse
+def joined(whole: Whole, parts: Sequence[Done]) -> Found:
+    """The output ``[b n s d]`` and the log-sum-exp ``[b n s]`` of all rows, over all keys."""
+    wide = stats_dtype(whole.dtype)
+    out = torch.zeros(2, 4, LENGTH, whole.value_dim, dtype=wide)
+    lse = torch.full((2, 4, LENGTH), -torch.inf, dtype=wide)
+    for part in parts:
+        at, own = indices(part.rows), part.partial.lse
+        before = lse.index_select(2, at)
+        both = torch.logaddexp(before, own)
+        finite = both.masked_fill(both == -torch.inf, 0.0)
+        old, new = ((some - finite).exp().unsqueeze(-1) for some in (before, own))
+        merged = out.index_select(2, at) * old + by_head(whole, part.partial.output) * new
+        out.index_copy_(2, at, merged)
+        lse.index_copy_(2, at, both)
+    return {"out": out, "lse": lse}
 
 
 def computed(
-    whole: Whole, sharded: Sharded, variant: Variant = lambda plan: plan
+    whole: Whole, places: Sequence[tuple[Ranges, Ranges]], variant: Variant = lambda plan: plan
 ) -> tuple[Found, list[Done]]:
     """Take an attention apart, join it, and go back: results by head, whatever the layout."""
-    runner, wide = BACKENDS["emulated"], stats_dtype(whole.dtype)
-    form, tensors = layouts.get(whole.layout), whole.tensors()
-    q, k, v = (by_head(whole, t, n) for t, n in zip(tensors, whole.heads, strict=True))
-    found = {
-        "out": q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide),
-        "lse": q.new_zeros(q.shape[:3], dtype=wide),
-        **{f"d{n}": torch.zeros_like(t, dtype=wide) for n, t in (("q", q), ("k", k), ("v", v))},
-    }
-    dy = slopes(torch.empty_like(found["out"]))
-    every: list[Done] = []
-    for rank, rows in enumerate(sharded[0]):
-        parts = [share_of(whole, runner, rows, keys, variant) for keys in stages(sharded, rank)]
-        out, lse = together(whole, parts)
-        at = indices(rows)
-        found["out"].index_copy_(2, at, out)
-        found["lse"].index_copy_(2, at, lse)
-        for part in parts:
-            grad, grad_lse = (t.index_select(2, at) for t in (dy, dy[..., 0]))
-            kept = Kept(torch.tensor([7]), form.restore(out), lse, form.restore(grad), grad_lse)
-            leaves = part.operands.leaves
-            wanted = tuple(t is not None and t.is_floating_point() for t in leaves)
-            made = runner.partial_gradients(
-                part.plan, part.operands, kept, wanted, part.partial.random
-            )
-            for name, grads, heads, some in zip(
-                ("dq", "dk", "dv"), made, whole.heads, (rows, part.keys, part.keys), strict=False
-            ):
-                assert grads is not None
-                assert grads.dtype == wide
-                found[name].index_add_(2, indices(some), by_head(whole, grads, heads))
-            for n, (grads, want) in enumerate(zip(made[4:], wanted[4:], strict=True)):
-                if want and grads is not None:
-                    before = found.get(f"dbias {n}")
-                    found[f"dbias {n}"] = grads if before is None else before + grads
-        every += parts
+    runner, wide, form = BACKENDS["emulated"], stats_dtype(whole.dtype), layouts.get(whole.layout)
+    every = [share_of(whole, runner, *place, variant) for place in places]
+    found = joined(whole, every)
+    for name, tensor, heads in zip(("dq", "dk", "dv"), whole.tensors(), whole.heads, strict=True):
+        found[name] = torch.zeros_like(by_head(whole, tensor, heads), dtype=wide)
+    dy = slopes(found["out"])
+    for part in every:
+        at = indices(part.rows)
+        out, lse, grad = (t.index_select(2, at) for t in (found["out"], found["lse"], dy))
+        kept = Kept(torch.tensor([7]), form.restore(out), lse, form.restore(grad), grad[..., 0])
+        leaves = part.operands.leaves
+        wanted = tuple(t is not None and t.is_floating_point() for t in leaves)
+        made = runner.partial_gradients(part.plan, part.operands, kept, wanted, part.partial.random)
+        for name, grads, heads, some in zip(
+            ("dq", "dk", "dv"), made, whole.heads, (part.rows, part.keys, part.keys), strict=False
+        ):
+            assert grads is not None
+            assert grads.dtype == wide
+            found[name].index_add_(2, indices(some), by_head(whole, grads, heads))
+        for n, (grads, want) in enumerate(zip(made[4:], wanted[4:], strict=True)):
+            if want and grads is not None:
+                before = found.get(f"dbias {n}")
+                found[f"dbias {n}"] = grads if before is None else before + grads
     return found, every
 
 
@@ -235,12 +213,20 @@ def defined(whole: Whole) -> Found:
 def check(
     whole: Whole, sharded: Sharded = ZIGZAG, variant: Variant = lambda plan: plan
 ) -> list[Done]:
-    """Shares together are one process, in float64 to 1e-12; return how they were computed."""
-    found, every = computed(whole, sharded, variant)
+    """Shares together are one process, in float64 to 1e-12 of it; return how they were computed."""
+    return check_places(whole, stages(sharded), variant)
+
+
+def check_places(
+    whole: Whole, places: Sequence[tuple[Ranges, Ranges]], variant: Variant = lambda plan: plan
+) -> list[Done]:
+    """The same of shares of any rows and keys."""
+    found, every = computed(whole, places, variant)
     exact = defined(whole)
     assert found.keys() == exact.keys()
     for name, tensor in exact.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12)
+        most = max(1.0, tensor.nan_to_num(neginf=0.0).abs().max().item())
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12 * most)
     return every
 
 
@@ -317,13 +303,8 @@ TABLE = torch.randn(4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(5
 
 
 def part_of(bias: Pse) -> Callable[[Ranges, Ranges], Pse]:
-    """The part of a bias for rows and keys that lie side by side; its tensors are those of all."""
-
-    def cut(rows: Ranges, keys: Ranges) -> Pse:
-        (own,), (other,) = rows, keys
-        return pse.Cut(bias, (own.start, own.stop), (other.start, other.stop), LENGTH, LENGTH)
-
-    return cut
+    """Rows and keys of a bias; its tensors are those of all."""
+    return lambda rows, keys: bias.take(rows, keys, q_len=LENGTH, kv_len=LENGTH)
 
 
 def trained(bias: Pse) -> Pse:
@@ -352,6 +333,51 @@ def test_biases_and_their_gradients(name: str) -> None:
         check(Whole(mask, part_of(BIASES[name])), HALVES)
 
 
+def in_pieces(whole: Whole, sharded: Sharded) -> list[tuple[Ranges, Ranges]]:
+    """The stages of all ranks, each in the pieces in which fused calls take it."""
+    every = (range(LENGTH),)
+    bias = None if whole.bias is None else whole.bias(every, every)
+    request = replace(whole.request(whole.tensors(), bias, every, every), share=None)
+    regions = planes(request)
+    return [
+        piece for place in stages(sharded) for piece in pieces(request, regions, *place, "emulated")
+    ]
+
+
+def on_a_route(plan: Plan) -> Plan:
+    """The same bias as channels, and as levels where it has some."""
+    request = plan.request
+    ways = [way for way in routes(request, sloped=True) if isinstance(way, Route)]
+    plans = [replace(on_route(request, way, Search()), backend=plan.backend) for way in ways]
+    return max(plans, key=lambda one: (len(one.route.levels) if one.route else -1, -len(one.steps)))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "sharded"),
+    [
+        ("slopes", masks.Full(), UNEVEN),
+        ("roots", CAUSAL, ZIGZAG),
+        ("trained slopes", CAUSAL, ZIGZAG),
+        ("trained slopes", masks.Full(), UNEVEN),
+        ("trained steps", CAUSAL, ZIGZAG),
+        ("a sum", CAUSAL, ZIGZAG),
+    ],
+)
+def test_biases_by_distance_are_numbers_in_every_piece(
+    name: str, mask: Mask, sharded: Sharded
+) -> None:
+    bias = BIASES["trained slopes"] + BIASES["trained steps"] if name == "a sum" else BIASES[name]
+    whole = Whole(mask, part_of(bias))
+    places = in_pieces(whole, sharded)
+    assert len(places) > len(stages(sharded))
+    check_places(whole, places)
+    if bias.requires_grad:  # small pieces are cheaper as a matrix; channels are for large ones
+        done = check_places(whole, places, on_a_route)
+        assert all(one.plan.route is not None for one in done)
+        assert not any(call.pse for one in done for call in one.plan.calls)
+        assert any(one.partial.random for one in done) == (name != "trained slopes")
+
+
 @pytest.mark.parametrize("sizes", [(2, 8, 16), (2, 16, 8), (4, 8, 8), (1, 8, 8)])
 def test_other_sizes(sizes: tuple[int, int, int]) -> None:
     kv_heads, dim, value_dim = sizes
@@ -362,8 +388,8 @@ def test_other_sizes(sizes: tuple[int, int, int]) -> None:
 def test_16_bits_lose_what_the_kernel_rounds_and_no_more(variant: Variant) -> None:
     """Each share's output is rounded once, as it is in one process; merges and sums are wide."""
     whole = Whole(CAUSAL, dtype=torch.bfloat16)
-    found, _ = computed(whole, ZIGZAG, variant)
-    one, _ = computed(whole, (((range(LENGTH),),),) * 2)
+    found, _ = computed(whole, stages(ZIGZAG), variant)
+    one, _ = computed(whole, [((range(LENGTH),),) * 2])
     exact = defined(whole)
     for name in ("out", "dq", "dk", "dv"):
         own, alone = ((some[name] - exact[name]).norm() for some in (found, one))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnkit import pse
+from attnkit.arguments import anchor
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.pse.base import EVERY, rebound
 from attnkit.pse.structure import OfDistance
@@ -103,7 +104,7 @@ def check_structure(own: pse.Pse, right: Tensor, batch: int | None = None) -> No
                     values[0, :, here], table[row][:, None].expand(-1, int(here.sum()))
                 )
         if isinstance(known, pse.Linear) and known.slopes is None:
-            shift = sizes[1] - sizes[0] if known.align == "bottom_right" else 0
+            shift = anchor(known.align, *sizes)
             distance = torch.arange(sizes[1]) - torch.arange(sizes[0])[:, None] - shift
             slopes = part.structure_tensors[0].to(torch.float64)[:, None, None]
             torch.testing.assert_close(values[0], -slopes * distance.abs())
@@ -222,7 +223,7 @@ def test_a_rank_of_slopes_needs_no_matrix() -> None:
     assert bias.take_excerpts(parts) == bias
     assert bias.for_heads(2, 4) == pse.ALiBi(slopes=bias.slopes[2:])
     far = bias.take([(8, 12)], [(0, 4)], q_len=12, kv_len=12)
-    assert far.structure == pse.Toeplitz("bottom_right")
+    assert far.structure == pse.Linear(8, bias.slopes)  # query 0 stands at its key 8
     assert bias.take([(8, 12), (0, 2)], [(0, 4)], q_len=12, kv_len=12).structure is None
 
 

@@ -63,9 +63,8 @@ class Retraced(Walk):
         self.sums_known = not job.request.sink and job.request.share is None
         self.whole_rows = self.sums_known and kept.grad_lse is None
 
-    def go(self) -> None:
-        """Walk the schedule, and hand on what it gave to the bias."""
-        super().go()
+    def last(self) -> None:
+        """Hand on what the tiles gave to the bias."""
         if self.bias is not None:
             self.bias.hand_on(self.to_bias)
 

@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attnkit.arguments import Anchor, anchor
 from attnkit.backends.tiled.schedule import Lane
 from attnkit.backends.tiled.tiles import Step, Workspace
-from attnkit.masks.base import Align, anchor
 from attnkit.ranges import Excerpt, met
 
 __all__ = [
@@ -52,7 +52,7 @@ class Distances:
     """A bias ``-slope[h] * abs(i' - j)`` or of its root, by formula: no tensor is carried."""
 
     slopes: tuple[float, ...]
-    align: Align
+    align: Anchor
     root: bool
 
     def anchor(self, lane: Lane) -> int:

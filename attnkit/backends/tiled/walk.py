@@ -86,7 +86,12 @@ class Walk(ABC):
             for start, stop in lane.blank:
                 rows = slice(lane.origin[0] + start, lane.origin[0] + stop)
                 self.blank((slice(*lane.batches), slice(*lane.heads), rows))
+        self.last()
         self.work.give_back()
+
+    def last(self) -> None:
+        """Do what follows the last tile, while no other thread has the buffers."""
+        return
 
     @abstractmethod
     def step(self, step: Step, block: RowBlock) -> None:

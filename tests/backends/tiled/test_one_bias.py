@@ -14,6 +14,7 @@ import attnkit as ak
 from attnkit import masks, pse
 from attnkit.backends.tiled import TiledPlan, bias, terms, whole
 from attnkit.backends.tiled.schedule import Whole
+from attnkit.backends.tiled.tiles import Workspace
 from tests.agreement import agreement
 
 HEADS = 2
@@ -197,3 +198,19 @@ def test_statistics_that_are_not_looked_at_are_seen(monkeypatch: pytest.MonkeyPa
     with pytest.raises(AssertionError):
         test_keys_that_are_all_excluded_by_their_bias((2, 1, 30))
     assert not whole.is_sound(torch.tensor([1.0, float("nan")]))
+
+
+def test_buffers_that_are_given_back_are_no_longer_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have them at once, and write to them."""
+    give_back = Workspace.give_back
+
+    def spoil(self: Workspace) -> None:
+        for flat in self._flat.values():
+            flat.fill_(float("nan") if flat.is_floating_point() else True)
+        give_back(self)
+
+    monkeypatch.setattr(Workspace, "give_back", spoil)
+    made = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 9, 2, 4, dtype=torch.float64)
+    out = ak.attention(x, x, x, pse=ak.pse.Dense(made), mask=ak.masks.Causal(), backend="tiled")
+    assert torch.autograd.grad(out.sum(), made)[0].isfinite().all()
