@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from attnkit.backends.base import register
 from attnkit.backends.bias_pass import Bits
 from attnkit.backends.block_sparse import blocks_backward, blocks_forward
 from attnkit.backends.fused import Fused
-from attnkit.backends.merged import Answer, Drawn
+from attnkit.backends.merged import Answer, Drawn, Launcher
 from attnkit.kernel import BlockSparseCall, Gradients, KernelCall, emulate, emulate_grad
 from attnkit.kernel.block_sparse_op import EMULATED
 from attnkit.kernel.dropout import dropout_bits
@@ -31,17 +33,28 @@ class Emulated(Fused):
 
     name = "emulated"
 
-    def __init__(self, block_sparse: bool = False) -> None:
-        self.block_sparse = block_sparse
+    def __init__(
+        self, block_sparse: bool = False, generator: torch.Generator | None = None
+    ) -> None:
+        self.block_sparse, self._generator = block_sparse, generator
+
+    @contextmanager
+    def drawing(self, seed: Tensor | None, device: torch.device) -> Iterator[Launcher]:
+        """Draw from a generator of its own: torch's is that of all threads."""
+        if seed is None:
+            yield self
+            return
+        yield Emulated(self.block_sparse, torch.Generator().manual_seed(int(seed)))
 
     def forward(self, call: KernelCall, tensors: dict[str, Any]) -> Answer:
         """Execute one call on the emulator."""
         if isinstance(call, BlockSparseCall):
             return blocks_forward(call, tensors, EMULATED)
         # A plan holds no seed: it is the same plan in every step. As the device op does, each
-        # call draws one from torch's generator.
+        # call draws one from torch's generator, or from that of a share.
         if call.keep_prob < 1:
-            call = replace(call, seed=int(torch.randint(_SEEDS, ())), offset=0)
+            seed = torch.randint(_SEEDS, (), generator=self._generator)
+            call = replace(call, seed=int(seed), offset=0)
         out, peak, total = emulate(call, **tensors)
         return Answer(out, peak, total, (call.seed, call.offset, call.numels))
 

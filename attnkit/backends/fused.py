@@ -8,6 +8,8 @@ the launch itself, so that what the emulator proves holds for the device.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from attnkit.backends.base import (
     Operands,
     Partial,
     Stats,
+    seeded,
     stats_dtype,
     untransformed,
 )
@@ -32,7 +35,7 @@ from attnkit.backends.bias_pass import Bits, PassedPlan, with_bias_gradient
 from attnkit.backends.biases import call_bias
 from attnkit.backends.calling import Caller, Made
 from attnkit.backends.channels import Leveled, run_on_route
-from attnkit.backends.merged import Answer, Drawn
+from attnkit.backends.merged import Answer, Drawn, Launcher
 from attnkit.backends.selected import run_selected
 from attnkit.backends.shares import against_share, gradients_of_share, partial_of
 from attnkit.backends.unseen import cleared
@@ -96,6 +99,12 @@ class Fused(Backend):
         self, call: KernelCall, tensors: dict[str, Any], dy: Tensor, merged: Answer
     ) -> Gradients:
         """Make one grad call, with the statistics and output of the whole softmax."""
+
+    @contextmanager
+    def drawing(self, seed: Tensor | None, device: torch.device) -> Iterator[Launcher]:
+        """Make forward calls that draw numbers which follow from a seed, if there is one."""
+        with seeded(seed, device):
+            yield self
 
     @abstractmethod
     def decisions(self, call: KernelCall, random: Drawn, query: Tensor) -> Bits:

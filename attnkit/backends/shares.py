@@ -22,7 +22,6 @@ from attnkit.backends.base import (
     added,
     gradients_of,
     recorded,
-    seeded,
     stats_dtype,
 )
 from attnkit.backends.bias_pass import pass_gradients, with_frozen
@@ -72,8 +71,9 @@ def partial_of(
     tensors, which go through operators of a graph.
     """
     request = plan.request
-    noted = Noted(backend, _keeps_answers(plan))
-    with torch.no_grad(), seeded(_own_seed(seed, request.share), operands.query.device):
+    own, device = _own_seed(seed, request.share), operands.query.device
+    with torch.no_grad(), backend.drawing(own, device) as launcher:
+        noted = Noted(launcher, _keeps_answers(plan))
         output, stats = attend(Made(noted), plan, operands)
     drawn = (torch.tensor(noted.random, dtype=torch.int64), *noted.answers)
     random = drawn if request.dropout or noted.keeps else None

@@ -454,3 +454,16 @@ def test_what_the_kernel_cannot_do_for_a_share_is_refused() -> None:
     assert [r.code for r in runner.refusals(replace(local, sink=True))] == ["share-sink"]
     half = make_plan(replace(local, dtype=torch.bfloat16), "emulated")
     assert "what a fused call rounds itself" in " ".join(half.explain().split())
+
+
+def test_a_share_leaves_the_generator_of_all_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, runner, rows = Whole(masks.Full(), dropout=0.5), BACKENDS["emulated"], (range(8),)
+    before = share_of(whole, runner, rows, rows, lambda plan: plan)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise AssertionError("another thread would draw other numbers")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    monkeypatch.setattr(torch.random, "fork_rng", refuse)
+    again = share_of(whole, runner, rows, rows, lambda plan: plan)
+    assert torch.equal(before.partial.output, again.partial.output)
