@@ -1,7 +1,7 @@
 """What the house is made of, counted: ``python -m tests.house``.
 
 Lines of the package, caches, class names that mean two things, records around a kernel call, and
-the files that three calls enter. The calls are those of docs/architecture.md.
+the files that four calls enter. The calls are those of docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 
 import torch
+from torch.distributed import HashStore
 
 import attnkit as ak
 from attnkit import masks
+from attnkit.parallel import ContextParallel
+from attnkit.parallel.guard import Guard
+from tests.parallel.threads import Switchboard, ThreadWires
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnkit"
@@ -92,7 +97,7 @@ def entered(call: Callable[[], object]) -> list[str]:
 
 
 def paths() -> dict[str, Callable[[], object]]:
-    """Return the three calls of docs/architecture.md."""
+    """Return the four calls of docs/architecture.md."""
     x, y = torch.randn(1, 1024, 2, 16), torch.randn(1, 8192, 1, 16)
     window = ak.Attention(2, 16, mask=masks.Causal() & masks.SlidingWindow(128))
     sink = masks.Causal() & (masks.Columns(0, 4) | masks.SlidingWindow(64))
@@ -102,7 +107,25 @@ def paths() -> dict[str, Callable[[], object]]:
         "a causal window on the CPU": lambda: window(x, x, x),
         "a sink and a window on fused calls": lambda: fused(y, y, y),
         "a configuration to a layer": lambda: ak.AttentionConfig.from_yaml(text).build(),
+        "a text on two processes": two_ranks,
     }
+
+
+def two_ranks() -> None:
+    """Train a layer on a text that two ranks share, which are threads; this one is the first."""
+    board, store, x = Switchboard(2, 60.0), HashStore(), torch.randn(1, 64, 32)
+    layer = ak.MultiHeadAttention(32, 2, mask=masks.Causal(), rotary=True)
+
+    def rank(number: int) -> None:
+        wires = ThreadWires(number, 2, board, None)
+        wires.guard = Guard(store, number, 2)
+        here = ContextParallel(wires, method="needed").shards(masks.Causal(), tokens=64)
+        layer(here.take(x), shards=here).sum().backward()
+
+    other = Thread(target=rank, args=(1,), daemon=True)
+    other.start()
+    rank(0)
+    other.join(60.0)
 
 
 def main() -> None:

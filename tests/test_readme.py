@@ -15,7 +15,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("backends.md", "decoding.md", "gathered.md", "selected.md")
+        for name in ("backends.md", "decoding.md", "gathered.md", "parallel.md", "selected.md")
     ),
 ]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.S)
