@@ -39,17 +39,32 @@ def run(group: dist.ProcessGroup, script: str) -> str:
 
 
 def test_the_page_has_what_is_tested() -> None:
-    assert [name for _, name, _ in COMMANDS] == [*SCRIPTS] == ["one.py", "four.py", "decode.py"]
-    launched = "python -m torch.distributed.run --nproc-per-node 4"
-    assert [command for command, _, _ in COMMANDS] == ["python", launched, launched]
+    assert [name for _, name, _ in COMMANDS] == [*SCRIPTS]
+    assert [*SCRIPTS] == ["one.py", "four.py", "decode.py", "mesh.py"]
+    launched = [f"python -m torch.distributed.run --nproc-per-node {n}" for n in (4, 4, 8)]
+    assert [command for command, _, _ in COMMANDS] == ["python", *launched]
 
 
 def test_scripts_print_what_the_page_shows(processes: Pool) -> None:
     for command, name, shown in COMMANDS:
         if command == "python":
             assert run(dist.group.WORLD, SCRIPTS[name]) == shown
-        else:
-            assert processes.run(run, SCRIPTS[name], ranks=4)[0] == shown
+        elif command.endswith(" 4"):
+            assert processes.run(run, SCRIPTS[name])[0] == shown
+
+
+def test_the_script_of_a_mesh_runs_on_half_of_it(processes: Pool) -> None:
+    half = SCRIPTS["mesh.py"].replace("(2, 2, 2)", "(1, 2, 2)")
+    assert processes.run(run, half)[0].startswith("loss 5.5")
+
+
+@pytest.mark.sweep
+def test_the_script_of_a_mesh_prints_what_the_page_shows() -> None:
+    pool = Pool(8)
+    try:
+        assert pool.run(run, SCRIPTS["mesh.py"])[0] == COMMANDS[-1][2]
+    finally:
+        pool.close()
 
 
 def test_the_words_of_ranks_that_disagree_are_those_of_the_page() -> None:
