@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from lm.checkpoint import Progress
 
 
 def plot_losses(path: Path, title: str, progress: Progress, baselines: dict[str, float]) -> None:
     """Draw training and held-out loss over the steps, and the baselines to beat."""
+    from matplotlib.figure import Figure  # where it is drawn: most processes of a run never do
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(progress.train_bits) + 1)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ruamel.yaml import YAML
 
 import train_lm
 from lm.data import Corpus, load_corpus
 from lm.ranks import Ranks
-from tests.examples.conftest import WriteConfig
+from tests.examples.conftest import TINY
 from tests.parallel.processes import Pool
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
 
 
 def small() -> Corpus:
@@ -50,6 +43,14 @@ def trained(group: dist.ProcessGroup | None, argv: list[str], dtype: torch.dtype
     return state
 
 
+def written(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Return the path of the tiny config, with sections changed as it is told."""
+    content = {name: section | changes.get(name, {}) for name, section in TINY.items()}
+    path = folder / "tiny.yaml"
+    YAML(typ="safe", pure=True).dump(content, path)
+    return path
+
+
 def command(config: Path, out: Path, *flags: str) -> list[str]:
     return ["--config", str(config), "--out", str(out), "--device", "cpu", *flags]
 
@@ -64,9 +65,9 @@ def far(some: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def test_two_processes_train_like_one_and_one_goes_on_from_there(
-    processes: Pool, write_config: WriteConfig, tmp_path: Path
+    processes: Pool, tmp_path: Path
 ) -> None:
-    config = write_config()  # with dropout
+    config = written(tmp_path)  # with dropout
     alone = trained(None, command(config, tmp_path / "one"), torch.float64)
     two = command(config, tmp_path / "two", "--stop-at", "4")
     processes.run(trained, two, torch.float64, ranks=2)
@@ -81,7 +82,6 @@ def test_two_processes_train_like_one_and_one_goes_on_from_there(
 @pytest.mark.parametrize("attention", ["alibi", "window"])
 def test_twenty_steps_have_the_losses_of_one_process(
     processes: Pool,
-    write_config: WriteConfig,
     tmp_path: Path,
     ranks: int,
     dtype: torch.dtype,
@@ -91,7 +91,7 @@ def test_twenty_steps_have_the_losses_of_one_process(
         "alibi": {"pse": "ALiBi(4)", "num_kv_heads": 4},
         "window": {"mask": "Causal() & (SlidingWindow(9) | Columns(0, 2))", "sink": True},
     }
-    config = write_config(training={"steps": 20}, attention=changes[attention])
+    config = written(tmp_path, training={"steps": 20}, attention=changes[attention])
     alone = trained(None, command(config, tmp_path / "one"), dtype)
     processes.run(trained, command(config, tmp_path / "many"), dtype, ranks=ranks)
     many = torch.load(tmp_path / "many" / "checkpoint.pt", weights_only=True)
@@ -102,9 +102,9 @@ def test_twenty_steps_have_the_losses_of_one_process(
 
 @pytest.mark.sweep
 def test_the_script_starts_its_processes_and_others_go_on(
-    write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config, out = write_config(training={"validate_every": 100}), tmp_path / "out"
+    config, out = written(tmp_path, training={"validate_every": 100}), tmp_path / "out"
     for count, stop in (("2", "2"), ("3", "4")):
         flags = ["--context-parallel", count, "--stop-at", stop]
         flags += ["--resume"] if count == "3" else []
@@ -116,8 +116,8 @@ def test_the_script_starts_its_processes_and_others_go_on(
 
 @pytest.mark.parametrize("count", ["0", "-1"])
 def test_no_process_at_all_is_refused(
-    count: str, write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = command(write_config(), tmp_path / "out", "--context-parallel", count)
+    flags = command(written(tmp_path), tmp_path / "out", "--context-parallel", count)
     assert train_lm.main(flags) == 2
     assert f"--context-parallel {count}" in capsys.readouterr().err
