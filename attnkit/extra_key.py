@@ -7,19 +7,28 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropped
 
 from attnkit.backends import AttentionOutput, Stats
+from attnkit.errors import CompositionError
+from attnkit.parallel.shards import Shards
 
 __all__ = ["with_extra_key"]
 
 
 def with_extra_key(
-    found: AttentionOutput, query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float
+    found: AttentionOutput,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dropout: float,
+    shards: Shards | None = None,
 ) -> AttentionOutput:
     """Return what attention is with one key more, from what it is without.
 
     ``softmax([scores, s]) @ [v, value]`` with ``s = scale * query . key``, which is
     ``output + sigmoid(s - lse) * (value - output)``: nothing is concatenated, and no mask knows
     of it. Query and output are ``[b s n d]`` or ``[t n d]``, the key ``[n_kv d]``, the value
-    ``[n_kv d_v]``. Dropout is that of one more weight in each row.
+    ``[n_kv d_v]``. Dropout is that of one more weight in each row; of `shards` it is drawn for the
+    rows of all ranks, so that their generators stay in step.
 
     >>> import attnkit as ak
     >>> x = torch.randn(1, 5, 2, 8)
@@ -39,10 +48,24 @@ def with_extra_key(
     score = scale * (query.to(dtype) * key).sum(-1)
     # Of a row that sees no other key, lse is -inf and the weight 1.
     weight, rest = torch.sigmoid(score - lse), torch.sigmoid(lse - score)
-    weight = dropped(weight, dropout) if dropout else weight
+    if dropout and shards is None:
+        weight = dropped(weight, dropout)
+    elif dropout and shards is not None:
+        weight = weight * _of_all(shards, weight, dropout)
     output = found.output * rest[..., None] + weight[..., None] * value
     stats = Stats(
         lambda: turned(torch.logaddexp(lse, score)),
         lambda: torch.maximum(found.stats.max, turned(score.detach())),
     )
     return AttentionOutput(output.to(found.output.dtype), stats)
+
+
+def _of_all(shards: Shards, weight: Tensor, dropout: float) -> Tensor:
+    """Return what dropout multiplies the weights of this rank's rows with, ``[... s n]``."""
+    if torch.compiler.is_dynamo_compiling():
+        raise CompositionError(
+            "extra_key=True with dropout and shards inside of torch.compile: how many tokens all "
+            "ranks have is not known there; leave one of them out"
+        )
+    shape = (*weight.shape[:-2], shards.sharding.length, weight.shape[-1])
+    return shards.take(dropped(weight.new_ones(shape), dropout), -2)

@@ -407,7 +407,7 @@ class MultiHeadAttention(AsTorch):
         stats = return_stats or self.extra_k is not None
         found = self.attention._attend(asked, *laid, given.seqlens, stats, given.shards)
         output = form.convert(found.output, TND if form.packed else BSND, heads[0].shape[-2])
-        return self._with_extra(AttentionOutput(output, found.stats), heads[0])
+        return self._with_extra(AttentionOutput(output, found.stats), heads[0], given.shards)
 
     def _decode(self, given: LayerInputs, cache: KVCache | StaticCache) -> AttentionOutput:
         if isinstance(cache, StaticCache):
@@ -460,14 +460,16 @@ class MultiHeadAttention(AsTorch):
         cache.answered(stop - start)
         return self._with_extra(found, query)
 
-    def _with_extra(self, found: AttentionOutput, query: Tensor) -> AttentionOutput:
+    def _with_extra(
+        self, found: AttentionOutput, query: Tensor, shards: Shards | None = None
+    ) -> AttentionOutput:
         """Return the same with the layer's own key, if it has one."""
         if self.extra_k is None or self.extra_v is None:
             return found
         composed = self.attention.composition
         scale = self.attention.head_dim**-0.5 if composed.scale is None else composed.scale
         drops = composed.dropout if self.training else 0.0
-        return with_extra_key(found, query, self.extra_k, self.extra_v, scale, drops)
+        return with_extra_key(found, query, self.extra_k, self.extra_v, scale, drops, shards)
 
     # -- parts ---------------------------------------------------------------------------
 

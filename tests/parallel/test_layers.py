@@ -201,9 +201,10 @@ def test_what_is_gathered_is_the_whole_and_gradients_are_cut_again() -> None:
     assert all(run_ranks(3, work))
 
 
-def dropped(group: Any, seed: int, again: bool) -> tuple[Any, list[Tensor]]:
+def dropped(group: Any, seed: int, again: bool, extra: bool) -> tuple[Any, list[Tensor]]:
     """Return what a layer that drops gives on this rank; with the forward computed again."""
-    here, (x, slope), layer = ContextParallel(group).shards(CAUSAL, tokens=TOKENS), *for_dropout()
+    here = ContextParallel(group).shards(CAUSAL, tokens=TOKENS)
+    (x, slope), layer = for_dropout(extra)
     own = here.take(x).requires_grad_()
     torch.manual_seed(seed)
     if again:
@@ -213,20 +214,34 @@ def dropped(group: Any, seed: int, again: bool) -> tuple[Any, list[Tensor]]:
     return here.sharding, [output.detach(), *gradients(layer, output, [own], here.take(slope))]
 
 
-def for_dropout() -> tuple[Tensor, ak.MultiHeadAttention]:
+def for_dropout(extra: bool) -> tuple[Tensor, nn.Module]:
     torch.manual_seed(1)
     data = torch.randn(2, 1, TOKENS, DIM, dtype=torch.float64)
-    return data, mha(rotary=True, dropout=0.3)
+    return data, Twice(extra)
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_ranks_that_draw_alike_drop_what_one_process_drops(processes: Pool, again: bool) -> None:
-    (x, slope), layer = for_dropout()
+class Twice(nn.Module):
+    """Two layers: what the second draws follows on what the first has drawn."""
+
+    def __init__(self, extra: bool) -> None:
+        super().__init__()
+        self.first = mha(rotary=True, dropout=0.3, extra_key=extra)
+        self.second = mha(rotary=True, dropout=0.3)
+
+    def forward(self, x: Tensor, shards: Shards | None = None) -> Tensor:
+        return self.second(self.first(x, shards=shards), shards=shards)
+
+
+@pytest.mark.parametrize(("again", "extra"), [(False, False), (True, True)])
+def test_ranks_that_draw_alike_drop_what_one_process_drops(
+    processes: Pool, again: bool, extra: bool
+) -> None:
+    (x, slope), layer = for_dropout(extra)
     torch.manual_seed(4)
     expected = on_one(layer, slope, x)
     apart = []
     for seed in (4, 5):
-        found = processes.run(dropped, seed, again, ranks=3)
+        found = processes.run(dropped, seed, again, extra, ranks=3)
         sharding, parts = found[0][0], list(zip(*(one[1] for one in found), strict=True))
         whole = [sharding.restore(one) for one in parts[:2]]
         apart.append(far([*whole, *map(sum, parts[2:])], expected))
