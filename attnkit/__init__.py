@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from attnkit import layouts, masks, pse
-from attnkit.attention import Attention, attention, plan
+from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput, Stats, merge
 from attnkit.cache import KVCache
 from attnkit.errors import (
@@ -18,6 +18,7 @@ from attnkit.errors import (
     KernelContractError,
     Refusal,
 )
+from attnkit.functional import attention, plan
 from attnkit.kernel import fusion_attention, fusion_attention_grad
 from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_bool, check_int, check_number
-from attnkit.attention import attention
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.host import on_host
 from attnkit.layouts import SeqLens
 from attnkit.masks import Band, Causal, Mask, SlidingWindow

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as theirs
 
 from attnkit.arguments import check_bool, check_number, check_tensor, describe
-from attnkit.attention import attention
 from attnkit.backends import AttentionOutput
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.flex_scores import ScoreCall, Scores, read_scores
 from attnkit.masks import Full, Mask, from_flex
 from attnkit.masks.foreign.flex import is_block_mask

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from attnkit.attention import attention
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.flash_core import window_mask
 from attnkit.interop.host import ints_on_host
 from attnkit.interop.torch.reading import terms_of

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdRef
 
-from attnkit.attention import attention, plan
 from attnkit.backends import AttentionOutput
 from attnkit.constants import constant
 from attnkit.errors import KernelContractError
+from attnkit.functional import attention, plan
 from attnkit.geometry import Region
 from attnkit.interop.npu_biases import bias_of
 from attnkit.kernel import KernelCall

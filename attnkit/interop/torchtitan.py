@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnkit.attention import attention
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.flash_core import WindowSize, window_mask
 from attnkit.interop.host import ints_on_host
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention

@@ -11,8 +11,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from attnkit.attention import attention
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.host import IntsOnHost, ints_on_host
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 from attnkit.masks import Causal, Documents, Mask

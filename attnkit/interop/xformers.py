@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_bool, check_float_dtype, check_number
-from attnkit.attention import attention
 from attnkit.backends import Stats
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.torch.reading import terms_of
 from attnkit.layouts import SeqLens
 from attnkit.masks import Causal, Mask, from_xformers

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnkit.arguments import check_bool
-from attnkit.attention import attention
 from attnkit.constants import constant
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.extra_key import with_extra_key
+from attnkit.functional import attention
 from attnkit.interop.torch.reading import terms_of
 from attnkit.masks import Causal, Mask
 from attnkit.pse import Pse

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_bool
-from attnkit.attention import attention
 from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.functional import attention
 from attnkit.interop.torch.reading import terms_of
 from attnkit.masks import Causal, Mask
 from attnkit.pse import Pse

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, masking_utils
 
 from attnkit import masks
-from attnkit.attention import plan
+from attnkit.functional import plan
 from attnkit.interop.transformers import NAME
 from attnkit.interop.transformers.interface import attend
 from attnkit.interop.transformers.mask_tensor import MaskTensor
