@@ -33,7 +33,7 @@ def on_npu(whole: Whole) -> Whole:
     return replace(whole, dtype=torch.float32, backend="ascend", device="npu")
 
 
-@pytest.mark.parametrize(("name", "layout"), zip(NAMES, cycle(["BSND", "BNSD", "BSH"])))
+@pytest.mark.parametrize(("name", "layout"), [*zip(NAMES, cycle(["BSND", "BNSD", "BSH"]))])
 def test_shares_together_are_one_process(name: str, layout: str) -> None:
     whole = on_npu(Whole(MASKS[name], layout=layout))
     with DEVICE.recording() as calls:
