@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from attnkit.arguments import anchor
 from attnkit.backends.base import BACKENDS
 from attnkit.geometry import Region
 from attnkit.planner import Request
-from attnkit.pse.structure import Root
+from attnkit.planner.request import BiasTerm
+from attnkit.planner.routes import MOST_POSITIONS
+from attnkit.pse.structure import Linear, Root
 from attnkit.ranges import Ranges
 
 __all__ = ["counts_distances", "pieces"]
 
-_MOST_SQUARES = 16
+_MOST_SQUARES = 1024
+"""A strip that would be more squares is left as it is."""
 
 
 def counts_distances(request: Request, backend: str) -> bool:
@@ -56,11 +60,23 @@ def pieces(
     if not counts_distances(request, backend):
         yield rows, keys
         return
-    squares = any(isinstance(term.structure, Root) for term in request.bias)
     for own in rows:
         for others in keys:
+            squares = any(_in_squares(request, term, own, others) for term in request.bias)
             places = _squares(own, others) if squares else [(own, others)]
             yield from (((some,), (more,)) for some, more in places if _meet(regions, some, more))
+
+
+def _in_squares(request: Request, term: BiasTerm, rows: range, keys: range) -> bool:
+    """Whether the kernel alone can add a bias: from slopes, which it takes in squares only.
+
+    That is roots of distances, and distances between positions that channels would round.
+    """
+    if isinstance(term.structure, Root):
+        return True
+    first = rows.start + anchor(term.align, request.q_len, request.kv_len) - keys.start
+    longest = max(len(keys), abs(first), abs(first + len(rows)))
+    return isinstance(term.structure, Linear) and longest > MOST_POSITIONS
 
 
 def _meet(regions: Collection[Region], rows: range, keys: range) -> bool:
@@ -69,22 +85,23 @@ def _meet(regions: Collection[Region], rows: range, keys: range) -> bool:
 
 
 def _squares(rows: range, keys: range) -> list[tuple[range, range]]:
-    """Return a rectangle as squares, if few do: the kernel takes roots of distances in no other.
+    """Return a rectangle as squares, and a strip that is left where it would be many small ones.
 
     >>> _squares(range(4), range(2, 12))
     [(range(0, 4), range(2, 6)), (range(0, 4), range(6, 10)), (range(0, 2), range(10, 12)), \
 (range(2, 4), range(10, 12))]
-    >>> _squares(range(64), range(65))
-    [(range(0, 64), range(0, 65))]
+    >>> _squares(range(4096), range(4097))
+    [(range(0, 4096), range(0, 4096)), (range(0, 4096), range(4096, 4097))]
     """
     found: list[tuple[range, range]] = []
-    left, above = rows, keys
-    while left and above and len(found) <= _MOST_SQUARES:
-        side = min(len(left), len(above))
-        if len(left) <= len(above):
-            found.append((left, above[:side]))
-            above = above[side:]
+    while rows and keys:
+        side = min(len(rows), len(keys))
+        if max(len(rows), len(keys)) > _MOST_SQUARES * side:
+            return [*found, (rows, keys)]
+        if len(rows) <= len(keys):
+            found.append((rows, keys[:side]))
+            keys = keys[side:]
         else:
-            found.append((left[:side], above))
-            left = left[side:]
-    return found if len(found) <= _MOST_SQUARES else [(rows, keys)]
+            found.append((rows[:side], keys))
+            rows = rows[side:]
+    return found

@@ -51,6 +51,7 @@ from attnkit.pse.structure import sum_of_steps
 
 __all__ = [
     "BASE",
+    "MOST_POSITIONS",
     "Channels",
     "Route",
     "Span",
@@ -85,7 +86,7 @@ _SCALES = {
 # The kernel sums channels in float32, so a score is rounded to 2**-24 of the largest product,
 # slope * position, where the distance itself would be exact. For slopes up to 1/2 that is
 # 0.0001 at 4,096 positions, and here, 0.002, half a unit of a bfloat16 weight.
-_MOST_POSITIONS = 2**16
+MOST_POSITIONS = 2**16
 
 
 @dataclass(frozen=True)
@@ -324,10 +325,10 @@ def _channels(request: Request, parts: tuple[int, ...]) -> Channels | Refusal:
         text = request.bias[parts[0]].text
         return Refusal("pse-gradient", f"{text} has no known structure", "channels")
     longest = _longest(request, structure)
-    if longest > _MOST_POSITIONS and request.dtype != torch.float64:
+    if longest > MOST_POSITIONS and request.dtype != torch.float64:
         reason = (
             f"{longest:,} positions times slopes lose more in float32 sums than a bfloat16 weight "
-            f"resolves; up to {_MOST_POSITIONS:,} they do not"
+            f"resolves; up to {MOST_POSITIONS:,} they do not"
         )
         return Refusal("channels-positions", reason, "channels")
     lo, hi = request.distances[structure.align]

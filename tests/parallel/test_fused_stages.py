@@ -96,3 +96,18 @@ def test_a_piece_with_a_bias_by_distance_needs_no_matrix(name: str) -> None:
         for call in piece.plan.calls:
             assert call.pse is None or len(call.pse.shape) < 4
             assert call.atten_mask is None or call.atten_mask.kind != "full"
+
+
+@pytest.mark.parametrize("bias", [pse.ALiBi(8), pse.ALiBi(8, learnable=True)], ids=str)
+def test_slopes_of_long_texts_are_squares(bias: Pse) -> None:
+    """Farther than channels count exactly, the kernel counts distances itself."""
+    query = torch.empty(1, 1 << 20, 8, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key = torch.empty(1, 1 << 20, 2, 128, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    plan = plan_of(
+        query, key, key, ranks=64, mask=CAUSAL, pse=bias, balance="zigzag", backend="emulated",
+        method="needed", stages=1,
+    )  # fmt: skip
+    found = [piece for stage in plan.stages(40) for piece in plan.pieces(40, stage.number)]
+    calls = [call for piece in found for call in piece.plan.calls]
+    assert len(calls) == len(found) == 129
+    assert all(call.pse is None or len(call.pse.shape) < 4 for call in calls)
