@@ -14,8 +14,9 @@
    whole was, and the next rank finds one, too.
 
 Under a causal mask this is zigzag, under a window it is contiguous; and where one of these two is
-even, it is that. A rank has few stretches, four as a rule, that others have a part of: only their
-keys travel.
+even, it is that. Where single rows have so many cells that no number fits, those with the fewest
+are dealt to all ranks alike, so that the first do not use them up. A rank has few stretches, four
+as a rule, that others have a part of: only their keys travel.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from attnkit.masks import Mask
 from attnkit.parallel.load import Load, planes_of
 from attnkit.parallel.plane import seen_by
 from attnkit.parallel.sharding import MOST_RANKS, Sharding, even_sizes
-from attnkit.parallel.stretches import Chain, Untaken, stretches
+from attnkit.parallel.stretches import Chain, Stretch, Untaken, stretches
 from attnkit.ranges import Ranges, in_order, total, without
 
 __all__ = ["LAYER_CELLS", "WITHIN", "balanced", "candidates", "even", "keys_of", "line"]
@@ -73,14 +74,38 @@ def even(load: Load, ranks: int, within: float = WITHIN) -> Sharding:
             return simple
     found = list(stretches(load, load.length // ranks, within))
     found.sort(key=lambda one: (-one.cells(load) / one.size, one.start))
+    dealt = _dealt(load, sizes, found, None, within)
+    over = _over(load, dealt, within)
+    if over > 0 and len(found) > 2:  # a few rows with many cells, which do not go up in ranks
+        other = _dealt(load, sizes, found[:-1], found[-1], within)
+        dealt = other if _over(load, other, within) < over else dealt
+    return dealt
+
+
+def _dealt(
+    load: Load, sizes: Sequence[int], found: Sequence[Stretch], last: Stretch | None, within: float
+) -> Sharding:
+    """Deal stretches, those with the most cells first; of the last one all ranks have as much."""
     chain = Chain(load, found)
-    rest: Ranges = (range(load.length),) if load.length else ()
-    spans = []
-    for size in sizes:
-        taken = Untaken(chain, rest).fair(size, within, most)
+    length = chain.starts[-1]
+    rest: Ranges = (range(length),) if length else ()
+    most = (1 + within) * chain.sums[-1] / max(length, 1)
+    spans, place = [], 0
+    for size, share in zip(sizes, even_sizes(last.size if last else 0, len(sizes)), strict=True):
+        taken = Untaken(chain, rest).fair(size - share, within, most)
         spans.append([span for one in taken for span in chain.spans(one.start, one.stop)])
         rest = without(rest, in_order(taken))
+        if last is not None:
+            spans[-1] += last.spans(place, place + share)
+            place += share
     return Sharding.of(load.length, spans)
+
+
+def _over(load: Load, dealt: Sharding, within: float) -> float:
+    """Return how many cells some rank has over what tolerance gives its tokens."""
+    mean = (1 + within) ** 2 * load.total / max(load.length, 1)
+    each = zip(load.of_ranks(dealt), dealt.sizes, strict=True)
+    return max(cells - mean * size for cells, size in each)
 
 
 def line(load: Load, ranks: int, token_cells: float = LAYER_CELLS) -> Sharding:

@@ -180,6 +180,14 @@ def test_blocks_that_fit_stay_whole() -> None:
     assert max(received) <= 2 * 127  # of the documents that are cut, which are two
 
 
+def test_rows_with_many_cells_do_not_take_up_those_with_few() -> None:
+    # 16 rows that see everything, 256 that see less than others, and 32 ranks: where the rows with
+    # few cells went to the first that have room for them, the others could not make up for a row.
+    load = load_of([masks.SlidingWindow(256) | masks.Rows(0, 16)], 8192)
+    half = 0.5 * 8192 * 32 / load.total
+    assert load.imbalance(even(load, 32)) < half < 0.06
+
+
 def test_layers_with_other_masks_share_a_sharding() -> None:
     window = masks.SlidingWindow(64)
     both = [CAUSAL, window]
