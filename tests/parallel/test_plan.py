@@ -194,7 +194,7 @@ def test_a_bias_of_packed_sequences_is_cut_with_them() -> None:
 
 
 def far(score: torch.Tensor, b: Any, h: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    return score - 0.1 * (i - j).abs()
+    return score + 100 * i + j
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -207,12 +207,12 @@ def test_a_score_function_is_told_positions_of_the_whole(packed: bool) -> None:
     sharding = Sharding.zigzag(LENGTH, 2)
     plan = ParallelPlan.of(request, None, sharding, sharding, method="needed")
     assert plan.disprove() is None
-    (piece,) = plan.pieces(1, 0)
+    (piece,) = plan.pieces(0, 0)  # tokens 0-5 and 18-23: of sequences, 8-13 of the second
     told = piece.plan.request.score_fn
     assert told is not None
-    zero, two = torch.tensor(0), torch.tensor(2)
-    # row 0 is the 7th token of all, key 2 the 9th
-    assert float(told(torch.tensor(0.0), zero, zero, zero, two)) == pytest.approx(-0.2)
+    batch, row, meant = (1, 0, 810) if packed else (0, 6, 1802)
+    where = (torch.tensor(n) for n in (batch, 0, row, 2))
+    assert float(told(torch.tensor(0.0), *where)) == meant
 
 
 def test_a_plan_is_a_value() -> None:
