@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from attnkit.arguments import check_choice, check_int
 from attnkit.backends import make_plan
 from attnkit.backends.graph import stand_in
@@ -236,12 +238,13 @@ class ParallelPlan:
 
     def _kept(self, rank: int) -> _RankTable:
         every: dict[int, _RankTable] = self.__dict__.setdefault("_ranks", {})
-        if rank not in every:
+        known = every.get(rank)
+        if known is None:  # other ranks may be threads that look here, too
             check_int("rank", rank, 0, self.size - 1)
-            while len(every) >= _MOST_RANKS:
-                every.pop(next(iter(every)), None)
-            every[rank] = _RankTable(self.table(rank), {})
-        return every[rank]
+            for oldest in tuple(every)[: max(0, len(every) - _MOST_RANKS + 1)]:
+                every.pop(oldest, None)
+            known = every[rank] = _RankTable(self.table(rank), {})
+        return known
 
     @property
     def copies(self) -> int:
@@ -350,7 +353,8 @@ class _RankTable(NamedTuple):
 def _without_memory(bias: Pse | None) -> Pse | None:
     if bias is None:
         return None
-    facts = ((t.shape, t.dtype, t.device, t.requires_grad) for t in bias.tensors)
+    here = torch.device("cpu")  # a plan is read on other machines, too
+    facts = ((t.shape, t.dtype, here, t.requires_grad) for t in bias.tensors)
     return rebound(bias, [stand_in(*known) for known in facts])
 
 
