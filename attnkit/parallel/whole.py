@@ -133,7 +133,8 @@ def spread(
     for name, (queries, keys) in _shardings(request, ranks, balance).items():
         bare = ParallelPlan.bare(request, bias, queries, keys, backend, dropout)
         found.append(choose(replace(bare, balance=name), wanted))
-    best = _cheapest(found) if len(found) > 1 else found[0]
+    priced = [one if one.price else replace(one, price=price_of(one)) for one in found]
+    best = _cheapest(priced)
     best.check_backend()
     return best
 
@@ -152,13 +153,12 @@ def _shardings(
     return {name: balanced(*texts, balance)}
 
 
-def _cheapest(found: Sequence[ParallelPlan]) -> ParallelPlan:
-    """Return the cheapest of plans for several shardings, the first of equals.
+def _cheapest(priced: Sequence[ParallelPlan]) -> ParallelPlan:
+    """Return the cheapest of priced plans for several shardings, the first of equals.
 
     The rest of a layer counts, too, which costs as much per token as so many cells: else it were
     best to have few cells on a rank with many tokens.
     """
-    priced = [one if one.price else replace(one, price=price_of(one)) for one in found]
     best = min(priced, key=_time_of_layer)
     others = [
         Alternative(f"{one.balance}: {label(one)}", one.price)

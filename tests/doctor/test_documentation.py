@@ -25,7 +25,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_has_what_is_tested():
-    assert len(CONSOLE) == 6
+    assert len(CONSOLE) == 7
     assert set(FILES) == {"model.yaml", "packed.yaml"}
 
 

@@ -46,6 +46,13 @@ def test_what_was_not_taken_is_told_with_its_price() -> None:
     assert {other.label.split(",")[0] for other in plan.alternatives} > {"gather", "ring"}
 
 
+def test_a_plan_that_leaves_nothing_open_has_a_price_too() -> None:
+    plan = planned(method="ring", balance="zigzag", keep=False)
+    assert plan.price is not None
+    assert not plan.alternatives
+    assert "about" in plan.explain()
+
+
 def test_ranks_without_heads_are_told() -> None:
     plan = planned(ranks=32, method="ulysses")
     assert plan.disprove() is None
