@@ -20,7 +20,7 @@ from torch import Tensor
 from attnkit.errors import CompositionError, ExchangeError
 from attnkit.parallel.guard import Guard, Statement
 
-__all__ = ["GridColumn", "GroupWires", "Pending", "Wires"]
+__all__ = ["GroupWires", "Pending", "Wires"]
 
 Messages = Sequence[tuple[int, Tensor]]
 """Tensors, and the rank that each goes to or comes from. Each tensor is contiguous."""
@@ -80,7 +80,7 @@ class Wires(ABC):
             return _NOTHING
         pending, tensor = self._post(sends, receives, what), (*sends, *receives)[0][1]
         # Elsewhere it is the device that waits.
-        patient = self.guard is not None and tensor.device.type == "cpu"
+        patient = self.guard is not None and is_on_host(tensor)
         return _Patient(pending, self.guard) if patient and self.guard else pending
 
     @abstractmethod
@@ -118,24 +118,6 @@ class Alone(Wires):
         raise CompositionError(f"{what}: a group of one rank has nobody to exchange with")
 
 
-class GridColumn(Wires):
-    """Wires to the ranks of one column only, of all ranks in rows of `step`.
-
-    They are numbered by their rows, ``rank // step``.
-    """
-
-    def __init__(self, wires: Wires, step: int) -> None:
-        super().__init__(wires.rank // step, wires.size // step)
-        self.wires, self.step = wires, step
-
-    def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
-        first = self.wires.rank % self.step
-        sends, receives = (
-            [(one * self.step + first, t) for one, t in some] for some in (sends, receives)
-        )
-        return self.wires.post(sends, receives, what)
-
-
 class GroupWires(Wires):
     """Wires over a process group of torch.distributed, or the default one.
 
@@ -161,6 +143,19 @@ class GroupWires(Wires):
             )
         self.timeout = float(timeout)
         self.guard = Guard.of(self.group, self.timeout) if self.size > 1 else None
+        self._has_met = self.size == 1
+
+    def begin(self, statement: Statement, data: Sequence[tuple[str, int]] = ()) -> None:
+        """Also let all ranks of an accelerator's group meet once, when they are known to be there.
+
+        The first group call of a communicator needs all of its ranks, or it hangs; a stage may be
+        of some. Source: https://github.com/pytorch/pytorch/pull/74701
+        """
+        super().begin(statement, data)
+        if not self._has_met:
+            self._has_met = True
+            if dist.get_backend(self.group) != "gloo":
+                dist.barrier(self.group)
 
     def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
         # Receives first: what arrives finds its place.
@@ -169,6 +164,11 @@ class GroupWires(Wires):
         pending = _Posts(self, what, posted)
         pending.begin()
         return pending
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Return whether the host waits for a message of this tensor."""
+    return tensor.device.type == "cpu"
 
 
 class _Posted:
@@ -195,7 +195,7 @@ class _Posts:
         self.works: list[Any] = []
 
     def begin(self) -> None:
-        if self.posted[0].tensor.device.type == "cpu":
+        if is_on_host(self.posted[0].tensor):
             for one in self.posted:
                 self._guarded(one, partial(one.begin, self.wires))
             return

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from attnkit.errors import CompositionError, ExchangeError
-from attnkit.parallel.wires import Alone, GridColumn, GroupWires, Wires
+from attnkit.parallel import wires as wires_of
+from attnkit.parallel.guard import Statement
+from attnkit.parallel.wires import Alone, GroupWires, Wires
 from tests.parallel.processes import Pool
 from tests.parallel.threads import ThreadWires, run_ranks
 
@@ -42,17 +44,6 @@ def test_threads_exchange_and_count(size: int) -> None:
         assert got == expected(rank, size)
         assert sent == [2 * 4 * r if r != rank else 0 for r in range(size)]
         assert received == [2 * 4 * rank if r != rank else 0 for r in range(size)]
-
-
-def test_a_column_is_every_nth_rank() -> None:
-    def work(wires: ThreadWires) -> tuple[int, int, list[list[float]], list[int]]:
-        column = GridColumn(wires, 2)
-        return column.rank, column.size, deal(column), wires.received
-
-    found = run_ranks(4, work)
-    assert [one[:2] for one in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert [one[2] for one in found] == [[[]], [[]], [[1.0]], [[1.0]]]
-    assert found[3][3] == [0, 8, 0, 0]
 
 
 def test_one_rank_posts_nothing() -> None:
@@ -98,6 +89,20 @@ def exchange(group: dist.ProcessGroup) -> tuple[list[list[list[float]]], list[in
     return [deal(wires, dtype) for dtype in DTYPES], wires.received
 
 
+def as_on_a_device(group: dist.ProcessGroup) -> tuple[list[list[float]], int]:
+    """Exchange by group calls; return how often all ranks have met, too."""
+    met = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wires_of, "is_on_host", lambda tensor: False)
+        patch.setattr(dist, "get_backend", lambda group: "nccl")
+        patch.setattr(dist, "barrier", lambda group: met.append(group))
+        wires = GroupWires(group, timeout=30.0)
+        for _ in range(2):
+            wires.begin(Statement.of("test", "", []))
+            got = deal(wires)
+    return got, len(met)
+
+
 def wait_for_nobody(group: dist.ProcessGroup, timeout: float) -> tuple[str, float]:
     """Rank 1 sends less than rank 0 waits for; the error, and how long it took."""
     wires = GroupWires(group, timeout=timeout)
@@ -134,6 +139,11 @@ def test_processes_exchange_and_count(processes: Pool, ranks: int) -> None:
         assert got == [expected(rank, ranks)] * len(DTYPES)
         bytes_each = 2 * rank * sum(dtype.itemsize for dtype in DTYPES)
         assert received == [bytes_each if r != rank else 0 for r in range(ranks)]
+
+
+def test_a_device_exchanges_by_group_calls_after_all_ranks_have_met(processes: Pool) -> None:
+    found = processes.run(as_on_a_device, ranks=3)
+    assert found == [(expected(rank, 3), 1) for rank in range(3)]
 
 
 def test_what_does_not_come_is_an_error_in_words_at_the_deadline() -> None:
