@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from attnkit import masks, pse
 from attnkit.backends import Operands
 from attnkit.errors import CompositionError, KernelContractError
+from attnkit.parallel.course import Course, Task
 from attnkit.parallel.exchange import Sums
 from attnkit.parallel.run import attend
 from attnkit.parallel.stages import Stages
@@ -270,6 +271,25 @@ def test_key_gradients_that_arrive_in_another_order_are_seen(monkeypatch: Any) -
 def test_key_gradients_that_stay_away_are_seen(monkeypatch: Any) -> None:
     monkeypatch.setattr(Sums, "_arrive", lambda self: self.coming and self.coming[1].wait())
     assert worst(THREE, run_on_threads(THREE)) > 0.01
+
+
+def test_cells_that_are_dropped_by_local_positions_are_seen() -> None:
+    case = Case(masks.SlidingWindow(9), 3, "random", dropout=0.3)
+    right = worst(case, run_on_threads(case))
+    for rank in range(3):
+        course = Course.of(case.plan, rank)
+        legs = [leg._replace(tasks=tuple(map(by_local_position, leg.tasks))) for leg in course.legs]
+        case.plan.__dict__["_courses"][rank] = replace(course, legs=tuple(legs))
+    assert right < EXACT
+    assert worst(case, run_on_threads(case)) > 0.01
+
+
+def by_local_position(task: Task) -> Task:
+    request = task.plan.request
+    share = request.share
+    assert share is not None
+    local = replace(share, rows=(range(request.q_len),), keys=(range(request.kv_len),))
+    return task._replace(plan=replace(task.plan, request=replace(request, share=local)))
 
 
 def test_everything_moved_under_the_name_needed_is_seen() -> None:
