@@ -190,20 +190,23 @@ def test_the_largest_score_is_not_known() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"method": "ring"},
-        {"method": "ulysses", "heads_ways": 4},
-        {"method": "hybrid", "heads_ways": 2},
-    ],
-    ids=["needed", "ring", "ulysses", "hybrid"],
+    ("method", "ways"), [("needed", 1), ("ring", 1), ("ulysses", 4), ("hybrid", 2)]
 )
 def test_sixteen_bits_are_as_exact_as_in_one_process(
-    dtype: torch.dtype, how: dict[str, Any]
+    dtype: torch.dtype, method: str, ways: int
 ) -> None:
-    case = Case(CAUSAL, 4, dtype=dtype, sink=False, **how)
-    exact = Case(CAUSAL, 4, sink=False)
+    check_sixteen_bits(Case(CAUSAL, 4, method=method, heads_ways=ways, dtype=dtype, sink=False))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", GALLERY)
+def test_sixteen_bits_of_every_mask(name: str) -> None:
+    check_sixteen_bits(Case(GALLERY[name], 4, "random", dtype=torch.bfloat16, sink=False))
+
+
+def check_sixteen_bits(case: Case) -> None:
+    """Compare the errors of ranks, and of one process, by their squares."""
+    exact = replace(case, dtype=torch.float64)
     leaves = [t.detach().double().requires_grad_() for t in case.operands.leaves[:3]]
     exact.__dict__["operands"] = Operands(*leaves)
     exact.__dict__["slopes"] = tuple(t.double() for t in case.slopes)
@@ -212,7 +215,7 @@ def test_sixteen_bits_are_as_exact_as_in_one_process(
     for name in ("output", "query", "key", "value"):
         true = exact.expected[name]
         one, many = case.expected[name], case.whole(name, [one[name] for one in found])
-        assert many.dtype == dtype
+        assert many.dtype == case.dtype
         errors = [float((t.double() - true).square().mean().sqrt()) for t in (one, many)]
         assert 0 < errors[1] <= 1.1 * errors[0], name
 
