@@ -73,7 +73,16 @@ class LayerInputs(NamedTuple):
             )
         if shards is not None:
             seqlens = shards.lengths(seqlens)
+            self._check_parts(shards)
         return self._replace(mask=mask, pse=as_pse(self.pse), seqlens=seqlens, shards=shards)
+
+    def _check_parts(self, shards: Shards) -> None:
+        """Raise unless tokens are those of this process; a graph finds it out when it runs."""
+        if is_tracing() or self.cache is not None:
+            return
+        for name, tokens, here in (("x", self.x, shards), ("context", self.context, shards.keys)):
+            if isinstance(tokens, Tensor) and tokens.ndim in (2, 3):
+                here.check(name, tokens, tokens.ndim - 2)
 
     def check_widths(
         self, widths: tuple[int, int, int], projections: tuple[nn.Module, nn.Module, nn.Module]

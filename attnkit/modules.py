@@ -280,25 +280,32 @@ class MultiHeadAttention(AsTorch):
         >>> cache
         KVCache(length=7, capacity=16, sealed)
         """
-        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values, shards).read()
+        given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values, shards)
+        if is_tracing() or not isinstance(shards, Shards):
+            return self._answer(given.read(), return_stats)
+        with shards.wires.telling():  # what is wrong here, other ranks would wait for
+            return self._answer(given.read(), return_stats)
+
+    if TYPE_CHECKING:  # what a call returns is what `forward` does
+        __call__ = forward
+
+    def _answer(self, given: LayerInputs, return_stats: bool) -> Tensor | AttentionOutput:
         self._check(given)
+        cache = given.cache
         if cache is None:
             found = self._attend(given, return_stats)
         elif isinstance(cache, ShardedCache):
             found = self._decode_sharded(given, cache)
-        elif isinstance(cache, StaticCache) or (context is None and not cache.sealed):
+        elif isinstance(cache, StaticCache) or (given.context is None and not cache.sealed):
             found = self._decode(given, cache)
         else:
             found = self._decode_context(given, cache)
         heads = found.output
         if self.gate_proj is not None:
-            gate = self.gate_proj(x).sigmoid().to(heads.dtype)
+            gate = self.gate_proj(given.x).sigmoid().to(heads.dtype)
             heads = heads * torch.unflatten(gate, -1, (heads.shape[-2], -1))
         output = self.out_proj(heads.flatten(-2))
         return AttentionOutput(output, found.stats) if return_stats else output
-
-    if TYPE_CHECKING:  # what a call returns is what `forward` does
-        __call__ = forward
 
     @overload
     def plan(

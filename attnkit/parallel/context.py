@@ -33,10 +33,11 @@ class ContextParallel:
       some number of ranks looks like needs none: `attnkit.parallel.plan`.
     - `method`: what is exchanged. "needed": the keys that a rank's rows see; "ring": all keys, a
       rank's at a time; "gather": all keys at once; "ulysses": tokens for heads; "hybrid": tokens
-      for heads among neighbours, and keys between these; "auto": what costs the least.
+      for heads among neighbours, and keys between these; "auto": what costs the least by estimate.
+      That is weighed for every batch of new lengths, so name one where each step has others.
     - `heads_ways`: of "hybrid", how many neighbours split the heads.
     - `balance`: who has which tokens. "even" in tokens and in cells, "contiguous", "zigzag",
-      "line", a `Sharding`, or "auto".
+      "line", or a `Sharding`; "auto" is "even", since prices need the shapes that layers bring.
     - `stages`: in how many parts what is needed arrives, while the part before is computed.
     - `keep`: whether keys that were received are kept for the backward, or fetched again.
     - `dropout`: "global" drops the cells that one process drops. The seed of each call is drawn

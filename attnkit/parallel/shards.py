@@ -138,13 +138,14 @@ class Shards:
         Its gradient is the part of this process: right where all of them compute the same with
         the whole. For looking at results; attention needs none of it.
         """
-        if tensor.shape[dim] != self.size:
-            raise CompositionError(
-                f"gather got {shown(tensor)}, {tensor.shape[dim]} positions along dim {dim}; rank "
-                f"{self.rank} of {self.wires.size} has {self.size} tokens"
-            )
-        found: Tensor = _Gathered.apply(tensor, self, dim)  # type: ignore[no-untyped-call]
-        return found
+        with self.wires.telling():
+            if tensor.shape[dim] != self.size:
+                raise CompositionError(
+                    f"gather got {shown(tensor)}, {tensor.shape[dim]} positions along dim {dim}; "
+                    f"rank {self.rank} of {self.wires.size} has {self.size} tokens"
+                )
+            found: Tensor = _Gathered.apply(tensor, self, dim)  # type: ignore[no-untyped-call]
+            return found
 
     def labels(
         self, tokens: Tensor, *, ignore: int = IGNORE, where: Tensor | None = None
@@ -212,7 +213,9 @@ class Shards:
             for one, size in enumerate(sizes)
         ]
         others = [one for one in range(self.wires.size) if one != rank]
-        self.wires.begin(Statement.of(what, (sizes, dim, own.dtype, own.shape[:dim]), []))
+        self.wires.begin(
+            Statement.of(what, (sizes, own.dtype, own.shape[:dim], own.shape[dim + 1 :]), [])
+        )
         arriving = [(one, parts[one]) for one in others]
         self.wires.post([(one, own) for one in others], arriving, what).wait()
         return parts
@@ -237,19 +240,23 @@ class Shards:
         sides = (("query", self), ("key", self.keys), ("value", self.keys))
         return [self._whole(layout, t, *side) for t, side in zip(tensors, sides, strict=True)]
 
+    def check(self, name: str, tensor: Tensor, axis: int) -> None:
+        """Raise unless a tensor has the tokens of this process along an axis."""
+        found, every = tensor.shape[axis], self.sharding.length
+        if found == self.size:
+            return
+        told = "these are all of them, cut them first" if found == every else "cut the whole"
+        raise CompositionError(
+            f"{name} {list(tensor.shape)} has {found} tokens, and rank {self.rank} of "
+            f"{self.wires.size} has {self.size} of {every}; {told}: here.take(tokens), of a "
+            "context here.keys.take(tokens)"
+        )
+
     def _whole(self, layout: Layout, tensor: Tensor, name: str, shards: Shards) -> Tensor:
         axis = layout.length_axis
         if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.ndim != layout.rank:
             return tensor  # the request says what is wrong with it
-        found = tensor.shape[axis]
-        if found != shards.size:
-            whole = found == shards.sharding.length
-            told = "these are all of them; cut them first: " if whole else "cut tokens by "
-            raise CompositionError(
-                f"{name} {list(tensor.shape)} has {found} tokens, and rank {self.rank} of "
-                f"{self.wires.size} has {shards.size} of {shards.sharding.length}; {told}"
-                f"shards{'' if shards is self else '.keys'}.take(tokens)"
-            )
+        shards.check(name, tensor, axis)
         shape = [*tensor.shape]
         shape[axis] = shards.sharding.length
         return stand_in(shape, tensor.dtype, tensor.device, tensor.requires_grad)

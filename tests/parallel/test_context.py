@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.errors import CompositionError
+from attnkit.errors import CompositionError, ExchangeError
 from attnkit.parallel import ContextParallel, Sharding, Shards
 from attnkit.parallel.wires import Alone
 from attnkit.rotary import Dynamic, Rotary
@@ -61,7 +61,11 @@ WRONG: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "a length too few": (
         lambda: LAYER(X[:, :5], shards=here()),
-        ["query [1, 5, 4, 4] has 5 tokens", "rank 0 of 1 has 6 of 6", "take(tokens)"],
+        ["x [1, 5, 16] has 5 tokens", "rank 0 of 1 has 6 of 6", "here.take(tokens)"],
+    ),
+    "keys too few": (
+        lambda: ak.attention(X, X[:, :5], X, layout="BSH", num_heads=4, shards=here()),
+        ["key [1, 5, 16] has 5 tokens", "rank 0 of 1 has 6 of 6"],
     ),
     "other lengths": (
         lambda: LAYER(X[0], seqlens=ak.SeqLens([3, 3]), shards=here(seqlens=PACKED)),
@@ -93,6 +97,26 @@ def test_what_is_wrong_is_one_sentence_that_says_what_to_do(name: str) -> None:
     with pytest.raises(CompositionError) as caught:
         call()
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def one_is_wrong(group: dist.ProcessGroup) -> str:
+    """Return what this rank raises where the tokens of rank 1 are too few."""
+    part = ContextParallel(group).shards(tokens=9)
+    x = part.take(torch.randn(1, 9, 16))[:, : 3 if part.rank == 1 else None]
+    try:
+        LAYER(x, shards=part)
+    except (CompositionError, ExchangeError) as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_wrong_on_one_rank_is_told_to_the_others() -> None:
+    pool = Pool(2)
+    try:
+        for told in pool.run(one_is_wrong):
+            assert "x [1, 3, 16] has 3 tokens" in told
+    finally:
+        pool.close()
 
 
 def on_meshes(group: dist.ProcessGroup) -> list[str]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import attnkit as ak
 from attnkit import masks, pse
 from attnkit.errors import CompositionError
-from attnkit.parallel import ContextParallel, ParallelPlan, Shards
+from attnkit.parallel import ContextParallel, ParallelPlan, Sharding, Shards
 from attnkit.parallel.wires import Alone, Wires
 from attnkit.rotary import Dynamic, Rotary
 from tests.parallel.processes import Pool
@@ -153,6 +153,20 @@ def test_functions_take_shards_in_every_layout(layout: str) -> None:
         found[0][1].stats.max  # noqa: B018
 
 
+def test_one_sharding_serves_layers_whose_masks_differ() -> None:
+    layer, (x, slope) = Twice(False, 0.0), torch.randn(2, 1, TOKENS, DIM, dtype=torch.float64)
+    for kind in ("even", "contiguous", Sharding.of(TOKENS, [[(3, 9)], [(0, 3), (9, TOKENS)], []])):
+        found = on_ranks(
+            3,
+            layer,
+            lambda cp: cp.shards(layers=[CAUSAL, NEAR], tokens=TOKENS),
+            slope,
+            x,
+            balance=kind,
+        )
+        assert far(found, on_one(layer, slope, x)) < 1e-12
+
+
 def test_positions_that_count_on_each_rank_are_seen() -> None:
     layer, x = mha(rotary=True), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
     expected = on_one(layer, x, x)
@@ -223,10 +237,10 @@ def for_dropout(extra: bool) -> tuple[Tensor, nn.Module]:
 class Twice(nn.Module):
     """Two layers: what the second draws follows on what the first has drawn."""
 
-    def __init__(self, extra: bool) -> None:
+    def __init__(self, extra: bool, dropout: float = 0.3) -> None:
         super().__init__()
-        self.first = mha(rotary=True, dropout=0.3, extra_key=extra)
-        self.second = mha(rotary=True, dropout=0.3)
+        self.first = mha(rotary=True, dropout=dropout, extra_key=extra)
+        self.second = mha(rotary=True, dropout=dropout, mask=NEAR)
 
     def forward(self, x: Tensor, shards: Shards | None = None) -> Tensor:
         return self.second(self.first(x, shards=shards), shards=shards)
