@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from attnkit.arguments import check_float_dtype, check_int, check_place, check_range
+from attnkit.arguments import check_float_dtype, check_int, check_place
 from attnkit.eager import BIAS_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.handles import born
 from attnkit.masks import Rectangle
-from attnkit.masks.taken import excerpt_of
 from attnkit.masks.trace import row_blocks
+from attnkit.pse.dividing import Divisible, Range
 from attnkit.pse.structure import Align, OfDistance, Structure
-from attnkit.ranges import Excerpt
 from attnkit.textform import Families, check_names
 
 if TYPE_CHECKING:
@@ -35,13 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EVERY", "PSE", "Align", "Pse", "Range", "Rectangle", "rebound"]
 
-Range = tuple[int, int]
 
 EVERY = -1
 """For `Rectangle.batch`: all batch elements."""
 
 
-class Pse(ABC):
+class Pse(Divisible, ABC):
     """A bias on the scores: ``scale*q.k + bias``, or ``scale*(q.k + bias)`` when `before_scale`.
 
     Shapes: ``[1 | b, n | 1, q_len, kv_len]`` once materialised. In a packed batch every
@@ -341,123 +339,6 @@ give it one per query head
                 "sequence of a packed batch is its own score matrix), or use a bias defined for "
                 "any length"
             )
-
-    def cut(
-        self,
-        q_range: Range,
-        kv_range: Range,
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Pse:
-        """Return the part inside a rectangle ``[start, stop)``, renumbered from its corner.
-
-        `q_len` and `kv_len` are the lengths of the whole score matrix; they may be left out
-        where the bias knows them (`extent`) or does not depend on them.
-
-        >>> from attnkit.pse import ALiBi
-        >>> ALiBi(8, align="top_left").cut((4, 6), (0, 6), q_len=6, kv_len=6)
-        ALiBi(8)
-        """
-        whole = []
-        for name, own, length, span in (
-            ("q", self.extent[0], q_len, q_range),
-            ("kv", self.extent[1], kv_len, kv_range),
-        ):
-            if own is not None and length not in (None, own):
-                raise CompositionError(f"pse.{self} cannot be cut as one of {name}_len={length}")
-            known = own if length is None else length
-            if known is None and self.anchored:
-                raise CompositionError(
-                    f"{self}: what a rectangle of it holds depends on the lengths of the whole "
-                    "score matrix; pass q_len= and kv_len="
-                )
-            whole.append(check_range(f"{name}_range", span, known))
-        (q0, q1), (kv0, kv1) = q_range, kv_range
-        return self._bias_of(Rectangle((q0, q1), (kv0, kv1), *whole))
-
-    def _bias_of(self, at: Rectangle) -> Pse:
-        """Return the bias of a rectangle's cells; a family may know a closer form."""
-        from attnkit.pse.composite import Cut
-
-        return Cut(self, *at[:4])
-
-    def take(
-        self,
-        rows: Sequence[range | Range],
-        keys: Sequence[range | Range],
-        *,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-    ) -> Pse:
-        """Return these rows and keys, in this order: ``(rows[u], keys[v])`` at (u, v).
-
-        Both are ranges, or the ``(start, stop)`` of ranges, and no position is taken twice. Each
-        number is what it is in the whole score matrix, whose lengths are `q_len` and `kv_len`; they
-        may be left out where the bias knows them or does not depend on them. The tensors are those
-        of this bias, the same objects in the same order.
-
-        >>> from attnkit.pse import ALiBi
-        >>> ALiBi(8).take([(2, 4)], [(0, 4)], q_len=4, kv_len=4)
-        ALiBi(8)
-        """
-        q_len, kv_len = self._length("q_len", 0, q_len), self._length("kv_len", 1, kv_len)
-        one = excerpt_of(rows, keys, q_len, kv_len)
-        return self if one.is_whole else self.take_excerpts((one,))
-
-    def _length(self, name: str, axis: int, given: int | None) -> int | None:
-        """Return a length of the whole score matrix; None where nothing depends on it."""
-        own = self.extent[axis]
-        if given is not None:
-            check_int(name, given, 0)
-        if own is not None and given not in (None, own):
-            raise CompositionError(
-                f"rows and keys of pse.{self} cannot be of one of {name}={given}"
-            )
-        if own is None and given is None and self.anchored:
-            raise CompositionError(
-                f"{self}: what rows and keys of it hold depends on the lengths of the whole score "
-                "matrix; pass q_len= and kv_len="
-            )
-        return own if given is None else given
-
-    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
-        """Return rows and keys that are taken of it: of all batch elements, or of each.
-
-        `take` is the same with one excerpt. A packed batch has one for each sequence that is
-        taken, which says by `Excerpt.batch` whose it is. A family may know a closer form.
-
-        >>> import torch
-        >>> from attnkit.pse import KeyBias
-        >>> second = Excerpt(4, 4, (range(2, 4),), (range(3),), batch=1)
-        >>> KeyBias(torch.eye(2, 4)[:, None]).take_excerpts((second,)).materialize(2, 3)[0, 0, 0]
-        tensor([0., 1., 0.])
-        """
-        from attnkit.pse.taken import Taken
-
-        return Taken(self, tuple(excerpts))
-
-    @final
-    def for_heads(self, start: int, stop: int) -> Pse:
-        """Return the bias of query heads ``start <= h < stop``, counted from 0 there.
-
-        A bias that is the same for all heads is that itself. The tensors are those of this bias,
-        the same objects in the same order.
-
-        >>> from attnkit.pse import ALiBi
-        >>> ALiBi(8).for_heads(2, 4)
-        ALiBi(slopes=(0.125, 0.0625))
-        """
-        from attnkit.pse.of_heads import check_heads
-
-        check_heads(self, start, stop)
-        return self if self.heads in (None, stop - start) else self._of_heads(start, stop)
-
-    def _of_heads(self, start: int, stop: int) -> Pse:
-        """Return the bias of some of the heads; a family may know a closer form."""
-        from attnkit.pse.of_heads import OfHeads
-
-        return OfHeads(self, start, stop)
 
     def _extends(self, shorter: int, longer: int) -> bool:
         """Whether the square matrix of a text begins with that of a shorter one, cell for cell."""
