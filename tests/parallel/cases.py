@@ -143,7 +143,10 @@ class Case:
         sink = torch.randn(heads, dtype=self.dtype).requires_grad_() if self.sink else None
         bias = None if self.bias is None else self.bias()
         if bias is not None:
-            made = [torch.randn(t.shape, dtype=self.dtype) for t in bias.tensors]
+            made = [
+                torch.randn(t.shape, dtype=self.dtype) if t.is_floating_point() else t.clone()
+                for t in bias.tensors
+            ]
             pairs = zip(made, bias.tensors, strict=True)
             bias = rebound(bias, [t.requires_grad_(old.requires_grad) for t, old in pairs])
         return Operands(*three, bias, sink)
