@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from itertools import product
 
 import pytest
 import torch
 
 from attnkit.parallel.heads import Item, RankTurn, Turn, coarse, heads_of
-from attnkit.parallel.sharding import Sharding
 from attnkit.planner import Composition, read_request
+from tests.parallel.cases import at_random
 from tests.parallel.threads import ThreadWires, run_ranks
 
 BATCH, TOKENS, KEYS, DIM, VALUE_DIM = 2, 13, 11, 4, 6
@@ -32,15 +31,6 @@ def test_heads_are_dealt_once_and_read_their_own_key_heads() -> None:
         most = max(len(own) for own, _ in dealt)
         if kv_heads % ways == 0 or (ways % kv_heads == 0 and group % (ways // kv_heads) == 0):
             assert most == heads / ways
-
-
-def at_random(length: int, ranks: int, seed: int) -> Sharding:
-    """Return a sharding where each position is with any rank."""
-    dice = random.Random(seed)
-    own = [dice.randrange(ranks) for _ in range(length)]
-    return Sharding.of(
-        length, [[(k, k + 1) for k in range(length) if own[k] == r] for r in range(ranks)]
-    )
 
 
 def turn_of(
