@@ -375,6 +375,7 @@ class _OneRank(torch.autograd.Function):
         def make() -> Grads:
             operands, attended = Operands.of(plan.bias, leaves), Attended(output, lse, tuple(kept))
             arrived = grad, grad_lse
-            return backward(plan, rank, wires, operands, attended, arrived, wanted, seed)
+            with wires.telling():  # what goes wrong here, other ranks would wait for
+                return backward(plan, rank, wires, operands, attended, arrived, wanted, seed)
 
         return (None, None, None, None, *first_order(make, grad, grad_lse, *given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attnkit import masks, pse
 from attnkit.backends import Operands
-from attnkit.errors import CompositionError, KernelContractError
+from attnkit.backends.tiled.backend import Tiled
+from attnkit.errors import CompositionError, ExchangeError, KernelContractError
 from attnkit.parallel.course import Course, Task
 from attnkit.parallel.exchange import Sums
 from attnkit.parallel.run import attend
@@ -359,3 +361,31 @@ def test_local_dropout_drops_the_same_backward(processes: Pool, name: str) -> No
     # The output is linear in the values: with the same cells, both sums are over the same terms.
     forward, back = (output * exact.slopes[0]).sum(), (slope * case.operands.value).sum()
     torch.testing.assert_close(back.detach(), forward, rtol=EXACT, atol=EXACT)
+
+
+def fail_backward(group: dist.ProcessGroup) -> tuple[str, float]:
+    wires, start = GroupWires(group, timeout=60.0), time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        if wires.rank == 1:
+            patch.setattr(Tiled, "partial_gradients", no_room)
+        try:
+            Case(CAUSAL).work(wires)
+        except (ExchangeError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "", 0.0
+
+
+def no_room(*unused: Any) -> None:
+    raise MemoryError("no room for gradients")
+
+
+def test_what_one_rank_raises_backward_is_told_to_the_others() -> None:
+    pool = Pool(2)
+    try:
+        (waits, took), (raises, _) = pool.run(fail_backward)
+    finally:
+        pool.close()
+    assert raises == "MemoryError: no room for gradients"
+    assert waits.startswith("ExchangeError")
+    assert "raised MemoryError: no room for gradients" in waits
+    assert took < 50
