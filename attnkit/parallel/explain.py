@@ -221,7 +221,8 @@ def _proof(plan: ParallelPlan) -> str:
         return f"NONE: {wrong}"
     full = ranks_in_full(plan)
     if len(full) == plan.size:
-        return "all ranks and stages together compute the mask, each cell once"
+        what = "the mask" if plan.request.matrices.exact else "all cells that the mask may allow"
+        return f"all ranks and stages together compute {what}, each cell once"
     return (
         "every key that a row sees is in one stage of its rank, arrives once, from its owner; "
         f"shares looked at cell by cell: those of ranks {', '.join(map(str, full))}"

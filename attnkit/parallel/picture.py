@@ -31,9 +31,10 @@ def plot(plan: ParallelPlan, batch: int, head: int) -> Figure:
     check_int("batch", batch, 0, max(0, matrices - 1))
     check_int("head", head, 0, request.num_heads - 1)
     region = layers(request, head)[batch]
-    cells = np.ones((1, 1, 3))
+    sizes = request.q_len, request.kv_len, GRID, GRID
+    cells = np.ones((*picture.shares(Region.empty(), *sizes).shape, 3))
     for (rank, shade), part in sorted(_parts(plan, region, head).items()):
-        share = picture.shares(part, request.q_len, request.kv_len, GRID, GRID)[..., None]
+        share = picture.shares(part, *sizes)[..., None]
         tint = 1 - (1 - np.array(colour(rank))) * (1 - shade / (_MOST_SHADES + 1))
         cells = cells * (1 - share) + tint * share
     title = f"{request.mask!r}\n{plan.size} ranks: {label(plan)}"

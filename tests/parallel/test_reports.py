@@ -46,6 +46,26 @@ def test_what_was_not_taken_is_told_with_its_price() -> None:
     assert {other.label.split(",")[0] for other in plan.alternatives} > {"gather", "ring"}
 
 
+@pytest.mark.parametrize(
+    ("length", "ranks", "mask", "told"),
+    [
+        (16, 1, masks.Causal(), "no keys of others"),
+        (0, 3, masks.Causal(), "0 per rank"),
+        (2, 5, masks.Causal(), "0 to 1 per rank"),
+        (16, 4, ~masks.Full(), "cells none"),
+        (16, 4, masks.Dilated(2) & masks.Causal(), "all cells that the mask may allow"),
+        (16, 4, masks.Dense.keep(torch.eye(16).bool()), "the mask, each cell once"),
+    ],
+)
+def test_every_plan_can_be_told_and_drawn(
+    length: int, ranks: int, mask: masks.Mask, told: str
+) -> None:
+    plan = planned(length, ranks, mask=mask)
+    assert told in " ".join(plan.explain().split())
+    assert len(plan.to_dict()["cells"]) == ranks
+    assert plan.plot(head=3)
+
+
 def test_a_plan_that_leaves_nothing_open_has_a_price_too() -> None:
     plan = planned(method="ring", balance="zigzag", keep=False)
     assert plan.price is not None
