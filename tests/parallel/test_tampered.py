@@ -322,6 +322,28 @@ def test_a_stage_computes_its_cells_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert caught(twisted(plan, monkeypatch, pieces=instead)) == code, code
 
 
+def test_every_piece_of_a_stage_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused calls take a bias of distances one range of rows and of keys at a time."""
+    x = torch.empty(1, LENGTH, 4, 8)
+    plan = parallel.plan(
+        *(x, x, x),
+        ranks=2,
+        mask=masks.Causal(),
+        pse=pse.ALiBi(4),
+        method="needed",
+        balance="zigzag",
+        backend="emulated",
+    )
+    assert len(plan.pieces(0, 0)) == 3
+    assert plan.disprove() is None
+    for at in range(3):
+
+        def without(rank: int, stage: int, found: tuple[StagePiece, ...], at: int = at) -> Any:
+            return found[:at] + found[at + 1 :]
+
+        assert caught(twisted(plan, monkeypatch, pieces=without)) == "other-cells"
+
+
 def test_the_kernel_calls_of_a_share_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(1, LENGTH, 4, 8)
     plan = parallel.plan(x, x, x, ranks=2, mask=masks.Causal(), backend="emulated", method="needed")
