@@ -283,7 +283,9 @@ def times() -> Iterator[str]:
         "and keys that are kept. *a rank's cells*: its rows and the keys that they see, as a "
         "region. *its stages*: which keys it gets from whom and sends to whom. *all transfers*: "
         "the bytes of every pair. *proof*: that the stages of all ranks are the mask, cell for "
-        "cell, and that every message has two ends.",
+        "cell, and that every message has two ends. On 512 ranks of which each sends to each these "
+        "two go through a quarter of a million messages, once for all ranks; a rank that runs "
+        "needs its own stages only.",
         "",
     )
 
