@@ -1,4 +1,4 @@
-"""Where a plan comes to its calls: they are made, or cut out of the graph around them.
+"""Where a plan comes to its calls: they are made, or left out of the graph around them.
 
 What is done around calls (channels, moved tokens, folded heads) is differentiable, and only moves
 and scales. A share of a larger attention has the statistics of whole rows from outside, when its
@@ -33,7 +33,7 @@ from attnkit.backends.single import backward_of as backward_of_one
 from attnkit.kernel import Gradients, KernelCall, pack_stats
 from attnkit.planner.calls import Parts
 
-__all__ = ["Caller", "Cut", "Cuts", "Made", "Noted"]
+__all__ = ["Caller", "LeavesOut", "LeftOut", "Made", "Noted"]
 
 Answered = tuple[Tensor, Tensor, Tensor]
 """The output, the log-sum-exp and the maximum of each row."""
@@ -106,11 +106,11 @@ class Noted:
         return self.launcher.backward(call, tensors, dy, merged)
 
 
-# -- calls cut out of the graph ----------------------------------------------------------------
+# -- calls left out of the graph ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class LeftOut:
     """Calls that were left out: what they take, and stand-ins for what they answer.
 
     `back` is given the output and the log-sum-exp of whole rows, and the gradients of both, as the
@@ -123,7 +123,7 @@ class Cut:
     back: Callable[..., Sequence[Tensor | None]]
 
 
-class Cuts:
+class LeavesOut:
     """Leaves calls out, in the order in which they were made: these are what they drew and kept."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Cuts:
     ) -> None:
         self.launcher, self.dtype = launcher, dtype
         self._random, self._kept = iter(random), iter(kept)
-        self.found: list[Cut] = []
+        self.found: list[LeftOut] = []
 
     def single(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> Answered:
         """Leave one call out."""
@@ -145,7 +145,7 @@ class Cuts:
         given = dict(zip(names, (*apart[:2], *narrow, apart[5]), strict=True))
         (drawn,) = islice(self._random, 1)
         back = partial(_back_of_one, self.launcher, call, given, drawn)
-        return self._cut(tensors[2:], call.output.shape, call.stats.shape[:-1], back)
+        return self._left_out(tensors[2:], call.output.shape, call.stats.shape[:-1], back)
 
     def merged(
         self,
@@ -163,7 +163,7 @@ class Cuts:
         calls = BackwardCalls.of(self.launcher, parts, _apart(biases), random)
         back = partial(_back_of_several, calls, _apart(leaves), kept)
         rows = query.shape[:2]
-        return self._cut(leaves, (*rows, value.shape[-1]), rows, back)
+        return self._left_out(leaves, (*rows, value.shape[-1]), rows, back)
 
     def _kept_of(self, parts: Parts) -> list[Tensor]:
         """Return what the calls of levels answered; others of the same plan do not need theirs."""
@@ -176,7 +176,7 @@ class Cuts:
             for tensor in own
         ]
 
-    def _cut(
+    def _left_out(
         self,
         leaves: Sequence[Tensor | None],
         shape: Sequence[int],
@@ -189,7 +189,7 @@ class Cuts:
         nothing = query.detach().new_empty(1, dtype=self.dtype)
         out = nothing.expand(tuple(shape)).requires_grad_()
         lse = nothing.to(stats_dtype(self.dtype)).expand(tuple(rows)).requires_grad_()
-        self.found.append(Cut(leaves, out, lse, back))
+        self.found.append(LeftOut(leaves, out, lse, back))
         return out, lse, lse.detach()
 
 

@@ -28,7 +28,7 @@ from attnkit.backends.base import (
     stats_dtype,
 )
 from attnkit.backends.bias_pass import pass_gradients, with_frozen
-from attnkit.backends.calling import Caller, Cut, Cuts, Made, Noted
+from attnkit.backends.calling import Caller, LeavesOut, LeftOut, Made, Noted
 from attnkit.backends.merged import Drawn
 from attnkit.errors import Refusal
 from attnkit.masks.given import GivenCells
@@ -106,11 +106,11 @@ def gradients_of_share(
         passed = pass_gradients(backend, plan, given, kept, wanted[4:], _drawn(random))
         given = with_frozen(plan.bias_pass, given)
     answers = () if random is None else random[1:]
-    cuts = Cuts(backend, plan.request.dtype, _drawn(random), answers)
+    left = LeavesOut(backend, plan.request.dtype, _drawn(random), answers)
     with recorded():
-        answer = attend(cuts, plan, given)
+        answer = attend(left, plan, given)
     with torch.no_grad():
-        found = gradients_of(_through(cuts.found, answer, kept), apart)
+        found = gradients_of(_through(left.found, answer, kept), apart)
     if passed is not None:
         found = (*found[:4], *map(added, found[4:], (*passed, *found[4 + len(passed) :])))
     return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
@@ -131,7 +131,7 @@ def _drawn(random: Sequence[Tensor] | None) -> Iterable[Drawn]:
 
 
 def _through(
-    cuts: Sequence[Cut], answer: AttentionOutput, kept: Kept
+    left: Sequence[LeftOut], answer: AttentionOutput, kept: Kept
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Return the inputs of calls with their gradients, in the dtype of the inputs.
 
@@ -139,12 +139,12 @@ def _through(
     takes the rows themselves there, too.
     """
     output, lse = answer.output, answer.stats.lse
-    outs, lses = [cut.out for cut in cuts], [cut.lse for cut in cuts]
+    outs, lses = [one.out for one in left], [one.lse for one in left]
     whole = _moved(output, outs, kept.output), _moved(lse, lses, kept.lse)
     slopes = _moved(output, outs, kept.grad), _moved(lse, lses, kept.grad_lse)
     pairs: list[tuple[Tensor | None, Tensor | None]] = []
-    for cut, *own in zip(cuts, *whole, *slopes, strict=True):
-        for leaf, grad in zip(cut.leaves, cut.back(*own), strict=True):
+    for one, *own in zip(left, *whole, *slopes, strict=True):
+        for leaf, grad in zip(one.leaves, one.back(*own), strict=True):
             typed = None if leaf is None or grad is None else grad.to(leaf.dtype)
             pairs.append((leaf, typed))
     return pairs

@@ -96,8 +96,8 @@ def cells(region: Region, rows: Ranges, keys: Ranges) -> set[tuple[int, int]]:
 )
 def test_pieces_have_every_cell_once(bias: Callable[[], Pse], mask: masks.Mask) -> None:
     case = Case(mask, 3, "random", backend="emulated", bias=bias, lengths=(48, 48))
-    region, whole = mask.region(48, 48), case.plan
-    rows, keys = whole.queries.ranks[0], whole.keys.ranks[1]
+    region, sharding = mask.region(48, 48), SHARDINGS["random"](48, 3)
+    rows, keys = sharding.ranks[:2]
     found = list(pieces(case.request, planes(case.request), rows, keys, "emulated"))
     assert all(len(own) == len(others) == 1 for own, others in found)
     some = [cells(region, *one) for one in found]
