@@ -70,7 +70,7 @@ def test_two_processes_train_like_one_and_one_goes_on_from_there(
     config = written(tmp_path)  # with dropout
     alone = trained(None, command(config, tmp_path / "one"), torch.float64)
     two = command(config, tmp_path / "two", "--stop-at", "4")
-    processes.run(trained, two, torch.float64, ranks=2)
+    processes.run(trained, two, torch.float64, ranks=2, limit=180.0)
     both = trained(None, command(config, tmp_path / "two", "--resume"), torch.float64)
     assert both["progress"]["step"] == 6
     assert far(alone, both) < CLOSE[torch.float64]
@@ -93,7 +93,7 @@ def test_twenty_steps_have_the_losses_of_one_process(
     }
     config = written(tmp_path, training={"steps": 20}, attention=changes[attention])
     alone = trained(None, command(config, tmp_path / "one"), dtype)
-    processes.run(trained, command(config, tmp_path / "many"), dtype, ranks=ranks)
+    processes.run(trained, command(config, tmp_path / "many"), dtype, ranks=ranks, limit=240.0)
     many = torch.load(tmp_path / "many" / "checkpoint.pt", weights_only=True)
     assert len(many["progress"]["train_bits"]) == 20
     assert math.isfinite(many["progress"]["train_bits"][-1])
