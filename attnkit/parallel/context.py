@@ -44,8 +44,9 @@ class ContextParallel:
       from torch's generator of the CPU on every rank, as in one process: seed all ranks alike
       (``torch.manual_seed``) and draw alike on all. Ranks whose seeds differ are an error. So a
       run that restores the generators goes on as it would have, on another number of ranks, too,
-      and activation checkpointing drops the same cells again. "local" drops others: with a seed
-      of each rank's own, for backends that draw in an order of their own (Ascend).
+      and activation checkpointing drops the same cells again. Where heads are spread, too, each
+      process counts its own from 0: seed those with other heads apart. "local" drops others, with
+      a seed of each rank's own: for backends that draw in an order of their own (Ascend).
     - `timeout`: seconds until a rank that is waited for is an error.
 
     Raises `CompositionError` for what is none of these.
