@@ -44,6 +44,18 @@ _UNSAID = (
 )
 
 
+_RULE = (
+    "All ranks make the same calls in the same order, with the same composition, lengths, sharding "
+    "and dropout seed"
+)
+_SEEDS = (
+    "Each rank draws the seed of a call from torch's generator of the CPU: seed all alike "
+    "(torch.manual_seed), and draw alike (nn.Dropout of tensors on the CPU draws a number for each "
+    "element, so that ranks with other numbers of tokens get out of step)"
+)
+_FEW = 4  # words that say what a call is, where it is not told apart from others
+
+
 class Statement(NamedTuple):
     """What a rank is about to compute: as a number to compare, and in words to print.
 
@@ -139,10 +151,11 @@ class Guard:
             self._known[statement.digest] = None
         return int(self._mark[:8], 16) >> 1  # tags are not negative, in 32 bits
 
-    def patient(self, wait: Callable[[], None]) -> None:
+    def patient(self, wait: Callable[[], None], let_go: Callable[[], None] | None = None) -> None:
         """Wait for messages by a call that blocks, and look meanwhile at what others say.
 
-        Raises what `wait` does, or `CompositionError` where other ranks are in another call.
+        Raises what `wait` does, or `CompositionError` where other ranks are in another call; then
+        `let_go` ends the wait.
         """
         failed: list[BaseException] = []
         waiting = Thread(target=_kept, args=(wait, failed), daemon=True)
@@ -150,14 +163,17 @@ class Guard:
         pause = SLOW
         waiting.join(pause)
         while waiting.is_alive():
-            with _asking():
-                self._look()
+            try:
+                self.look()
+            except BaseException:
+                if let_go is not None:
+                    let_go()
+                    waiting.join(LINGER)
+                raise
             waiting.join(pause)
             pause = min(2 * pause, 2.0)
         if failed:
-            # The other side may have broken off because of something that it has said.
-            with _asking():
-                self._look()
+            self.look()  # the other side may have broken off because of something that it has said
             raise failed[0]
 
     @contextmanager
@@ -199,12 +215,12 @@ class Guard:
                 self._store.delete_key(before)
                 self._store.delete_key(f"came/{before}")
 
-    def _look(self) -> None:
-        """Say what this rank waits in, and raise if others are somewhere else."""
-        gate = f"go/{self.number}/{self._mark}"
-        if self._gate != gate:
-            self._come()
-        self._compare()
+    def look(self) -> None:
+        """Say what this rank is in, and raise if others are somewhere else, or have failed."""
+        with _asking():
+            if self._gate != f"go/{self.number}/{self._mark}":
+                self._come()
+            self._compare()
 
     def _speak(self, failed: bool = False) -> None:
         said = Said(self.number, self._mark, self._words, failed)
@@ -251,21 +267,21 @@ class Guard:
         self._leave()
         if all(one.mark in (mark, _FAILED) for one in here.values()):
             return ExchangeError(f"a rank of this group failed in call {self.number}:\n{table}")
+        seeds = all("dropout seed" in line for line in table.splitlines())
+        rule = _SEEDS if seeds else _RULE
         return CompositionError(
-            f"the ranks of this group disagree in call {self.number}:\n{table}\n"
-            "All ranks make the same calls in the same order, with the same composition, lengths, "
-            "sharding and dropout seed"
+            f"the ranks of this group disagree in call {self.number}:\n{table}\n{rule}"
         )
 
     def _absent(self) -> ExchangeError:
         heard = self._heard()
         missing = [r for r in range(self.size) if r not in heard or heard[r].number < self.number]
         last = [
-            f"rank {r} said last: call {heard[r].number}, {_sentence(heard[r].words)}"
+            f"rank {r} said last: call {heard[r].number}, {_sentence(heard[r].words[:_FEW])}"
             for r in missing
             if r in heard
         ]
-        what = f"call {self.number} ({_sentence(self._words)})"
+        what = f"call {self.number} ({_sentence(self._words[:_FEW])})"
         self._fail(f"waited {self.timeout:g} s for {_ranks(missing)}, and gave up")
         return ExchangeError(
             f"{_ranks(missing)} of {self.size} did not come to {what} in {self.timeout:g} s "
@@ -337,10 +353,14 @@ def _table(heard: dict[int, Said], number: int) -> str:
     by_mark: dict[Said, list[int]] = {}
     for rank, said in sorted(heard.items()):
         by_mark.setdefault(said._replace(failed=False), []).append(rank)
-    alike = set(next(iter(by_mark)).words).intersection(*(said.words for said in by_mark))
+    plans = [said for said in by_mark if said.mark != _FAILED]
+    alike = set(plans[0].words).intersection(*(one.words for one in plans)) if plans else set()
     lines = []
     for said, ranks in list(by_mark.items())[:8]:
+        # Where nothing is alike, or all is, its first words say what a call is.
         words = [word for word in said.words if word not in alike]
+        if len(plans) == 1 or len(words) == len(said.words):
+            words = list(said.words[:_FEW])
         told = _sentence(words) or _UNSAID
         where = "" if said.number == number else f"in call {said.number}, "
         lines.append(f"  {_ranks(ranks)}: {where}{told}")

@@ -90,6 +90,11 @@ def forward(
         return _turned(course, course.turn, wires, operands, seed)
 
 
+def _named(wanted: Sequence[bool]) -> str:
+    names = ["query", "key", "value", "sink", *(f"bias {k}" for k in range(len(wanted) - 4))]
+    return " and ".join(name for name, want in zip(names, wanted, strict=True) if want)
+
+
 def _in_words(seed: Tensor | None) -> tuple[tuple[str, int], ...]:
     return () if seed is None else (("dropout seed", int(seed)),)
 
@@ -160,8 +165,7 @@ def backward(
 
     Whether keys or values want one is the same on all ranks.
     """
-    named = "".join("yn"[not want] for want in wanted)
-    wires.begin(statement_of(plan, "backward", (("gradients of q, k, v, sink, bias", named),)))
+    wires.begin(statement_of(plan, "backward", (("gradients of", _named(wanted)),)))
     course = Course.of(plan, rank)
     with torch.no_grad(), _plainly(attended.output.device):
         back = _back if course.turn is None else _turned_back

@@ -6,24 +6,29 @@ are taken in the order in which they were sent.
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, final
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnkit.errors import CompositionError, ExchangeError
+from attnkit.errors import LONGEST, CompositionError, ExchangeError, clipped
 from attnkit.parallel.guard import Guard, Statement
 
 __all__ = ["GroupWires", "Pending", "Wires"]
 
 Messages = Sequence[tuple[int, Tensor]]
 """Tensors, and the rank that each goes to or comes from. Each tensor is contiguous."""
+
+NEVER = (1 << 31) - 1
+"""A tag that no message has, unless by a chance of one in 2 ** 31."""
 
 MARGIN = 0.05
 """Seconds that are left for a message where the others of its post have used up the time."""
@@ -78,10 +83,19 @@ class Wires(ABC):
                 counts[other] += tensor.nbytes
         if not sends and not receives:
             return _NOTHING
-        pending, tensor = self._post(sends, receives, what), (*sends, *receives)[0][1]
+        try:
+            pending = self._post(sends, receives, what)
+        except ExchangeError:
+            if self.guard is not None:
+                self.guard.look()  # it may be known why
+            raise
         # Elsewhere it is the device that waits.
-        patient = self.guard is not None and is_on_host(tensor)
-        return _Patient(pending, self.guard) if patient and self.guard else pending
+        on_host = is_on_host((*sends, *receives)[0][1])
+        return pending if self.guard is None or not on_host else _Patient(pending, self, self.guard)
+
+    def let_go(self) -> None:
+        """Give up what is on its way, after an error: whoever waits for it wakes up."""
+        return
 
     @abstractmethod
     def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
@@ -91,11 +105,11 @@ class Wires(ABC):
 class _Patient:
     """Messages that the host waits for, and looks meanwhile where the other ranks are."""
 
-    def __init__(self, pending: Pending, guard: Guard) -> None:
-        self.pending, self.guard = pending, guard
+    def __init__(self, pending: Pending, wires: Wires, guard: Guard) -> None:
+        self.pending, self.wires, self.guard = pending, wires, guard
 
     def wait(self) -> None:
-        self.guard.patient(self.pending.wait)
+        self.guard.patient(self.pending.wait, self.wires.let_go)
 
 
 class _Nothing:
@@ -157,6 +171,18 @@ class GroupWires(Wires):
             if dist.get_backend(self.group) != "gloo":
                 dist.barrier(self.group)
 
+    def let_go(self) -> None:
+        """Close the group, whose messages cannot be waited for any more.
+
+        A wait that expires does it (gloo closes all of its pairs then): here one for a message
+        that nobody sends.
+        """
+        other = (self.rank + 1) % self.size
+        with suppress(RuntimeError):
+            never = _Posted(dist.irecv, "from", other, torch.empty(1))
+            never.begin(self.group, NEVER)
+            never.work.wait(timeout=timedelta(milliseconds=1))
+
     def _post(self, sends: Messages, receives: Messages, what: str) -> Pending:
         # Receives first: what arrives finds its place.
         ways = ((dist.irecv, "from", receives), (dist.isend, "to", sends))
@@ -178,10 +204,10 @@ class _Posted:
         self.op, self.way, self.other, self.tensor = op, way, other, tensor
         self.work: Any = None
 
-    def begin(self, wires: GroupWires) -> None:
+    def begin(self, group: dist.ProcessGroup, tag: int) -> None:
         """Begin; by their tag messages of different exchanges never meet."""
         side = "group_src" if self.way == "from" else "group_dst"
-        self.work = self.op(self.tensor, group=wires.group, tag=wires.tag, **{side: self.other})
+        self.work = self.op(self.tensor, group=group, tag=tag, **{side: self.other})
 
     def __str__(self) -> str:
         return f"{self.tensor.nbytes:,} bytes {self.way} rank {self.other}"
@@ -197,7 +223,7 @@ class _Posts:
     def begin(self) -> None:
         if is_on_host(self.posted[0].tensor):
             for one in self.posted:
-                self._guarded(one, partial(one.begin, self.wires))
+                self._guarded(one, partial(one.begin, self.wires.group, self.wires.tag))
             return
         group = self.wires.group
         operations = [
@@ -234,7 +260,8 @@ class _Posts:
                 "absent, late, or computes something else"
             )
         else:
-            why = f"the process group broke off: {said[0] if said else type(error).__name__}"
+            first = re.sub(r"^\[[^\]]*\] ", "", said[0]) if said else type(error).__name__
+            why = f"the process group broke off: {clipped(first.partition('. ')[0], LONGEST)}"
         return (
             f"rank {wires.rank} of {wires.size}, {self.what}: {of}: {why}. See what that rank "
             "says; if it is only slow, give a larger timeout=. The process group cannot be used "

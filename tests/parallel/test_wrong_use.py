@@ -253,7 +253,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "batch": ({"batch": 1}, "batch of 2", "batch of 1"),
     "method": ({"method": "ring"}, "method needed", "method ring"),
     "balance": ({"balance": "contiguous"}, "the same in these words", "the same in these words"),
-    "seed": ({}, "dropout seed", "dropout seed"),  # threads draw from one generator
     "softcap": ({"softcap": 3.0}, "soft-cap None", "soft-cap 3.0"),
 }
 
@@ -263,7 +262,6 @@ def test_ranks_that_disagree_say_in_what(case: str) -> None:
     other, mine, theirs = OTHERS[case]
     right = {"tokens": 12, "heads": (4, 2), "dtype": torch.float64, "batch": 2}
     right |= {"method": "needed", "balance": "zigzag", "mask": CAUSAL}
-    right |= {"dropout": 0.5} if case == "seed" else {}
 
     def act(wires: Wires) -> str:
         given = right | (other if wires.rank == 1 else {})
@@ -280,3 +278,16 @@ def test_ranks_that_disagree_say_in_what(case: str) -> None:
     assert f"  rank 1: {theirs}" in zero
     assert time.monotonic() - start < 15
     assert len(re.findall("\n  rank", zero)) == 2
+
+
+def with_other_seeds(group: dist.ProcessGroup) -> str:
+    here, x = ContextParallel(group, timeout=20.0).shards(tokens=12), three(12)
+    local = [here.take(one) for one in x]
+    torch.manual_seed(group.rank())
+    return raised(lambda: ak.attention(*local, shards=here, dropout=0.5))
+
+
+def test_ranks_with_other_dropout_seeds_are_told_what_to_do(processes: Pool) -> None:
+    for told in processes.run(with_other_seeds, ranks=2):
+        assert re.search(r"rank 0: dropout seed \d+\n  rank 1: dropout seed \d+\nEach rank", told)
+        assert "seed all alike (torch.manual_seed)" in told
