@@ -215,6 +215,17 @@ def test_a_tensor_of_another_length_than_the_rank_has() -> None:
     assert one.startswith(rule)
     assert f"rank 1: raised CompositionError: {rule}" in zero
 
+    layer, text = ak.MultiHeadAttention(16, 2, rotary=True), torch.zeros(1, 10, 16)
+
+    def of_a_layer(wires: Wires) -> str:
+        here = ContextParallel(wires).shards(tokens=10)
+        local = here.take(text)[:, wires.rank :]
+        return raised(lambda: layer(local, shards=here))
+
+    zero, one = run_ranks(2, guarded(of_a_layer))
+    assert one.startswith("x [1, 4, 16] has 4 tokens, and rank 1 of 2 has 5 of 10; cut tokens by")
+    assert "rank 1: raised CompositionError: x [1, 4, 16] has 4 tokens" in zero
+
     def uncut(wires: Wires) -> str:
         here = ContextParallel(wires).shards(tokens=10)
         return raised(lambda: ak.attention(*x, mask=CAUSAL, shards=here))
