@@ -158,7 +158,7 @@ class Guard:
         `let_go` ends the wait.
         """
         failed: list[BaseException] = []
-        waiting = Thread(target=_kept, args=(wait, failed), daemon=True)
+        waiting = Thread(target=_kept, args=(wait, failed), daemon=True, name="attnkit waits")
         waiting.start()
         pause = SLOW
         waiting.join(pause)

@@ -211,7 +211,7 @@ def test_a_tensor_of_another_length_than_the_rank_has() -> None:
         return raised(lambda: ak.attention(*local, mask=CAUSAL, shards=here))
 
     zero, one = run_ranks(2, guarded(act))
-    rule = "query [2, 4, 4, 8] has 4 tokens, and rank 1 of 2 has 5 of 10; cut tokens by shards.take"
+    rule = "query [2, 4, 4, 8] has 4 tokens, and rank 1 of 2 has 5 of 10; cut the whole: here.take"
     assert one.startswith(rule)
     assert f"rank 1: raised CompositionError: {rule}" in zero
 
@@ -223,7 +223,7 @@ def test_a_tensor_of_another_length_than_the_rank_has() -> None:
         return raised(lambda: layer(local, shards=here))
 
     zero, one = run_ranks(2, guarded(of_a_layer))
-    assert one.startswith("x [1, 4, 16] has 4 tokens, and rank 1 of 2 has 5 of 10; cut tokens by")
+    assert one.startswith("x [1, 4, 16] has 4 tokens, and rank 1 of 2 has 5 of 10; cut the whole")
     assert "rank 1: raised CompositionError: x [1, 4, 16] has 4 tokens" in zero
 
     def uncut(wires: Wires) -> str:
@@ -231,7 +231,7 @@ def test_a_tensor_of_another_length_than_the_rank_has() -> None:
         return raised(lambda: ak.attention(*x, mask=CAUSAL, shards=here))
 
     for told in run_ranks(2, guarded(uncut)):
-        assert "these are all of them; cut them first: shards.take(tokens)" in told
+        assert "these are all of them" in told
 
 
 @pytest.mark.parametrize("backend", ["emulated"])
