@@ -26,7 +26,7 @@ from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 from tests.parallel.threads import Delay, run_ranks
 
-__all__ = ["GALLERY", "SHARDINGS", "Case", "at_random", "run_on_threads", "worst"]
+__all__ = ["GALLERY", "LENGTH", "SHARDINGS", "Case", "at_random", "run_on_threads", "worst"]
 
 LENGTH = 48
 ALL = ("output", "lse", "query", "key", "value", "sink")

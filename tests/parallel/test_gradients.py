@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from attnkit.parallel.exchange import Sums
 from attnkit.parallel.run import attend
 from attnkit.parallel.stages import Stages
 from attnkit.parallel.wires import GroupWires, Wires
-from tests.parallel.cases import CAUSAL, GALLERY, Case, run_on_threads, worst
+from tests.parallel.cases import CAUSAL, GALLERY, LENGTH, Case, run_on_threads, worst
 from tests.parallel.processes import Pool
 from tests.parallel.threads import ThreadWires, run_ranks
 
@@ -190,10 +191,12 @@ def test_the_largest_score_is_not_known() -> None:
 # -- 16 bits -------------------------------------------------------------------------------------
 
 
+WAYS = [("needed", 1), ("ring", 1), ("gather", 1), ("ulysses", 4), ("hybrid", 2)]
+by_all_ways = pytest.mark.parametrize(("method", "ways"), WAYS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("method", "ways"), [("needed", 1), ("ring", 1), ("ulysses", 4), ("hybrid", 2)]
-)
+@by_all_ways
 def test_sixteen_bits_are_as_exact_as_in_one_process(
     dtype: torch.dtype, method: str, ways: int
 ) -> None:
@@ -203,7 +206,9 @@ def test_sixteen_bits_are_as_exact_as_in_one_process(
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", GALLERY)
 def test_sixteen_bits_of_every_mask(name: str) -> None:
-    check_sixteen_bits(Case(GALLERY[name], 4, "random", dtype=torch.bfloat16, sink=False))
+    for sharding, (method, ways) in itertools.product(("random", "even"), WAYS):
+        how: dict[str, Any] = {"method": method, "heads_ways": ways, "sink": False}
+        check_sixteen_bits(Case(GALLERY[name], 4, sharding, dtype=torch.bfloat16, **how))
 
 
 def check_sixteen_bits(case: Case) -> None:
@@ -220,6 +225,24 @@ def check_sixteen_bits(case: Case) -> None:
         assert many.dtype == case.dtype
         errors = [float((t.double() - true).square().mean().sqrt()) for t in (one, many)]
         assert 0 < errors[1] <= 1.1 * errors[0], name
+
+
+# -- dropout ---------------------------------------------------------------------------------------
+
+
+@by_all_ways
+def test_cells_that_drop_are_those_of_one_process(method: str, ways: int) -> None:
+    case = Case(CAUSAL, 4, "random", method, ways, dropout=0.4, sink=False)
+    query, key, _, *rest = case.operands.leaves
+    cells = torch.eye(LENGTH, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1)
+    value = cells.clone().requires_grad_()  # the output is the weight of each cell, or 0
+    case.__dict__["operands"] = Operands.of(None, (query, key, value, *rest))
+    output = case.whole("output", [one["output"] for one in run_on_threads(case)])
+    expected, seen = case.answer[0], CAUSAL.materialize(LENGTH, LENGTH)[0, 0]
+    kept = (output != 0).movedim(2, 1)
+    assert torch.equal(kept, (expected != 0).movedim(2, 1))
+    assert 0.55 < float(kept[..., seen].double().mean()) < 0.65
+    torch.testing.assert_close(output, expected, rtol=0, atol=EXACT)
 
 
 # -- bits that repeat ------------------------------------------------------------------------------

@@ -110,16 +110,16 @@ def test_ranks_equal_one_process(name: str) -> None:
 def matrix() -> dict[str, Case]:
     """Every mask of the gallery, sharding, number of ranks and method; and turned to heads.
 
-    All have a sink; a bias that trains, and dropout, where the masks are dealt at random.
+    All have a sink and a bias that train; dropout, where the tokens are dealt at random.
     """
     found = {}
     for name, sharding, ranks in itertools.product(GALLERY, (*SHARDINGS, "even"), (2, 3, 4)):
         ways = {ranks, 2} if ranks == 4 else {ranks}
         hows: list[dict[str, Any]] = [{"ranks": ranks, "method": one} for one in METHODS]
         for how in (*hows, *(turned(ranks, way) for way in ways)):
-            drops = {"bias": t5, "dropout": 0.2} if sharding == "random" else {}
+            drops = 0.2 if sharding == "random" else 0.0
             told = f"{name}, {sharding}, {ranks}, {how['method']}"
-            found[told] = Case(GALLERY[name], sharding=sharding, **how, **drops)
+            found[told] = Case(GALLERY[name], sharding=sharding, dropout=drops, bias=t5, **how)
     return found
 
 
