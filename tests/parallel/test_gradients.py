@@ -364,7 +364,7 @@ DRAWN = {
 def on_process(group: dist.ProcessGroup, name: str) -> dict[str, Any]:
     case = (ON_PROCESSES | DRAWN)[name]
     case.__dict__["slopes"] = replace(case, dropout=0.0).slopes
-    return case.work(GroupWires(group, timeout=30.0))
+    return case.work(GroupWires(group, timeout=120.0))
 
 
 @pytest.mark.parametrize("name", ON_PROCESSES)

@@ -85,7 +85,7 @@ def test_a_thread_that_is_late_is_waited_for() -> None:
 
 
 def exchange(group: dist.ProcessGroup) -> tuple[list[list[list[float]]], list[int]]:
-    wires = GroupWires(group, timeout=30.0)
+    wires = GroupWires(group, timeout=120.0)
     return [deal(wires, dtype) for dtype in DTYPES], wires.received
 
 
@@ -96,7 +96,7 @@ def as_on_a_device(group: dist.ProcessGroup) -> tuple[list[list[float]], int]:
         patch.setattr(wires_of, "is_on_host", lambda tensor: False)
         patch.setattr(dist, "get_backend", lambda group: "nccl")
         patch.setattr(dist, "barrier", lambda group: met.append(group))
-        wires = GroupWires(group, timeout=30.0)
+        wires = GroupWires(group, timeout=120.0)
         for _ in range(2):
             wires.begin(Statement.of("test", "", []))
             got = deal(wires)

@@ -27,7 +27,7 @@ Found = TypeVar("Found")
 Delay = Callable[[int, str], float]
 """Seconds that a rank waits before it posts something."""
 
-LIMIT = 30.0
+LIMIT = 120.0
 """Seconds that all ranks together may take: hours on a machine that does nothing else."""
 
 
