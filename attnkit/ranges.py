@@ -18,6 +18,7 @@ __all__ = [
     "Ranges",
     "are_distinct",
     "ends_of",
+    "extent_of",
     "in_order",
     "joined",
     "met",
@@ -25,6 +26,7 @@ __all__ = [
     "places",
     "read_ranges",
     "shared",
+    "sizes_of",
     "span",
     "total",
     "without",
@@ -60,6 +62,24 @@ class Excerpt:
         """Whether it is all of its score matrix, in order."""
         sides = ((self.rows, self.q_len), (self.keys, self.kv_len))
         return all(own == ((range(length),) if length else ()) for own, length in sides)
+
+
+def sizes_of(excerpts: Iterable[Excerpt]) -> frozenset[tuple[int, int]]:
+    """Return how many rows and keys excerpts have."""
+    return frozenset(one.sizes for one in excerpts)
+
+
+def extent_of(sizes: Iterable[tuple[int, int]]) -> tuple[int | None, int | None]:
+    """Return the rows and the keys that all of some sizes have; None where they differ.
+
+    >>> extent_of([(2, 4), (3, 4)])
+    (None, 4)
+    """
+    q_lens, kv_lens = (set(lengths) for lengths in zip(*sizes, strict=True))
+    return (
+        q_lens.pop() if len(q_lens) == 1 else None,
+        kv_lens.pop() if len(kv_lens) == 1 else None,
+    )
 
 
 def total(ranges: Ranges) -> int:

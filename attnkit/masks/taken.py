@@ -14,7 +14,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Nested
 from attnkit.masks.order import Order
-from attnkit.ranges import Excerpt, ends_of, met, picked, read_ranges, span
+from attnkit.ranges import Excerpt, ends_of, extent_of, met, picked, read_ranges, sizes_of, span
 
 __all__ = ["Taken", "excerpt_of", "read_excerpts", "taken_again"]
 
@@ -103,15 +103,11 @@ class Taken(Nested):
     @cached_property
     def extent(self) -> tuple[int | None, int | None]:
         """How many rows and keys are taken, where excerpts agree."""
-        q_lens, kv_lens = (set(lengths) for lengths in zip(*self._sizes, strict=True))
-        return (
-            q_lens.pop() if len(q_lens) == 1 else None,
-            kv_lens.pop() if len(kv_lens) == 1 else None,
-        )
+        return extent_of(self._sizes)
 
     @cached_property
     def _sizes(self) -> frozenset[tuple[int, int]]:
-        return frozenset(one.sizes for one in self.excerpts)
+        return sizes_of(self.excerpts)
 
     def check(
         self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None

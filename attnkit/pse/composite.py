@@ -14,6 +14,7 @@ from attnkit.arguments import anchor, check_range
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.masks.taken import taken_again
 from attnkit.pse.base import Pse, Range, Rectangle
+from attnkit.pse.part_of import PartOf
 from attnkit.pse.structure import Linear, Root, Structure, Toeplitz
 from attnkit.ranges import Excerpt
 
@@ -119,7 +120,7 @@ def _agree(what: str, claims: list[tuple[Pse, int | None]]) -> None:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Cut(Pse):
+class Cut(PartOf):
     """Rows and keys of another bias: ``bias[h, i, j] = part[h, i + q0, j + kv0]``.
 
     The whole score matrix has the lengths `q_len` x `kv_len`. Made by `Pse.cut` where a bias
@@ -135,15 +136,13 @@ class Cut(Pse):
     tensor([[[[-1., -0., -1.]]]])
     """
 
-    part: Pse
     q_range: Range
     kv_range: Range
     q_len: int
     kv_len: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.part, Pse):
-            raise CompositionTypeError(f"pse.Cut cuts a positional bias, not {shown(self.part)}")
+        super().__post_init__()
         check_range("q_range", self.q_range, self.q_len)
         check_range("kv_range", self.kv_range, self.kv_len)
         vars(self).update(q_range=tuple(self.q_range), kv_range=tuple(self.kv_range))
@@ -168,16 +167,6 @@ class Cut(Pse):
         return Rectangle(rows, keys, self.q_len, self.kv_len, at.batch)
 
     @property
-    def members(self) -> tuple[Pse, ...]:
-        """The bias that is cut."""
-        return (self.part,)
-
-    @property
-    def before_scale(self) -> bool:
-        """As the bias that is cut."""
-        return self.part.before_scale
-
-    @property
     def structure(self) -> Structure | None:
         """A shift leaves distances as they differ, and moves the key that query 0 stands at."""
         known = self.part.structure
@@ -190,11 +179,6 @@ class Cut(Pse):
     def extent(self) -> tuple[int, int]:
         """The lengths of the two ranges."""
         return self.q_range[1] - self.q_range[0], self.kv_range[1] - self.kv_range[0]
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """As the bias that is cut names them."""
-        return self.part.tensor_names
 
     def _values(self, at: Rectangle, dtype: torch.dtype, device: torch.device | None) -> Tensor:
         return self.part._values(self._whole(at), dtype, device)

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_int
-from attnkit.errors import CompositionError, CompositionTypeError, shown
+from attnkit.errors import CompositionError
 from attnkit.pse.base import Pse, Rectangle
-from attnkit.pse.structure import Indexed, Linear, PerCell, PerKey, Root, Stepped, Structure
+from attnkit.pse.part_of import PartOf
+from attnkit.pse.structure import Linear, Root, Structure
 
 __all__ = ["OfHeads", "check_heads"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class OfHeads(Pse):
+class OfHeads(PartOf):
     """Query heads ``start <= h < stop`` of another bias, counted from 0.
 
     Its tensors are those of the other bias, whole, which the gradients of these heads reach. Made
@@ -30,33 +31,14 @@ class OfHeads(Pse):
     (2, torch.Size([32, 4]), torch.Size([1, 2, 2, 2]))
     """
 
-    part: Pse
     start: int
     stop: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.part, Pse):
-            raise CompositionTypeError(
-                f"pse.OfHeads takes a positional bias, not {shown(self.part)}"
-            )
+        super().__post_init__()
         check_heads(self.part, self.start, self.stop)
         if self.part.heads is None:
             raise CompositionError(f"pse.{self.part} is the same for all heads; it is that of any")
-
-    @property
-    def members(self) -> tuple[Pse, ...]:
-        """The bias of all heads."""
-        return (self.part,)
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """As that bias names them."""
-        return self.part.tensor_names
-
-    @property
-    def before_scale(self) -> bool:
-        """As that bias."""
-        return self.part.before_scale
 
     @property
     def heads(self) -> int:
@@ -75,7 +57,7 @@ class OfHeads(Pse):
     def structure_tensors(self) -> tuple[Tensor, ...]:
         """Views of that bias's, of these heads."""
         known, numbers = self.part.structure, self.part.structure_tensors
-        axis = _HEADS.get(type(known)) if known is not None else None
+        axis = None if known is None else known.heads_axis
         if axis is None or not numbers or numbers[0].ndim < -axis:
             return numbers
         if numbers[0].shape[axis] == 1:
@@ -101,10 +83,6 @@ class OfHeads(Pse):
 
     def __repr__(self) -> str:
         return f"{self.part!r}.for_heads({self.start}, {self.stop})"
-
-
-_HEADS: dict[type[Structure], int] = {Linear: -1, Stepped: -1, Indexed: -1, PerKey: -2, PerCell: -3}
-"""The axis of heads of the tensor that a structure speaks of."""
 
 
 def check_heads(bias: Pse, start: object, stop: object) -> None:

@@ -6,7 +6,7 @@ never writes the gradient of a bias), as channels of query and key and as logits
 softmaxes merge. The small tensor is the first of the bias's `structure_tensors`. Positions are
 those of the score matrix, and ``i' = i + (kv_len - q_len)`` for ``align="bottom_right"``, i for
 ``"top_left"``, and ``i + align`` for a number: the key that query 0 stands at. All but
-`Toeplitz` and `PerCell` are added after the scale.
+`Toeplitz` and `PerCell` are added after the scale. `heads_axis` is the tensor's axis of heads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attnkit.arguments import Align, Anchor
 
@@ -42,6 +43,8 @@ class Toeplitz:
     Toeplitz(align='bottom_right')
     """
 
+    heads_axis: ClassVar[int | None] = None
+
     align: Align
 
 
@@ -56,6 +59,8 @@ class Linear:
     Linear(align=-1, slopes=(1.0,))
     """
 
+    heads_axis: ClassVar[int | None] = -1
+
     align: Anchor
     slopes: tuple[float, ...] | None = None
 
@@ -68,6 +73,8 @@ class Root:
     >>> SqrtALiBi([0.5]).structure
     Root(align='bottom_right', slopes=(0.5,))
     """
+
+    heads_axis: ClassVar[int | None] = None
 
     align: Anchor
     slopes: tuple[float, ...]
@@ -83,6 +90,8 @@ class PerKey:
     PerKey(per_head=True)
     """
 
+    heads_axis: ClassVar[int | None] = -2
+
     per_head: bool
 
 
@@ -95,6 +104,8 @@ class PerCell:
     >>> Dense(torch.zeros(2, 2)).structure
     PerCell()
     """
+
+    heads_axis: ClassVar[int | None] = -3
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,8 @@ class Indexed:
     Indexed()
     """
 
+    heads_axis: ClassVar[int | None] = -1
+
 
 @dataclass(frozen=True)
 class Stepped:
@@ -119,6 +132,8 @@ class Stepped:
     >>> list(Stepped((0, 0, 4), (2, 0, 1), "bottom_right").steps(-3, 9))
     [(-3, -1, 2), (0, 3, 0), (4, 9, 1)]
     """
+
+    heads_axis: ClassVar[int | None] = -1
 
     starts: tuple[int, ...]
     rows: tuple[int, ...]

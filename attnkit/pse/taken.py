@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import Anchor, anchor, short
-from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
+from attnkit.errors import CompositionError, clipped
 from attnkit.masks.taken import read_excerpts, taken_again
 from attnkit.pse.base import EVERY, Pse, Rectangle
+from attnkit.pse.part_of import PartOf
 from attnkit.pse.structure import (
     Align,
     Linear,
@@ -23,7 +24,7 @@ from attnkit.pse.structure import (
     Structure,
     Toeplitz,
 )
-from attnkit.ranges import Excerpt, Ranges, ends_of, met, span
+from attnkit.ranges import Excerpt, Ranges, ends_of, extent_of, met, sizes_of, span
 
 __all__ = ["Taken", "shift_of"]
 
@@ -31,7 +32,7 @@ LONGEST_REPR = 1000
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Taken(Pse):
+class Taken(PartOf):
     """Rows and keys of another bias: ``bias[h, u, v] = part[h, rows[u], keys[v]]``.
 
     An excerpt says of how large a score matrix they are, and which. One without a batch element
@@ -54,12 +55,10 @@ class Taken(Pse):
               [-1., -0.]]]])
     """
 
-    part: Pse
     excerpts: tuple[Excerpt, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.part, Pse):
-            raise CompositionTypeError(f"pse.Taken takes a positional bias, not {shown(self.part)}")
+        super().__post_init__()
         excerpts = read_excerpts("pse.Taken", self.excerpts)
         inner = self.part
         if isinstance(inner, Taken):
@@ -76,21 +75,6 @@ class Taken(Pse):
             )
 
     @property
-    def members(self) -> tuple[Pse, ...]:
-        """The bias that rows and keys are taken of."""
-        return (self.part,)
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """As that bias names them."""
-        return self.part.tensor_names
-
-    @property
-    def before_scale(self) -> bool:
-        """As that bias."""
-        return self.part.before_scale
-
-    @property
     def anchored(self) -> bool:
         """It is of these rows and keys, and of no more."""
         return True
@@ -103,15 +87,11 @@ class Taken(Pse):
     @cached_property
     def extent(self) -> tuple[int | None, int | None]:
         """How many rows and keys are taken, where excerpts agree."""
-        q_lens, kv_lens = (set(lengths) for lengths in zip(*self._sizes, strict=True))
-        return (
-            q_lens.pop() if len(q_lens) == 1 else None,
-            kv_lens.pop() if len(kv_lens) == 1 else None,
-        )
+        return extent_of(self._sizes)
 
     @cached_property
     def _sizes(self) -> frozenset[tuple[int, int]]:
-        return frozenset(one.sizes for one in self.excerpts)
+        return sizes_of(self.excerpts)
 
     def check(
         self, q_len: int, kv_len: int, batch: int | None = None, heads: int | None = None

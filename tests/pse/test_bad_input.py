@@ -54,7 +54,7 @@ BAD = {
     "cut of a tensor": (
         lambda: pse.Cut(X, (0, 1), (0, 1), 4, 4),
         CompositionTypeError,
-        "cuts a positional bias",
+        "takes a positional bias",
     ),
     "sum of 3": (lambda: pse.Sum(3), CompositionTypeError, "list of biases"),
     "keyword twice": (
