@@ -134,7 +134,14 @@ class ShardedCache:
         return in_order((*sharding.ranks[rank], *later))
 
     def of_call(self, shards: Shards | None) -> Shards | None:
-        """Return the shards of a layer's next call: those of the prompt, or none in a step."""
+        """Return the shards of a layer's next call: those of the prompt, or none in a step.
+
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> prompt = ContextParallel(Alone()).shards(tokens=4)
+        >>> ShardedCache(prompt).of_call(None) is prompt
+        True
+        """
         if shards not in (None, self.shards) or (shards is not None and not self.awaits_prompt):
             what = "its prompt has others" if self.awaits_prompt else "it has its prompt already"
             raise CompositionError(
@@ -189,7 +196,15 @@ class ShardedCache:
         self._length = length
 
     def statement(self, mask: Mask, pse: Pse | None, like: Tensor) -> Statement:
-        """Return what ranks must agree on before a step, but for numbers that are new in each."""
+        """Return what ranks must agree on before a step, but for numbers that are new in each.
+
+        >>> from attnkit import masks
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> cache = ShardedCache(ContextParallel(Alone()).shards(tokens=4))
+        >>> cache.statement(masks.Causal(), None, torch.zeros(1, 1, 4, 8)).words[1]
+        ('mask', 'Causal()')
+        """
         known = mask, None if pse is None else pse.key(), like.shape[::2], like.shape[3], like.dtype
         if self._said is None or self._said[0] != known:
             words = [
