@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 
 import attnkit
-from attnkit import kernel, layouts, masks, pse
+from attnkit import kernel, layouts, masks, parallel, pse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "backends.md"]
-PACKAGES = [attnkit, masks, pse, layouts, kernel]
+PACKAGES = [attnkit, masks, pse, layouts, kernel, parallel]
 
 
 def public(package: ModuleType) -> Iterator[tuple[str, type]]:
