@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from attnkit.masks.trace import blocks_around
 from attnkit.planner import Request
 from attnkit.pse import Pse
 
-__all__ = ["CELLS", "Matrix", "SomeRows", "matrix_of", "row_blocks"]
+__all__ = ["CELLS", "Matrix", "matrix_of", "row_blocks"]
 
 CELLS = 1 << 21
 """Scores that are held at a time, of all batch elements and heads."""
@@ -73,22 +72,27 @@ class Matrix:
         row, key = (start[self.sequence or 0] for start in starts)
         return row + self.corner[0], key + self.corner[1]
 
-    def blocks(self) -> Iterator[tuple[tuple[int, int], Matrix]]:
-        """Yield ranges of rows with what they are over the keys that they may see.
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """Return its rows of a tensor ``[b n s ...]`` of the batch (packed: ``[1 n t ...]``)."""
+        first, _ = self.first_token
+        return tensor[:, :, first : first + self.query.shape[2]]
+
+    def blocks(self) -> Iterator[Matrix]:
+        """Yield blocks of rows, from the first on, over the keys that they may see.
 
         The scores of each are `CELLS` at most, or those of one row of each head.
         """
         batch, heads, q_len, _ = self.query.shape
         most, kv_len = CELLS // max(1, batch * heads), self.key.shape[2]
         if q_len * kv_len <= most:
-            yield (0, q_len), self
+            yield self
             return
         at, b = self.place, self.sequence
         own = slice(None) if b is None else slice(b, b + 1)
         known = {e.outer for plane in self.request.matrices.planes for e in plane[own]}
         outers = [outer.cut(at.rows, at.keys) for outer in known]
         for rows, keys in blocks_around(outers, q_len, kv_len, most):
-            yield rows, self.rectangle(rows, keys)
+            yield self.rectangle(rows, keys)
 
 
 def matrix_of(
@@ -107,28 +111,10 @@ def matrix_of(
     return Matrix(request, sequence, q, k, v, mask, operands.pse, operands.sink, chances)
 
 
-class SomeRows(NamedTuple):
-    """Rows ``[start, stop)`` of the score matrices of a batch (or one sequence), and their place.
-
-    `row` is where the matrices begin on the axis of rows of a packed batch.
-    """
-
-    matrix: Matrix
-    row: int
-    start: int
-    stop: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a tensor ``[b n s ...]`` (``[1 n t ...]`` of a packed batch)."""
-        return tensor[:, :, self.row + self.start : self.row + self.stop]
-
-
 def row_blocks(
     request: Request, operands: Operands, chances: Chances | None = None
-) -> Iterator[SomeRows]:
+) -> Iterator[Matrix]:
     """Yield blocks of rows, each with the keys that it may see, one sequence after the other."""
     packed = request.seqlens is not None
     for b in range(request.batch) if packed else (None,):
-        row = request.token_starts[0][b] if b is not None else 0
-        for rows, block in matrix_of(request, operands, b, chances).blocks():
-            yield SomeRows(block, row, *rows)
+        yield from matrix_of(request, operands, b, chances).blocks()

@@ -37,7 +37,7 @@ from attnkit.backends.base import (
     without_cells,
 )
 from attnkit.backends.dropout import chances_of, drawn_seed
-from attnkit.backends.matrix import Matrix, SomeRows, matrix_of, row_blocks
+from attnkit.backends.matrix import Matrix, matrix_of, row_blocks
 from attnkit.backends.numbers import bounded, largest_bias, usable_cap
 from attnkit.backends.selected import checked, selected_by
 from attnkit.errors import Refusal
@@ -130,7 +130,7 @@ class Reference(Backend):
 
 def attend(one: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output ``[b n s d]``, the log-sum-exp and the largest score ``[b n s]``."""
-    blocks = [block for _, block in one.blocks()]
+    blocks = list(one.blocks())
     if len(blocks) == 1:
         return _attend(blocks[0])
     # Of a block nothing is kept for the gradients but what it is made of. Transforms of torch.func
@@ -193,12 +193,12 @@ def _whole_rows(request: Request, kept: Kept) -> _WholeRows:
     return _WholeRows(lse.masked_fill(lse == -torch.inf, 0.0), grad, slope)
 
 
-def _made_of_share(rows: SomeRows, whole: _WholeRows) -> list[tuple[Tensor, Tensor]]:
+def _made_of_share(rows: Matrix, whole: _WholeRows) -> list[tuple[Tensor, Tensor]]:
     """Return what some rows of a share make, each with the gradient that arrives for it."""
-    scores, value = scores_of(rows.matrix)
-    weights = torch.exp(scores - rows.of(whole.lse)[..., None])
-    made = _valued(rows.matrix, weights, value)
-    return [(made, rows.of(whole.grad)), (weights.sum(-1), rows.of(whole.slope))]
+    lse, grad, slope = map(rows.rows_of, whole)
+    scores, value = scores_of(rows)
+    weights = torch.exp(scores - lse[..., None])
+    return [(_valued(rows, weights, value), grad), (weights.sum(-1), slope)]
 
 
 def scores_of(one: Matrix) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ __all__ = ["derivatives", "maxima"]
 def maxima(request: Request, operands: Operands) -> Tensor:
     """Return the largest score of each row, the sink's included: ``[b n s]``, packed ``[t n]``."""
     with torch.no_grad():
-        found = [_largest(block.matrix) for block in row_blocks(request, operands)]
+        found = [_largest(block) for block in row_blocks(request, operands)]
     packed = request.seqlens is not None
     if not found:
         batch = 1 if packed else request.batch
@@ -67,8 +67,8 @@ def derivatives(
         if to_output is not None:
             to_output = request.layout_of.view(to_output, request.num_heads)
         for block in row_blocks(request, operands, chances):
-            output, lse, _ = attend(block.matrix)
-            arrived = [None if g is None else block.of(g) for g in (to_output, to_lse)]
+            output, lse, _ = attend(block)
+            arrived = [None if g is None else block.rows_of(g) for g in (to_output, to_lse)]
             # The blocks share nodes where tensors were only seen in another form.
             made = zip((output, lse), arrived, strict=True)
             first = gradients_of(made, inputs, retain=True, further=True)
