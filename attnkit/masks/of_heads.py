@@ -11,7 +11,7 @@ from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.masks.base import MASKS, Enclosure, Mask, Rectangle
 from attnkit.masks.composite import Composite
 
-__all__ = ["OfHeads"]
+__all__ = ["OfHeads", "check_heads"]
 
 
 @MASKS.register("of_heads")
@@ -38,14 +38,14 @@ class OfHeads(Composite):
             raise CompositionTypeError(f"OfHeads takes a mask, got {describe(self.mask)}")
         self._check_nesting()
         self._agreed  # noqa: B018 -- raises for a mask that comes with each call
-        check_heads(self.mask, self.start, self.stop)
+        check_heads(self.mask, self.mask.heads, self.start, self.stop)
         if self.mask.heads is None:
             raise CompositionError(f"{self.mask!r} does not tell heads apart; it is that of any")
 
     @classmethod
     def of(cls, mask: Mask, start: int, stop: int) -> Mask:
         """Return what `Mask.for_heads` does."""
-        check_heads(mask, start, stop)
+        check_heads(mask, mask.heads, start, stop)
         return mask if mask.heads in (None, stop - start) else mask._of_heads(start, stop)
 
     @property
@@ -80,13 +80,12 @@ class OfHeads(Composite):
         return self.mask.for_heads(self.start + start, self.start + stop)
 
 
-def check_heads(mask: Mask, start: object, stop: object) -> None:
-    """Raise `CompositionError` unless these are heads of a mask."""
+def check_heads(whole: object, most: int | None, start: object, stop: object) -> None:
+    """Raise `CompositionError` unless these are heads of a mask or bias that tells `most` apart."""
     check_int("for_heads start", start, 0)
     check_int("for_heads stop", stop, 1)
-    most = mask.heads
     if not start < stop or (most is not None and stop > most):  # type: ignore[operator]
-        told = "" if most is None else f" of {mask!r}, which tells {most} apart"
+        told = "" if most is None else f" of {whole!r}, which tells {most} apart"
         raise CompositionError(
             f"heads {start} to {stop}{told}; give 0 <= start < stop, the heads that are left"
         )

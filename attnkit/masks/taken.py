@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from attnkit.masks.composite import Nested
 from attnkit.masks.order import Order
 from attnkit.ranges import Excerpt, ends_of, extent_of, met, picked, read_ranges, sizes_of, span
 
-__all__ = ["Taken", "excerpt_of", "read_excerpts", "taken_again"]
+__all__ = ["Taken", "excerpt_of", "length_of", "read_excerpts", "taken_again"]
 
 Ends = tuple[tuple[int, int], ...]
 
@@ -81,8 +81,7 @@ class Taken(Nested):
     @classmethod
     def of(cls, mask: Mask, rows: object, keys: object, q_len: object, kv_len: object) -> Mask:
         """Return what `Mask.take` does, of arguments in any form."""
-        lengths = _length(mask, 0, q_len), _length(mask, 1, kv_len)
-        one = excerpt_of(rows, keys, *lengths)
+        one = excerpt_of(mask, rows, keys, q_len, kv_len)
         return mask if one.is_whole else mask.take_excerpts((one,))
 
     @property
@@ -204,25 +203,6 @@ def _taken_of(whole: Enclosure, one: Excerpt) -> Enclosure:
     return Enclosure(inner, inner if whole.exact else whole.outer.take(one.rows, one.keys))
 
 
-def _length(mask: Mask, axis: int, given: object) -> int | None:
-    """Return a length of the whole score matrix; None where the mask does not depend on it."""
-    name, known = ("q_len", "kv_len")[axis], mask.extent[axis]
-    if given is not None:
-        check_int(name, given, 0)
-    if known is not None and given not in (None, known):
-        raise CompositionError(
-            f"{mask!r} is built for {name}={known}, but rows and keys are to be taken of one of "
-            f"{name}={given}; leave it out"
-        )
-    length = known if given is None else given
-    if length is None and mask.anchored:
-        raise CompositionError(
-            f"{mask!r}: which cells rows and keys have depends on the lengths of the whole score "
-            "matrix; pass q_len= and kv_len="
-        )
-    return length  # type: ignore[return-value]
-
-
 # -- excerpts --------------------------------------------------------------------------------
 
 
@@ -265,18 +245,52 @@ def _read(name: str, given: object) -> Excerpt:
     return Excerpt(q_len, kv_len, own, read_ranges(f"{name} keys", keys, kv_len), number)
 
 
-def excerpt_of(rows: object, keys: object, q_len: int | None, kv_len: int | None) -> Excerpt:
-    """Return an excerpt of positions in any form; of lengths that do not matter, some that do.
+def excerpt_of(
+    whole: HasExtent, rows: object, keys: object, q_len: object = None, kv_len: object = None
+) -> Excerpt:
+    """Return an excerpt of a mask or a bias, from arguments in any form.
 
-    >>> excerpt_of([(0, 2)], [range(3, 4)], None, 9).q_len
-    2
+    Of lengths that do not matter it has some that do.
+
+    >>> from attnkit.masks import Full
+    >>> excerpt_of(Full(), [(0, 2)], [range(3, 4)], kv_len=9).sizes
+    (2, 1)
     """
+    q_len, kv_len = length_of(whole, 0, q_len), length_of(whole, 1, kv_len)
     own, others = read_ranges("rows", rows, q_len), read_ranges("keys", keys, kv_len)
     if q_len is None:
         q_len = max((span(one)[1] for one in own), default=0)
     if kv_len is None:
         kv_len = max((span(one)[1] for one in others), default=0)
     return Excerpt(q_len, kv_len, own, others)
+
+
+class HasExtent(Protocol):
+    """What rows and keys are taken of: a mask or a bias."""
+
+    @property
+    def extent(self) -> tuple[int | None, int | None]: ...
+    @property
+    def anchored(self) -> bool: ...
+
+
+def length_of(whole: HasExtent, axis: int, given: object) -> int | None:
+    """Return a length of a whole score matrix; None where what it holds does not depend on it."""
+    name, known = ("q_len", "kv_len")[axis], whole.extent[axis]
+    if given is not None:
+        check_int(name, given, 0)
+    if known is not None and given not in (None, known):
+        raise CompositionError(
+            f"{whole!r} is built for {name}={known}, but a part of it is asked for as one of "
+            f"{name}={given}; leave it out"
+        )
+    length = known if given is None else given
+    if length is None and whole.anchored:
+        raise CompositionError(
+            f"{whole!r}: what a part of it holds depends on the lengths of the whole score matrix; "
+            "pass q_len= and kv_len="
+        )
+    return length  # type: ignore[return-value]
 
 
 def _written(one: Excerpt) -> Written:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast, final
 
-from attnkit.arguments import check_int, check_range
-from attnkit.errors import CompositionError
+from attnkit.arguments import check_range
 from attnkit.masks import Rectangle
-from attnkit.masks.taken import excerpt_of
+from attnkit.masks.of_heads import check_heads
+from attnkit.masks.taken import excerpt_of, length_of
 from attnkit.ranges import Excerpt
 
 if TYPE_CHECKING:
@@ -55,22 +55,10 @@ class Divisible:
         >>> ALiBi(8, align="top_left").cut((4, 6), (0, 6), q_len=6, kv_len=6)
         ALiBi(8)
         """
-        whole = []
-        for name, own, length, span in (
-            ("q", self.extent[0], q_len, q_range),
-            ("kv", self.extent[1], kv_len, kv_range),
-        ):
-            if own is not None and length not in (None, own):
-                raise CompositionError(f"pse.{self} cannot be cut as one of {name}_len={length}")
-            known = own if length is None else length
-            if known is None and self.anchored:
-                raise CompositionError(
-                    f"{self}: what a rectangle of it holds depends on the lengths of the whole "
-                    "score matrix; pass q_len= and kv_len="
-                )
-            whole.append(check_range(f"{name}_range", span, known))
+        rows = check_range("q_range", q_range, length_of(self, 0, q_len))
+        keys = check_range("kv_range", kv_range, length_of(self, 1, kv_len))
         (q0, q1), (kv0, kv1) = q_range, kv_range
-        return self._bias_of(Rectangle((q0, q1), (kv0, kv1), *whole))
+        return self._bias_of(Rectangle((q0, q1), (kv0, kv1), rows, keys))
 
     def _bias_of(self, at: Rectangle) -> Pse:
         """Return the bias of a rectangle's cells; a family may know a closer form."""
@@ -97,25 +85,8 @@ class Divisible:
         >>> ALiBi(8).take([(2, 4)], [(0, 4)], q_len=4, kv_len=4)
         ALiBi(8)
         """
-        q_len, kv_len = self._length("q_len", 0, q_len), self._length("kv_len", 1, kv_len)
-        one = excerpt_of(rows, keys, q_len, kv_len)
+        one = excerpt_of(self, rows, keys, q_len, kv_len)
         return self._undivided if one.is_whole else self.take_excerpts((one,))
-
-    def _length(self, name: str, axis: int, given: int | None) -> int | None:
-        """Return a length of the whole score matrix; None where nothing depends on it."""
-        own = self.extent[axis]
-        if given is not None:
-            check_int(name, given, 0)
-        if own is not None and given not in (None, own):
-            raise CompositionError(
-                f"rows and keys of pse.{self} cannot be of one of {name}={given}"
-            )
-        if own is None and given is None and self.anchored:
-            raise CompositionError(
-                f"{self}: what rows and keys of it hold depends on the lengths of the whole score "
-                "matrix; pass q_len= and kv_len="
-            )
-        return own if given is None else given
 
     def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
         """Return rows and keys that are taken of it: of all batch elements, or of each.
@@ -144,12 +115,9 @@ class Divisible:
         >>> ALiBi(8).for_heads(2, 4)
         ALiBi(slopes=(0.125, 0.0625))
         """
-        from attnkit.pse.of_heads import check_heads
-
-        check_heads(self._undivided, start, stop)
-        return (
-            self._undivided if self.heads in (None, stop - start) else self._of_heads(start, stop)
-        )
+        check_heads(self, self.heads, start, stop)
+        known = self.heads in (None, stop - start)
+        return self._undivided if known else self._of_heads(start, stop)
 
     def _of_heads(self, start: int, stop: int) -> Pse:
         """Return the bias of some of the heads; a family may know a closer form."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnkit.arguments import check_int
 from attnkit.errors import CompositionError
+from attnkit.masks.of_heads import check_heads
 from attnkit.pse.base import Pse, Rectangle
 from attnkit.pse.part_of import PartOf
 from attnkit.pse.structure import Linear, Root, Structure
 
-__all__ = ["OfHeads", "check_heads"]
+__all__ = ["OfHeads"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -36,7 +36,7 @@ class OfHeads(PartOf):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.part, self.start, self.stop)
+        check_heads(self.part, self.part.heads, self.start, self.stop)
         if self.part.heads is None:
             raise CompositionError(f"pse.{self.part} is the same for all heads; it is that of any")
 
@@ -58,9 +58,9 @@ class OfHeads(PartOf):
         """Views of that bias's, of these heads."""
         known, numbers = self.part.structure, self.part.structure_tensors
         axis = None if known is None else known.heads_axis
-        if axis is None or not numbers or numbers[0].ndim < -axis:
+        if axis is None or not numbers:
             return numbers
-        if numbers[0].shape[axis] == 1:
+        if numbers[0].ndim < -axis or numbers[0].shape[axis] == 1:  # the same for all heads
             return numbers
         return (numbers[0].narrow(axis, self.start, self.heads), *numbers[1:])
 
@@ -83,15 +83,3 @@ class OfHeads(PartOf):
 
     def __repr__(self) -> str:
         return f"{self.part!r}.for_heads({self.start}, {self.stop})"
-
-
-def check_heads(bias: Pse, start: object, stop: object) -> None:
-    """Raise `CompositionError` unless these are heads of a bias."""
-    check_int("for_heads start", start, 0)
-    check_int("for_heads stop", stop, 1)
-    most = bias.heads
-    if not start < stop or (most is not None and stop > most):  # type: ignore[operator]
-        told = "" if most is None else f" of pse.{bias}, which was made for {most}"
-        raise CompositionError(
-            f"heads {start} to {stop}{told}; give 0 <= start < stop, the heads that are left"
-        )

@@ -247,7 +247,7 @@ def test_dtypes_and_empty_sides() -> None:
         (lambda: pse.Taken(pse.Dense(torch.zeros(2, 1, 3, 3)), [(3, 3, [(0, 1)], [(0, 1)], 2)]),
          ["batch element 2"]),
         (lambda: pse.Taken(pse.ALiBi(2), [(3, 3, [(0, 1)], [(0, 2)])]).check(2, 2), ["1 x 2"]),
-        (lambda: pse.ALiBi(2).for_heads(1, 3), ["made for 2"]),
+        (lambda: pse.ALiBi(2).for_heads(1, 3), ["tells 2 apart"]),
         (lambda: pse.ALiBi(2).for_heads(1, 1), ["heads 1 to 1"]),
         (lambda: pse.OfHeads(pse.KeyBias(torch.zeros(3)), 0, 1), ["same for all heads"]),
     ],
