@@ -378,7 +378,8 @@ give it one per query head
         return alike and all(map(_same, self.tensors, other.tensors))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_handle"}
+        # What is cached stays behind, and what a graph knows of it.
+        return dict(zip(cast(Any, self).__dataclass_fields__, self._fields, strict=True))
 
     def __hash__(self) -> int:
         told = (tuple(v.shape) if isinstance(v, Tensor) else v for v in self._fields)

@@ -178,7 +178,9 @@ def test_it_is_a_value_and_takes_other_tensors(name: str) -> None:
         bias.for_heads(1, 2),
         bias.take_excerpts([Excerpt(*lengths, (range(2),), (range(3),), 1)]),
     ):
+        fields, _ = set(vars(own.copy())), (own.structure, own.extent)
         assert own == copy.deepcopy(own) == pickle.loads(pickle.dumps(own))
+        assert set(vars(pickle.loads(pickle.dumps(own)))) == fields  # and nothing that is cached
         assert own.key() == copy.deepcopy(own).key()
         assert hash(own) == hash(copy.deepcopy(own))
         other = [torch.zeros_like(t) for t in own.tensors]
