@@ -16,7 +16,7 @@ from attnkit.masks.taken import taken_again
 from attnkit.pse.base import Pse, Range, Rectangle
 from attnkit.pse.part_of import PartOf
 from attnkit.pse.structure import Linear, Root, Structure, Toeplitz
-from attnkit.ranges import Excerpt
+from attnkit.ranges import Excerpt, joined
 
 __all__ = ["Cut", "Sum"]
 
@@ -185,11 +185,7 @@ class Cut(PartOf):
 
     def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Pse:
         """Return what is taken of the bias that is cut."""
-        rows, keys = (
-            tuple(range(*side) for side in [ends] if ends[0] < ends[1])
-            for ends in (self.q_range, self.kv_range)
-        )
-        own = Excerpt(self.q_len, self.kv_len, rows, keys)
+        own = Excerpt(self.q_len, self.kv_len, joined([self.q_range]), joined([self.kv_range]))
         return self.part.take_excerpts(taken_again((own,), excerpts))
 
     def _of_heads(self, start: int, stop: int) -> Pse:

@@ -225,11 +225,9 @@ def shift_of(excerpts: Sequence[Excerpt], align: Anchor) -> tuple[Align, int] | 
 
 def _along(tensor: Tensor, keys: Ranges) -> Tensor:
     """Return the entries of some keys along the last axis."""
-    parts = [tensor[..., slice(*span(one))] for one in keys] or [tensor[..., :0]]
-    turned = [
-        part if one.step > 0 else part.flip(-1) for part, one in zip(parts, keys, strict=False)
-    ]
-    return _beside(turned or parts, -1)
+    parts = [(tensor[..., slice(*span(one))], one.step) for one in keys]
+    turned = [part if step > 0 else part.flip(-1) for part, step in parts]
+    return _beside(turned or [tensor[..., :0]], -1)
 
 
 def _beside(parts: Sequence[Tensor], axis: int) -> Tensor:
