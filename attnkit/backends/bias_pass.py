@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnkit.backends.base import AttentionOutput, Kept, Operands, Stats, stats_dtype
+from attnkit.backends.base import AttentionOutput, Kept, Operands, Stats
 from attnkit.backends.calling import Caller, Made, Noted
 from attnkit.backends.merged import Drawn
 from attnkit.backends.tiled.bias import Bound
@@ -28,7 +28,7 @@ from attnkit.first_order import first_order
 from attnkit.geometry import Region, Slice
 from attnkit.planner import Launch, Plan
 from attnkit.planner.bias_pass import BiasPass
-from attnkit.planner.request import Request, bias_terms
+from attnkit.planner.request import bias_terms
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
 
@@ -46,14 +46,12 @@ class PassedPlan(Plan):
 
     @cached_property
     def job(self) -> Job:
-        """The tiles of the pass; a share's operands are wide."""
-        return _job(self.request)
+        """The tiles of the pass."""
+        return Job.of(self.request, wholes=False)
 
 
-def _job(request: Request) -> Job:
-    if request.share is not None:
-        request = replace(request, dtype=stats_dtype(request.dtype))
-    return Job(request, wholes=False)
+def _job(plan: Plan) -> Job:
+    return plan.job if isinstance(plan, PassedPlan) else Job.of(plan.request, wholes=False)
 
 
 def with_bias_gradient(
@@ -68,8 +66,7 @@ def with_bias_gradient(
     launcher, trained = Noted(backend), _by_tensor(operands.pse, plan.bias_pass.terms)
     tensors = operands.pse.tensors
     output, stats = run(Made(launcher), plan.inner, with_frozen(plan.bias_pass, operands))
-    job = plan.job if isinstance(plan, PassedPlan) else _job(plan.request)
-    left = _Left(backend, plan, job, operands.pse, trained, launcher.random)
+    left = _Left(backend, plan, _job(plan), operands.pse, trained, launcher.random)
     carried = [t if own else t.detach() for t, own in zip(tensors, trained, strict=True)]
     output, lse = _Passed.apply(  # type: ignore[no-untyped-call]
         left, operands.query, operands.key, operands.value, output, stats.lse, *carried
@@ -102,8 +99,8 @@ def pass_gradients(
     if plan.bias_pass is None or operands.pse is None:
         raise ArithmeticError("a plan without a pass for its bias has no gradients of one")
     trained = _by_tensor(operands.pse, plan.bias_pass.terms)
-    job = plan.job if isinstance(plan, PassedPlan) else _job(plan.request)
-    left = _Left(backend, plan, job, operands.pse, trained, list(islice(random, len(plan.steps))))
+    drawn = list(islice(random, len(plan.steps)))
+    left = _Left(backend, plan, _job(plan), operands.pse, trained, drawn)
     wide = operands.query.dtype
     output, grad = (None if t is None else t.to(wide) for t in (kept.output, kept.grad))
     saved = (operands.query, operands.key, operands.value, output, kept.lse, *operands.pse.tensors)

@@ -17,7 +17,6 @@ from attnkit.backends.base import (
     Partial,
     Stats,
     register,
-    stats_dtype,
     untransformed,
     without_cells,
     without_shares,
@@ -71,7 +70,7 @@ class TiledPlan(Plan):
     @cached_property
     def job(self) -> Job:
         """What its calls have in common; made anew from the request where a copy needs it."""
-        return _job_of(self.in_order or self.request)
+        return Job.of(self.in_order or self.request)
 
 
 class Tiled(OnStatistics):
@@ -224,14 +223,7 @@ def _in_order(backend: Tiled, plan: Plan, other: Request, operands: Operands) ->
 
 
 def _job(plan: Plan) -> Job:
-    return plan.job if isinstance(plan, TiledPlan) else _job_of(plan.request)
-
-
-def _job_of(request: Request) -> Job:
-    """Return a request's job: that of a share is in the dtype in which it is handed on."""
-    if request.share is not None:
-        request = replace(request, dtype=stats_dtype(request.dtype))
-    return Job(request)
+    return plan.job if isinstance(plan, TiledPlan) else Job.of(plan.request)
 
 
 def _of_few(few: Few, operands: Operands) -> AttentionOutput:

@@ -27,8 +27,8 @@ from attnkit.geometry import Region
 from attnkit.layouts import Layout
 from attnkit.masks import Enclosure
 from attnkit.planner import Request
-from attnkit.planner.matrices import seen_spans
 from attnkit.pse import PerCell, PerKey
+from attnkit.strips import seen_spans
 
 __all__ = ["Job", "schedule"]
 
@@ -58,6 +58,13 @@ class Job:
     request: Request
     wholes: bool = True
     apart: bool = False
+
+    @classmethod
+    def of(cls, request: Request, wholes: bool = True) -> Job:
+        """Return a request's job: that of a share is in the dtype in which it is handed on."""
+        if request.share is not None:
+            request = replace(request, dtype=stats_dtype(request.dtype))
+        return cls(request, wholes)
 
     @cached_property
     def schedule(self) -> Schedule:
