@@ -20,7 +20,7 @@ from attnkit.constants import constant
 from attnkit.masks import Rectangle
 from attnkit.masks.trace import blocks_around
 from attnkit.planner import Request
-from attnkit.planner.matrices import seen_spans
+from attnkit.strips import seen_spans
 
 __all__ = ["cleared", "unseen_keys", "without_unseen"]
 

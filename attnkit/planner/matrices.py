@@ -8,9 +8,8 @@ from functools import cached_property
 
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask
-from attnkit.strips import seen_spans
 
-__all__ = ["Matrices", "seen_spans"]
+__all__ = ["Matrices"]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from attnkit.geometry import Region
 from attnkit.layouts import SeqLens
 from attnkit.masks import And, Enclosure, Mask, Or
 from attnkit.planner.calls import Launch
-from attnkit.planner.matrices import seen_spans
 from attnkit.planner.request import Request
 from attnkit.planner.sequences import Block
 from attnkit.planner.sorting import Sorted
 from attnkit.ranges import Ranges
-from attnkit.strips import gaps
+from attnkit.strips import gaps, seen_spans
 
 __all__ = ["Parted", "as_they_stand", "parted"]
 

@@ -22,13 +22,14 @@ from attnkit.layouts import Layout, SeqLens, Sizes
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import anchor
 from attnkit.masks.parse import as_mask
-from attnkit.planner.matrices import Matrices, seen_spans
+from attnkit.planner.matrices import Matrices
 from attnkit.planner.repeats import is_repeatable
 from attnkit.planner.scoring import ScoreFunction, check_score_fn, trains
 from attnkit.pse import Align, Linear, PerCell, PerKey, Pse, Root, Stepped, Structure, Toeplitz
 from attnkit.pse.parse import as_pse
 from attnkit.pse.structure import OfDistance
 from attnkit.ranges import Ranges
+from attnkit.strips import seen_spans
 
 __all__ = [
     "BiasTerm",

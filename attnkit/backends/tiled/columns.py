@@ -7,8 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from operator import itemgetter
 
 from attnkit.backends.tiled.schedule import KeyChunk, Patch, Pattern, Piece
-from attnkit.planner.matrices import seen_spans
-from attnkit.strips import Run
+from attnkit.strips import Run, seen_spans
 
 __all__ = ["Known", "RunsOfRows", "Span", "chunks_of", "pattern_of", "span_around"]
 

@@ -24,9 +24,8 @@ from attnkit.backends.reference import bias_of
 from attnkit.backends.tiled.job import HUGE_SCALE
 from attnkit.geometry import Region
 from attnkit.planner import Request
-from attnkit.planner.matrices import seen_spans
 from attnkit.pse import Pse
-from attnkit.strips import gaps
+from attnkit.strips import gaps, seen_spans
 
 __all__ = ["Few", "is_few"]
 

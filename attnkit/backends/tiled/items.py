@@ -20,8 +20,7 @@ from attnkit.backends.tiled.columns import (
 )
 from attnkit.backends.tiled.schedule import KeyChunk, RowBlock, Whole
 from attnkit.geometry import Strip
-from attnkit.planner.matrices import seen_spans
-from attnkit.strips import advance
+from attnkit.strips import advance, seen_spans
 
 __all__ = ["Traits", "items_of"]
 

@@ -14,7 +14,7 @@ from attnkit.backends.tiled.items import SMALL, STEP_CELLS, Traits
 from attnkit.backends.tiled.schedule import KeyChunk, Lane, Patch, Pattern, RowBlock, Whole
 from attnkit.geometry import Region
 from attnkit.planner import Request
-from attnkit.planner.matrices import seen_spans
+from attnkit.strips import seen_spans
 
 __all__ = ["stacks"]
 

@@ -14,7 +14,7 @@ from attnkit.backends.tiled.schedule import RowBlock, Schedule, Whole
 from attnkit.backends.tiled.walk import guarded
 from attnkit.backends.unseen import unseen_keys
 from attnkit.planner import Composition, Request, read_request
-from attnkit.planner.matrices import seen_spans
+from attnkit.strips import seen_spans
 
 LENGTHS = [(300, 300), (1100, 1100), (1, 700), (130, 777), (777, 130)]
 
