@@ -322,7 +322,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widened(operands: Operands, wanted: Sequence[bool] = ()) -> Operands:
+def unrounded(operands: Operands, wanted: Sequence[bool] = ()) -> Operands:
     """Return operands in the dtype of the statistics: what is made of them is not rounded again.
 
     Tensors of the bias are cast where a gradient of them is `wanted`, which has their dtype.

@@ -25,7 +25,7 @@ from attnkit.backends.base import (
     Stats,
     of_whole_rows,
     stats_dtype,
-    widened,
+    unrounded,
 )
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import Layout
@@ -167,7 +167,7 @@ class OnStatistics(Backend):
     def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
         """Compute a share as if it were all."""
         with torch.no_grad():
-            made = self.compute(plan, widened(operands), seed)
+            made = self.compute(plan, unrounded(operands), seed)
             return Partial(made.output, made.stats.lse)
 
     def partial_gradients(
@@ -183,7 +183,7 @@ class OnStatistics(Backend):
             return (None,) * len(wanted)
         whole = of_whole_rows(kept, stats_dtype(plan.request.dtype))
         with torch.no_grad():
-            return self.gradients(plan, widened(operands, wanted), whole, wanted)
+            return self.gradients(plan, unrounded(operands, wanted), whole, wanted)
 
 
 # -- what is given -----------------------------------------------------------------------------

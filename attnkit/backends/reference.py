@@ -33,7 +33,7 @@ from attnkit.backends.base import (
     recorded,
     register,
     stats_dtype,
-    widened,
+    unrounded,
     without_cells,
 )
 from attnkit.backends.dropout import chances_of, drawn_seed
@@ -95,7 +95,7 @@ class Reference(Backend):
 
     def partial(self, plan: Plan, operands: Operands, seed: Tensor | None) -> Partial:
         """Attend as `run` does, in the dtype of the statistics."""
-        made = self.compute(plan, widened(operands), seed)
+        made = self.compute(plan, unrounded(operands), seed)
         return Partial(made.output, made.stats.lse)
 
     def partial_gradients(
@@ -113,7 +113,7 @@ class Reference(Backend):
         """
         if kept.grad is None and kept.grad_lse is None:
             return (None,) * len(wanted)
-        leaves = widened(operands, wanted).leaves
+        leaves = unrounded(operands, wanted).leaves
         apart = [
             None if t is None else t.detach().requires_grad_(want)
             for t, want in zip(leaves, wanted, strict=True)
