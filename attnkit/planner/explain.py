@@ -150,7 +150,10 @@ def request_lines(request: Request, in_order: Request | None = None) -> Iterator
 def _shared(request: Request, share: Share) -> str:
     """Say what of a larger attention a request has, and how exact its results are."""
     own = (("rows", share.rows), ("keys", share.keys))
-    said = " and ".join(f"{total(some):,} {name} in {len(some)} ranges" for name, some in own)
+    said = " and ".join(
+        f"{total(some):,} {name}" + f" in {len(some):,} ranges" * (len(some) > 1)
+        for name, some in own
+    )
     text = f"{said} of {share.q_len:,} x {share.kv_len:,}; its results are merged with others'"
     if request.dtype.itemsize <= 2:
         text += ", unrounded but for what a fused call rounds itself: its output and gradients"

@@ -11,8 +11,10 @@ import torch
 
 import attnkit as ak
 from attnkit import masks, pse
+from attnkit.backends import make_plan
 from attnkit.planner import Plan, lower
 from attnkit.planner.lower import search_for
+from attnkit.planner.request import Share
 from attnkit.planner.search import Search
 from tests.planner.test_tampering import a_bias, a_mask
 
@@ -101,6 +103,13 @@ def test_a_report_names_what_a_mask_is() -> None:
     ):
         report = " ".join(plan_of(mask, 12, 12, "emulated").explain().split())
         assert told in report
+
+
+def test_a_report_says_what_of_a_larger_attention_a_request_has() -> None:
+    whole = plan_of(masks.Full(), 4, 6).request
+    share = Share(8, 6, (range(2), range(6, 8)), (range(6),), num_heads=1)
+    text = " ".join(make_plan(replace(whole, share=share)).explain().split())
+    assert "4 rows in 2 ranges and 6 keys of 8 x 6; its results are merged with others'" in text
 
 
 def by_classes(mask: masks.Mask, length: int) -> Plan:
