@@ -177,10 +177,6 @@ class Taken(Nested):
     def _of_heads(self, start: int, stop: int) -> Mask:
         return replace(self, mask=self.mask.for_heads(start, stop))
 
-    def take_excerpts(self, excerpts: Sequence[Excerpt]) -> Mask:
-        """Return what is taken of this, as one."""
-        return Taken(self, excerpts)
-
     def _text(self, show: Callable[[Any], str]) -> str:
         return f"Taken({show(self.mask)}, {show(self.taken)})"
 
