@@ -50,7 +50,8 @@ def next_tokens(
         raise CompositionTypeError(f"seqlens={shown(seqlens)}; wrap the lengths: SeqLens(lengths)")
     if seqlens is not None:
         seqlens.check_totals(tokens.shape[-1], seqlens.total_kv)
-    if where is not None and (where.dtype != torch.bool or where.shape != tokens.shape):
+    fits = isinstance(where, Tensor) and where.dtype == torch.bool and where.shape == tokens.shape
+    if where is not None and not fits:
         raise CompositionTypeError(
             f"where={shown(where)} for tokens {list(tokens.shape)}; it is bool and of their shape"
         )
@@ -60,7 +61,8 @@ def next_tokens(
         found[..., -1:] = ignore
         return found
     lasts = sorted({end - 1 for end in seqlens.cu_q if end})
-    return found.index_fill(-1, torch.tensor(lasts, device=tokens.device), ignore)
+    places = torch.tensor(lasts, dtype=torch.int64, device=tokens.device)  # there may be none
+    return found.index_fill(-1, places, ignore)
 
 
 def labels(
@@ -126,9 +128,9 @@ def loss(
     Raises `CompositionError` unless there is one of `tokens` and `labels`, of the right shape.
     """
     own, count = _own_labels(sharding, rank, tokens, labels, summed, ignore, seqlens, where)
-    if logits.shape[:-1] != own.shape:
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != own.shape:
         raise CompositionError(
-            f"logits {list(logits.shape)} for labels {list(own.shape)} of rank {rank}; logits are "
+            f"logits={shown(logits)} for labels {list(own.shape)} of rank {rank}; logits are "
             "[... s_local v], those of the rank's own tokens"
         )
     check_number("scale", scale, lambda x: 0 < x < inf, "above 0 and finite")
@@ -168,12 +170,13 @@ def _own_labels(
         )
     if not isinstance(labels, Tensor) or not holds_integers(labels):
         raise CompositionTypeError(f"labels={shown(labels)}; they are integers")
-    if not labels.dim() or labels.shape[-1] != sharding.sizes[rank]:
+    count = sharding.sizes[check_int("rank", rank, 0, sharding.size - 1)]
+    if not labels.dim() or labels.shape[-1] != count:
         raise CompositionError(
-            f"labels {list(labels.shape)} of rank {rank}, which has {sharding.sizes[rank]} of "
+            f"labels {list(labels.shape)} of rank {rank}, which has {count} of "
             f"{sharding.length} tokens; take its own: labels(tokens, sharding, rank)"
         )
-    return labels, summed((labels != ignore).sum())
+    return labels, summed((labels != check_int("ignore", ignore, None)).sum())
 
 
 def _check_tokens(tokens: object, ignore: int) -> None:

@@ -57,6 +57,12 @@ def test_labels_are_shifted_before_they_are_cut(
             assert torch.equal(own, expected[..., sharding.positions(rank)])
 
 
+def test_texts_without_a_token_have_no_labels() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    for seqlens in (None, SeqLens([0]), SeqLens([0, 0])):
+        assert next_tokens(none, seqlens=seqlens).shape == (0,)
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS.values(), ids=SHARDINGS)
 @pytest.mark.parametrize(("seqlens", "where"), TEXTS.values(), ids=TEXTS)
 def test_shares_and_their_gradients_add_up_to_the_mean_of_one_process(
@@ -187,7 +193,21 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: labels(TOKENS, HALVES, 0, where=torch.ones(4, dtype=torch.bool)),
         "where=",
     ),
+    "where that is a list": (lambda: labels(TOKENS, HALVES, 0, where=[True] * 8), "where="),  # type: ignore[arg-type]
     "a rank that is not": (lambda: labels(TOKENS, HALVES, 2), "rank=2"),
+    "labels of a rank that is not": (
+        lambda: loss(LOGITS, HALVES, 2, labels=ONCE[:4], summed=lambda n: n),
+        "rank=2",
+    ),
+    "labels of a rank below 0": (
+        lambda: loss(LOGITS, HALVES, -1, labels=ONCE[:4], summed=lambda n: n),
+        "rank=-1",
+    ),
+    "a label to ignore that is a text": (
+        lambda: loss(LOGITS, HALVES, 0, labels=ONCE[:4], summed=lambda n: n, ignore="pad"),  # type: ignore[arg-type]
+        "ignore='pad'",
+    ),
+    "no logits": (lambda: loss(None, HALVES, 0, tokens=TOKENS), "logits=None"),  # type: ignore[arg-type]
     "no scale": (lambda: loss(LOGITS, HALVES, 0, tokens=TOKENS, scale=0.0), "scale=0.0"),
 }
 
