@@ -40,7 +40,7 @@ DROPOUTS = {
     "global": "the cells that one process would drop",
     "local": "cells of each share's own choice, for kernels that count their own",
 }
-_MOST_RANKS = 8  # a process is one rank; a test or a report looks at several
+_KEPT_RANKS = 8  # a process is one rank; a test or a report looks at several
 
 
 class StagePiece(NamedTuple):
@@ -171,15 +171,19 @@ class ParallelPlan:
 
     def rows(self, rank: int) -> Ranges:
         """Return the rows that a rank computes, in order."""
-        return self.coarse.ranks[rank // self.heads_ways]
+        return self.coarse.ranks[self._place(rank)[0]]
 
     def heads(self, rank: int) -> range:
         """Return the query heads that a rank computes; there may be none."""
-        return self.turn.heads[rank % self.heads_ways][0]
+        return self.turn.heads[self._place(rank)[1]][0]
 
     def kv_heads(self, rank: int) -> range:
         """Return the key heads that these read."""
-        return self.turn.heads[rank % self.heads_ways][1]
+        return self.turn.heads[self._place(rank)[1]][1]
+
+    def _place(self, rank: int) -> tuple[int, int]:
+        """Return the neighbourhood of a rank, and which of its ranks it is."""
+        return divmod(check_int("rank", rank, 0, self.size - 1), self.heads_ways)
 
     def stages(self, rank: int) -> tuple[RankStage, ...]:
         """Return the stages of a rank: the keys of each, and who sends what to whom."""
@@ -187,7 +191,7 @@ class ParallelPlan:
 
     def table(self, rank: int) -> tuple[RankStage, ...]:
         """Return the same, made anew: of all ranks they are many."""
-        along, across = divmod(rank, self.heads_ways)
+        along, across = self._place(rank)
         found = self.exchange.of(along)
         if self.heads_ways == 1:
             return found
@@ -210,7 +214,8 @@ class ParallelPlan:
         """
         known = self._kept(rank)
         if stage not in known.pieces:
-            known.pieces[stage] = tuple(self._pieces(rank, known.stages[stage].keys))
+            keys = known.stages[check_int("stage", stage, 0, len(known.stages) - 1)].keys
+            known.pieces[stage] = tuple(self._pieces(rank, keys))
         return known.pieces[stage]
 
     def _pieces(self, rank: int, keys: Ranges) -> Iterator[StagePiece]:
@@ -240,10 +245,10 @@ class ParallelPlan:
         every: dict[int, _RankTable] = self.__dict__.setdefault("_ranks", {})
         known = every.get(rank)
         if known is None:  # other ranks may be threads that look here, too
-            check_int("rank", rank, 0, self.size - 1)
-            for oldest in tuple(every)[: max(0, len(every) - _MOST_RANKS + 1)]:
+            known = _RankTable(self.table(rank), {})
+            for oldest in tuple(every)[: max(0, len(every) - _KEPT_RANKS + 1)]:
                 every.pop(oldest, None)
-            known = every[rank] = _RankTable(self.table(rank), {})
+            every[rank] = known
         return known
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -223,6 +224,21 @@ def test_a_plan_is_a_value() -> None:
     assert hash(again) == hash(plan)
     assert set(vars(again)) < set(vars(plan))
     assert again.disprove() is None
+
+
+@pytest.mark.parametrize("method", ["needed", "ulysses", "hybrid"])
+def test_there_are_as_many_ranks_and_stages(method: str) -> None:
+    plan = planned(request_of(masks.Causal()), 4, method, random.Random(0))
+    asked: list[Callable[[int], object]] = [
+        plan.rows, plan.heads, plan.kv_heads, plan.stages, plan.table, plan.received,
+        lambda rank: plan.pieces(rank, 0),
+    ]  # fmt: skip
+    for ask, rank in product(asked, (-1, plan.size)):
+        with pytest.raises(ak.CompositionError, match=f"rank={rank}"):
+            ask(rank)
+    for stage in (-1, len(plan.stages(0))):
+        with pytest.raises(ak.CompositionError, match=f"stage={stage}"):
+            plan.pieces(0, stage)
 
 
 def proven(case: Case) -> None:
