@@ -168,6 +168,10 @@ def planes_of(
 
     A mask that is no region counts with the region around it.
     """
+    if not isinstance(masks, Sequence):
+        raise CompositionTypeError(
+            f"masks={shown(masks)}; give a list, the mask of each layer: [mask]"
+        )
     for mask in masks:
         if not isinstance(mask, Mask):
             raise CompositionTypeError(f"{shown(mask)} is no mask")

@@ -25,7 +25,9 @@ MOST_RANKS = 1 << 16
 
 _SHOWN = 12  # ranges that a repr lists
 _LINES = 16  # ranks that a picture shows
-_TEXT = re.compile(r"\s*(\d+)\s*=((?:\s*(?:\d+:\d+|\|))*)\s*")
+# No position has more digits, and Python refuses to read numbers of thousands of them. A range ends
+# before what is no part of it: "0:14:4" is not two of them.
+_TEXT = re.compile(r"\s*(\d{1,20})\s*=((?:\s*(?:\d{1,20}:\d{1,20}(?![\d:])|\|))*)\s*")
 
 
 @dataclass(frozen=True, repr=False)

@@ -306,6 +306,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no length": (lambda: balanced([CAUSAL], None, None, None, 2), "tokens=None"),
     "a text for a mask": (lambda: balanced(["causal"], 8, None, None, 2), "no mask"),  # type: ignore[list-item]
+    "one mask for those of layers": (lambda: load_of(CAUSAL, 8), "[mask]"),  # type: ignore[arg-type]
     "a load of other tokens": (
         lambda: load_of([CAUSAL], 8).imbalance(Sharding.zigzag(9, 2)),
         "9 tokens",

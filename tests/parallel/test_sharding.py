@@ -117,6 +117,12 @@ WRONG = {
     "a negative length": (lambda: Sharding.zigzag(-1, 2), "length=-1"),
     "a length that is none": (lambda: Sharding.zigzag(2.0, 2), "length=2.0"),  # type: ignore[arg-type]
     "a text that is none": (lambda: Sharding.parse("8: 0-2"), "write the length"),
+    "ranges that run into each other": (lambda: Sharding.parse("14 = 0:14:4"), "no sharding"),
+    "many such ranges": (lambda: Sharding.parse("8 = 1" + ":11111" * 30), "no sharding"),
+    "a length of thousands of digits": (
+        lambda: Sharding.parse("9" * 5000 + " = 0:1"),
+        "no sharding",
+    ),
     "a rank that is not": (lambda: Sharding.zigzag(8, 2).positions(2), "rank=2"),
     "a position that is not": (lambda: Sharding.zigzag(8, 2).owner(8), "position 8"),
     "a tensor of another length": (
