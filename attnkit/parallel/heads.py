@@ -22,6 +22,7 @@ from attnkit.parallel.messages import Shape, message, packed, room, spread, take
 from attnkit.parallel.sharding import Sharding
 from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
+from attnkit.planner.request import state_of
 from attnkit.ranges import Ranges, in_order, places
 
 __all__ = ["Item", "Turn", "coarse", "heads_of"]
@@ -106,6 +107,8 @@ class Turn:
     queries: Sharding
     keys: Sharding
     ways: int
+
+    __getstate__ = state_of
 
     @cached_property
     def heads(self) -> tuple[HeadRanges, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import product
 
 import pytest
@@ -105,5 +106,6 @@ def test_bytes_are_as_told(heads: int, kv_heads: int, ways: int, dtype: torch.dt
         return forward, [a - b for a, b in zip(wires.sent, forward, strict=True)]
 
     found, told = run_ranks(4, work), turn.transfers
+    assert "transfers" not in vars(pickle.loads(pickle.dumps(turn)))
     assert [one[0] for one in found] == told[0].tolist()
     assert [one[1] for one in found] == told[1].tolist()
