@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 from attnkit.parallel.stages import RankStage, Stages
 from attnkit.ranges import total
 
-__all__ = ["BUFFER", "Post", "by_turns", "disagreement", "lines", "posts", "posts_of", "turn"]
+__all__ = ["BUFFER", "Post", "by_turns", "disagreement", "posts", "posts_of", "turn"]
 
 BUFFER = 20 * 2**20
 """Bytes of the buffer through which torch_npu's point-to-point calls go, unless it is told another.
@@ -158,24 +158,3 @@ def _meeting(left: Sequence[Sequence[Post]]) -> Iterator[tuple[int, int]]:
             there = left[some[0].rank]
             if there and there[0] == Post("receive", rank, some[0].keys):
                 yield rank, some[0].rank
-
-
-# -- told --------------------------------------------------------------------------------------
-
-
-def lines(stages: Stages, rank: int, bytes_per_key: int) -> list[str]:
-    """Return what a rank posts in each remote stage, in words, for the report of a plan.
-
-    >>> from attnkit.parallel import Sharding
-    >>> halves = Sharding.of(4, [[(0, 2)], [(2, 4)]])
-    >>> lines(Stages("ring", halves, ((range(4),),) * 2), 0, 4096)
-    ['stage 1: send 2 keys to 1, receive 2 keys from 1; 8,192 bytes sent']
-    """
-    found = []
-    for stage in stages.of(rank)[1:]:
-        every = by_turns(rank, stages.keys.size, posts(stage))
-        sent = bytes_per_key * sum(one.keys for one in every if one.way == "send")
-        said = ", ".join(map(str, every)) or "nothing"
-        over = f", more than P2P_HCCL_BUFFSIZE has by default ({BUFFER:,})" if sent > BUFFER else ""
-        found.append(f"stage {stage.number}: {said}; {sent:,} bytes sent{over}")
-    return found

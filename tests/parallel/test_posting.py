@@ -8,7 +8,7 @@ from itertools import combinations, permutations
 import pytest
 
 from attnkit.parallel import Sharding
-from attnkit.parallel.posting import BUFFER, Post, by_turns, disagreement, lines, posts_of, turn
+from attnkit.parallel.posting import Post, by_turns, disagreement, posts_of, turn
 from attnkit.parallel.stages import EXCHANGED, Exchanged, Stages
 
 MOST = 8
@@ -119,13 +119,3 @@ def test_sides_that_differ_are_told(change, told: str) -> None:  # type: ignore[
     found = disagreement(every)
     assert found is not None
     assert told in found
-
-
-def test_a_report_says_what_is_posted() -> None:
-    told = lines(causal(2, "needed"), 0, BUFFER)
-    assert told == [
-        "stage 1: send 3 keys to 1, receive 6 keys from 1; 62,914,560 bytes sent, more than "
-        "P2P_HCCL_BUFFSIZE has by default (20,971,520)"
-    ]
-    apart = Stages("needed", Sharding.of(2, [[(0, 1)], [(1, 2)]]), ((range(1),), (range(1, 2),)))
-    assert lines(apart, 1, 4) == ["stage 1: nothing; 0 bytes sent"]

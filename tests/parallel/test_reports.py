@@ -36,6 +36,13 @@ def test_the_report_of_a_window() -> None:
         assert text in " ".join(told.split()), text
 
 
+def test_the_report_says_what_is_posted_and_what_no_buffer_holds() -> None:
+    told = " ".join(planned(ranks=2, method="ring", balance="contiguous").explain().split())
+    assert "posted: receive 32,768 keys from 0, send 32,768 keys to 0; 33.6 MB sent, more" in told
+    assert "more than P2P_HCCL_BUFFSIZE has by default (20,971,520)" in told
+    assert "P2P_HCCL_BUFFSIZE" not in planned(ranks=8, method="needed").explain()
+
+
 def test_what_was_not_taken_is_told_with_its_price() -> None:
     plan = planned(ranks=32, mask=masks.Causal())
     told = " ".join(plan.explain().split())
