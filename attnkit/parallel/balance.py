@@ -32,7 +32,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.parallel.load import Load, planes_of
 from attnkit.parallel.plane import seen_by
-from attnkit.parallel.sharding import MOST_RANKS, Sharding, even_sizes
+from attnkit.parallel.sharding import MOST_RANKS, Sharding, even_sizes, owned
 from attnkit.parallel.stretches import Chain, Stretch, Untaken, stretches
 from attnkit.ranges import Ranges, in_order, total, without
 
@@ -158,7 +158,7 @@ def _travelling(seen: Sequence[Ranges], keys: Sharding) -> int:
 def _where_seen(seen: Sequence[Ranges], kv_len: int) -> list[list[tuple[int, int]]]:
     room = list(even_sizes(kv_len, len(seen)))
     found: list[list[tuple[int, int]]] = [[] for _ in seen]
-    starts = sorted((one.start, one.stop, rank) for rank, own in enumerate(seen) for one in own)
+    starts = owned(seen)
     rows = {0, kv_len, *(end for start, stop, _ in starts for end in (start, stop))}
     waiting: list[tuple[int, int, int]] = []  # (the last key a rank sees, rank, until here)
     unseen, k = [], 0

@@ -18,7 +18,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.planner.request import state_of
 from attnkit.ranges import Ranges, are_distinct, in_order, total
 
-__all__ = ["MOST_RANKS", "Sharding", "even_sizes"]
+__all__ = ["MOST_RANKS", "Sharding", "even_sizes", "owned"]
 
 MOST_RANKS = 1 << 16
 """Ranks of a sharding, at most: nobody means more."""
@@ -168,9 +168,7 @@ class Sharding:
 
     @cached_property
     def _owned(self) -> list[tuple[int, int, int]]:
-        """Every range from the lowest, and whose it is: ``(start, stop, rank)``."""
-        each = ((one.start, one.stop, rank) for rank, own in enumerate(self.ranks) for one in own)
-        return sorted(each)
+        return owned(self.ranks)
 
     def positions(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Return the positions of a rank in the order in which it holds them, ``[s]``.
@@ -311,6 +309,15 @@ def even_sizes(length: int, ranks: int) -> Iterator[int]:
     return chain(repeat(few + 1, more), repeat(few, ranks - more))
 
 
+def owned(ranks: Sequence[Ranges]) -> list[tuple[int, int, int]]:
+    """Return every range of some ranks from the lowest, and whose it is: ``(start, stop, rank)``.
+
+    >>> owned([(range(0, 2), range(6, 8)), (range(2, 6),)])
+    [(0, 2, 0), (2, 6, 1), (6, 8, 0)]
+    """
+    return sorted((one.start, one.stop, rank) for rank, own in enumerate(ranks) for one in own)
+
+
 def _positions(own: object) -> Ranges:
     """Return what a rank is given, as a set."""
     if not isinstance(own, tuple | list) or not all(isinstance(one, range) for one in own):
@@ -331,7 +338,7 @@ def _positions(own: object) -> Ranges:
 
 def _fault(length: int, ranks: tuple[Ranges, ...]) -> str:
     """Return in words the first position that is not with one rank."""
-    each = sorted((one.start, one.stop, rank) for rank, own in enumerate(ranks) for one in own)
+    each = owned(ranks)
     if each and each[0][0] < 0:
         return f"there is no position {each[0][0]}"
     at, before = 0, -1

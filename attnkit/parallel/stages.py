@@ -17,9 +17,9 @@ import numpy as np
 
 from attnkit.arguments import check_int
 from attnkit.errors import CompositionError, shown
-from attnkit.parallel.sharding import Sharding
+from attnkit.parallel.sharding import Sharding, owned
 from attnkit.planner.request import state_of
-from attnkit.ranges import Ranges, joined, shared, span, without
+from attnkit.ranges import Ranges, in_order, without
 
 __all__ = ["EXCHANGED", "Exchanged", "Message", "RankStage", "Stages"]
 
@@ -107,11 +107,6 @@ class Stages:
         seen = self.seen if self.method == "needed" else (whole,) * self.keys.size
         return tuple(without(some, own) for some, own in zip(seen, self.keys.ranks, strict=True))
 
-    def moved(self, source: int, to: int) -> Ranges:
-        """Return the keys that go from a rank to another."""
-        own = self.keys.ranks[source]
-        return shared(own, self.wanted[to]) if self.method == "needed" else own
-
     def of(self, rank: int) -> tuple[RankStage, ...]:
         """Return the stages of a rank; a stage without keys and messages is among them."""
         return (RankStage(0, self.keys.ranks[rank], (), ()), *self._remote(rank))
@@ -124,7 +119,7 @@ class Stages:
             receives = tuple(
                 Message(other, arriving[other]) for other in sources if other in arriving
             )
-            keys = joined(span(one) for _, keys in receives for one in keys)
+            keys = in_order(one for _, keys in receives for one in keys)
             others = sorted((rank + d) % size for d in distances)
             sends = tuple(Message(other, leaving[other]) for other in others if other in leaving)
             yield RankStage(number, keys, receives, sends)
@@ -132,20 +127,18 @@ class Stages:
     @cached_property
     def _owned(self) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Where the ranges of all ranks end, and these with their ranks, in order."""
-        every = sorted(
-            (one.start, one.stop, rank) for rank, own in enumerate(self.keys.ranks) for one in own
-        )
+        every = owned(self.keys.ranks)
         return [stop for _, stop, _ in every], every
 
     def _arriving(self, rank: int) -> Iterable[tuple[int, Ranges]]:
         """Return what a rank receives by its sources: one walk, as there may be many of them."""
-        stops, owned = self._owned
+        stops, every = self._owned
         found: dict[int, list[range]] = {}
         for one in self.wanted[rank]:
             k, at = bisect_right(stops, one.start), one.start
             while at < one.stop:
                 end = min(one.stop, stops[k])
-                found.setdefault(owned[k][2], []).append(range(at, end))
+                found.setdefault(every[k][2], []).append(range(at, end))
                 at, k = end, k + 1
         return ((source, tuple(ranges)) for source, ranges in found.items())
 
