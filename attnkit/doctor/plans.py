@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from attnkit.errors import BackendRefused, shown
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.modules import MultiHeadAttention
 from attnkit.parallel import ParallelPlan
+from attnkit.parallel.balance import BALANCES
 from attnkit.parallel.choose import METHODS
 from attnkit.parallel.whole import spread
 from attnkit.planner import Plan, Request
@@ -39,7 +41,6 @@ _CONFIG = (
     "an AttentionConfig or a MultiHeadAttentionConfig (it has `dim`) in YAML; its layout decides "
     "which sizes are needed"
 )
-_BALANCES = ("auto", "even", "contiguous", "zigzag", "line")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(option, metavar=metavar, type=read, help=told)
     parser.add_argument("--method", choices=METHODS, help="with --ranks: what is exchanged")
-    parser.add_argument("--balance", choices=_BALANCES, help="with --ranks: who has which tokens")
+    parser.add_argument("--balance", choices=BALANCES, help="with --ranks: who has which tokens")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), help="default: what the file says"
@@ -100,10 +101,15 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def _check_ranks(arguments: argparse.Namespace) -> None:
     """Complain about what is said of ranks where there are none."""
+    if arguments.ranks is None and (said := _said_of_ranks(arguments)):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        raise UsageError(f"{options}: say for how many ranks, --ranks P")
+
+
+def _said_of_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what is said of ranks by its name, which is that of an argument of `spread`."""
     names = ("method", "balance", "heads_ways", "stages")
-    said = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
-    if said and arguments.ranks is None:
-        raise UsageError(f"{', '.join(said)}: say for how many ranks, --ranks P")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -195,13 +201,7 @@ def _spread(
     if name == "ascend" and absence is not None:
         name, note = "emulated", f"{absence}, so its calls are those that 'emulated' makes"
     request = replace(request, device="npu" if absence is None else "cpu")
-    given = {
-        "method": arguments.method,
-        "balance": arguments.balance,
-        "heads_ways": arguments.heads_ways,
-        "stages": arguments.stages,
-    }
-    said = {option: value for option, value in given.items() if value is not None}
+    said = _said_of_ranks(arguments)
     return spread(request, bias, arguments.ranks, backend=name, **said), note
 
 

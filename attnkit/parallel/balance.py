@@ -22,12 +22,13 @@ as a rule, that others have a part of: only their keys travel.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 
 from attnkit.arguments import check_choice, check_int, check_number
 from attnkit.errors import CompositionError
+from attnkit.geometry import Region
 from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.parallel.load import Load, planes_of
@@ -36,7 +37,16 @@ from attnkit.parallel.sharding import MOST_RANKS, Sharding, even_sizes, owned
 from attnkit.parallel.stretches import Chain, Stretch, Untaken, stretches
 from attnkit.ranges import Ranges, in_order, total, without
 
-__all__ = ["LAYER_CELLS", "WITHIN", "balanced", "candidates", "even", "keys_of", "line"]
+__all__ = [
+    "BALANCES",
+    "LAYER_CELLS",
+    "WITHIN",
+    "balanced",
+    "candidates",
+    "even",
+    "keys_of",
+    "line",
+]
 
 WITHIN = 0.002
 """How far over the mean a rank's cells may be where that saves keys: a stretch cut less."""
@@ -191,12 +201,12 @@ def _fill(found: list[list[tuple[int, int]]], room: list[int], start: int, stop:
             room[rank], start = free - count, start + count
 
 
-_KINDS = {
+BALANCES = {
+    "auto": "even, where no price is known",
     "even": "in tokens and in cells",
     "contiguous": "neighbouring tokens, as they lie",
     "zigzag": "a part of either end",
     "line": "in cells and tokens together",
-    "auto": "even, where no price is known",
 }
 
 
@@ -223,15 +233,7 @@ def balanced(
 
     Raises `CompositionError` for a sharding of other tokens or ranks.
     """
-    planes, length, exact = planes_of(masks, tokens, keys, seqlens)
-    load = Load.of(planes, length, exact)
-    queries = _of_kind(load, ranks, kind)
-    if keys is None and (seqlens is None or seqlens.q == seqlens.kv):
-        return queries, queries
-    kv_len = seqlens.total_kv if seqlens is not None else check_int("keys", keys, 0)
-    if kind in ("contiguous", "zigzag"):
-        return queries, _simple(kv_len, ranks, kind)
-    return queries, keys_of([seen_by(planes, rows) for rows in queries.ranks], kv_len)
+    return _both_sides(*_loaded(masks, tokens, keys, seqlens), ranks, kind)
 
 
 def candidates(
@@ -247,12 +249,34 @@ def candidates(
     >>> list(candidates([masks.Causal()], 8, None, None, 2))
     ['even', 'contiguous']
     """
+    texts = _loaded(masks, tokens, keys, seqlens)
     found: dict[str, tuple[Sharding, Sharding]] = {}
-    for kind in _KINDS:
-        made = balanced(masks, tokens, keys, seqlens, ranks, kind)
+    for kind in (one for one in BALANCES if one != "auto"):
+        made = _both_sides(*texts, ranks, kind)
         if made not in found.values():
             found[kind] = made
     return found
+
+
+def _loaded(
+    masks: Sequence[Mask], tokens: int | None, keys: int | None, seqlens: SeqLens | None
+) -> tuple[dict[Region, int], Load, int | None]:
+    """Return regions, the load of the queries, and how many keys are dealt apart, if any are."""
+    planes, length, exact = planes_of(masks, tokens, keys, seqlens)
+    if seqlens is not None and (keys is not None or seqlens.q != seqlens.kv):
+        keys = seqlens.total_kv
+    return planes, Load.of(planes, length, exact), keys
+
+
+def _both_sides(
+    planes: Collection[Region], load: Load, kv_len: int | None, ranks: int, kind: str | Sharding
+) -> tuple[Sharding, Sharding]:
+    queries = _of_kind(load, ranks, kind)
+    if kv_len is None:
+        return queries, queries
+    if kind in ("contiguous", "zigzag"):
+        return queries, _simple(kv_len, ranks, kind)
+    return queries, keys_of([seen_by(planes, rows) for rows in queries.ranks], kv_len)
 
 
 def _of_kind(load: Load, ranks: int, kind: str | Sharding) -> Sharding:
@@ -263,7 +287,7 @@ def _of_kind(load: Load, ranks: int, kind: str | Sharding) -> Sharding:
                 f"on {ranks}; make one for these"
             )
         return kind
-    check_choice("balance", kind, _KINDS)
+    check_choice("balance", kind, BALANCES)
     if kind in ("contiguous", "zigzag"):
         return _simple(load.length, ranks, kind)
     return line(load, ranks) if kind == "line" else even(load, ranks)
