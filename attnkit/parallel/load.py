@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import lcm
-from typing import Any
 
 from attnkit.arguments import check_int
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region, RowCount, Strip
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
+from attnkit.parallel.plane import diagonal
 from attnkit.parallel.sharding import Sharding
 from attnkit.planner.matrices import Matrices
 from attnkit.planner.request import state_of
@@ -48,6 +48,8 @@ class Load:
     borders: Ranges
     exact: bool = True
 
+    __getstate__ = state_of
+
     @classmethod
     def of(cls, planes: Mapping[Region, int], length: int, exact: bool = True) -> Load:
         """Return the load of regions over one axis of rows, and how often each counts.
@@ -79,9 +81,7 @@ class Load:
         k = bisect_right(self._starts, row) - 1
         if k < 0:
             return 0
-        i0, _, first, step = self.lines[k]
-        n = row - i0
-        return self._sums[k] + n * first + step * (n * (n - 1) // 2)
+        return self._sums[k] + _sum(self.lines[k], row - self.lines[k].i0)
 
     def at(self, row: int) -> int:
         """Return the cells of one row."""
@@ -126,14 +126,8 @@ class Load:
 
     @cached_property
     def _sums(self) -> list[int]:
-        counts = (
-            (i1 - i0) * first + step * ((i1 - i0) * (i1 - i0 - 1) // 2)
-            for i0, i1, first, step in self.lines
-        )
+        counts = (_sum(line, line.i1 - line.i0) for line in self.lines)
         return list(accumulate(counts, initial=0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return state_of(self)
 
 
 def load_of(
@@ -141,7 +135,6 @@ def load_of(
     q_len: int | None,
     kv_len: int | None = None,
     seqlens: SeqLens | None = None,
-    batch: int | None = None,
 ) -> Load:
     """Return what the masks of some layers load on the rows of all tokens.
 
@@ -153,7 +146,7 @@ def load_of(
     >>> load_of([masks.Causal()], None, seqlens=SeqLens([2, 3])).borders
     (range(2, 3),)
     """
-    planes, length, exact = planes_of(masks, q_len, kv_len, seqlens, batch)
+    planes, length, exact = planes_of(masks, q_len, kv_len, seqlens)
     return Load.of(planes, length, exact)
 
 
@@ -162,7 +155,6 @@ def planes_of(
     q_len: int | None,
     kv_len: int | None = None,
     seqlens: SeqLens | None = None,
-    batch: int | None = None,
 ) -> tuple[dict[Region, int], int, bool]:
     """Return regions over all tokens and how often each counts, the rows, whether all are exact.
 
@@ -176,7 +168,7 @@ def planes_of(
         if not isinstance(mask, Mask):
             raise CompositionTypeError(f"{shown(mask)} is no mask")
     sequences = _sequences(q_len, kv_len, seqlens)
-    each = [_planes(mask, sequences, seqlens, batch) for mask in masks or [Full()]]
+    each = [_planes(mask, sequences, seqlens) for mask in masks or [Full()]]
     counts = lcm(*(sum(found.values()) for found, _ in each))
     planes: Counter[Region] = Counter()
     for found, _ in each:
@@ -195,13 +187,13 @@ def _sequences(
 
 
 def _planes(
-    mask: Mask, sequences: list[tuple[int, int]], seqlens: SeqLens | None, batch: int | None
+    mask: Mask, sequences: list[tuple[int, int]], seqlens: SeqLens | None
 ) -> tuple[Counter[Region], bool]:
     """Return the regions of a mask over all tokens, one for each head and element told apart."""
     if seqlens is None:
         sequences = sequences * (mask.batches or 1)
     for size in sorted(set(sequences)):
-        mask.check(*size, len(sequences) if seqlens is not None else batch)
+        mask.check(*size, None if seqlens is None else len(sequences))
     known = Matrices.of(mask, sequences)
     found: Counter[Region] = Counter()
     for head in range(len(known.planes)):
@@ -209,14 +201,17 @@ def _planes(
         if seqlens is None:
             found.update(regions)
             continue
-        starts = zip(seqlens.cu_q, seqlens.cu_kv, strict=True)
-        parts = (one.shift(*at) for one, at in zip(regions, starts, strict=False))
-        found[Region.stacked(strip for part in parts for strip in part.strips)] += 1
+        found[diagonal(regions, (seqlens.cu_q, seqlens.cu_kv))] += 1
     return found, known.exact
 
 
 def _kv_len(region: Region) -> int:
     return region.bounds.j1 if region.bounds is not None else 0
+
+
+def _sum(line: RowCount, count: int) -> int:
+    """Return the cells of the first rows of a line."""
+    return count * line.first + line.step * (count * (count - 1) // 2)
 
 
 def _summed(planes: Mapping[Region, int], length: int) -> Iterator[RowCount]:

@@ -15,7 +15,7 @@ from attnkit.planner import Request
 from attnkit.ranges import Ranges, in_order, joined, total, without
 from attnkit.taking import rows_of
 
-__all__ = ["layers", "planes", "seeing", "seen_by", "worth_leaving_out"]
+__all__ = ["diagonal", "layers", "planes", "seeing", "seen_by", "worth_leaving_out"]
 
 _PARTS = 64
 
@@ -44,26 +44,27 @@ def planes(request: Request, heads: range | None = None) -> dict[Region, int]:
 
 def _planes(request: Request, heads: range) -> dict[Region, int]:
     found: Counter[Region] = Counter()
-    groups = [[*heads]] if not request.matrices.per_head else [[head] for head in heads]
-    for group in groups if heads else []:
-        for region in layers(request, group[0]):
-            found[region] += len(group)
+    per_head = request.matrices.per_head
+    for head in heads if per_head else heads[:1]:
+        for region in layers(request, head):
+            found[region] += 1 if per_head else len(heads)
     return dict(found)
 
 
 def layers(request: Request, head: int) -> tuple[Region, ...]:
     """Return what a head may see, over whole axes of tokens: of each batch element, or packed."""
     regions = request.matrices.regions(head)
-    return regions if request.seqlens is None else (_diagonal(request, regions),)
+    return regions if request.seqlens is None else (diagonal(regions, request.token_starts),)
 
 
-def _diagonal(request: Request, regions: Sequence[Region]) -> Region:
-    """Return the score matrices of packed sequences where they lie among all tokens."""
-    starts = zip(*request.token_starts, strict=True)
+def diagonal(regions: Iterable[Region], starts: tuple[Sequence[int], Sequence[int]]) -> Region:
+    """Return the score matrices of packed sequences where they lie among all tokens.
+
+    `starts` says where the queries and the keys of each begin; behind the last it may say the end.
+    """
+    each = zip(regions, *starts, strict=False)
     return Region.stacked(
-        strip
-        for region, at in zip(regions, starts, strict=False)
-        for strip in region.shift(*at).strips
+        strip for region, row, key in each for strip in region.shift(row, key).strips
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise, repeat
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +51,8 @@ class Sharding:
 
     length: int
     ranks: tuple[Ranges, ...]
+
+    __getstate__ = state_of
 
     def __post_init__(self) -> None:
         check_int("length", self.length, 0)
@@ -279,9 +280,6 @@ class Sharding:
     @cached_property
     def _hash(self) -> int:
         return hash((self.length, self.ranks))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return state_of(self)
 
     def __str__(self) -> str:
         return f"{self.length} ={' |'.join(map(_spans, self.ranks))}"
