@@ -191,9 +191,8 @@ def _posted(plan: ParallelPlan, rank: int, stage: RankStage) -> str:
     every = posts(stage)
     told = ", ".join(map(str, every[:_MOST_POSTS]))
     more = f" and {len(every) - _MOST_POSTS} more" if len(every) > _MOST_POSTS else ""
-    request = plan.request
-    one = len(plan.kv_heads(rank)) * (request.head_dim + request.value_dim) * plan.copies
-    sent = sum(total(message.keys) for message in stage.sends) * one * request.dtype.itemsize
+    one = plan.numbers(rank) * plan.request.dtype.itemsize
+    sent = sum(total(message.keys) for message in stage.sends) * one
     over = f", more than P2P_HCCL_BUFFSIZE has by default ({BUFFER:,})" if sent > BUFFER else ""
     return f"posted: {told}{more}; {bytes_told(sent)} sent{over}"
 

@@ -27,8 +27,7 @@ _MOST_SHADES = 4
 def plot(plan: ParallelPlan, batch: int, head: int) -> Figure:
     """Return the figure that `ParallelPlan.plot` documents."""
     request = plan.request
-    matrices = 1 if request.seqlens is not None else request.batch
-    check_int("batch", batch, 0, max(0, matrices - 1))
+    check_int("batch", batch, 0, max(0, plan.copies - 1))
     check_int("head", head, 0, request.num_heads - 1)
     region = layers(request, head)[batch]
     sizes = request.q_len, request.kv_len, GRID, GRID

@@ -34,7 +34,7 @@ from attnkit.ranges import Ranges, shared
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ParallelPlan", "Received", "StagePiece", "Transfers"]
+__all__ = ["DROPOUTS", "Alternative", "ParallelPlan", "StagePiece"]
 
 DROPOUTS = {
     "global": "the cells that one process would drop",
@@ -255,6 +255,11 @@ class ParallelPlan:
     def copies(self) -> int:
         """How many tokens a position stands for: one of each batch element."""
         return 1 if self.request.seqlens is not None else self.request.batch
+
+    def numbers(self, rank: int) -> int:
+        """Return how many numbers a key and its value are: of all of a rank's key heads."""
+        request = self.request
+        return len(self.kv_heads(rank)) * (request.head_dim + request.value_dim) * self.copies
 
     @cached_property
     def transfers(self) -> Transfers:

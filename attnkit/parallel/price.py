@@ -124,11 +124,8 @@ def _of_rank(
     forward = [one.compute for one in stages]
     arrives = [wire.nanoseconds(one.moved, one.messages) for one in stages]
     turn = _turn(plan, rank, wire)
-    took, compute, exchange = (
-        turn + _overlapped(forward, arrives),
-        sum(forward),
-        sum(arrives) + turn,
-    )
+    took = turn + _overlapped(forward, arrives)
+    compute, exchange = sum(forward), sum(arrives) + turn
     if plan.request.needs_grad:
         behind = [BACKWARD * one for one in forward]
         again = [0.0 if plan.keep else one for one in arrives]
@@ -162,7 +159,7 @@ def _stages(plan: ParallelPlan, rank: int, weights: Chip) -> Iterator[_Stage]:
     request, heads, rows = plan.request, plan.heads(rank), plan.rows(rank)
     regions = plan.regions(heads)
     wide = stats_dtype(request.dtype).itemsize
-    numbers = len(plan.kv_heads(rank)) * (request.head_dim + request.value_dim) * plan.copies
+    numbers = plan.numbers(rank)
     results = len(heads) * request.value_dim * plan.copies * wide
 
     def compute(keys: Ranges, parts: int) -> float:

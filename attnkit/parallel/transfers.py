@@ -36,11 +36,11 @@ def transfers_of(plan: ParallelPlan) -> Transfers:
     request, size = plan.request, plan.size
     counts = [[0] * size for _ in range(size)]
     for rank in range(size):
-        numbers = len(plan.kv_heads(rank)) * plan.copies
+        numbers = plan.numbers(rank)
         for _, _, receives, _ in plan.table(rank):
             for source, keys in receives:
                 counts[source][rank] += total(keys) * numbers
-    moved = torch.tensor(counts, dtype=torch.int64) * (request.head_dim + request.value_dim)
+    moved = torch.tensor(counts, dtype=torch.int64)
     there = moved * request.dtype.itemsize
     back = moved.mT * stats_dtype(request.dtype).itemsize
     forward, backward = there, back if plan.keep else back + there
