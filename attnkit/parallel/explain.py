@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from attnkit.parallel.plan import ParallelPlan, StagePiece
 from attnkit.parallel.posting import BUFFER, posts
 from attnkit.parallel.price import slowest
 from attnkit.parallel.proof import disprove, ranks_in_full
+from attnkit.parallel.sharding import between
 from attnkit.parallel.stages import RankStage
 from attnkit.planner.explain import bytes_told, entry, listed, request_lines
 from attnkit.planner.price import chip
@@ -85,7 +85,7 @@ def _tokens(plan: ParallelPlan) -> str:
     for name, sharding in sides:
         ranges = [len(own) for own in sharding.ranks]
         told.append(
-            f"{_between(sharding.sizes)}{name} per rank, in {_between(ranges)} range"
+            f"{between(sharding.sizes)}{name} per rank, in {between(ranges)} range"
             + "s" * (max(ranges) != 1)
         )
     how = "" if plan.balance == "given" else f", {plan.balance}"
@@ -97,7 +97,7 @@ def _heads(plan: ParallelPlan) -> str:
         return ""
     heads = [len(plan.heads(rank)) for rank in range(plan.heads_ways)]
     idle = heads.count(0) * (plan.size // plan.heads_ways)
-    told = f"{plan.heads_ways} neighbours exchange tokens for {_between(heads)} heads each"
+    told = f"{plan.heads_ways} neighbours exchange tokens for {between(heads)} heads each"
     return told + (f"; {idle} ranks have none, and compute nothing" if idle else "")
 
 
@@ -238,9 +238,3 @@ def _others(plan: ParallelPlan) -> str:
 def _dearer(price: float, best: float) -> str:
     more = price / best - 1 if best else 0.0
     return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"
-
-
-def _between(counts: Sequence[int]) -> str:
-    some = Counter(counts)
-    low, high = min(some), max(some)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -17,7 +17,7 @@ from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.planner.request import state_of
 from attnkit.ranges import Ranges, are_distinct, in_order, total
 
-__all__ = ["MOST_RANKS", "Sharding", "even_sizes", "owned"]
+__all__ = ["MOST_RANKS", "Sharding", "between", "even_sizes", "owned"]
 
 MOST_RANKS = 1 << 16
 """Ranks of a sharding, at most: nobody means more."""
@@ -287,10 +287,10 @@ class Sharding:
     def __repr__(self) -> str:
         if sum(map(len, self.ranks)) <= _SHOWN and self.size <= _SHOWN:
             return f"Sharding.parse({str(self)!r})"
-        counts = sorted(map(len, self.ranks))
+        counts = [len(own) for own in self.ranks]
         return (
             f"<Sharding of {self.length:,} tokens on {self.size:,} ranks: "
-            f"{_between(sorted(self.sizes))} each, in {_between(counts)} ranges>"
+            f"{between(self.sizes)} each, in {between(counts)} ranges>"
         )
 
 
@@ -353,6 +353,11 @@ def _spans(own: Ranges) -> str:
     return "".join(f" {one.start}:{one.stop}" for one in own)
 
 
-def _between(counts: Sequence[int]) -> str:
-    low, high = counts[0], counts[-1]
+def between(counts: Sequence[int]) -> str:
+    """Say between which numbers some counts are.
+
+    >>> between([5, 4, 4]), between([4, 4])
+    ('4 to 5', '4')
+    """
+    low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
