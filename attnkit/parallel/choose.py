@@ -76,10 +76,10 @@ def choose(bare: ParallelPlan, wanted: Wanted) -> ParallelPlan:
         )
     if len(found) == 1:
         return replace(found[0], refusals=tuple(refusals))
-    return cheapest([replace(one, price=price_of(one)) for one in found], refusals)
+    return _cheapest([replace(one, price=price_of(one)) for one in found], refusals)
 
 
-def cheapest(priced: Sequence[ParallelPlan], refusals: Sequence[Refusal]) -> ParallelPlan:
+def _cheapest(priced: Sequence[ParallelPlan], refusals: Sequence[Refusal]) -> ParallelPlan:
     """Return the cheapest of priced plans, the first of equals, with the prices of the others."""
     best = min(priced, key=lambda plan: plan.price.total if plan.price else 0.0)
     others = [Alternative(label(one), one.price) for one in priced if one is not best and one.price]

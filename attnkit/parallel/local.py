@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from attnkit.layouts import SeqLens
-from attnkit.masks import Mask
 from attnkit.planner import Request
 from attnkit.planner.request import BiasTerm, Share, bias_terms
 from attnkit.planner.scoring import taken_score
@@ -51,7 +50,8 @@ def local_request(
         some = excerpts(whole, rows, keys)
         seqlens = _lengths(some)
         rows, keys = _left(whole, some)
-        mask = _of_sequences(whole, mask, some)
+        if mask.batches is not None or not all(one.is_whole for one in some):
+            mask = mask.take_excerpts(some)
     else:
         mask = mask.take(rows, keys, q_len=whole.q_len, kv_len=whole.kv_len)
     terms = terms_of(whole, local_bias(whole, bias, rows, keys, heads))
@@ -94,7 +94,7 @@ def local_bias(
     if whole.seqlens is None:
         return bias.take(rows, keys, q_len=whole.q_len, kv_len=whole.kv_len)
     some = excerpts(whole, rows, keys)
-    if bias.batch is None and _all_whole(whole, some):
+    if bias.batch is None and all(one.is_whole for one in some):
         return bias
     return bias.take_excerpts(some)
 
@@ -150,12 +150,3 @@ def _left(whole: Request, some: Sequence[Excerpt]) -> tuple[Ranges, Ranges]:
 
     rows = in_order(r for one in some for r in moved(one.rows, queries[one.batch or 0]))
     return rows, in_order(r for one in some for r in moved(one.keys, keys[one.batch or 0]))
-
-
-def _all_whole(whole: Request, some: Sequence[Excerpt]) -> bool:
-    """Whether all of the sequences that are there are there with all of their tokens."""
-    return all(one.sizes == whole.sequences[one.batch or 0] for one in some)
-
-
-def _of_sequences(whole: Request, mask: Mask, some: tuple[Excerpt, ...]) -> Mask:
-    return mask if mask.batches is None and _all_whole(whole, some) else mask.take_excerpts(some)

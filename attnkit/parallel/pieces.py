@@ -19,13 +19,13 @@ from attnkit.planner.routes import MOST_POSITIONS
 from attnkit.pse.structure import Linear, Root
 from attnkit.ranges import Ranges
 
-__all__ = ["counts_distances", "pieces"]
+__all__ = ["pieces"]
 
 _MOST_SQUARES = 1024
 """A strip that would be more squares is left as it is."""
 
 
-def counts_distances(request: Request, backend: str) -> bool:
+def _counts_distances(request: Request, backend: str) -> bool:
     """Whether fused calls add a bias by distances: that runs them, and such a bias is there.
 
     "auto" takes a backend of calls where the tensors are on its device.
@@ -57,7 +57,7 @@ def pieces(
     (range(6, 8),) (range(0, 2),)
     (range(6, 8),) (range(6, 8),)
     """
-    if not counts_distances(request, backend):
+    if not _counts_distances(request, backend):
         yield rows, keys
         return
     for own in rows:

@@ -24,8 +24,7 @@ def statement_of(plan: ParallelPlan, what: str, also: Words = ()) -> Statement:
     train, of functions by name. `also` has more words that ranks must agree on. Kept with the
     plan, so that a step finds it.
     """
-    known: dict[tuple[str, tuple[tuple[str, str], ...]], Statement]
-    known = vars(plan).setdefault("_statements", {})
+    known: dict[tuple[str, Words], Statement] = vars(plan).setdefault("_statements", {})
     if (what, also) not in known:
         known[what, also] = _made(plan, what, also)
     return known[what, also]
