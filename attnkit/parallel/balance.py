@@ -223,8 +223,9 @@ def balanced(
     `masks` are those of the layers, one sharding for all of them: their cells add up, and without
     any, tokens alone are dealt. `tokens` is the length of the text, or `seqlens` has those of a
     packed batch, whose tokens are one axis. `keys` is the length of another text that is attended
-    to, or None: its keys are dealt by `keys_of`, so that ranks have as many. Masks that are no
-    region count with the region around them.
+    to, or None: its keys are dealt by `keys_of`, so that ranks have as many. `kind` is one of
+    `BALANCES`, or the sharding of the queries. Masks that are no region count with the region
+    around them.
 
     >>> from attnkit import masks
     >>> queries, keys = balanced([masks.Causal()], 8, None, None, 2)

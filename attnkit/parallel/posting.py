@@ -39,7 +39,7 @@ class Post(NamedTuple):
 
     way: Literal["send", "receive"]
     rank: int
-    keys: int = 0
+    keys: int
 
     def __str__(self) -> str:
         return f"{self.way} {self.keys:,} keys {'to' if self.way == 'send' else 'from'} {self.rank}"
