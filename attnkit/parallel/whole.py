@@ -8,12 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnkit.arguments import check_int
+from attnkit.arguments import check_choice, check_int
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.parallel.balance import LAYER_CELLS, balanced, candidates
 from attnkit.parallel.choose import Wanted, choose, label
-from attnkit.parallel.plan import Alternative, ParallelPlan
+from attnkit.parallel.plan import DROPOUTS, Alternative, ParallelPlan
 from attnkit.parallel.price import BACKWARD, price_of
 from attnkit.parallel.sharding import Sharding
 from attnkit.planner import Composition, Request, read_request
@@ -78,6 +78,7 @@ def plan(
     Received(keys=63, forward=258048, backward=516096)
     >>> found.verify()
     """
+    check_choice("drops", drops, DROPOUTS)  # `dropout` is how many, here
     request = read_request(
         Composition(
             Full() if mask is None else mask,

@@ -124,7 +124,7 @@ def test_a_picture_has_a_colour_per_rank() -> None:
         ({"balance": "best"}, "balance"),
         ({"stages": 0}, "stages"),
         ({"keep": 1}, "keep"),
-        ({"drops": "all"}, "dropout"),
+        ({"drops": "all"}, "drops='all'"),
         ({"heads_ways": 3}, "does not divide 8 ranks"),
         ({"heads_ways": 2, "method": "ring"}, "'hybrid' over some neighbours"),
         ({"heads_ways": 4, "method": "ulysses"}, "over all ranks"),
