@@ -80,9 +80,10 @@ def number_of_processes(arguments: argparse.Namespace) -> int:
     if count < 1:
         raise RunError(f"--context-parallel {count}: it is a number of processes, at least 1")
     if dist.is_torchelastic_launched():
-        dist.init_process_group(timeout=PATIENCE)
-        if dist.get_world_size() != count:
-            there = dist.get_world_size()
+        dist.init_process_group(BACKENDS[pick_device(arguments.device).type], timeout=PATIENCE)
+        there = dist.get_world_size()
+        if there != count:
+            dist.destroy_process_group()
             raise RunError(f"--context-parallel {count}, but torchrun started {there} processes")
     return count
 

@@ -114,6 +114,20 @@ def test_the_script_starts_its_processes_and_others_go_on(
         assert f"{count} ranks" in printed  # the plan of all of them
 
 
+def test_processes_that_are_there_already_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts one."""
+    there = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in (there | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_lm, "load_corpus", small)
+    flags = command(written(tmp_path), tmp_path / "out", "--context-parallel")
+    assert train_lm.main([*flags, "1", "--stop-at", "1"]) == 0
+    assert train_lm.main([*flags, "2"]) == 2
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize("count", ["0", "-1"])
 def test_no_process_at_all_is_refused(
     count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
