@@ -78,7 +78,7 @@ class LayerInputs(NamedTuple):
 
     def _check_parts(self, shards: Shards) -> None:
         """Raise unless tokens are those of this process; a graph finds it out when it runs."""
-        if is_tracing() or self.cache is not None:
+        if is_tracing():
             return
         for name, tokens, here in (("x", self.x, shards), ("context", self.context, shards.keys)):
             if isinstance(tokens, Tensor) and tokens.ndim in (2, 3):

@@ -281,9 +281,10 @@ class MultiHeadAttention(AsTorch):
         KVCache(length=7, capacity=16, sealed)
         """
         given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values, shards)
-        if is_tracing() or not isinstance(shards, Shards):
+        spread = cache.shards if isinstance(cache, ShardedCache) else shards
+        if is_tracing() or not isinstance(spread, Shards):
             return self._answer(given.read(), return_stats)
-        with shards.wires.telling():  # what is wrong here, other ranks would wait for
+        with spread.wires.telling():  # what is wrong here, other ranks would wait for
             return self._answer(given.read(), return_stats)
 
     if TYPE_CHECKING:  # what a call returns is what `forward` does

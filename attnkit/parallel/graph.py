@@ -59,9 +59,10 @@ class SpreadHeld(Held):
         """Return the gradients of the leaves that are wanted; all ranks exchange them."""
         here = self.plan, self.wires.rank, self.wires, operands
         attended = Attended(kept.output, kept.lse, ())
-        if self.keeps_more:
-            attended = forward(*here, kept.seed)
-        return backward(*here, attended, (kept.grad, kept.grad_lse), wanted, kept.seed)
+        with self.wires.telling():
+            if self.keeps_more:
+                attended = forward(*here, kept.seed)
+            return backward(*here, attended, (kept.grad, kept.grad_lse), wanted, kept.seed)
 
     @property
     def keeps_more(self) -> bool:
@@ -83,11 +84,13 @@ def places_in_graph(shards: Tensor, tokens: int, device: torch.device) -> tuple[
 
 
 def _of_handle(shards: Tensor, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    where, longest = told(shards).places(device)
-    if len(where) != tokens:
-        raise CompositionError(
-            f"x has {tokens} tokens, and this process has {len(where)} of its shards"
-        )
+    here = told(shards)
+    where, longest = here.places(device)
+    with here.wires.telling():
+        if len(where) != tokens:
+            raise CompositionError(
+                f"x has {tokens} tokens, and this process has {len(where)} of its shards"
+            )
     return where.clone(), longest.clone()  # what an operator returns is its own
 
 

@@ -291,10 +291,11 @@ class Shards:
     ) -> SpreadHeld:
         """Return the plan for what a graph asks for, which goes with its tensors of this rank."""
         layout = layouts.get(terms.layout)
-        request, pse = read_terms(
-            terms, given, tensors, lambda *local: self.whole(layout, *local), self.seqlens
-        )
-        return SpreadHeld.of(self.plan(request, pse, terms.backend), pse, self.wires)
+        with self.wires.telling():
+            request, pse = read_terms(
+                terms, given, tensors, lambda *local: self.whole(layout, *local), self.seqlens
+            )
+            return SpreadHeld.of(self.plan(request, pse, terms.backend), pse, self.wires)
 
     def attend(self, plan: ParallelPlan, operands: Operands) -> AttentionOutput:
         """Attend with this process's tensors as the plan of all ranks says."""

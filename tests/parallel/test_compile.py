@@ -11,9 +11,11 @@ import attnkit as ak
 from attnkit import masks, pse
 from attnkit.errors import CompositionError
 from attnkit.parallel import ContextParallel
+from attnkit.parallel import graph as graphs
 from attnkit.parallel.wires import Alone
 from attnkit.rotary import Dynamic, Rotary
 from tests.parallel.processes import Pool
+from tests.parallel.threads import Listening
 
 CAUSAL = masks.Causal()
 LENGTHS = ([7, 12], [3, 15, 1], [20, 4])
@@ -73,6 +75,30 @@ def test_statistics_without_a_maximum_and_wrong_lengths_in_a_graph() -> None:
         found.stats.max  # noqa: B018
     with pytest.raises(CompositionError, match="8 tokens"):
         compiled(x[:, :8], shards=here)
+
+
+def test_what_is_wrong_in_a_graph_is_told_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    wires = Listening()
+    here = ContextParallel(wires).shards(CAUSAL, tokens=9)
+    x = torch.randn(1, 9, 4, 4, requires_grad=True)
+    tokens = torch.randn(1, 9, 16, dtype=torch.float64)
+    torch._dynamo.reset()
+    attend = torch.compile(ak.attention, fullgraph=True, backend="eager")
+    layer = torch.compile(made(), fullgraph=True, backend="eager")
+    output = attend(x, x, x, mask=CAUSAL, shards=here)
+    assert not wires.heard
+    with pytest.raises(CompositionError, match="8 tokens") as one:
+        attend(*[x[:, :8]] * 3, mask=CAUSAL, shards=here)
+    with pytest.raises(CompositionError, match="8 tokens") as two:
+        layer(tokens[:, :8], shards=here)
+
+    def fails(*given: object) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(graphs, "backward", fails)
+    with pytest.raises(RuntimeError, match="no room") as three:
+        torch.autograd.backward(output.sum())
+    assert wires.heard == [told.value for told in (one, two, three)]
 
 
 def compiled_on_ranks(group: dist.ProcessGroup, method: str, dropout: float) -> float:

@@ -223,6 +223,7 @@ def test_processes_take_the_same_steps_or_are_told(processes: Pool) -> None:
 def test_what_cannot_be_decoded_is_an_error_of_ours() -> None:
     cp, x = ContextParallel(Alone()), torch.zeros(1, 4, DIM, dtype=torch.float64)
     prompt, layer = cp.shards(tokens=4), layer_of("causal")
+    heads = [torch.zeros(1, 3, 4, DEPTH)] * 2
 
     def refused(told: str, act: Callable[[], object]) -> None:
         with pytest.raises(CompositionError, match=told):
@@ -240,7 +241,8 @@ def test_what_cannot_be_decoded_is_an_error_of_ours() -> None:
         lambda: layer(x, shards=prompt, cache=ak.KVCache()),
     )
     with torch.no_grad():
-        refused("rank 0 has 4 tokens, and got 3", lambda: layer(x[:, :3], cache=fresh))
+        refused("has 3 tokens, and rank 0 of 1 has 4", lambda: layer(x[:, :3], cache=fresh))
+        refused("rank 0 has 4 tokens, and got 3", lambda: fresh.append(*heads))
         refused("its prompt has others", lambda: layer(x, cache=fresh, shards=cp.shards(tokens=5)))
         assert fresh.length == 0
         layer(x, cache=fresh, shards=prompt)

@@ -21,7 +21,7 @@ from attnkit.parallel import ContextParallel, Sharding, Shards
 from attnkit.parallel.guard import Guard
 from attnkit.parallel.wires import Alone, Wires
 from tests.parallel.processes import Pool
-from tests.parallel.threads import run_ranks
+from tests.parallel.threads import Listening, run_ranks
 
 CAUSAL = masks.Causal()
 METHODS = ("needed", "ring", "gather", "ulysses")
@@ -232,6 +232,17 @@ def test_a_tensor_of_another_length_than_the_rank_has() -> None:
 
     for told in run_ranks(2, guarded(uncut)):
         assert "these are all of them" in told
+
+
+def test_what_is_wrong_before_anything_is_exchanged_is_told_to_other_ranks() -> None:
+    wires, x = Listening(), torch.zeros(1, 9, 4, 4)
+    here = ContextParallel(wires).shards(CAUSAL, tokens=9)
+    layer = ak.MultiHeadAttention(16, 4, mask=CAUSAL, rotary=True)
+    with pytest.raises(CompositionError, match="lengths are those of the whole") as one:
+        ak.attention(x, x, x, mask=CAUSAL, shards=here, seqlens=ak.SeqLens([9]))
+    with pytest.raises(CompositionError, match="cut the whole") as two:
+        layer(x[:, :8].flatten(2), cache=ak.ShardedCache(here))
+    assert wires.heard == [told.value for told in (one, two)]
 
 
 @pytest.mark.parametrize("backend", ["emulated"])

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from queue import Empty, Queue
 from typing import Any, TypeVar
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import ExchangeError
-from attnkit.parallel.wires import Messages, Wires
+from attnkit.parallel.wires import Alone, Messages, Wires
 
-__all__ = ["Delay", "ThreadWires", "run_ranks"]
+__all__ = ["Delay", "Listening", "ThreadWires", "run_ranks"]
 
 Found = TypeVar("Found")
 Delay = Callable[[int, str], float]
@@ -98,6 +99,23 @@ class Arriving:
             why = "another rank failed" if board.broken else "it did not come"
             raise ExchangeError(f"rank {rank}, {self.what} from rank {other}: {why}")
         return found
+
+
+class Listening(Alone):
+    """A rank without others, and what it would tell them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Exception] = []
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if error not in self.heard:
+                self.heard.append(error)
+            raise
 
 
 def run_ranks(
