@@ -149,7 +149,7 @@ class Turn:
         narrow, wide = request.dtype.itemsize, stats_dtype(request.dtype).itemsize
         dim, value_dim = request.head_dim, request.value_dim
         summed = wide if self.shares_keys else narrow
-        forward, backward = torch.zeros(2, size, size, dtype=torch.int64)
+        forward, backward = torch.zeros(2, size, size, dtype=torch.int64, device="cpu")
         for a in range(size):
             for b in range(a - a % self.ways, a - a % self.ways + self.ways):
                 if a == b:

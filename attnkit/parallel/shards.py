@@ -124,12 +124,14 @@ class Shards:
         if tokens is not None and torch.compiler.is_dynamo_compiling():
             return places_in_graph(self._handle, tokens, device)
         if device not in self._places:
-            found, longest = self.sharding.positions(self.rank), self.sharding.length
+            found, longest = self.sharding.positions(self.rank, "cpu"), self.sharding.length
             if self.seqlens is not None:
-                starts, longest = torch.tensor(self.seqlens.cu_q[:-1]), self.seqlens.max_q
+                starts, longest = (
+                    torch.tensor(self.seqlens.cu_q[:-1], device="cpu"),
+                    self.seqlens.max_q,
+                )
                 found = found - starts[torch.searchsorted(starts, found, right=True) - 1]
-            made = found, torch.tensor(longest)
-            self._places[device] = made[0].to(device), made[1].to(device)
+            self._places[device] = found.to(device), torch.tensor(longest, device=device)
         return self._places[device]
 
     def gather(self, tensor: Tensor, dim: int = 1) -> Tensor:
@@ -301,7 +303,7 @@ class Shards:
         """Attend with this process's tensors as the plan of all ranks says."""
         dropout = plan.request.dropout
         # On every rank, one without tokens, too: the generators stay in step.
-        seed = torch.randint(2**63 - 1, (1,)) if dropout else None
+        seed = torch.randint(2**63 - 1, (1,), device="cpu") if dropout else None
         return attend(plan, self.rank, self.wires, operands, seed)
 
     def __repr__(self) -> str:

@@ -40,7 +40,7 @@ def transfers_of(plan: ParallelPlan) -> Transfers:
         for _, _, receives, _ in plan.table(rank):
             for source, keys in receives:
                 counts[source][rank] += total(keys) * numbers
-    moved = torch.tensor(counts, dtype=torch.int64)
+    moved = torch.tensor(counts, dtype=torch.int64, device="cpu")
     there = moved * request.dtype.itemsize
     back = moved.mT * stats_dtype(request.dtype).itemsize
     forward, backward = there, back if plan.keep else back + there

@@ -179,7 +179,7 @@ class GroupWires(Wires):
         """
         other = (self.rank + 1) % self.size
         with suppress(RuntimeError):
-            never = _Posted(dist.irecv, "from", other, torch.empty(1))
+            never = _Posted(dist.irecv, "from", other, torch.empty(1, device="cpu"))
             never.begin(self.group, NEVER)
             never.work.wait(timeout=timedelta(milliseconds=1))
 

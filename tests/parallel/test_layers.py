@@ -263,6 +263,23 @@ def test_ranks_that_draw_alike_drop_what_one_process_drops(
     assert apart[1] > 1e-2
 
 
+def test_seed_plan_and_positions_are_made_on_the_host_whatever_the_default_device() -> None:
+    x, found = torch.randn(37, 4, 8), []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            here = ContextParallel(Alone()).shards(NEAR, seqlens=LENGTHS)
+            how = {"mask": NEAR, "layout": "TND"}
+            made = ak.attention(x, x, x, dropout=0.5, shards=here, **how)
+            asked = {"seqlens": LENGTHS, "ranks": 4, "method": "hybrid"}
+            plan = ak.parallel.plan(x, x, x, heads_ways=2, **asked, **how)
+            found.append((made, here.positions("cpu"), plan.explain()))
+    (made, where, told), (again, there, said) = found
+    assert torch.equal(made, again)
+    assert torch.equal(where, there)
+    assert told == said
+
+
 def test_layers_and_steps_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     made, cp = [], ContextParallel(Alone())
     make = ParallelPlan.of
