@@ -34,16 +34,12 @@ SLOW = 0.25
 LINGER = 1.0
 """Seconds that a rank stays for the others to read why it fails: it may host the store."""
 
-_SHORTEST, _LONGEST = 0.0002, 0.02  # pauses between two looks at the store, in seconds
-
-
+_SHORT, _LONG = 0.0002, 0.02  # pauses between two looks at the store, in seconds
 _FAILED = "failed"  # the mark of a rank that says why it raises
 _UNSAID = (
     "the same in these words; what differs is too long for them, such as the cells of a mask or "
     "a sharding, or was a call before this one"
 )
-
-
 _RULE = (
     "All ranks make the same calls in the same order, with the same composition, lengths, sharding "
     "and dropout seed"
@@ -193,10 +189,10 @@ class Guard:
     def _meet(self) -> None:
         """Return when all ranks have come to this very call."""
         self._come()
-        start, pause, looked = time.monotonic(), _SHORTEST, 0.0
+        start, pause, looked = time.monotonic(), _SHORT, 0.0
         while not self._store.check([self._gate]):
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+            pause = min(2 * pause, _LONG)
             waited = time.monotonic() - start
             if waited > max(2 * looked, SLOW / 4) or waited - looked > SLOW:
                 self._compare(meeting=True)
@@ -218,8 +214,7 @@ class Guard:
     def look(self) -> None:
         """Say what this rank is in, and raise if others are somewhere else, or have failed."""
         with _asking():
-            if self._gate != f"go/{self.number}/{self._mark}":
-                self._come()
+            self._speak()
             self._compare()
 
     def _speak(self, failed: bool = False) -> None:
@@ -255,7 +250,7 @@ class Guard:
         end = time.monotonic() + LINGER / 2
         heard = self._heard()
         while not self._all(heard) and time.monotonic() < end:
-            time.sleep(_LONGEST)
+            time.sleep(_LONG)
             heard = self._heard()
         here = {r: one for r, one in heard.items() if one.failed or one.number >= self.number}
         table = _table(here, self.number)
@@ -302,7 +297,7 @@ class Guard:
         self._store.set(f"read/{self.rank}", str(self.number))
         end = time.monotonic() + LINGER
         while time.monotonic() < end and not all(map(self._is_done, range(self.size))):
-            time.sleep(_LONGEST)
+            time.sleep(_LONG)
         self._mark, self._gate, self._since = "", "", self.number
         self._known.clear()
 

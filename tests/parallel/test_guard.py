@@ -277,6 +277,9 @@ def test_the_store_and_the_guard_keep_no_more_than_they_need() -> None:
     def act(guard: Guard) -> int:
         for k in range(40):
             guard.begin(said(tokens=k))
+            guard.begin(said(tokens=k))
+            if guard.rank == 0:
+                guard.look()  # as one that waits for long
         return len(guard._known)
 
     assert together(2, act, store=store) == [40, 40]
