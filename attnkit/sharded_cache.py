@@ -25,11 +25,12 @@ from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.masks import Mask
 from attnkit.memory import Memory, Pair, check_pair, with_room
 from attnkit.parallel.guard import Statement
+from attnkit.parallel.messages import taken
 from attnkit.parallel.shards import Shards, as_shards
 from attnkit.planner import read_request
 from attnkit.planner.request import Share
 from attnkit.pse import Pse
-from attnkit.ranges import Ranges, in_order, shared, total
+from attnkit.ranges import Ranges, in_order, places, shared, total
 from attnkit.seen import NewRows, Seen, bias_seen
 from attnkit.texts import Text
 
@@ -167,8 +168,9 @@ class ShardedCache:
             stop, own = self.shards.sharding.length, (key, value)
         else:
             stop = start + key.shape[1]
-            mine = shared(self.held(rank, stop), (range(start, stop),))
-            own = _taken(key, mine, start), _taken(value, mine, start)
+            new = (range(start, stop),)
+            mine = places(shared(self.held(rank, stop), new), new)
+            own = taken(key, mine, 1), taken(value, mine, 1)
         first, last = (total(self.held(rank, length)) for length in (start, stop))
         self._memory = with_room(self._memory, (key, value), len(key), last, None)
         self._memory.write(own, [first], [last - first])
@@ -322,9 +324,3 @@ def _exchanged(
     if own is not None:
         found[wires.rank] = own
     return [(t[..., :-1], t[..., -1].transpose(1, 2)) for _, t in sorted(found.items())]
-
-
-def _taken(tensor: Tensor, ranges: Ranges, start: int) -> Tensor:
-    """Return the tokens at some positions, of those that begin at `start`."""
-    parts = [tensor.narrow(1, one.start - start, len(one)) for one in ranges]
-    return torch.cat(parts, 1) if parts else tensor.narrow(1, 0, 0)
