@@ -48,10 +48,8 @@ def with_extra_key(
     score = scale * (query.to(dtype) * key).sum(-1)
     # Of a row that sees no other key, lse is -inf and the weight 1.
     weight, rest = torch.sigmoid(score - lse), torch.sigmoid(lse - score)
-    if dropout and shards is None:
-        weight = dropped(weight, dropout)
-    elif dropout and shards is not None:
-        weight = weight * _of_all(shards, weight, dropout)
+    if dropout:
+        weight = dropped(weight, dropout) if shards is None else _of_all(shards, weight, dropout)
     output = found.output * rest[..., None] + weight[..., None] * value
     stats = Stats(
         lambda: turned(torch.logaddexp(lse, score)),
@@ -61,11 +59,11 @@ def with_extra_key(
 
 
 def _of_all(shards: Shards, weight: Tensor, dropout: float) -> Tensor:
-    """Return what dropout multiplies the weights of this rank's rows with, ``[... s n]``."""
+    """Return the weights ``[... s n]`` of this rank's rows, as dropout of all rows leaves them."""
     if torch.compiler.is_dynamo_compiling():
         raise CompositionError(
             "extra_key=True with dropout and shards inside of torch.compile: how many tokens all "
             "ranks have is not known there; leave one of them out"
         )
     shape = (*weight.shape[:-2], shards.sharding.length, weight.shape[-1])
-    return shards.take(dropped(weight.new_ones(shape), dropout), -2)
+    return weight * shards.take(dropped(weight.new_ones(shape), dropout), -2)
