@@ -119,7 +119,7 @@ class Sums:
         self.axis = course.plan.request.layout_of.length_axis
         self.query = WideSum(operands.query, self.axis)
         self.own = operands.key, operands.value
-        self.mine = self._of((operands.key, operands.value))
+        self.mine = self._of(self.own)
         self.carried: list[Tensor | None] = [None] * len(wanted[4:])
         self.coming: tuple[Leg, Pending, list[list[Tensor]]] | None = None
 

@@ -25,7 +25,7 @@ from attnkit.planner import Request
 from attnkit.planner.request import state_of
 from attnkit.ranges import Ranges, in_order, places
 
-__all__ = ["Item", "Turn", "coarse", "heads_of"]
+__all__ = ["Item", "RankTurn", "Turn", "coarse", "heads_of"]
 
 HeadRanges = tuple[range, range]
 """Heads of the query, and the key heads that these read."""

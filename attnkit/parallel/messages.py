@@ -12,7 +12,7 @@ from torch import Tensor
 from attnkit.layouts import Layout, Sizes
 from attnkit.ranges import Ranges, total
 
-__all__ = ["Shape", "message", "packed", "places_or_all", "room", "slices", "spread", "taken"]
+__all__ = ["Shape", "message", "packed", "places_or_all", "room", "spread", "taken"]
 
 Shape = tuple[int, ...]
 
@@ -56,8 +56,7 @@ def room(layout: Layout, sizes: Sizes, like: Tensor, dtype: torch.dtype | None =
     return layout.view(like.new_empty(layout.shape(sizes), dtype=dtype), sizes.heads)
 
 
-def slices(tensor: Tensor, places: Ranges, axis: int) -> Iterator[Tensor]:
-    """Yield a view of each range of places along an axis."""
+def _slices(tensor: Tensor, places: Ranges, axis: int) -> Iterator[Tensor]:
     return (tensor.narrow(axis, one.start, len(one)) for one in places)
 
 
@@ -65,7 +64,7 @@ def taken(tensor: Tensor, places: Ranges | None, axis: int) -> Tensor:
     """Return what is at some places along an axis, None: all; a view where these are one range."""
     if places is None:
         return tensor
-    parts = list(slices(tensor, places, axis))
+    parts = list(_slices(tensor, places, axis))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, axis) if parts else tensor.narrow(axis, 0, 0)
@@ -76,7 +75,7 @@ def spread(
 ) -> None:
     """Write a tensor to some places of another along an axis, None: all of it; or `add` it."""
     at = 0
-    for part in slices(into, there, axis) if there is not None else (into,):
+    for part in _slices(into, there, axis) if there is not None else (into,):
         own = tensor.narrow(axis, at, part.shape[axis])
         if add:
             part += own

@@ -33,7 +33,7 @@ from attnkit.parallel.statements import statement_of
 from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
 
-__all__ = ["Attended", "attend", "backward", "forward"]
+__all__ = ["Attended", "attend", "backward", "forward", "no_maximum"]
 
 Grads = tuple[Tensor | None, ...]
 Arrived = tuple[Tensor | None, Tensor | None]
@@ -69,6 +69,7 @@ def attend(
 
 
 def no_maximum() -> NoReturn:
+    """Raise: ranks exchange no maximum."""
     raise CompositionError(
         "the largest score of each row is not exchanged between ranks; use stats.lse"
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from attnkit.errors import LONGEST, CompositionError, ExchangeError, clipped
 from attnkit.parallel.guard import Guard, Statement
 
-__all__ = ["GroupWires", "Pending", "Wires"]
+__all__ = ["Alone", "GroupWires", "Messages", "Pending", "Wires"]
 
 Messages = Sequence[tuple[int, Tensor]]
 """Tensors, and the rank that each goes to or comes from. Each tensor is contiguous."""
@@ -253,8 +253,7 @@ class _Posts:
         of = "; ".join(map(str, self.posted)) if one is None else str(one)
         said = str(error).strip().splitlines()
         waited = time.monotonic() - start if start else 0.0
-        late = one is not None and waited + MARGIN >= wires.timeout
-        if late and one is not None:
+        if one is not None and waited + MARGIN >= wires.timeout:
             why = (
                 f"nothing for {waited:.1f} s (timeout={wires.timeout:g}): rank {one.other} is "
                 "absent, late, or computes something else"
