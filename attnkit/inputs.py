@@ -11,7 +11,7 @@ from attnkit.arguments import FLOATS, check_tensor
 from attnkit.attend import is_tracing
 from attnkit.cache import KVCache
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import SeqLens
+from attnkit.layouts import SeqLens, as_seqlens
 from attnkit.masks import Mask
 from attnkit.masks.parse import as_mask
 from attnkit.parallel.shards import Shards, as_shards
@@ -149,7 +149,7 @@ class LayerInputs(NamedTuple):
             )
 
     def _check_packing(self) -> None:
-        x, seqlens = self.x, self.seqlens
+        x, seqlens = self.x, as_seqlens(self.seqlens)
         if seqlens is None:
             if x.ndim == 2:
                 raise CompositionError(
@@ -157,11 +157,6 @@ class LayerInputs(NamedTuple):
                     "seqlens=ak.SeqLens([...]); or give [b, s, dim]"
                 )
             return
-        if not isinstance(seqlens, SeqLens):
-            raise CompositionTypeError(
-                f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
-                "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
-            )
         if x.ndim == 3:
             raise CompositionError(
                 f"x {list(x.shape)} has a batch axis and takes no seqlens; pack it as [t, dim], or "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from attnkit.layouts.base import Layout, register
 from attnkit.layouts.names import LAYOUTS, Sizes, get
-from attnkit.layouts.seqlens import SeqLens, check_lengths
+from attnkit.layouts.seqlens import SeqLens, as_seqlens, check_lengths
 
 __all__ = [
     "BNSD",
@@ -23,6 +23,7 @@ __all__ = [
     "Layout",
     "SeqLens",
     "Sizes",
+    "as_seqlens",
     "check_lengths",
     "get",
     "register",

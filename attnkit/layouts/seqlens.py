@@ -16,7 +16,7 @@ from attnkit.arguments import LARGEST, check_ints, check_tensor
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.handles import born
 
-__all__ = ["SeqLens", "check_lengths"]
+__all__ = ["SeqLens", "as_seqlens", "check_lengths"]
 
 _SHOWN = 8
 
@@ -177,6 +177,20 @@ value hold 9 tokens; every token belongs to exactly one sequence
     def __reduce__(self) -> tuple[type[SeqLens], tuple[tuple[int, ...], tuple[int, ...]]]:
         # Rebuilding drops the cached hash, which another interpreter may compute differently.
         return (SeqLens, (self.q, self.kv))
+
+
+def as_seqlens(given: SeqLens | None) -> SeqLens | None:
+    """Return the lengths of a packed batch that a call is given, if they are some.
+
+    >>> as_seqlens(SeqLens([3, 5])), as_seqlens(None)
+    (SeqLens(q=(3, 5)), None)
+    """
+    if not isinstance(given, SeqLens | None):
+        raise CompositionTypeError(
+            f"seqlens={shown(given)}: wrap the lengths as SeqLens(lengths), or "
+            "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
+        )
+    return given
 
 
 def check_lengths(where: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:

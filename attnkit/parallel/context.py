@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from attnkit.arguments import check_choice, check_int, check_number
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import SeqLens
+from attnkit.layouts import SeqLens, as_seqlens
 from attnkit.masks import Mask
 from attnkit.masks.parse import as_mask
 from attnkit.parallel.balance import balanced
@@ -155,12 +155,7 @@ def _lengths(
     for name, count in (("tokens", tokens), ("keys", keys)):
         if count is not None:
             check_int(name, count, 0)
-    if seqlens is not None and not isinstance(seqlens, SeqLens):
-        raise CompositionTypeError(
-            f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
-            "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
-        )
-    if seqlens is not None and keys is not None:
+    if as_seqlens(seqlens) is not None and keys is not None:
         raise CompositionError(
             f"keys={keys} with {seqlens}, which says how many keys each sequence has; leave it out"
         )

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from attnkit.arguments import check_int, check_number, holds_integers
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import SeqLens
+from attnkit.layouts import SeqLens, as_seqlens
 from attnkit.parallel.sharding import Sharding
 
 __all__ = ["IGNORE", "labels", "loss", "next_tokens"]
@@ -46,8 +46,7 @@ def next_tokens(
     would be shifted twice. On an accelerator that is not looked at, for the host would wait.
     """
     _check_tokens(tokens, check_int("ignore", ignore, None))
-    if seqlens is not None and not isinstance(seqlens, SeqLens):
-        raise CompositionTypeError(f"seqlens={shown(seqlens)}; wrap the lengths: SeqLens(lengths)")
+    seqlens = as_seqlens(seqlens)
     if seqlens is not None:
         seqlens.check_totals(tokens.shape[-1], seqlens.total_kv)
     fits = isinstance(where, Tensor) and where.dtype == torch.bool and where.shape == tokens.shape

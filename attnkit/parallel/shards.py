@@ -113,6 +113,11 @@ class Shards:
         """Return where this process's tokens stand in their text, ``[s_local]``.
 
         Of a packed batch that is in their own sequence each: what `Rotary` turns by.
+
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> ContextParallel(Alone()).shards(seqlens=SeqLens([2, 3])).positions()
+        tensor([0, 1, 0, 1, 2])
         """
         return self.places(torch.device("cpu" if device is None else device))[0]
 
@@ -139,6 +144,12 @@ class Shards:
 
         Its gradient is the part of this process: right where all of them compute the same with
         the whole. For looking at results; attention needs none of it.
+
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> here, x = ContextParallel(Alone()).shards(tokens=6), torch.randn(2, 6, 8)
+        >>> torch.equal(here.gather(here.take(x)), x)
+        True
         """
         with self.wires.telling():
             if tensor.shape[dim] != self.size:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from attnkit import layouts
 from attnkit.arguments import FLOATS, Anchor, check_bool, check_int, check_number, check_tensor
-from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.layouts import Layout, SeqLens, Sizes
+from attnkit.errors import CompositionError, CompositionTypeError
+from attnkit.layouts import Layout, SeqLens, Sizes, as_seqlens
 from attnkit.masks import Full, Mask
 from attnkit.masks.base import anchor
 from attnkit.masks.parse import as_mask
@@ -480,11 +480,7 @@ def _check_sizes(layout: Layout, q: Sizes, k: Sizes, v: Sizes) -> None:
 
 
 def _check_seqlens(layout: Layout, seqlens: SeqLens | None, q: Sizes, k: Sizes) -> None:
-    if seqlens is not None and not isinstance(seqlens, SeqLens):
-        raise CompositionTypeError(
-            f"seqlens={shown(seqlens)}: wrap the lengths as SeqLens(lengths), or "
-            "SeqLens.from_cu_seqlens(cumulative): the two are not guessed apart"
-        )
+    seqlens = as_seqlens(seqlens)
     if layout.packed and seqlens is None:
         raise CompositionError(
             f"layout {layout} packs sequences into one token axis; say where they end: "
