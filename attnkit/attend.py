@@ -280,10 +280,9 @@ def attend(
         return _in_graph(asked, query, key, value, sink, seqlens, now, return_stats, shards)
     operands = Operands(query, key, value, asked.pse, sink, given=asked.given)
     if shards is not None:
-        with shards.wires.telling():
-            shards.lengths(seqlens)
-            found = sharded_plan_of(asked, query, key, value, sink, shards)
-            return shards.attend(found, operands)
+        shards.lengths(seqlens)
+        found = sharded_plan_of(asked, query, key, value, sink, shards)
+        return shards.attend(found, operands)
     return run_plan(plan_of(asked, query, key, value, sink, seqlens), operands)
 
 

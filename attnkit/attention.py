@@ -24,7 +24,7 @@ from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
 from attnkit.masks.predicate import function_name
 from attnkit.parallel.plan import ParallelPlan
-from attnkit.parallel.shards import Shards, as_shards
+from attnkit.parallel.shards import Shards, as_shards, telling
 from attnkit.planner import Composition, Plan
 from attnkit.planner.scoring import ScoreFunction
 from attnkit.pse import Pse
@@ -213,8 +213,9 @@ class Attention(nn.Module):
         With `return_stats`, returns `AttentionOutput(output, stats)`; gradients flow through
         ``stats.lse``, too.
         """
-        asked, shards = self._asked(mask, pse), as_shards(shards)
-        result = self._attend(asked, query, key, value, seqlens, return_stats, shards)
+        with telling(as_shards(shards)):
+            asked = self._asked(mask, pse)
+            result = self._attend(asked, query, key, value, seqlens, return_stats, shards)
         return result if return_stats else result.output
 
     if TYPE_CHECKING:
@@ -340,9 +341,8 @@ class Attention(nn.Module):
         if not is_tracing():
             given = Operands(query, key, value, asked.pse, sink, given=asked.given)
             if shards is not None:
-                with shards.wires.telling():
-                    shared = self._sharded_plan(asked, query, key, value, seqlens, shards)
-                    return shards.attend(shared, given)
+                shared = self._sharded_plan(asked, query, key, value, seqlens, shards)
+                return shards.attend(shared, given)
             return run_plan(self._plan(asked, query, key, value, sink, seqlens), given)
         own, added = [getattr(self, name) for name in self._pse_names], asked.biases[1]
         now = [*own, *(added.tensors if added is not None else ())]

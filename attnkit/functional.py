@@ -13,7 +13,7 @@ from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
 from attnkit.masks.parse import as_mask
 from attnkit.parallel.plan import ParallelPlan
-from attnkit.parallel.shards import Shards, as_shards
+from attnkit.parallel.shards import Shards, as_shards, telling
 from attnkit.planner import Plan
 from attnkit.planner.scoring import ScoreFunction
 from attnkit.pse import Pse
@@ -107,25 +107,25 @@ def attention(
     >>> attention(x, x, x, mask=masks.Causal(), layout="BSH", num_heads=4).shape
     torch.Size([1, 16, 32])
     """
-    check_backend_name(backend)
-    asked = Asked(
-        (None if mask is None else as_mask(mask), None),
-        (as_pse(pse), None),
-        layout,
-        scale,
-        dropout,
-        softcap,
-        num_heads,
-        num_kv_heads,
-        backend=backend,
-        score_fn=score_fn,
-        deterministic=deterministic,
-        memory_limit=memory_limit,
-    )
-    shards = as_shards(shards)
-    result = attend(
-        asked, query, key, value, sink, seqlens, return_stats=return_stats, shards=shards
-    )
+    with telling(as_shards(shards)):
+        check_backend_name(backend)
+        asked = Asked(
+            (None if mask is None else as_mask(mask), None),
+            (as_pse(pse), None),
+            layout,
+            scale,
+            dropout,
+            softcap,
+            num_heads,
+            num_kv_heads,
+            backend=backend,
+            score_fn=score_fn,
+            deterministic=deterministic,
+            memory_limit=memory_limit,
+        )
+        result = attend(
+            asked, query, key, value, sink, seqlens, return_stats=return_stats, shards=shards
+        )
     return result if return_stats else result.output
 
 

@@ -30,7 +30,7 @@ from attnkit.layouts import BSND, TND, Layout, SeqLens
 from attnkit.masks import Mask
 from attnkit.memory import padded
 from attnkit.parallel.plan import ParallelPlan
-from attnkit.parallel.shards import Shards
+from attnkit.parallel.shards import Shards, as_shards, telling
 from attnkit.planner import Plan
 from attnkit.planner.scoring import SCORE_WITH_CACHE, ScoreFunction
 from attnkit.projections import (
@@ -281,10 +281,8 @@ class MultiHeadAttention(AsTorch):
         KVCache(length=7, capacity=16, sealed)
         """
         given = LayerInputs(x, context, mask, pse, seqlens, cache, positions, values, shards)
-        spread = cache.shards if isinstance(cache, ShardedCache) else shards
-        if is_tracing() or not isinstance(spread, Shards):
-            return self._answer(given.read(), return_stats)
-        with spread.wires.telling():  # what is wrong here, other ranks would wait for
+        spread = cache.shards if isinstance(cache, ShardedCache) else as_shards(shards)
+        with telling(spread):
             return self._answer(given.read(), return_stats)
 
     if TYPE_CHECKING:  # what a call returns is what `forward` does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NoReturn
@@ -26,7 +27,7 @@ from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
 from attnkit.pse import Pse
 
-__all__ = ["Choices", "Shards", "as_shards"]
+__all__ = ["Choices", "Shards", "as_shards", "telling"]
 
 _MOST_PLANS = 64  # the layers of a model that differ, and their modes
 
@@ -336,6 +337,13 @@ def as_shards(given: Shards | None) -> Shards | None:
             "ContextParallel(mesh['cp']).shards(mask, tokens=...)"
         )
     return given
+
+
+def telling(shards: Shards | None) -> AbstractContextManager[None]:
+    """Tell the other ranks what is raised inside, which they would wait for; a graph does it."""
+    if shards is None or torch.compiler.is_dynamo_compiling():
+        return nullcontext()
+    return shards.wires.telling()
 
 
 class _Gathered(torch.autograd.Function):

@@ -242,7 +242,11 @@ def test_what_is_wrong_before_anything_is_exchanged_is_told_to_other_ranks() -> 
         ak.attention(x, x, x, mask=CAUSAL, shards=here, seqlens=ak.SeqLens([9]))
     with pytest.raises(CompositionError, match="cut the whole") as two:
         layer(x[:, :8].flatten(2), cache=ak.ShardedCache(here))
-    assert wires.heard == [told.value for told in (one, two)]
+    with pytest.raises(CompositionError, match="mask") as three:
+        ak.Attention(4, 4)(x, x, x, mask=3, shards=here)
+    with pytest.raises(CompositionError, match="backend") as four:
+        ak.attention(x, x, x, backend=4, shards=here)
+    assert wires.heard == [told.value for told in (one, two, three, four)]
 
 
 @pytest.mark.parametrize("backend", ["emulated"])
