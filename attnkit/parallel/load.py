@@ -39,8 +39,10 @@ class Load:
     >>> load = Load.of({masks.Documents([2, 3]).region(5, 5): 1}, 5)
     >>> load.lines
     (RowCount(i0=0, i1=2, first=2, step=0), RowCount(i0=2, i1=5, first=3, step=0))
-    >>> load.borders, load.cells((range(1, 3),))
-    ((range(2, 3),), 5)
+    >>> load.borders, load.cells((range(1, 3),)), load.before(3), list(load.between(1, 3))[0]
+    ((range(2, 3),), 5, 7, RowCount(i0=1, i1=2, first=2, step=0))
+    >>> load.of_ranks(Sharding.contiguous(5, 2))
+    (7, 6)
     """
 
     length: int

@@ -82,6 +82,15 @@ class ParallelPlan:
     (Message(rank=1, keys=(range(29, 32),)),)
     >>> plan.pieces(2, 1)[0].rows, plan.received(2).forward
     ((range(32, 35),), 1536)
+    >>> plan.rows(2), plan.heads(2), plan.kv_heads(2), plan.table(2) == plan.stages(2)
+    ((range(32, 48),), range(0, 4), range(0, 4), True)
+    >>> share = plan.piece((range(32, 35),), (range(29, 32),), plan.heads(2))
+    >>> share.plan.request.q_len, share.plan.request.kv_len, plan.numbers(2)
+    (3, 3, 128)
+    >>> gathered = ParallelPlan.bare(plan.request, None, plan.queries, plan.keys)
+    >>> gathered.check_backend()  # it takes such a composition, or this raises
+    >>> gathered.method, gathered.received(2).keys
+    ('gather', 48)
     """
 
     request: Request

@@ -237,7 +237,15 @@ class Shards:
     # -- what attention asks --------------------------------------------------------------
 
     def lengths(self, seqlens: SeqLens | None) -> SeqLens | None:
-        """Return the lengths of the packed sequences, which a call may say again."""
+        """Return the lengths of the packed sequences, which a call may say again.
+
+        >>> import attnkit as ak
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> here = ContextParallel(Alone()).shards(seqlens=ak.SeqLens([3, 5]))
+        >>> here.lengths(None) == here.lengths(ak.SeqLens([3, 5])) == here.seqlens
+        True
+        """
         if seqlens is not None and seqlens != self.seqlens:
             raise CompositionError(
                 f"seqlens={seqlens} with shards of {self.seqlens or 'a batch that is not packed'}: "
@@ -250,6 +258,13 @@ class Shards:
         """Return stand-ins for query, key and value with the lengths of the whole.
 
         Raises where a tensor has not the tokens that this process has.
+
+        >>> from attnkit import layouts
+        >>> from attnkit.parallel import ContextParallel
+        >>> from attnkit.parallel.wires import Alone
+        >>> here, x = ContextParallel(Alone()).shards(tokens=8), torch.zeros(1, 8, 2, 4)
+        >>> [one.shape[1] for one in here.whole(layouts.get("BSND"), x, x, x)]
+        [8, 8, 8]
         """
         sides = (("query", self), ("key", self.keys), ("value", self.keys))
         return [self._whole(layout, t, *side) for t, side in zip(tensors, sides, strict=True)]
