@@ -20,7 +20,7 @@ from attnkit.backends import BACKENDS, AttentionOutput, Operands, make_plan
 from attnkit.backends.base import Partial, stats_dtype
 from attnkit.backends.partials import merge
 from attnkit.decoding import known_length
-from attnkit.eager import untraced
+from attnkit.eager import between_graphs
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.masks import Mask
 from attnkit.memory import Memory, Pair, check_pair, with_room
@@ -233,7 +233,7 @@ class ShardedCache:
         )
 
 
-@untraced("a step with a ShardedCache runs between compiled graphs")
+@between_graphs("a step with a ShardedCache runs between compiled graphs")
 def sharded_step(
     core: Attention, cache: ShardedCache, composed: tuple[Mask, Pse | None], heads: Three
 ) -> AttentionOutput:

@@ -220,6 +220,19 @@ def test_processes_take_the_same_steps_or_are_told(processes: Pool) -> None:
         assert "rank 1: tokens so far 3" in told
 
 
+@pytest.mark.filterwarnings("ignore:.*")  # what the compiler says of a graph that it leaves
+def test_a_compiled_layer_takes_its_steps_between_graphs() -> None:
+    torch.manual_seed(0)
+    layer = ak.MultiHeadAttention(8, 2, mask=masks.Causal()).double().eval()
+    x, here = torch.randn(1, 6, 8).double(), ContextParallel(Alone()).shards(tokens=4)
+    torch._dynamo.reset()
+    step, cache = torch.compile(layer, backend="eager"), ak.ShardedCache(here)
+    with torch.no_grad():
+        layer(x[:, :4], cache=cache)
+        found = [step(token, cache=cache) for token in x[:, 4:].split(1, 1)]
+        assert torch.allclose(torch.cat(found, 1), layer(x)[:, 4:], rtol=0, atol=1e-12)
+
+
 def test_what_cannot_be_decoded_is_an_error_of_ours() -> None:
     cp, x = ContextParallel(Alone()), torch.zeros(1, 4, DIM, dtype=torch.float64)
     prompt, layer = cp.shards(tokens=4), layer_of("causal")
