@@ -24,7 +24,7 @@ from attnkit.layouts import SeqLens, Sizes
 from attnkit.modules import MultiHeadAttention
 from attnkit.parallel import ParallelPlan
 from attnkit.parallel.balance import BALANCES
-from attnkit.parallel.choose import METHODS
+from attnkit.parallel.choices import METHODS, Choices
 from attnkit.parallel.whole import spread
 from attnkit.planner import Plan, Request
 from attnkit.pse import Pse
@@ -107,7 +107,7 @@ def _check_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _said_of_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what is said of ranks by its name, which is that of an argument of `spread`."""
+    """Return what is said of ranks by its name, which is that of an argument of `plan`."""
     names = ("method", "balance", "heads_ways", "stages")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
@@ -202,7 +202,8 @@ def _spread(
         name, note = "emulated", f"{absence}, so its calls are those that 'emulated' makes"
     request = replace(request, device="npu" if absence is None else "cpu")
     said = _said_of_ranks(arguments)
-    return spread(request, bias, arguments.ranks, backend=name, **said), note
+    balance = said.pop("balance", "auto")
+    return spread(request, bias, arguments.ranks, balance, Choices(**said), name), note
 
 
 def _check_picture(path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from attnkit.arguments import check_bool, check_choice, check_int
-from attnkit.errors import CompositionError, Refusal, shown
+from attnkit.errors import CompositionError, Refusal
+from attnkit.parallel.choices import Choices, divisors
 from attnkit.parallel.heads import coarse
 from attnkit.parallel.plan import Alternative, ParallelPlan
 from attnkit.parallel.plane import planes, seen_by
@@ -15,53 +15,13 @@ from attnkit.parallel.price import price_of
 from attnkit.parallel.stages import EXCHANGED, Exchanged, Stages
 from attnkit.ranges import total
 
-__all__ = ["METHODS", "Wanted", "choose", "label"]
+__all__ = ["cheapest", "choose", "label"]
 
-METHODS = {
-    "auto": "the cheapest",
-    "needed": "the keys that rows see",
-    "ring": "all keys, a rank's at a time",
-    "gather": "all keys at once",
-    "ulysses": "tokens for heads, among all ranks",
-    "hybrid": "tokens for heads among neighbours, and the keys that rows see between these",
-}
 _COUNTS = (1, 2, 4)  # remote stages that are tried
 _MOST_WAYS = 3  # ways to split heads among neighbours that are tried
 
 
-class Wanted(NamedTuple):
-    """What is asked for; "auto" leaves it to the price."""
-
-    method: str = "auto"
-    heads_ways: int | Literal["auto"] = "auto"
-    stages: int | Literal["auto"] = "auto"
-    keep: bool | Literal["auto"] = "auto"
-
-    def check(self, size: int) -> None:
-        """Raise unless it is something that a plan for so many ranks may have."""
-        check_choice("method", self.method, METHODS)
-        if self.stages != "auto":
-            check_int("stages", self.stages, 1)
-        if self.keep != "auto":
-            check_bool("keep", self.keep, "or 'auto'")
-        ways = self.heads_ways
-        if ways == "auto":
-            return
-        check_int("heads_ways", ways, 1)
-        if size % ways:
-            raise CompositionError(
-                f"heads_ways={ways} does not divide {size} ranks into neighbourhoods; give a "
-                f"divisor: {shown(_divisors(size))}"
-            )
-        meant = {"ulysses": ways == size, "hybrid": ways > 1}
-        if not meant.get(self.method, self.method == "auto" or ways == 1):
-            raise CompositionError(
-                f"method={self.method!r} with heads_ways={ways} on {size} ranks: 'ulysses' splits "
-                "the heads over all ranks, 'hybrid' over some neighbours, other methods do not"
-            )
-
-
-def choose(bare: ParallelPlan, wanted: Wanted) -> ParallelPlan:
+def choose(bare: ParallelPlan, wanted: Choices) -> ParallelPlan:
     """Return a plan like another one, with the method, stages and heads that cost the least.
 
     Where all is said, nothing is priced.
@@ -76,15 +36,27 @@ def choose(bare: ParallelPlan, wanted: Wanted) -> ParallelPlan:
         )
     if len(found) == 1:
         return replace(found[0], refusals=tuple(refusals))
-    return _cheapest([replace(one, price=price_of(one)) for one in found], refusals)
+    best = cheapest([replace(one, price=price_of(one)) for one in found], _time, label)
+    return replace(best, refusals=tuple(refusals))
 
 
-def _cheapest(priced: Sequence[ParallelPlan], refusals: Sequence[Refusal]) -> ParallelPlan:
-    """Return the cheapest of priced plans, the first of equals, with the prices of the others."""
-    best = min(priced, key=lambda plan: plan.price.total if plan.price else 0.0)
-    others = [Alternative(label(one), one.price) for one in priced if one is not best and one.price]
-    others.sort(key=lambda other: other.price.total)
-    return replace(best, alternatives=tuple(others), refusals=tuple(refusals))
+def cheapest(
+    priced: Sequence[ParallelPlan],
+    time: Callable[[ParallelPlan], float],
+    told: Callable[[ParallelPlan], str],
+) -> ParallelPlan:
+    """Return the plan of priced ones that takes the least, the first of equals.
+
+    It has the prices of the others.
+    """
+    best = min(priced, key=time)
+    others = [Alternative(told(one), one.price) for one in priced if one is not best and one.price]
+    every = sorted((*others, *best.alternatives), key=lambda other: other.price.total)
+    return replace(best, alternatives=tuple(every))
+
+
+def _time(plan: ParallelPlan) -> float:
+    return plan.price.total if plan.price else 0.0
 
 
 def label(plan: ParallelPlan) -> str:
@@ -99,14 +71,14 @@ def label(plan: ParallelPlan) -> str:
 
 
 def _candidates(
-    bare: ParallelPlan, wanted: Wanted, refusals: list[Refusal]
+    bare: ParallelPlan, wanted: Choices, refusals: list[Refusal]
 ) -> Iterator[ParallelPlan]:
     for ways in _ways(bare, wanted, refusals):
         for method in _exchanged(bare, wanted, ways):
             yield from _staged(bare, wanted, ways, method)
 
 
-def _ways(bare: ParallelPlan, wanted: Wanted, refusals: list[Refusal]) -> list[int]:
+def _ways(bare: ParallelPlan, wanted: Choices, refusals: list[Refusal]) -> list[int]:
     """Return the numbers of neighbours that may split the heads; 1 is none."""
     size, heads = bare.size, bare.request.num_heads
     if wanted.heads_ways != "auto":
@@ -115,7 +87,7 @@ def _ways(bare: ParallelPlan, wanted: Wanted, refusals: list[Refusal]) -> list[i
         return [size]
     if wanted.method in EXCHANGED:
         return [1]
-    some = [ways for ways in _divisors(size)[1:] if ways <= heads]
+    some = [ways for ways in divisors(size)[1:] if ways <= heads]
     between = [ways for ways in some if ways < size]
     if size == 1:
         return [1]
@@ -133,18 +105,14 @@ def _ways(bare: ParallelPlan, wanted: Wanted, refusals: list[Refusal]) -> list[i
     return [1, *chosen, *([size] if size in some else [])]
 
 
-def _divisors(size: int) -> list[int]:
-    return [ways for ways in range(1, size + 1) if size % ways == 0]
-
-
-def _exchanged(bare: ParallelPlan, wanted: Wanted, ways: int) -> tuple[Exchanged, ...]:
+def _exchanged(bare: ParallelPlan, wanted: Choices, ways: int) -> tuple[Exchanged, ...]:
     if wanted.method in EXCHANGED:
         return (wanted.method,)
     return ("needed", "gather", "ring") if ways == 1 < bare.size else ("needed",)
 
 
 def _staged(
-    bare: ParallelPlan, wanted: Wanted, ways: int, method: Exchanged
+    bare: ParallelPlan, wanted: Choices, ways: int, method: Exchanged
 ) -> Iterator[ParallelPlan]:
     """Yield the plans of a method, one for each number of stages that is tried."""
     size = bare.size // ways

@@ -9,20 +9,19 @@ from typing import Literal, NoReturn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from attnkit.arguments import check_choice, check_int, check_number
+from attnkit.arguments import check_int, check_number
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.layouts import SeqLens, as_seqlens
 from attnkit.masks import Mask
 from attnkit.masks.parse import as_mask
 from attnkit.parallel.balance import balanced
-from attnkit.parallel.choose import Wanted
+from attnkit.parallel.choices import Choices
 from attnkit.parallel.sharding import Sharding
-from attnkit.parallel.shards import Choices, Shards
+from attnkit.parallel.shards import Shards
 from attnkit.parallel.wires import GroupWires, Wires
 
 __all__ = ["ContextParallel"]
 
-_DROPOUT = {"global": "the cells that one process drops", "local": "others, and less is promised"}
 _MOST_SHARDS = 16
 
 
@@ -75,13 +74,12 @@ class ContextParallel:
         dropout: str = "global",
         timeout: float = 60.0,
     ) -> None:
-        check_choice("dropout", dropout, _DROPOUT)
         rule = "finite seconds above 0"
         check_number("timeout", timeout, lambda t: 0 < t < math.inf, rule)
         self.choices = Choices(method, heads_ways, stages, keep, dropout)
         self.balance = balance
         self.wires = _wires(group, timeout)
-        Wanted(method, heads_ways, stages, keep).check(self.wires.size)
+        self.choices.check(self.wires.size)
         self._shards: dict[Hashable, Shards] = {}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from attnkit.parallel.choices import DROPOUTS
 from attnkit.parallel.choose import label
 from attnkit.parallel.plan import ParallelPlan, StagePiece
 from attnkit.parallel.posting import BUFFER, posts
@@ -148,11 +149,7 @@ def _kept(plan: ParallelPlan) -> str:
 
 
 def _dropout(plan: ParallelPlan) -> str:
-    if not plan.request.dropout:
-        return ""
-    if plan.dropout == "global":
-        return "the cells that one process drops"
-    return "cells of each share's own choice: others than one process drops"
+    return DROPOUTS[plan.dropout] if plan.request.dropout else ""
 
 
 def _of_rank(plan: ParallelPlan, rank: int) -> Iterator[tuple[str, str]]:

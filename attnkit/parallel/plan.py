@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from attnkit.backends import make_plan
 from attnkit.backends.graph import stand_in
 from attnkit.errors import CompositionError, Refusal, shown
 from attnkit.geometry import Region
+from attnkit.parallel.choices import DROPOUTS, Choices
 from attnkit.parallel.heads import Turn, coarse
 from attnkit.parallel.local import local_bias, local_request
 from attnkit.parallel.pieces import pieces
@@ -34,12 +35,8 @@ from attnkit.ranges import Ranges, shared
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DROPOUTS", "Alternative", "ParallelPlan", "StagePiece"]
+__all__ = ["Alternative", "ParallelPlan", "StagePiece"]
 
-DROPOUTS = {
-    "global": "the cells that one process would drop",
-    "local": "cells of each share's own choice, for kernels that count their own",
-}
 _KEPT_RANKS = 8  # a process is one rank; a test or a report looks at several
 
 
@@ -116,13 +113,8 @@ class ParallelPlan:
         bias: Pse | None,
         queries: Sharding,
         keys: Sharding,
-        *,
-        method: str = "auto",
-        heads_ways: int | Literal["auto"] = "auto",
-        stages: int | Literal["auto"] = "auto",
-        keep: bool | Literal["auto"] = "auto",
+        choices: Choices = Choices(),  # noqa: B008 -- a frozen value
         backend: str = "auto",
-        dropout: str = "global",
     ) -> ParallelPlan:
         """Return the plan of a request of all tokens, for these shardings.
 
@@ -132,10 +124,10 @@ class ParallelPlan:
         Raises `CompositionError` for what does not fit, and `BackendRefused`; both are the same on
         every rank.
         """
-        from attnkit.parallel.choose import Wanted, choose
+        from attnkit.parallel.choose import choose
 
-        bare = cls.bare(request, bias, queries, keys, backend, dropout)
-        found = choose(bare, Wanted(method, heads_ways, stages, keep))
+        bare = cls.bare(request, bias, queries, keys, backend, choices.dropout)
+        found = choose(bare, choices)
         found.check_backend()
         return found
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 from attnkit.backends import BACKENDS
 from attnkit.errors import BackendRefused, KernelContractError, Refusal
 from attnkit.geometry import Region
+from attnkit.parallel.choices import DROPOUTS
 from attnkit.parallel.heads import coarse
 from attnkit.parallel.local import local_request, terms_of
-from attnkit.parallel.plan import DROPOUTS, ParallelPlan, StagePiece
+from attnkit.parallel.plan import ParallelPlan, StagePiece
 from attnkit.parallel.plane import layers, seen_by
 from attnkit.parallel.price import slowest
 from attnkit.parallel.stages import RankStage

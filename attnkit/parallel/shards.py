@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from attnkit.backends.graph import Terms, read_terms, stand_in
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.handles import born
 from attnkit.layouts import Layout, SeqLens
+from attnkit.parallel.choices import Choices
 from attnkit.parallel.graph import SpreadHeld, places_in_graph
 from attnkit.parallel.guard import Statement
 from attnkit.parallel.loss import IGNORE, labels, loss
@@ -27,20 +27,9 @@ from attnkit.parallel.wires import Wires
 from attnkit.planner import Request
 from attnkit.pse import Pse
 
-__all__ = ["Choices", "Shards", "as_shards", "telling"]
+__all__ = ["Shards", "as_shards", "telling"]
 
 _MOST_PLANS = 64  # the layers of a model that differ, and their modes
-
-
-@dataclass(frozen=True)
-class Choices:
-    """How attention is spread, as asked for: `ContextParallel` says what each word means."""
-
-    method: str = "auto"
-    heads_ways: int | Literal["auto"] = "auto"
-    stages: int | Literal["auto"] = "auto"
-    keep: bool | Literal["auto"] = "auto"
-    dropout: str = "global"
 
 
 class Shards:
@@ -301,19 +290,8 @@ class Shards:
         return found
 
     def _made(self, request: Request, pse: Pse | None, backend: str) -> ParallelPlan:
-        how = self.choices
-        return ParallelPlan.of(
-            request,
-            pse,
-            self.sharding,
-            self.of_keys,
-            method=how.method,
-            heads_ways=how.heads_ways,
-            stages=how.stages,
-            keep=how.keep,
-            dropout=how.dropout,
-            backend=backend,
-        )
+        shardings = self.sharding, self.of_keys
+        return ParallelPlan.of(request, pse, *shardings, self.choices, backend)
 
     def held(
         self, terms: Terms, given: Sequence[tuple[str, Any]], tensors: Sequence[Tensor]

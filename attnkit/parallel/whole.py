@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,8 +11,9 @@ from attnkit.arguments import check_choice, check_int
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.parallel.balance import LAYER_CELLS, balanced, candidates
-from attnkit.parallel.choose import Wanted, choose, label
-from attnkit.parallel.plan import DROPOUTS, Alternative, ParallelPlan
+from attnkit.parallel.choices import DROPOUTS, Choices
+from attnkit.parallel.choose import cheapest, choose, label
+from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.price import BACKWARD, price_of
 from attnkit.parallel.sharding import Sharding
 from attnkit.planner import Composition, Request, read_request
@@ -100,42 +100,26 @@ def plan(
         sink=sink,
         training=True,
     )
-    return spread(
-        request,
-        pse,
-        ranks,
-        balance=balance,
-        method=method,
-        heads_ways=heads_ways,
-        stages=stages,
-        keep=keep,
-        backend=backend,
-        dropout=drops,
-    )
+    choices = Choices(method, heads_ways, stages, keep, drops)
+    return spread(request, pse, ranks, balance, choices, backend)
 
 
 def spread(
     request: Request,
     bias: Pse | None,
     ranks: int,
-    *,
-    balance: str | Sharding = "auto",
-    method: str = "auto",
-    heads_ways: int | Literal["auto"] = "auto",
-    stages: int | Literal["auto"] = "auto",
-    keep: bool | Literal["auto"] = "auto",
-    backend: str = "auto",
-    dropout: str = "global",
+    balance: str | Sharding,
+    choices: Choices,
+    backend: str,
 ) -> ParallelPlan:
     """Return how a request of all tokens runs on some ranks; see `plan`."""
     check_int("ranks", ranks, 1)
-    wanted = Wanted(method, heads_ways, stages, keep)
     found = []
     for name, (queries, keys) in _shardings(request, ranks, balance).items():
-        bare = ParallelPlan.bare(request, bias, queries, keys, backend, dropout)
-        found.append(choose(replace(bare, balance=name), wanted))
+        bare = ParallelPlan.bare(request, bias, queries, keys, backend, choices.dropout)
+        found.append(choose(replace(bare, balance=name), choices))
     priced = [one if one.price else replace(one, price=price_of(one)) for one in found]
-    best = _cheapest(priced)
+    best = cheapest(priced, _time_of_layer, lambda one: f"{one.balance}: {label(one)}")
     best.check_backend()
     return best
 
@@ -154,23 +138,12 @@ def _shardings(
     return {name: balanced(*texts, balance)}
 
 
-def _cheapest(priced: Sequence[ParallelPlan]) -> ParallelPlan:
-    """Return the cheapest of priced plans for several shardings, the first of equals.
+def _time_of_layer(plan: ParallelPlan) -> float:
+    """Return what a layer takes by estimate.
 
     The rest of a layer counts, too, which costs as much per token as so many cells: else it were
     best to have few cells on a rank with many tokens.
     """
-    best = min(priced, key=_time_of_layer)
-    others = [
-        Alternative(f"{one.balance}: {label(one)}", one.price)
-        for one in priced
-        if one is not best and one.price
-    ]
-    every = sorted((*others, *best.alternatives), key=lambda other: other.price.total)
-    return replace(best, alternatives=tuple(every))
-
-
-def _time_of_layer(plan: ParallelPlan) -> float:
     request, price = plan.request, plan.price
     if price is None:
         return 0.0

@@ -17,6 +17,7 @@ from attnkit.backends.base import BACKENDS, Kept
 from attnkit.layouts import SeqLens, Sizes
 from attnkit.masks import Mask
 from attnkit.parallel.balance import balanced
+from attnkit.parallel.choices import Choices
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.run import attend
 from attnkit.parallel.sharding import Sharding
@@ -181,12 +182,8 @@ class Case:
             self.request,
             self.operands.pse,
             *shardings,
-            method=self.method,
-            heads_ways=self.heads_ways,
-            stages=self.stages,
-            keep=self.keep,
-            backend=self.backend,
-            dropout=self.drops,
+            Choices(self.method, self.heads_ways, self.stages, self.keep, self.drops),
+            self.backend,
         )
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import nn
 import attnkit as ak
 from attnkit import masks, parallel, pse
 from attnkit.parallel import Sharding
-from attnkit.parallel.choose import METHODS
+from attnkit.parallel.choices import METHODS, Choices
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.planner import Composition, Request, read_request
 from attnkit.pse.base import rebound
@@ -59,10 +59,12 @@ def planned(request: Request, ranks: int, method: str, chance: random.Random) ->
         None,
         queries,
         keys,
-        method=method,
-        stages="auto" if method != "needed" else chance.randint(1, 3),
-        keep=chance.choice([True, False]),
-        backend="reference",
+        Choices(
+            method,
+            stages="auto" if method != "needed" else chance.randint(1, 3),
+            keep=chance.choice([True, False]),
+        ),
+        "reference",
     )
 
 
@@ -138,7 +140,8 @@ def test_packed_sequences_are_cut_anywhere(mask: masks.Mask, method: str) -> Non
 def test_rows_and_keys_without_cells_are_left_out() -> None:
     """A ring moves all keys, and computes over those that rows see."""
     halves = Sharding.of(LENGTH, [[(0, 12)], [(12, 24)]])
-    plan = ParallelPlan.of(request_of(masks.SlidingWindow(4)), None, halves, halves, method="ring")
+    request = request_of(masks.SlidingWindow(4))
+    plan = ParallelPlan.of(request, None, halves, halves, Choices("ring"))
     assert plan.stages(1)[1].keys == (range(12),)
     (piece,) = plan.pieces(1, 1)
     assert (piece.rows, piece.keys) == ((range(12, 15),), (range(9, 12),))
@@ -163,9 +166,7 @@ def test_a_share_has_the_bias_of_its_rows_keys_and_heads(bias: pse.Pse) -> None:
     for method, backend in product(("needed", "ring", "hybrid"), ("reference", "auto")):
         sharding = dealt(chance, LENGTH, 4)
         with torch.no_grad():  # a backward pass plans as its forward did
-            plan = ParallelPlan.of(
-                request, bias, sharding, sharding, method=method, backend=backend
-            )
+            plan = ParallelPlan.of(request, bias, sharding, sharding, Choices(method), backend)
             assert plan.disprove() is None
         for rank, stage in product(range(4), plan.exchange.numbers):
             for piece in plan.pieces(rank, stage):
@@ -187,7 +188,7 @@ def test_a_bias_of_packed_sequences_is_cut_with_them() -> None:
         Composition(masks.Causal(), bias, "TND"), query, query, query, seqlens=lens
     )
     sharding = dealt(random.Random(5), 22, 3)
-    plan = ParallelPlan.of(request, bias, sharding, sharding, method="needed")
+    plan = ParallelPlan.of(request, bias, sharding, sharding, Choices("needed"))
     assert plan.disprove() is None
     whole = Sharding.of(22, [[(0, 22)]])
     alone = ParallelPlan.of(request, bias, whole, whole)
@@ -206,7 +207,7 @@ def test_a_score_function_is_told_positions_of_the_whole(packed: bool) -> None:
     x = x if packed else x[None]
     request = read_request(composition, x, x, x, seqlens=lens)
     sharding = Sharding.zigzag(LENGTH, 2)
-    plan = ParallelPlan.of(request, None, sharding, sharding, method="needed")
+    plan = ParallelPlan.of(request, None, sharding, sharding, Choices("needed"))
     assert plan.disprove() is None
     (piece,) = plan.pieces(0, 0)  # tokens 0-5 and 18-23: of sequences, 8-13 of the second
     told = piece.plan.request.score_fn
