@@ -265,9 +265,12 @@ class HasExtent(Protocol):
     """What rows and keys are taken of: a mask or a bias."""
 
     @property
-    def extent(self) -> tuple[int | None, int | None]: ...
+    def extent(self) -> tuple[int | None, int | None]:
+        """The lengths that it is built for."""
+
     @property
-    def anchored(self) -> bool: ...
+    def anchored(self) -> bool:
+        """Whether more rows or keys would move what it holds."""
 
 
 def length_of(whole: HasExtent, axis: int, given: object) -> int | None:

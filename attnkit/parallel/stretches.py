@@ -34,6 +34,7 @@ class Stretch(NamedTuple):
 
     @property
     def size(self) -> int:
+        """How many tokens there are."""
         return self.stop - self.start
 
     def cells(self, load: Load, count: int | None = None) -> int:

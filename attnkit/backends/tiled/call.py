@@ -120,6 +120,7 @@ class Attend(torch.autograd.Function):
     def forward(
         ctx: Any, job: Job, pse: Pse | None, seed: Tensor | None, *leaves: Any
     ) -> tuple[Tensor, Tensor]:
+        """Return the output and the log-sum-exp."""
         ctx.job, ctx.pse = job, pse
         wanted = ctx.needs_input_grad[7:]
         ctx.bias = Bound(job.request, pse, leaves[4:], wanted, leaves[0].device)
@@ -130,6 +131,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        """Return the gradients of the leaves, which have derivatives where somebody asks."""
         seed, output, lse, *leaves = ctx.saved_tensors
         if grad is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
