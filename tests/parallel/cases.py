@@ -201,7 +201,7 @@ class Case:
         ]
         return some[0].to(made.dtype), some[1].to(seen.dtype)
 
-    @property
+    @cached_property
     def one(self) -> tuple[Any, Any]:
         """The backend of one process, and its plan."""
         plan = make_plan(self.request, "tiled" if self.dropout else "auto")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnkit import masks, pse
-from attnkit.backends import Operands
+from attnkit.backends import BACKENDS, Operands, make_plan
 from attnkit.backends.tiled.backend import Tiled
 from attnkit.errors import CompositionError, ExchangeError, KernelContractError
 from attnkit.parallel.course import Course, Task
@@ -208,10 +208,15 @@ def test_sixteen_bits_are_as_exact_as_in_one_process(
 def test_sixteen_bits_of_every_mask(name: str) -> None:
     for sharding, (method, ways) in itertools.product(("random", "even"), WAYS):
         how: dict[str, Any] = {"method": method, "heads_ways": ways, "sink": False}
-        check_sixteen_bits(Case(GALLERY[name], 4, sharding, dtype=torch.bfloat16, **how))
+        case = Case(GALLERY[name], 4, sharding, dtype=torch.bfloat16, **how)
+        check_sixteen_bits(case)
+        # The fused kernel rounds what each of its calls returns; one process has one such call.
+        fused = replace(case, backend="emulated")
+        fused.__dict__["one"] = BACKENDS["emulated"], make_plan(case.request, "emulated")
+        check_sixteen_bits(fused, most=1.6)
 
 
-def check_sixteen_bits(case: Case) -> None:
+def check_sixteen_bits(case: Case, most: float = 1.1) -> None:
     """Compare the errors of ranks, and of one process, by their squares."""
     exact = replace(case, dtype=torch.float64)
     leaves = [t.detach().double().requires_grad_() for t in case.operands.leaves[:3]]
@@ -224,7 +229,7 @@ def check_sixteen_bits(case: Case) -> None:
         one, many = case.expected[name], case.whole(name, [one[name] for one in found])
         assert many.dtype == case.dtype
         errors = [float((t.double() - true).square().mean().sqrt()) for t in (one, many)]
-        assert 0 < errors[1] <= 1.1 * errors[0], name
+        assert 0 < errors[1] <= most * errors[0], name
 
 
 # -- dropout ---------------------------------------------------------------------------------------
