@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-sweeps test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
+.PHONY: help venv demo test test-sweeps test-site browser test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,10 +37,17 @@ demo: $(READY) ## train a small language model on the text of Python's own docum
 	$(BIN)/python examples/train_lm.py --config $(CONFIG)
 
 test: $(READY) ## the tests, doctests included (minutes)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not sweep"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not sweep and not browser"
 
 test-sweeps: $(READY) ## the tests that go through everything of a kind (minutes more)
 	$(BIN)/python -m pytest -n $(WORKERS) -m sweep tests
+
+test-site: $(READY) browser ## what is made for browsers, looked at in a headless Chromium
+	$(BIN)/python -m pytest -m browser tests/site
+
+browser: ## install Chromium where there is none (Debian and Ubuntu, as root)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 test-models: $(READY) ## models of transformers against eager attention, a chosen set (minutes)
 	$(BIN)/python -m tests.zoo --chosen --strict --workers $(WORKERS)

@@ -15,8 +15,8 @@ from attnkit.parallel.load import Load
 from attnkit.parallel.sharding import Sharding
 from attnkit.ranges import total, without
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from make_gallery import BlockDiffusion
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from docs.make.variants import BlockDiffusion
 
 WINDOW = 4096
 

@@ -20,8 +20,8 @@ import attnkit as ak
 from attnkit import masks, pse
 from attnkit.pse.t5_relative import t5_bucket
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from make_gallery import BlockDiffusion
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from docs.make.variants import BlockDiffusion
 
 Way = Callable[[Any], Tensor]
 """From what was drawn for this call (lengths, say) to the output."""

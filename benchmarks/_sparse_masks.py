@@ -15,8 +15,8 @@ import torch
 from attnkit import masks
 from attnkit.masks import Mask
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from make_gallery import BlockDiffusion
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from docs.make.variants import BlockDiffusion
 
 __all__ = ["LONG", "SHORT", "SMALL", "SPARSE", "Sparse"]
 

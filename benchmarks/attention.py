@@ -33,8 +33,8 @@ import attnkit.backends.tiled
 from attnkit import masks, pse
 from attnkit.backends.flex import block_mask, mask_mod
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from make_gallery import BlockDiffusion
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from docs.make.variants import BlockDiffusion
 
 RESULT = Path(__file__).parent / "results" / "attention.md"
 HEADS = 8

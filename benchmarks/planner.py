@@ -24,8 +24,8 @@ import torch
 import attnkit as ak
 from attnkit import masks, pse
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from make_gallery import BlockDiffusion
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from docs.make.variants import BlockDiffusion
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
 TABLES = "# What the planner makes of sparse masks"

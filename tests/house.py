@@ -1,7 +1,7 @@
 """What the house is made of, counted: ``python -m tests.house``.
 
 Lines of the package, caches, class names that mean two things, records around a kernel call, and
-the files that four calls enter. The calls are those of docs/architecture.md.
+the files that four calls enter. The calls are those of docs/how-it-works/architecture.md.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def entered(call: Callable[[], object]) -> list[str]:
 
 
 def paths() -> dict[str, Callable[[], object]]:
-    """Return the four calls of docs/architecture.md."""
+    """Return the four calls of docs/how-it-works/architecture.md."""
     x, y = torch.randn(1, 1024, 2, 16), torch.randn(1, 8192, 1, 16)
     window = ak.Attention(2, 16, mask=masks.Causal() & masks.SlidingWindow(128))
     sink = masks.Causal() & (masks.Columns(0, 4) | masks.SlidingWindow(64))

@@ -1,4 +1,4 @@
-"""docs/architecture.md against the code: its layers, and the ways that it describes."""
+"""docs/how-it-works/architecture.md against the code: its layers, and its ways through it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.house import ROOT, caches, entered, paths, shared_names, trees
 
-PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-it-works" / "architecture.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:

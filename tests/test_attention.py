@@ -413,7 +413,7 @@ def test_dropout_follows_the_mode_and_torchs_generator() -> None:
 
 @pytest.mark.parametrize("backend", ["tiled", "emulated", "reference"])
 def test_a_sink_of_each_query_is_a_factor_of_the_output(backend: str) -> None:
-    """As docs/backends.md has it, against a softmax with one more column, of value 0."""
+    """As docs/guides/backends.md has it, against a softmax with one more column, of value 0."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, 4, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
     sink, mask = torch.randn(2, 4, 9).double().requires_grad_(), masks.Causal() & masks.Rows(2, 9)

@@ -881,7 +881,9 @@ def test_a_family_that_is_no_dataclass() -> None:
 
 
 def test_the_documented_example() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "configuration.md").read_text(
+        encoding="utf-8"
+    )
     (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     config = AttentionConfig.from_yaml(text)
     assert config.mask == masks.Causal() & masks.SlidingWindow(256)

@@ -15,7 +15,7 @@ import attnkit
 from attnkit import kernel, layouts, masks, parallel, pse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "backends.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guides" / "backends.md"]
 PACKAGES = [attnkit, masks, pse, layouts, kernel, parallel]
 
 

@@ -1,4 +1,4 @@
-"""docs/doctor.md: its commands run and print what it shows, lines of dots standing for the rest."""
+"""docs/reference/commands.md: its commands run and print what it shows, dots for the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 from attnkit.__main__ import main
 
-TEXT = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "commands.md").read_text(
+    encoding="utf-8"
+)
 CONSOLE = re.findall(r"```console\n\$ python -m attnkit (.*)\n((?:.*\n)*?)```", TEXT)
 FILES = dict(re.findall(r"```yaml\n# (\S+)\n((?:.*\n)*?)```", TEXT))
 

@@ -11,16 +11,16 @@ from attnkit.kernel import OP_VERSIONS, RULES
 
 SCHEMAS = Path(__file__).parents[1] / "npu" / "releases" / "schemas"
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "kernel.md"
+PAGE = DOCS / "reference" / "kernel.md"
 
 
 def render() -> str:
     """What the generator beside the page writes."""
-    return str(runpy.run_path(str(DOCS / "make_kernel.py"))["render"]())
+    return str(runpy.run_path(str(DOCS / "make" / "kernel.py"))["render"]())
 
 
 def test_the_page_is_current():
-    """Regenerate it with `python docs/make_kernel.py` when this fails."""
+    """Regenerate it with `python docs/make/kernel.py` when this fails."""
     assert PAGE.read_text(encoding="utf-8") == render()
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/ascend.md: what stood before and what stands after compute the same."""
+"""The examples of docs/guides/ascend.md: what stood before and what stands after are alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnkit import masks
 from tests.agreement import LAST
 from tests.npu.device import DEVICE
 
-TEXT = (Path(__file__).parents[2] / "docs" / "ascend.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "guides" / "ascend.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 BEFORE = [block for block in BLOCKS if block.startswith("# before")]
 AFTER = [block for block in BLOCKS if block.startswith("# after")]

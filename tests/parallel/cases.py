@@ -53,7 +53,7 @@ SOME = torch.rand(6, 6, generator=torch.Generator().manual_seed(0)) < 0.4
 SOME.fill_diagonal_(True)
 NEAR = torch.ones(12, 12, dtype=torch.bool).tril(1).triu(-1)
 
-# Of 48 positions, in the order of docs/gallery.md; a test compares the names.
+# Of 48 positions, in the order of docs/variants.md; a test compares the names.
 GALLERY: dict[str, Mask] = {
     "Causal": CAUSAL,
     "Sliding window": masks.SlidingWindow(7),

@@ -1,4 +1,4 @@
-"""docs/parallel.md: its scripts run on as many processes as it says, and print what it shows."""
+"""docs/guides/parallel.md: its scripts run on as many processes as it says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from attnkit.parallel.wires import Alone, Wires
 from tests.parallel.processes import Pool
 from tests.parallel.threads import run_ranks
 
-TEXT = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "guides" / "parallel.md").read_text(encoding="utf-8")
 SCRIPTS = dict(re.findall(r"```py\n# (\S+)\n(.*?)```", TEXT, re.S))
 COMMANDS = re.findall(r"```console\n\$ ([^\n]*) (\S+\.py)\n(.*?)```", TEXT, re.S)
 

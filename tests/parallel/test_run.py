@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 
 from attnkit import masks, pse
 from attnkit.layouts import SeqLens
+from docs.make import variants
 from tests.parallel.cases import (
     CAUSAL,
     GALLERY,
@@ -130,11 +128,4 @@ def test_every_mask_sharding_and_method_equals_one_process(name: str) -> None:
 
 
 def test_the_gallery_here_is_that_of_the_docs() -> None:
-    path = Path(__file__).parents[2] / "docs" / "make_gallery.py"
-    spec = importlib.util.spec_from_file_location("make_gallery", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("make_gallery", module)
-    spec.loader.exec_module(module)
-    assert list(GALLERY) == list(module.GALLERY)
+    assert list(GALLERY) == list(variants.GALLERY)

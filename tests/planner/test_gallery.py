@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 import attnkit as ak
+from docs.make import variants as gallery
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-
-def load_gallery() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_gallery", DOCS / "make_gallery.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_gallery"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gallery = load_gallery()
 
 AT_MOST = {
     "Causal": 1,
@@ -87,8 +73,8 @@ def test_equal_to_the_reference_at_full_length(name: str) -> None:
 
 
 def test_the_page_is_current() -> None:
-    page = (DOCS / "gallery.md").read_text(encoding="utf-8")
-    assert page == gallery.page(), "run: python docs/make_gallery.py"
+    page = (DOCS / "variants.md").read_text(encoding="utf-8")
+    assert page == gallery.page(), "run: python docs/make/variants.py"
 
 
 def test_the_page_fits_a_terminal() -> None:

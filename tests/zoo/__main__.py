@@ -3,7 +3,7 @@
 Every model type of the installed transformers that has an attention interface, each in a worker
 process: a crash or a hang is a failure of that type alone. Answers are appended to a file as they
 come (``--resume`` goes on where a run stopped); ``--write`` puts them into tests/zoo/results.jsonl,
-of which docs/models.md is made.
+of which docs/reference/models.md is made.
 """
 
 from __future__ import annotations

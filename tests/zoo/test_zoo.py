@@ -95,9 +95,9 @@ def test_a_failure_that_is_not_on_record_is_told():
 
 
 def test_the_page_is_current():
-    """Regenerate it with `python docs/make_models.py` when this fails."""
-    page = runpy.run_path(str(DOCS / "make_models.py"))["render"]()
-    assert (DOCS / "models.md").read_text(encoding="utf-8") == page
+    """Regenerate it with `python docs/make/models.py` when this fails."""
+    page = runpy.run_path(str(DOCS / "make" / "models.py"))["render"]()
+    assert (DOCS / "reference" / "models.md").read_text(encoding="utf-8") == page
 
 
 def test_the_record_is_of_every_type():

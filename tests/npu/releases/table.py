@@ -1,7 +1,7 @@
-"""What each release of torch_npu runs, and how: the table in docs/ascend.md.
+"""What each release of torch_npu runs, and how: the table in docs/guides/ascend.md.
 
 python tests/npu/releases/table.py           prints it
-python tests/npu/releases/table.py --write   puts it into docs/ascend.md
+python tests/npu/releases/table.py --write   puts it into docs/guides/ascend.md
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.npu.releases.recorded import RELEASES, RecordedOps  # noqa: E402
 
 __all__ = ["Outcome", "inserted", "outcome", "table"]
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "ascend.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "guides" / "ascend.md"
 BEGIN, END = "<!-- releases: begin -->", "<!-- releases: end -->"
 
 

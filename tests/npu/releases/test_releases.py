@@ -13,7 +13,7 @@ from tests.npu.compositions import CASES, Case, by_name
 from tests.npu.releases.recorded import RELEASES, RecordedOps
 from tests.npu.releases.table import DOCUMENT, inserted, outcome
 
-TABLE_IS_OLD = "docs/ascend.md: python tests/npu/releases/table.py --write"
+TABLE_IS_OLD = "docs/guides/ascend.md: python tests/npu/releases/table.py --write"
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -1,4 +1,4 @@
-"""Draw the gallery: ``python docs/make_gallery.py`` writes docs/gallery.md and its pictures."""
+"""Draw the gallery: ``python docs/make/variants.py`` writes docs/variants.md and its pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnkit.planner.calls import Launch
 from attnkit.planner.lower import MOST_MASK_CELLS, search_for
 from attnkit.planner.search import Search
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 LENGTH = 2048
 
 
@@ -150,7 +150,7 @@ def section(name: str, mask: masks.Mask) -> str:
         [
             f"## {name}",
             "",
-            f"![{name}](images/gallery/{file}.png)",
+            f"![{name}](images/variants/{file}.png)",
             "",
             "```text",
             plan.explain(),
@@ -174,7 +174,7 @@ def page() -> str:
         "",
         f"What attnkit makes of the masks people ask for: {LENGTH:,} tokens, 8 heads of 64,",
         "bfloat16, training. Every plan is proven equal to its mask, cell for cell, by",
-        "`Plan.verify()`. Made by `python docs/make_gallery.py`.",
+        "`Plan.verify()`. Made by `python docs/make/variants.py`.",
         "",
         "What is cheapest is for the price to say, whose weights nobody has measured yet. At this",
         f"length that may be one call with a full mask: up to {MOST_MASK_CELLS:,} entries (4,096 x",
@@ -183,7 +183,7 @@ def page() -> str:
         "",
         "The table compares the best plan without such a mask whose pieces have their keys side by",
         "side with the best one that may also gather keys from several places, and says what is",
-        "chosen. See [gathered keys](gathered.md).",
+        "chosen. See [gathered keys](how-it-works/gathered.md).",
         "",
         "| mask | keys side by side | keys gathered, too | chosen |",
         "|---|---|---|---|",
@@ -202,10 +202,10 @@ def page() -> str:
 
 def main() -> None:
     """Write the page, and the pictures unless told ``--text``."""
-    (HERE / "gallery.md").write_text(page(), encoding="utf-8")
+    (DOCS / "variants.md").write_text(page(), encoding="utf-8")
     if "--text" in sys.argv:
         return
-    folder = HERE / "images" / "gallery"
+    folder = DOCS / "images" / "variants"
     folder.mkdir(parents=True, exist_ok=True)
     for name, mask in GALLERY.items():
         file = name.lower().replace(",", "").replace(" ", "-")

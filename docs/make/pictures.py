@@ -1,4 +1,4 @@
-"""Draw the README's picture and fill in its output: ``python docs/make_pictures.py``."""
+"""Draw the README's picture and fill in its output: ``python docs/make/pictures.py``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import attnkit as ak
 from attnkit import masks
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+DOCS = Path(__file__).parents[1]
+README = DOCS.parent / "README.md"
 
 
 def draw() -> None:
@@ -21,7 +21,7 @@ def draw() -> None:
     mask = masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4))
     x = torch.empty(1, 8192, 8, 64, device="meta")
     figure = ak.plan(x, x, x, mask=mask).plot()
-    figure.savefig(HERE / "images" / "first.png", dpi=80, metadata={"Software": None})
+    figure.savefig(DOCS / "images" / "first.png", dpi=80, metadata={"Software": None})
 
 
 def fill_in() -> None:

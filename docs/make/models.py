@@ -1,4 +1,4 @@
-"""Write docs/models.md: ``python docs/make_models.py``.
+"""Write docs/reference/models.md: ``python docs/make/models.py``.
 
 Every number is counted from tests/zoo/results.jsonl, which ``python -m tests.zoo --write`` records;
 a test keeps the page current.
@@ -14,8 +14,8 @@ from typing import Any
 
 __all__ = ["render"]
 
-_HERE = Path(__file__).parent
-RESULTS = _HERE.parent / "tests" / "zoo" / "results.jsonl"
+_DOCS = Path(__file__).parents[1]
+RESULTS = _DOCS.parent / "tests" / "zoo" / "results.jsonl"
 Record = dict[str, Any]
 
 WAYS = {
@@ -53,7 +53,7 @@ _INTRO = """\
 
 What attnkit computes for every model type of transformers {transformers} (torch {torch}) that has
 an attention interface, against transformers' own eager attention, on a CPU. This page is generated
-by `python docs/make_models.py` from tests/zoo/results.jsonl; edit neither by hand.
+by `python docs/make/models.py` from tests/zoo/results.jsonl; edit neither by hand.
 
 Each type is built with random weights and tiny sizes and switched by
 `attnkit.interop.transformers.enable(model)`. A check is right when every output differs from
@@ -281,4 +281,4 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    (_HERE / "models.md").write_text(render(), encoding="utf-8")
+    (_DOCS / "reference" / "models.md").write_text(render(), encoding="utf-8")
