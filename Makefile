@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-sweeps test-site browser test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
+.PHONY: help venv demo docs docs-serve test test-sweeps test-site browser test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,12 @@ test-npu: $(READY) ## the ascend backend through the real torch_npu, its kernels
 # Exit code 3 is the doctor's word for a device that is not there: a line says so, nothing failed.
 test-gpu: $(READY) ## the doctor's suite on a CUDA device (backends cuda, flex, tiled, reference)
 	@$(BIN)/python -m attnkit doctor --device cuda || test $$? -eq 3
+
+docs: $(READY) ## the site, into build/site; open build/site/index.html, no server is needed
+	$(BIN)/python -m mkdocs build --quiet
+
+docs-serve: $(READY) ## the site while you write, on http://127.0.0.1:8000
+	$(BIN)/python -m mkdocs serve
 
 lint: $(READY) ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check .

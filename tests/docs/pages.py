@@ -73,12 +73,15 @@ def differences(page: Path) -> list[str]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Return the targets of links that are neither on the web nor in the tree."""
+    """Return the targets of links that are neither on the web, in the tree nor listed in the nav."""
     targets = _LINK.findall(page.read_text(encoding="utf-8"))
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace(".md", "")
     return [
         target
         for target in targets
-        if not target.startswith("https://") and not (page.parent / target).exists()
+        if not target.startswith("https://")
+        and not (page.parent / target).exists()
+        and target.rpartition(".")[0].lstrip("./") not in listed
     ]
 
 

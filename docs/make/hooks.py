@@ -1,0 +1,189 @@
+"""What mkdocs calls while it builds the site: pages from outside of docs/, and where links lead.
+
+A page of the repository links to files as they lie in the repository, so that links work there
+too. In the site some of these files are pages at another place, and others are no pages at all.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from docs.make import cells
+
+ROOT = Path(__file__).parents[2]
+
+PAGES = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "benchmarks/RESULTS.md",
+    "benchmarks/results/*.md",
+    "benchmarks/results/*.png",
+    "examples/README.md",
+    "examples/models/README.md",
+)
+"""What lies outside of docs/ and is part of the site, under project/."""
+
+SOURCES = ("examples/*.py", "examples/*/*.py", "examples/configs/*.yaml")
+"""Files that are shown as they are, on a page of their own under project/source/."""
+
+_FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ ]*$", re.S | re.M)
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leave out of the nav what is not there, and write out its patterns."""
+    config.nav = _present(config.nav, _known())
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what lies outside of docs/."""
+    for path, place in _outside().items():
+        if place.endswith(".md") and not path.endswith(".md"):
+            files.append(File.generated(config, place, content=_source_page(path)))
+        else:
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+    for path in sorted((ROOT / "docs").rglob("*.ipynb")):
+        place = path.relative_to(ROOT / "docs").as_posix()
+        text = cells.as_page(path.read_text(encoding="utf-8"), path.name)
+        files.append(File.generated(config, _page_of(place), content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links of a page lead where the site has what they name."""
+    here = _repository_path(page.file)
+    return "" if here is None else outside_fences(markdown, lambda text: _relinked(text, here))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the pictures of a notebook where its page says."""
+    notebook = ROOT / "docs" / page.file.src_uri.replace(".md", ".ipynb")
+    if page.file.generated_by is None or not notebook.exists():
+        return html
+    return cells.with_outputs(html, notebook.read_text(encoding="utf-8"))
+
+
+def outside_fences(markdown: str, change: Callable[[str], str]) -> str:
+    """Return a page with everything changed but its blocks of code.
+
+    >>> outside_fences("a\\n```\\na\\n```\\na", str.upper)
+    'A\\n```\\na\\n```\\nA'
+    """
+    parts, end = [], 0
+    for fence in _FENCE.finditer(markdown):
+        parts += [change(markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*parts, change(markdown[end:])])
+
+
+def site_path(path: str) -> str | None:
+    """Return where a file of the repository is in the site, None if it is not there.
+
+    >>> site_path("docs/guides/decoding.md"), site_path("CONTRIBUTING.md")
+    ('guides/decoding.md', 'project/CONTRIBUTING.md')
+    >>> site_path("README.md"), site_path("attnkit/errors.py")
+    ('index.md', None)
+    """
+    if path == "README.md":
+        return "index.md"
+    if path.startswith("docs/") and not path.startswith("docs/make/"):
+        return _page_of(path.removeprefix("docs/")) if (ROOT / path).is_file() else None
+    return _outside().get(path)
+
+
+def _outside() -> dict[str, str]:
+    """Return the files outside of docs/ that the site has, each with its place."""
+    found = {}
+    for pattern in PAGES:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            found[name] = f"project/{name}"
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            found[name] = f"project/source/{name}.md"
+    return found
+
+
+def _known() -> list[str]:
+    """Return every page of the site, by its place."""
+    docs = ROOT / "docs"
+    own = [path.relative_to(docs).as_posix() for path in docs.rglob("*") if path.is_file()]
+    return sorted([*map(_page_of, own), *_outside().values()])
+
+
+def _page_of(place: str) -> str:
+    """Return the page that a notebook becomes; others are what they are."""
+    return re.sub(r"\.ipynb$", ".md", place)
+
+
+def _present(nav: Any, known: list[str]) -> Any:
+    if isinstance(nav, dict):
+        kept = {title: _present(inside, known) for title, inside in nav.items()}
+        return {title: inside for title, inside in kept.items() if inside}
+    if isinstance(nav, str):
+        return nav if nav in known else None
+    kept = []
+    for entry in nav:
+        if isinstance(entry, str) and entry.endswith("/*"):
+            folder = entry.removesuffix("*")
+            kept += [name for name in known if name.startswith(folder) and name.endswith(".md")]
+        else:
+            kept.append(_present(entry, known))
+    return [entry for entry in kept if entry]
+
+
+def _planned() -> set[str]:
+    """Return the pages that the nav lists, there or not, as paths of the repository."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    return {f"docs/{page}" for page in re.findall(r"[\w./-]+\.md", text)}
+
+
+def _source_page(path: str) -> str:
+    language = {"py": "python"}.get(path.rpartition(".")[2], path.rpartition(".")[2])
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return (
+        f"---\ntitle: {path}\nsearch:\n  exclude: true\n---\n\n"
+        f"# `{path}`\n\n````{language}\n{text}````\n"
+    )
+
+
+def _repository_path(file: File) -> str | None:
+    """Return where a page of the site lies in the repository."""
+    if file.src_uri.startswith("project/source/"):
+        return file.src_uri.removeprefix("project/source/").removesuffix(".md")
+    if file.src_uri.startswith("project/"):
+        return file.src_uri.removeprefix("project/")
+    return f"docs/{file.src_uri}"
+
+
+def _relinked(text: str, here: str) -> str:
+    return _LINK.sub(lambda found: _link(found, here), text)
+
+
+def _link(found: re.Match[str], here: str) -> str:
+    mark, label, target, anchor = found[1], found[2], found[3], found[4] or ""
+    if not target or re.match(r"[a-z]+:", target):
+        return found[0]
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
+    place = site_path(path) or site_path(f"{path}/README.md")
+    if place is not None:
+        start = posixpath.dirname(site_path(here) or "")
+        return f"{mark}[{label}]({posixpath.relpath(place, start or '.')}{anchor})"
+    if not mark and path in _planned():
+        return label
+    if (
+        not mark and (ROOT / path).exists()
+    ):  # of the repository, but no page: its name is all there is to show
+        return label if label.startswith("`") else f"`{path}`"
+    return found[0]
