@@ -182,8 +182,6 @@ def _link(found: re.Match[str], here: str) -> str:
         return f"{mark}[{label}]({posixpath.relpath(place, start or '.')}{anchor})"
     if not mark and path in _planned():
         return label
-    if (
-        not mark and (ROOT / path).exists()
-    ):  # of the repository, but no page: its name is all there is to show
+    if not mark and (ROOT / path).exists():  # no page: its name is all there is to show
         return label if label.startswith("`") else f"`{path}`"
     return found[0]

@@ -73,7 +73,7 @@ def differences(page: Path) -> list[str]:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Return the targets of links that are neither on the web, in the tree nor listed in the nav."""
+    """Return the targets of links that are not on the web, nor in the tree, nor in the nav."""
     targets = _LINK.findall(page.read_text(encoding="utf-8"))
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace(".md", "")
     return [
