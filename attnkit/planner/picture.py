@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from attnkit.planner.price import chip
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GRID", "colour", "colours", "plot"]
+__all__ = ["GRID", "Scene", "colour", "colours", "images", "layers", "plot", "scene"]
 
 GRID = 128
 _COLOURS = (0x2B6CB0, 0xDD6B20, 0x2F855A, 0x9F3A8F, 0xB7791F, 0x4A5568, 0xC53030, 0x319795)
@@ -27,30 +27,62 @@ _COLOURS = (0x2B6CB0, 0xDD6B20, 0x2F855A, 0x9F3A8F, 0xB7791F, 0x4A5568, 0xC53030
 
 def plot(plan: Plan, batch: int, head: int) -> Figure:
     """Return the figure that `Plan.plot` documents."""
-    request = plan.request
-    _check_index("batch", batch, request.batch)
-    _check_index("head", head, request.num_heads)
-    q_len, kv_len = request.sequences[batch]
-    launches = plan.steps or lower(request).steps
-    if request.mask.comes_with_call:  # their places are data: drawn is what may be asked for
-        launches = ()
-    drawn, title = request, f"{request.mask!r}"
-    if plan.in_order is not None:
-        drawn, batch, head = plan.in_order, *placed(plan.in_order, batch, head)
-        title += ", positions sorted" if plan.positions is not None else ""
-    known = drawn.matrices.regions(head)[batch]
-    layers = list(_layers(launches, batch, head)) or [(known, "the mask")]
+    seen = scene(plan, batch, head)
+    known, (q_len, kv_len) = seen.known, seen.sizes
+    drawn = list(layers(seen.launches, seen.batch, seen.head)) or [(known, "the mask")]
     cells = np.ones((1, 1, 3))
-    for k, (region, _) in enumerate(layers):
+    for k, (region, _) in enumerate(drawn):
         share = picture.shares(region, q_len, kv_len, GRID, GRID)[..., None]
         cells = cells * (1 - share) + np.array(colour(k)) * share
-    title = f"{title}\n{_measured(known, q_len, kv_len)}"
+    title = f"{seen.title}\n{_measured(known, q_len, kv_len)}"
     figure = picture.figure(cells, q_len, kv_len, title)
     from matplotlib.patches import Patch  # is there, or the figure would not be
 
-    legend = [Patch(color=colour(k), label=label) for k, (_, label) in enumerate(layers)]
+    legend = [Patch(color=colour(k), label=label) for k, (_, label) in enumerate(drawn)]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+class Scene(NamedTuple):
+    """A score matrix as the calls of a plan see it.
+
+    Where tokens are moved before the calls, `batch` and `head` are those of the moved request.
+    `known` are its cells, `sizes` its rows and keys. There are no `launches` where none would do,
+    or where the places are data of each call.
+    """
+
+    launches: tuple[Launch, ...]
+    batch: int
+    head: int
+    known: Region
+    sizes: tuple[int, int]
+    title: str
+
+
+def scene(plan: Plan, batch: int = 0, head: int = 0) -> Scene:
+    """Return what a picture of a plan shows of one score matrix.
+
+    A backend without fused calls shows those that would compute the same on Ascend.
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.empty(1, 8, 2, 16, device="meta")
+    >>> seen = scene(ak.plan(x, x, x, mask=ak.masks.Causal(), backend="emulated"))
+    >>> [label for _, label in layers(seen.launches, seen.batch, seen.head)]
+    ['call 1: mode 3']
+    """
+    request = plan.request
+    _check_index("batch", batch, request.batch)
+    _check_index("head", head, request.num_heads)
+    sizes = request.sequences[batch]
+    calls = plan if plan.steps else lower(request)
+    # The places of such a mask are data: drawn is what may be asked for.
+    launches = () if request.mask.comes_with_call else calls.steps
+    drawn, title = request, f"{request.mask!r}"
+    if calls.in_order is not None:
+        drawn, batch, head = calls.in_order, *placed(calls.in_order, batch, head)
+        title += ", positions sorted" if calls.positions is not None else ""
+    return Scene(launches, batch, head, drawn.matrices.regions(head)[batch], sizes, title)
 
 
 def colours() -> int:
@@ -82,26 +114,26 @@ def _measured(known: Region, q_len: int, kv_len: int) -> str:
     )
 
 
-def _layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[Region, str]]:
+def layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[Region, str]]:
     """Yield the cells that share a colour, and what they are: those of a call.
 
     The sequences of a single call that gathers take turns with the colours.
     """
     if len(launches) == 1 and not all(k.is_rectangle for k in launches[0].blocks):
-        images = list(_images(launches[0], batch, head))
+        each = list(images(launches[0], batch, head))
         turns = len(_COLOURS)
-        for k in range(min(turns, len(images))):
-            own = range(k + 1, len(images) + 1, turns)
+        for k in range(min(turns, len(each))):
+            own = range(k + 1, len(each) + 1, turns)
             told = ", ".join(map(str, own[:2])) + (f", ... {own[-1]}" if len(own) > 2 else "")
-            yield Region.union(images[k::turns]), f"{launches[0].label}: sequence {told}"
+            yield Region.union(each[k::turns]), f"{launches[0].label}: sequence {told}"
         return
     for n, launch in enumerate(launches, start=1):
-        cells = Region.union(_images(launch, batch, head))
+        cells = Region.union(images(launch, batch, head))
         if cells:
             yield cells, f"call {n}: {launch.label}"
 
 
-def _images(launch: Launch, batch: int, head: int) -> Iterator[Region]:
+def images(launch: Launch, batch: int, head: int) -> Iterator[Region]:
     """Yield the cells that each sequence of a call computes in one score matrix."""
     if launch.is_opaque or (launch.heads is not None and head not in launch.heads):
         return
