@@ -31,7 +31,7 @@ from attnkit.static import StaticCache
 if TYPE_CHECKING:
     from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attention",

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
 from attnkit.doctor import command, plans
+from attnkit.doctor.findings import told_versions
 from attnkit.doctor.screen import GOOD, INTERRUPTED, NO_DEVICE, WRONG, NoDevice, Parser, Screen
 from attnkit.errors import AttnkitError
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     screen = Screen()
     parser = Parser(prog="python -m attnkit", description=__doc__)
+    parser.add_argument("--version", action="version", version=told_versions())
     chosen = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Callable[[Namespace, Screen], int], text: str) -> ArgumentParser:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(arguments.run(arguments, screen))
         screen.out.flush()
         return code
-    except SystemExit:  # --help has been printed
+    except SystemExit:  # --help or --version has been printed
         return GOOD
     except AttnkitError as error:
         screen.error(str(error))

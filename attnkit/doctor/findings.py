@@ -22,7 +22,16 @@ from attnkit.layouts import Sizes
 from attnkit.masks import Causal, SlidingWindow
 from attnkit.planner import Composition
 
-__all__ = ["GPU_BACKENDS", "Machine", "backends_of", "find_machine", "findings", "npu_absence"]
+__all__ = [
+    "GPU_BACKENDS",
+    "Machine",
+    "backends_of",
+    "find_machine",
+    "findings",
+    "npu_absence",
+    "told_versions",
+    "versions",
+]
 
 
 GPU_BACKENDS = ("cuda", "flex", "tiled", "reference")
@@ -115,11 +124,8 @@ def findings(machine: Machine) -> dict[str, Any]:
     """Return what is installed and what each backend would say, as plain data."""
     absence = npu_absence()
     return {
-        "attnkit": attnkit.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "platform": platform.platform(),
-        "torch": torch.__version__,
-        "torch_npu": _version("torch_npu"),
         "cuda": torch.version.cuda,
         "cann": None if absence else _cann_version(),
         "npu": absence or "usable",
@@ -127,6 +133,21 @@ def findings(machine: Machine) -> dict[str, Any]:
         "ops": {name: _arguments(op.op) for name, op in OP_VERSIONS.items() if "." not in op.op},
         "backends": _backends(machine.device),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions that a report needs; None is not installed."""
+    return {
+        "attnkit": attnkit.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torch_npu": _version("torch_npu"),
+    }
+
+
+def told_versions() -> str:
+    """Return `versions` as one line: ``attnkit 0.2.0, python 3.11.7, torch 2.13.0+cpu``."""
+    return ", ".join(f"{name} {one}" for name, one in versions().items() if one is not None)
 
 
 def _version(package: str) -> str | None:
