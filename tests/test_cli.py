@@ -230,6 +230,8 @@ def test_a_plan_for_packed_sequences(packed: Path, capsys: Any):
     assert "keep_prob=0.9" in out
     assert main([*command_line, "--kv-lengths", "4,5,9"]) == 0
     assert "actual_seq_kvlen=(4, 9, 18)" in capsys.readouterr().out
+    assert main(["plan", "--mask", "Causal()", *command_line[3:]]) == 0
+    assert "TND, 3 sequences" in capsys.readouterr().out
 
 
 def test_a_plan_of_a_mask_alone_and_of_a_file_with_other_values(config: Path, capsys: Any):

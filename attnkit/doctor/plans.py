@@ -122,7 +122,8 @@ def _config(arguments: argparse.Namespace) -> Config:
         return type(config)(**dict(config) | said) if said else config
     if "mask" not in said:
         raise UsageError("say what to plan: --config FILE, or --mask TEXT")
-    return AttentionConfig(**{"num_heads": 8, "head_dim": 64} | said)
+    layout = "BSND" if arguments.lengths is None else "TND"
+    return AttentionConfig(**{"num_heads": 8, "head_dim": 64} | said, layout=layout)
 
 
 def _request(config: Config, arguments: argparse.Namespace) -> tuple[Request, Pse | None]:

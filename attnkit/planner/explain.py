@@ -52,7 +52,9 @@ def explain(plan: Plan) -> str:
         lines.append("on Ascend, the same composition is:")
     if calls.steps:
         lines += _solution_lines(calls)
-        lines += entry("cheaper", "; ".join(map(str, plan.savings)))
+        if plan.savings:
+            told = "; ".join(map(str, plan.savings))
+            lines += entry("cheaper", f"for each allowed cell: {told}")
     if plan.steps or not calls.steps:
         lines += listed("refused", calls.refusals)
     return "\n".join(lines)
@@ -249,9 +251,9 @@ def _gathered(launch: Launch, request: Request) -> str:
     if not scattered:
         return ""
     times = len(launch.keys) / sum(kv_len for _, kv_len in request.sequences)
-    first = scattered[0]
+    first, some = scattered[0], "sequences have" if len(scattered) > 1 else "sequence has"
     return (
-        f"{len(scattered)} sequences have rows or keys from several places; all have "
+        f"{len(scattered)} {some} rows or keys from several places; all have "
         f"{_between(block.sizes[0] for block in launch.blocks)} rows and "
         f"{_between(block.sizes[1] for block in launch.blocks)} keys each, "
         f"{len(launch.keys):,} keys in all ({times:.3g} times K and V); the first has rows "
@@ -402,8 +404,8 @@ def listed(label: str, refusals: Sequence[Refusal]) -> list[str]:
         reasons.setdefault((refusal.reason, refusal.code), {})[refusal.subject] = None
     lines: list[str] = []
     for (reason, code), subjects in list(reasons.items())[:_MOST_REASONS]:
-        told = "; ".join(subjects)
-        lines += entry("" if lines else label, f"{told}: {reason} [{code}]")
+        told = "; ".join(filter(None, subjects))  # none: it holds for whatever calls there are
+        lines += entry("" if lines else label, f"{told}{': ' if told else ''}{reason} [{code}]")
     if len(reasons) > _MOST_REASONS:
         lines += entry("", f"and for {len(reasons) - _MOST_REASONS} more reasons")
     return lines

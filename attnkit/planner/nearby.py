@@ -28,7 +28,7 @@ class Saving:
     share: float
 
     def __str__(self) -> str:
-        return f"{self.change}: -{100 * self.share:.0f} %"
+        return f"{self.change}: -{100 * self.share:.3g} %"
 
 
 def savings(request: Request) -> tuple[Saving, ...]:

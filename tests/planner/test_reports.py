@@ -43,6 +43,24 @@ def test_cut_masks_are_explained(mask: masks.Mask, backend: str) -> None:
     assert not any("Cut" in change for change in turned)
 
 
+def test_a_reason_that_holds_for_every_call_stands_alone() -> None:
+    q = torch.empty(1, 8, 2, 8)
+    told = ak.plan(q, q, q, softcap=3.0).explain()
+    assert "  refused     softcap=3.0 is a term" in told
+
+
+def test_sequences_and_savings_are_counted_in_words_that_fit() -> None:
+    q = torch.empty(1, 8192, 8, 64, device="meta", dtype=torch.bfloat16)
+    mask = masks.Band(64, 64) | masks.Columns(0, 16) | masks.Rows(0, 16)
+    told = ak.plan(q, q, q, mask=mask, backend="emulated").explain()
+    assert "1 sequence has rows" in told
+    assert "62 sequences have rows" in told
+    few = plan_of(masks.Causal(), 4, 4, "emulated")
+    assert 0.99 < few.savings[0].share < 1
+    assert "for each allowed cell: lengths in whole tiles" in few.explain()
+    assert "-99." in few.explain()
+
+
 def test_every_random_request_is_explained() -> None:
     chance, told = random.Random(0), 0
     torch.manual_seed(0)
