@@ -60,10 +60,10 @@ test-gpu: $(READY) ## the doctor's suite on a CUDA device (backends cuda, flex, 
 	@$(BIN)/python -m attnkit doctor --device cuda || test $$? -eq 3
 
 docs: $(READY) ## the site, into build/site; open build/site/index.html, no server is needed
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docs-serve: $(READY) ## the site while you write, on http://127.0.0.1:8000
-	$(BIN)/python -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 lint: $(READY) ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check .

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
 
+from docs.make.names import entry_of
+
 __all__ = ["Docstrings", "as_markdown"]
+
+_NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*(?:\(\))?)`(?!`)")
 
 
 class Docstrings(griffe.Extension):
     """Rewrites each docstring of the package as Markdown."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for obj in _objects(pkg):
+            if obj.docstring is not None:
+                obj.docstring.value = as_markdown(_linked(obj.docstring.value, obj))
 
 
 def as_markdown(text: str) -> str:
-    """Return a docstring with each run of doctest paragraphs in a fence.
-
-    >>> print(as_markdown("Adds.\\n\\n>>> 1 + 1\\n2"))
-    Adds.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
-    paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+    """Return a docstring with each run of doctest paragraphs in a fence."""
     parts: list[str] = []
-    for paragraph in paragraphs:
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         if not paragraph.lstrip().startswith(">>>"):
             parts.append(paragraph)
         elif parts and parts[-1].startswith("```pycon"):
@@ -39,3 +35,39 @@ def as_markdown(text: str) -> str:
         else:
             parts.append(f"```pycon\n{paragraph}\n```")
     return "\n\n".join(parts)
+
+
+def _linked(text: str, obj: griffe.Object) -> str:
+    """Return a docstring whose names lead to their entries, where they have one."""
+    own = {parameter.name for parameter in getattr(obj, "parameters", ())} | {obj.name}
+
+    def link(found: re.Match[str]) -> str:
+        entry = None if found[1] in own else _entry(found[1], obj)
+        return found[0] if entry is None else f"[`{found[1]}`][{entry}]"
+
+    lines = text.split("\n")
+    return "\n".join(
+        line if line.lstrip().startswith((">>>", "...")) else _NAME.sub(link, line)
+        for line in lines
+    )
+
+
+def _entry(name: str, obj: griffe.Object) -> str | None:
+    entry = entry_of(name, obj.path)
+    if entry is not None or "." not in name:
+        return entry
+    owner, _, member = name.removesuffix("()").rpartition(".")
+    owners = entry_of(owner, obj.path)
+    if owners is None or member.startswith("_"):
+        return None
+    found = obj.package.get_member(owners.partition(".")[2])
+    found = found.final_target if found.is_alias else found
+    known = found.is_class and member in found.members and found.members[member].has_docstring
+    return f"{owners}.{member}" if known else None
+
+
+def _objects(owner: griffe.Object) -> Iterator[griffe.Object]:
+    yield owner
+    for member in owner.members.values():
+        if not member.is_alias:
+            yield from _objects(member)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.make import cells
+from docs.make.names import entry_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +33,18 @@ PAGES = (
 )
 """What lies outside of docs/ and is part of the site, under project/."""
 
+SPARED = ("CHANGELOG.md",)
+"""Pages whose names may be those of another time."""
+
 SOURCES = ("examples/*.py", "examples/*/*.py", "examples/configs/*.yaml")
 """Files that are shown as they are, on a page of their own under project/source/."""
 
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ ]*$", re.S | re.M)
+_CODE = re.compile(  # a heading, a link, or what stands in backticks, which may be a name
+    r"^#.*$|\[(?:[^\[\]]|\[[^\[\]]*\])*\][(\[][^)\]]*[)\]]|(?<!`)`(?P<name>[A-Za-z][\w.]*(?:\(\))?)`(?!`)"
+    r"|(`+).+?\2",
+    re.M,
+)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -62,7 +71,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links of a page lead where the site has what they name."""
     here = _repository_path(page.file)
-    return "" if here is None else outside_fences(markdown, lambda text: _relinked(text, here))
+    moved = outside_fences(markdown, lambda text: _relinked(text, here))
+    return moved if here in SPARED else named(moved)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -71,6 +81,27 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if page.file.generated_by is None or not notebook.exists():
         return html
     return cells.with_outputs(html, notebook.read_text(encoding="utf-8"))
+
+
+def named(markdown: str) -> str:
+    """Return a page on which each public name leads to its entry, where it is named first.
+
+    >>> named("`Causal` and `masks.Causal`: `Causal`. `Dense` is two.")
+    '[`Causal`][attnkit.masks.Causal] and `masks.Causal`: `Causal`. `Dense` is two.'
+    >>> named("# `Causal`\\n[`Causal`](variants.md)")
+    '# `Causal`\\n[`Causal`](variants.md)'
+    """
+    linked: set[str] = set()
+
+    def link(found: re.Match[str]) -> str:
+        name = found["name"]
+        entry = entry_of(name) if name else None
+        if entry is None or entry in linked:
+            return found[0]
+        linked.add(entry)
+        return f"[`{name}`][{entry}]"
+
+    return outside_fences(markdown, lambda text: _CODE.sub(link, text))
 
 
 def outside_fences(markdown: str, change: Callable[[str], str]) -> str:
@@ -158,7 +189,7 @@ def _source_page(path: str) -> str:
     )
 
 
-def _repository_path(file: File) -> str | None:
+def _repository_path(file: File) -> str:
     """Return where a page of the site lies in the repository."""
     if file.src_uri.startswith("project/source/"):
         return file.src_uri.removeprefix("project/source/").removesuffix(".md")
