@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit.arguments import check_bool, check_int, check_ints
 from attnkit.errors import CompositionError, shown
 from attnkit.memory import Memory, check_pair, room_for, with_room
-from attnkit.texts import Runs, Text, alike, paired
+from attnkit.texts import HeldText, Runs, alike, paired
 
 __all__ = ["KVCache"]
 
@@ -68,7 +68,7 @@ it more, or capacity=None to grow
         KVCache(length=0, capacity=0)
         """
         self._memory: Memory | None = None
-        self._texts: tuple[Text, ...] = (Text(),)
+        self._texts: tuple[HeldText, ...] = (HeldText(),)
         self._answered: int | None = None  # the queries, once it holds a context
 
     @property
@@ -95,13 +95,13 @@ it more, or capacity=None to grow
         return lengths * self.batch if len(lengths) == 1 else lengths
 
     @property
-    def texts(self) -> tuple[Text, ...]:
+    def texts(self) -> tuple[HeldText, ...]:
         """Which tokens of each text it holds; one entry where all are alike.
 
         >>> cache = KVCache()
         >>> _ = cache.append(torch.zeros(9, 3, 2, 8), torch.zeros(9, 3, 2, 8))
         >>> cache.texts
-        (Text(length=3, runs=((0, 3),), since=0),)
+        (HeldText(length=3, runs=((0, 3),), since=0),)
         """
         return self._texts
 
@@ -193,11 +193,11 @@ it more, or capacity=None to grow
         self._texts = texts
         return self.read()
 
-    def grown(self, counts: Sequence[int]) -> tuple[Text, ...]:
+    def grown(self, counts: Sequence[int]) -> tuple[HeldText, ...]:
         """Return what the texts would be with `counts` tokens more: of each, or one for all.
 
         >>> KVCache().grown([2, 3])[1]
-        Text(length=3, runs=((0, 3),), since=0)
+        HeldText(length=3, runs=((0, 3),), since=0)
         """
         return alike(text.grown(count) for text, count in paired(self._texts, counts))
 

@@ -30,7 +30,7 @@ from attnkit.masks.base import Enclosure, Rectangle
 from attnkit.pse import Pse
 from attnkit.seen import NewRows, Seen, bias_seen
 from attnkit.strips import gaps
-from attnkit.texts import Runs, Text, paired
+from attnkit.texts import HeldText, Runs, paired
 
 __all__ = [
     "attend_rows",
@@ -97,7 +97,7 @@ def rows_of_text(mask: Mask, pse: Pse | None, start: int, stop: int) -> tuple[Ma
 they were computed, so decoding step by step cannot equal the full forward; intersect it with \
 masks.Causal(), or give all tokens that see each other in one call
     """
-    new = NewRows(Text().grown(stop), stop - start)
+    new = NewRows(HeldText().grown(stop), stop - start)
     return _cut(mask, pse, new, _checked(mask, pse, (new,)))
 
 
@@ -109,7 +109,7 @@ def known_length(mask: Mask, pse: Pse | None, start: int, stop: int) -> int | No
     >>> from attnkit import masks
     >>> known_length(masks.Causal(), None, 4, 6)
     """
-    return _next(mask, pse, (NewRows(Text().grown(stop), stop - start),))[0]
+    return _next(mask, pse, (NewRows(HeldText().grown(stop), stop - start),))[0]
 
 
 def next_rows(
@@ -126,7 +126,7 @@ def next_rows(
     >>> _ = cache.append(tokens, tokens)
     >>> rows, _ = next_rows(cache, masks.SlidingWindow(4), None, [1], tokens)
     >>> rows.region(1, 4).area, cache.texts
-    (4, (Text(length=16, runs=((13, 16),), since=16),))
+    (4, (HeldText(length=16, runs=((13, 16),), since=16),))
     """
     texts = _new_rows(cache, counts)
     if cache.is_full(counts):
@@ -193,7 +193,7 @@ def unpadded(found: AttentionOutput, counts: Sequence[int]) -> AttentionOutput:
 
 
 def seen_later(
-    mask: Mask, text: Text, count: int, batches: Sequence[int] = (0,), known: int | None = None
+    mask: Mask, text: HeldText, count: int, batches: Sequence[int] = (0,), known: int | None = None
 ) -> Runs:
     """Return which tokens of a text later rows can see: in some head, of some element of a batch.
 
@@ -203,7 +203,7 @@ def seen_later(
 
     >>> from attnkit import masks
     >>> mask = masks.Causal() & (masks.SlidingWindow(4) | masks.Columns(0, 2))
-    >>> seen_later(mask, Text().grown(100), 1)
+    >>> seen_later(mask, HeldText().grown(100), 1)
     ((0, 2), (97, 100))
     """
     stop = text.length

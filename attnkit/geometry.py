@@ -400,3 +400,9 @@ class Region:
         hull = self.bounds
         where = f", rows {hull.i0}:{hull.i1}, keys {hull.j0}:{hull.j1}" if hull else ""
         return f"<Region of {len(parts)} slices, {self.area} cells{where}>"
+
+    def _repr_html_(self) -> str:
+        """Return a picture for a notebook."""
+        from attnkit.fields import page
+
+        return page(self)

@@ -13,7 +13,7 @@ from attnkit.cache import KVCache
 from attnkit.errors import CompositionError
 from attnkit.memory import Memory, Pair, Range
 from attnkit.strips import gaps
-from attnkit.texts import Runs, Text, paired
+from attnkit.texts import HeldText, Runs, paired
 
 __all__ = ["PagedCache", "Pages"]
 
@@ -233,7 +233,7 @@ pages for (4, 0) tokens more; give it more pages, or drop texts (reorder, trunca
         if self._memory is not None:
             self._paged.trim([text.held for text in self._texts])
 
-    def _whole_pages(self, text: Text, runs: Runs) -> Runs:
+    def _whole_pages(self, text: HeldText, runs: Runs) -> Runs:
         """Return the positions of all tokens on the pages that hold some of `runs`."""
         size, found = self.page, list[Range]()
         for first, last in text.spans(runs):

@@ -19,7 +19,7 @@ from torch import Tensor
 from attnkit.geometry import Region
 from attnkit.masks import Enclosure, Mask, Rectangle
 from attnkit.pse import Dense, Pse
-from attnkit.texts import Text
+from attnkit.texts import HeldText
 
 __all__ = ["NewRows", "Seen", "bias_seen"]
 
@@ -29,11 +29,11 @@ Range = tuple[int, int]
 class NewRows(NamedTuple):
     """The last `added` rows of a text, over the keys that are held of it.
 
-    >>> NewRows(Text(9, ((0, 2), (7, 9))), 1).rows
+    >>> NewRows(HeldText(9, ((0, 2), (7, 9))), 1).rows
     (8, 9)
     """
 
-    text: Text
+    text: HeldText
     added: int
 
     @property
@@ -44,7 +44,7 @@ class NewRows(NamedTuple):
     def pieces(self, keys: Range) -> Iterator[tuple[int, Range]]:
         """Yield where some of the held keys begin and the positions of each stretch of them.
 
-        >>> list(NewRows(Text(9, ((0, 2), (7, 9))), 1).pieces((1, 3)))
+        >>> list(NewRows(HeldText(9, ((0, 2), (7, 9))), 1).pieces((1, 3)))
         [(1, (1, 2)), (2, (7, 8))]
         """
         for first, (start, stop) in zip(self.text.places, self.text.runs, strict=True):
@@ -61,7 +61,7 @@ class Seen(Mask):
     texts, of `length` tokens where that is known.
 
     >>> from attnkit import masks
-    >>> text = NewRows(Text(9, ((0, 2), (6, 9))), 2)
+    >>> text = NewRows(HeldText(9, ((0, 2), (6, 9))), 2)
     >>> print(Seen(masks.SlidingWindow(2) | masks.Columns(0, 1), (text,)).show(2, 5))
     #.##.
     #..##
@@ -121,7 +121,7 @@ def bias_seen(pse: Pse, texts: tuple[NewRows, ...], length: int | None, like: Te
     """Return the same rows and keys of a bias, as a tensor of the device of `like`.
 
     >>> from attnkit import pse
-    >>> text = NewRows(Text(9, ((0, 2), (6, 9))), 1)
+    >>> text = NewRows(HeldText(9, ((0, 2), (6, 9))), 1)
     >>> bias_seen(pse.ALiBi([1.0]), (text,), None, torch.zeros(1)).materialize(1, 5)
     tensor([[[[-8., -7., -2., -1., -0.]]]])
     """

@@ -32,7 +32,7 @@ from attnkit.planner.request import Share
 from attnkit.pse import Pse
 from attnkit.ranges import Ranges, in_order, places, shared, total
 from attnkit.seen import NewRows, Seen, bias_seen
-from attnkit.texts import Text
+from attnkit.texts import HeldText
 
 __all__ = ["ShardedCache", "sharded_step"]
 
@@ -301,7 +301,7 @@ def _own(
     """Return what the new rows answer over this rank's keys."""
     (mask, pse), query = composed, tensors[0]
     held = cache.held(cache.shards.rank)
-    text = Text(cache.length, tuple((one.start, one.stop) for one in held))
+    text = HeldText(cache.length, tuple((one.start, one.stop) for one in held))
     rows = NewRows(text, query.shape[1])
     bias = None if pse is None else bias_seen(pse, (rows,), known, query)
     mask = Seen(mask, (rows,), known)

@@ -1,4 +1,4 @@
-"""`Text`: which tokens of a text a cache holds, and in what order. Plain integers, no tensor."""
+"""`HeldText`: which tokens of a text a cache holds, in what order. Plain integers, no tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from attnkit.strips import gaps
 
-__all__ = ["Runs", "Text", "alike", "meet", "paired"]
+__all__ = ["HeldText", "Runs", "alike", "meet", "paired"]
 
 T = TypeVar("T")
 Range = tuple[int, int]
@@ -16,13 +16,13 @@ Runs = tuple[Range, ...]
 """Positions ``[start, stop)`` in order, with gaps between them."""
 
 
-class Text(NamedTuple):
+class HeldText(NamedTuple):
     """Of `length` tokens so far those in `runs`, in the order in which they lie in memory.
 
     Queries before `since` may have seen tokens that are forgotten, and cannot come again.
 
-    >>> Text().grown(3)
-    Text(length=3, runs=((0, 3),), since=0)
+    >>> HeldText().grown(3)
+    HeldText(length=3, runs=((0, 3),), since=0)
     """
 
     length: int = 0
@@ -33,7 +33,7 @@ class Text(NamedTuple):
     def held(self) -> int:
         """The number of tokens that are held.
 
-        >>> Text(9, ((0, 2), (7, 9))).held
+        >>> HeldText(9, ((0, 2), (7, 9))).held
         4
         """
         return sum(stop - start for start, stop in self.runs)
@@ -42,16 +42,16 @@ class Text(NamedTuple):
     def forgotten(self) -> Runs:
         """The positions that are not held any more.
 
-        >>> Text(9, ((0, 2), (7, 9))).forgotten
+        >>> HeldText(9, ((0, 2), (7, 9))).forgotten
         ((2, 7),)
         """
         return tuple(gaps(self.runs, 0, self.length))
 
-    def grown(self, count: int) -> Text:
+    def grown(self, count: int) -> HeldText:
         """Return it with `count` tokens more.
 
-        >>> Text(9, ((0, 2), (7, 9))).grown(1)
-        Text(length=10, runs=((0, 2), (7, 10)), since=0)
+        >>> HeldText(9, ((0, 2), (7, 9))).grown(1)
+        HeldText(length=10, runs=((0, 2), (7, 10)), since=0)
         """
         start, stop = self.length, self.length + count
         runs = self.runs
@@ -59,19 +59,19 @@ class Text(NamedTuple):
             start, runs = runs[-1][0], runs[:-1]
         return self._replace(length=stop, runs=(*runs, (start, stop)) if count else self.runs)
 
-    def shortened(self, length: int) -> Text:
+    def shortened(self, length: int) -> HeldText:
         """Return its first `length` tokens.
 
-        >>> Text(9, ((0, 2), (7, 9))).shortened(8)
-        Text(length=8, runs=((0, 2), (7, 8)), since=0)
+        >>> HeldText(9, ((0, 2), (7, 9))).shortened(8)
+        HeldText(length=8, runs=((0, 2), (7, 8)), since=0)
         """
         return self._replace(length=length, runs=meet(self.runs, ((0, length),)))
 
-    def keeping(self, runs: Runs) -> Text:
+    def keeping(self, runs: Runs) -> HeldText:
         """Return it with the tokens of `runs` alone, as far as it holds them.
 
-        >>> Text(9, ((0, 9),)).keeping(((0, 2), (7, 12)))
-        Text(length=9, runs=((0, 2), (7, 9)), since=9)
+        >>> HeldText(9, ((0, 9),)).keeping(((0, 2), (7, 12)))
+        HeldText(length=9, runs=((0, 2), (7, 9)), since=9)
         """
         return self._replace(runs=meet(self.runs, runs), since=self.length)
 
@@ -79,7 +79,7 @@ class Text(NamedTuple):
     def places(self) -> list[int]:
         """Where in memory each run begins.
 
-        >>> Text(9, ((0, 2), (7, 9))).places
+        >>> HeldText(9, ((0, 2), (7, 9))).places
         [0, 2]
         """
         sizes = (stop - start for start, stop in self.runs)
@@ -88,7 +88,7 @@ class Text(NamedTuple):
     def spans(self, runs: Runs) -> list[Range]:
         """Return where in memory the tokens of `runs` lie, as far as it holds them.
 
-        >>> Text(9, ((0, 2), (7, 9))).spans(((1, 8),))
+        >>> HeldText(9, ((0, 2), (7, 9))).spans(((1, 8),))
         [(1, 2), (2, 3)]
         """
         found = []
@@ -100,7 +100,7 @@ class Text(NamedTuple):
     def positions(self, span: Range) -> list[Range]:
         """Return which tokens lie at a stretch of memory.
 
-        >>> Text(9, ((0, 2), (7, 9))).positions((1, 9))
+        >>> HeldText(9, ((0, 2), (7, 9))).positions((1, 9))
         [(1, 2), (7, 9)]
         """
         found = []
@@ -120,20 +120,20 @@ def meet(some: Iterable[Range], others: Sequence[Range]) -> Runs:
     return tuple((start, stop) for start, stop in pairs if start < stop)
 
 
-def alike(texts: Iterable[Text]) -> tuple[Text, ...]:
+def alike(texts: Iterable[HeldText]) -> tuple[HeldText, ...]:
     """Return one text for all where they are equal.
 
-    >>> alike([Text(3), Text(3)])
-    (Text(length=3, runs=(), since=0),)
+    >>> alike([HeldText(3), HeldText(3)])
+    (HeldText(length=3, runs=(), since=0),)
     """
     all_of = tuple(texts)
     return all_of[:1] if len(set(all_of)) == 1 else all_of
 
 
-def paired(texts: Sequence[Text], values: Sequence[T]) -> list[tuple[Text, T]]:
+def paired(texts: Sequence[HeldText], values: Sequence[T]) -> list[tuple[HeldText, T]]:
     """Return texts with their values, where one of either may stand for all.
 
-    >>> len(paired([Text(3)], [1, 2]))
+    >>> len(paired([HeldText(3)], [1, 2]))
     2
     """
     most = max(len(texts), len(values))

@@ -14,7 +14,7 @@ from attnkit.decoding import seen_later
 from attnkit.errors import CompositionError
 from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
-from attnkit.texts import Text
+from attnkit.texts import HeldText
 
 DIM = 8
 
@@ -161,7 +161,7 @@ def test_later_rows_are_asked_as_a_set():
             continue
         cells = mask.materialize(n, n, mask.batches or 1)[:, 0]
         batches = range(mask.batches or 1)
-        runs = seen_later(mask, Text().grown(stop), 1, batches)
+        runs = seen_later(mask, HeldText().grown(stop), 1, batches)
         seen = {j for a, b in runs for j in range(a, b)}
         shown = cells[:, stop:, :stop].any(0).any(0)
         assert seen >= set(shown.nonzero().flatten().tolist()), mask

@@ -20,22 +20,23 @@ from attnkit.arguments import (
     full_text,
     short,
 )
+from attnkit.display import Drawing, Text, colour
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, clipped, shown
+from attnkit.fields import GRID, Picture, layer
 from attnkit.geometry import Region
 from attnkit.handles import born
 from attnkit.masks import picture
 from attnkit.masks.operators import Operators
 from attnkit.masks.order import Order
-from attnkit.masks.picture import Picture
 from attnkit.masks.trace import Enclosure, Rectangle, cells_of, paint, row_blocks
 from attnkit.ranges import Excerpt
 from attnkit.textform import Families, arguments_text, check_names
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from typing_extensions import Self
 
+    from attnkit.display.figure import Figure
     from attnkit.masks.finding import Finding
 
 __all__ = [
@@ -376,7 +377,7 @@ class Mask(Operators, ABC):
                     "give it one entry for each of them"
                 )
 
-    def show(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0, width: int = 64) -> str:
+    def show(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0, width: int = 64) -> Text:
         """Return a small terminal picture, at most `width` characters wide.
 
         ``#`` all allowed, ``+`` some allowed, ``.`` none; a row of text is a row (or several
@@ -400,8 +401,19 @@ class Mask(Operators, ABC):
         >>> type(masks.Causal().plot(64, 64)).__name__
         'Figure'
         """
-        drawn = self._shares(q_len, kv_len, batch, head, 128, 128)
-        return picture.figure(drawn, q_len, kv_len, repr(self))
+        share = self._shares(q_len, kv_len, batch, head, GRID, GRID)
+        return picture.figure(Drawing(q_len, kv_len, (layer(share, colour(0)),), repr(self)))
+
+    def _repr_html_(self) -> str:
+        """Return a picture for a notebook, at lengths that suit the mask."""
+        from attnkit.masks.shown import page
+
+        return page(self)
+
+    @property
+    def _unread(self) -> int:
+        """How many cells are read before anything is known of it, by whoever asks first."""
+        return 0
 
     def _shares(self, q_len: int, kv_len: int, b: int, h: int, rows: int, keys: int) -> Picture:
         self._checked_enclosure(q_len, kv_len, b, h)

@@ -97,6 +97,10 @@ class Nested(Mask):
         deepest = max((depth for depth, _ in inside), default=0)
         return deepest + 1, 1 + sum(parts for _, parts in inside)
 
+    @property
+    def _unread(self) -> int:
+        return sum(member._unread for member in self.members)
+
     def _check_nesting(self) -> None:
         """Raise `CompositionError` for a mask that nests too deep or has too many parts."""
         depth, parts = self._nesting

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -73,6 +74,10 @@ class Dense(Mask):
     def _enclosures(self) -> dict[tuple[int, int], Enclosure]:
         """What was recovered so far, by (batch, head); lives as long as the mask."""
         return {}
+
+    @property
+    def _unread(self) -> int:
+        return prod(self._content[0]) * (not self._enclosures)
 
     @classmethod
     def keep(cls, tensor: torch.Tensor) -> Dense:

@@ -33,7 +33,7 @@ from attnkit.pse.base import rebound
 from attnkit.ranges import Ranges, shared
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from attnkit.display.figure import Figure
 
 __all__ = ["Alternative", "ParallelPlan", "StagePiece"]
 

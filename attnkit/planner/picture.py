@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
+from attnkit.display import COLOURS, Drawing, Layer, colour
 from attnkit.errors import CompositionError, shown
+from attnkit.fields import GRID
 from attnkit.geometry import Region
 from attnkit.masks import picture
 from attnkit.planner.calls import Launch
@@ -17,30 +17,36 @@ from attnkit.planner.plan import Plan
 from attnkit.planner.price import chip
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from attnkit.display.figure import Figure
 
-__all__ = ["GRID", "Scene", "colour", "colours", "images", "layers", "plot", "scene"]
-
-GRID = 128
-_COLOURS = (0x2B6CB0, 0xDD6B20, 0x2F855A, 0x9F3A8F, 0xB7791F, 0x4A5568, 0xC53030, 0x319795)
+__all__ = ["Scene", "drawing", "images", "layers", "plot", "scene"]
 
 
 def plot(plan: Plan, batch: int, head: int) -> Figure:
     """Return the figure that `Plan.plot` documents."""
-    seen = scene(plan, batch, head)
-    known, (q_len, kv_len) = seen.known, seen.sizes
-    drawn = list(layers(seen.launches, seen.batch, seen.head)) or [(known, "the mask")]
-    cells = np.ones((1, 1, 3))
-    for k, (region, _) in enumerate(drawn):
-        share = picture.shares(region, q_len, kv_len, GRID, GRID)[..., None]
-        cells = cells * (1 - share) + np.array(colour(k)) * share
-    title = f"{seen.title}\n{_measured(known, q_len, kv_len)}"
-    figure = picture.figure(cells, q_len, kv_len, title)
-    from matplotlib.patches import Patch  # is there, or the figure would not be
+    return picture.figure(drawing(plan, batch, head))
 
-    legend = [Patch(color=colour(k), label=label) for k, (_, label) in enumerate(drawn)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+
+def drawing(plan: Plan, batch: int = 0, head: int = 0, grid: int = GRID) -> Drawing:
+    """Return the picture of one score matrix, in at most `grid` x `grid` fields.
+
+    >>> import torch
+    >>> import attnkit as ak
+    >>> x = torch.empty(1, 8, 2, 16, device="meta")
+    >>> drawn = drawing(ak.plan(x, x, x, mask=ak.masks.Causal(), backend="emulated"))
+    >>> drawn.fields, drawn.legend
+    ((8, 8), (('#2f7ed8', 'call 1: mode 3'),))
+    """
+    seen = scene(plan, batch, head)
+    q_len, kv_len = seen.sizes
+    drawn = list(layers(seen.launches, seen.batch, seen.head)) or [(seen.known, "the mask")]
+    sizes = (q_len, kv_len, grid, grid)
+    each = (
+        Layer(picture.shares(region, *sizes).tolist(), colour(k), label)
+        for k, (region, label) in enumerate(drawn)
+    )
+    note = _measured(seen.known, q_len, kv_len)
+    return Drawing(q_len, kv_len, tuple(each), seen.title, note)
 
 
 class Scene(NamedTuple):
@@ -85,17 +91,6 @@ def scene(plan: Plan, batch: int = 0, head: int = 0) -> Scene:
     return Scene(launches, batch, head, drawn.matrices.regions(head)[batch], sizes, title)
 
 
-def colours() -> int:
-    """Return how many colours take turns."""
-    return len(_COLOURS)
-
-
-def colour(call: int) -> tuple[float, float, float]:
-    """Return the colour of the n-th thing: red, green, blue."""
-    number = _COLOURS[call % len(_COLOURS)]
-    return (number >> 16) / 255, (number >> 8 & 255) / 255, (number & 255) / 255
-
-
 def _check_index(name: str, index: object, count: int) -> None:
     if isinstance(index, bool) or not isinstance(index, int) or index not in range(count):
         raise CompositionError(
@@ -121,7 +116,7 @@ def layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[
     """
     if len(launches) == 1 and not all(k.is_rectangle for k in launches[0].blocks):
         each = list(images(launches[0], batch, head))
-        turns = len(_COLOURS)
+        turns = len(COLOURS)
         for k in range(min(turns, len(each))):
             own = range(k + 1, len(each) + 1, turns)
             told = ", ".join(map(str, own[:2])) + (f", ... {own[-1]}" if len(own) > 2 else "")

@@ -26,9 +26,9 @@ from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.registry import Registry
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from typing_extensions import Self
 
+    from attnkit.display.figure import Figure
     from attnkit.layouts import SeqLens
     from attnkit.masks import Mask
     from attnkit.planner.nearby import Saving

@@ -1,0 +1,94 @@
+"""`Text`: lines for people, as `explain()`, `show()` and reports return them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from attnkit.display import html
+
+if TYPE_CHECKING:
+    from rich.text import Text as RichText
+
+__all__ = ["Text"]
+
+# A report's entry: two blanks, a label in twelve columns. What goes on has more blanks.
+_ENTRY = re.compile(r"  (?=\S)(.{11} )(?=\S)")
+_FOLDED = ("refused", "passed over")
+_CODE = re.compile(r"\[[a-z0-9]+(?:-[a-z0-9]+)*\]$")
+
+
+class Text(str):
+    """Lines that show themselves: at a prompt, in a notebook, in a terminal with rich.
+
+    It is a string in every other way: it compares, hashes, prints, slices and pickles as one. Its
+    repr is the text itself, so that what stands alone at a prompt is read as it is printed.
+
+    >>> Text("mask  Causal()\\ncells 6")
+    mask  Causal()
+    cells 6
+    >>> Text("a") == "a", type(Text("ab")[:1]).__name__
+    (True, 'str')
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return the lines for a notebook: labels in bold, refusals folded away."""
+        return html.safely(self._page, lambda: str(self)[:2000])
+
+    def _page(self) -> str:
+        lines = str(self).split("\n")
+        parts = []
+        for label, some in groupby(_labelled(lines), key=lambda one: _fold(one[0])):
+            own = [line for _, line in some]
+            text = "\n".join(map(_bold, own))
+            shown = html.lines(text)
+            count = sum(1 for line in own if _CODE.search(line))
+            parts.append(html.folded(f"{label} ({count})", shown) if label else shown)
+        return html.block(*parts)
+
+    def __rich__(self) -> RichText:
+        """Return the lines for rich, which asks for it: labels in bold, refusals dimmed."""
+        from rich.text import Text as RichText
+
+        styled = RichText(str(self))
+        at = 0
+        for label, line in _labelled(str(self).split("\n")):
+            entry = _ENTRY.match(line)
+            if entry is not None:
+                styled.stylize("bold cyan", at + 2, at + 2 + len(entry[1].rstrip()))
+            if _fold(label):
+                styled.stylize("dim", at, at + len(line))
+            at += len(line) + 1
+        return styled
+
+
+def _labelled(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each line with the label of the entry that it is in."""
+    label = ""
+    for line in lines:
+        entry = _ENTRY.match(line)
+        if entry is not None:
+            label = entry[1].strip()
+        elif not line.startswith("    "):
+            label = ""
+        yield label, line
+
+
+def _fold(label: str) -> str:
+    return label if label in _FOLDED else ""
+
+
+def _bold(line: str) -> str:
+    entry = _ENTRY.match(line)
+    if entry is None:
+        return escape(line)
+    label, rest = entry[1].rstrip(), line[2 + len(entry[1].rstrip()) :]
+    return f"  <b>{escape(label)}</b>{escape(rest)}"
