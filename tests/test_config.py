@@ -877,22 +877,6 @@ def test_a_family_that_is_no_dataclass() -> None:
         pse.PSE.remove("plain")
 
 
-# -- the page about it --------------------------------------------------------------------
-
-
-def test_the_documented_example() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "guides" / "configuration.md").read_text(
-        encoding="utf-8"
-    )
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    config = AttentionConfig.from_yaml(text)
-    assert config.mask == masks.Causal() & masks.SlidingWindow(256)
-    round_trip(config)
-    wrong = text.replace("size: 256", "size: '64'") + "dropuot: 0.1\n"
-    told = re.sub(r"head_dim, version.*; got 0.1", "...", fails(wrong))
-    assert told in page
-
-
 # -- JSON schema --------------------------------------------------------------------------
 
 

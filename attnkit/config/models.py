@@ -24,8 +24,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticSerializationError
 
 from attnkit.attention import Attention
+from attnkit.config.foreign import plain
 from attnkit.config.kinds import BACKEND, BIAS, LAYOUT, MASK, Record, first_line
-from attnkit.config.problems import config_error, problem, problems_at
+from attnkit.config.problems import config_error, problem, problems_at, unread
 from attnkit.config.text import (
     Origin,
     check_size,
@@ -121,8 +122,8 @@ class _Config(BaseModel):
     )
 
     def __init__(self, /, **data: Any) -> None:
-        with _teaching(type(self), data):
-            super().__init__(**data)
+        with _read_plain(type(self), data) as read:
+            super().__init__(**read)
 
     # Inside another pydantic model the fields are validated as pydantic's own, not through
     # __init__, so that errors keep their paths.
@@ -132,15 +133,16 @@ class _Config(BaseModel):
     def model_validate(cls, obj: Any) -> Self:  # type: ignore[override]
         """Return the configuration that a mapping or YAML text writes.
 
-        A configuration is returned as it is. How strict to be is not the caller's choice:
-        unknown keys and quoted numbers are errors always.
+        A mapping may be of another library, such as an OmegaConf container, whose interpolations
+        are resolved. A configuration is returned as it is. How strict to be is not the caller's
+        choice: unknown keys and quoted numbers are errors always.
 
         Raises `ConfigError` with every problem found.
         """
         if isinstance(obj, str):
             return cls.from_yaml(obj)
-        with _teaching(cls, obj):
-            return super().model_validate(obj)
+        with _read_plain(cls, obj) as read:
+            return super().model_validate(read)
 
     @classmethod
     def model_validate_json(  # type: ignore[override]
@@ -195,6 +197,9 @@ class _Config(BaseModel):
         data = read_yaml(data) if isinstance(data, str) else data
         if isinstance(data, cls):
             return data
+        data, unreadable = plain(data)
+        if unreadable:
+            raise unread(unreadable)
         too_large = check_size(data)
         if too_large is not None:
             raise problem(too_large)
@@ -363,6 +368,16 @@ def load_config(
 
 
 _OBJECTS = {"mask": MASK, "pse": BIAS, "rotary": _ROTARY}
+
+
+@contextmanager
+def _read_plain(model: type[BaseModel], data: object) -> Iterator[Any]:
+    """Give `data` with what it holds of other libraries as dicts and lists, and teach."""
+    read, unreadable = plain(data)
+    with _teaching(model, read):
+        if unreadable:
+            raise unread(unreadable)
+        yield read
 
 
 @contextmanager

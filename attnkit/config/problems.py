@@ -15,12 +15,15 @@ from attnkit.registry import suggestion
 if TYPE_CHECKING:
     from attnkit.config.kinds import Record
 
-__all__ = ["config_error", "problem", "problems_at"]
+__all__ = ["NOTHING", "Path", "config_error", "problem", "problems_at", "unread"]
 
 _SHOWN = 16
 _WIDTH = 80
 _ROOM = 1_800  # characters, for all problems together
 Path = tuple[str | int, ...]
+
+NOTHING = object()
+"""Stands where data has nothing to show: no such key, or one that could not be read."""
 
 
 def problem(message: str, *, of_a_key: bool = False) -> PydanticCustomError:
@@ -43,6 +46,15 @@ def problems_at(told: Mapping[str, str], value: Mapping[str, Any]) -> Validation
             for key, message in told.items()
         ],
     )
+
+
+def unread(told: Mapping[Path, str]) -> ValidationError:
+    """Return the error that says which parts of given data could not be read, and why."""
+    details = [
+        InitErrorDetails(type=problem(message, of_a_key=True), loc=path, input=None)
+        for path, message in told.items()
+    ]
+    return ValidationError.from_exception_data("configuration", details)
 
 
 def config_error(
@@ -145,7 +157,7 @@ def _text(path: Path) -> str:
 
 def _given(path: Path, data: object, sentence: str) -> str:
     value = _at(path, data)
-    if value is _NOTHING or isinstance(value, Mapping):
+    if value is NOTHING or isinstance(value, Mapping):
         return ""
     text = clipped(shown(value), _WIDTH)
     if len(text) > 8 and text in sentence:
@@ -153,14 +165,11 @@ def _given(path: Path, data: object, sentence: str) -> str:
     return f"; got {text}"
 
 
-_NOTHING = object()
-
-
 def _at(path: Path, data: object) -> Any:
     here: Any = data
     for step in path:
         if isinstance(here, Mapping) and step not in here:
-            return _NOTHING
+            return NOTHING
         here = here[step]
     return here
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,4 +60,6 @@ def _how(given: object) -> str:
         return "a function fn(b, h, i, j) of cells is masks.Predicate(fn)"
     if isinstance(given, list | tuple):
         return "one mask per head is masks.PerHead([...]), one per text masks.PerBatch([...])"
+    if isinstance(given, Mapping):
+        return "mappings are what ak.AttentionConfig reads; here write the mask, or its text"
     return "it must be a mask of attnkit.masks, or the text of one"

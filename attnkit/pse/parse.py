@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,4 +57,6 @@ def _how(given: object) -> str:
         return "a tensor of biases is pse.Dense(t)"
     if isinstance(given, list | tuple):
         return "slopes per head are pse.ALiBi(slopes=[...]), biases are added up: p1 + p2"
+    if isinstance(given, Mapping):
+        return "mappings are what ak.AttentionConfig reads; here write the bias, or its text"
     return "it must be a bias of attnkit.pse, or the text of one"

@@ -11,7 +11,6 @@ from tests.interop.transformers import models  # noqa: F401  -- transformers say
 
 ELSEWHERE = {
     "docs/guides/ascend.md": "tests/npu/test_migration.py",
-    "docs/guides/configuration.md": "tests/test_config.py",
     "docs/reference/commands.md": "tests/doctor/test_documentation.py",
     "docs/reference/kernel.md": "tests/kernel/test_docs.py",
     "docs/variants.md": "tests/planner/test_gallery.py",
