@@ -160,7 +160,7 @@ class Documents(Nested):
             if again:
                 raise CompositionError(
                     f"from_ids: document {again[0]} of batch element {b} comes back after another "
-                    "one; documents are contiguous (for scattered ids use masks.Predicate)"
+                    "one; documents are contiguous (for scattered ids: masks.SameId.of(ids))"
                 )
             lengths.append(tuple(counts.tolist()))
         return cls(tuple(lengths) if rows.dim() == 2 else lengths[0])

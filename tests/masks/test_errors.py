@@ -264,7 +264,7 @@ BAD = {
     "ids come back": (
         lambda: masks.Documents.from_ids([1, 2, 1]),
         ValueError,
-        "document 1 of batch element 0|contiguous|Predicate",
+        "document 1 of batch element 0|contiguous|SameId",
     ),
     "ids 3-D": (lambda: masks.Documents.from_ids(IDS[None, None]), TypeError, "(1, 1, 3)|[B, S]"),
     "ids of float": (lambda: masks.Documents.from_ids(IDS / 2), TypeError, "float32|integer"),
