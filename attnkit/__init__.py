@@ -24,6 +24,7 @@ from attnkit.layouts import SeqLens
 from attnkit.modules import MultiHeadAttention
 from attnkit.pages import PagedCache
 from attnkit.planner import Plan
+from attnkit.reports import expect, report
 from attnkit.rotary import Rotary
 from attnkit.sharded_cache import ShardedCache
 from attnkit.static import StaticCache
@@ -55,6 +56,7 @@ __all__ = [
     "StaticCache",
     "Stats",
     "attention",
+    "expect",
     "fusion_attention",
     "fusion_attention_grad",
     "layouts",
@@ -62,6 +64,7 @@ __all__ = [
     "merge",
     "plan",
     "pse",
+    "report",
 ]
 
 # pydantic and a YAML parser cost about as much to import as everything else here together, and

@@ -23,6 +23,7 @@ from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
 from attnkit.backends.graph import Terms, run_terms
 from attnkit.errors import CompositionError
 from attnkit.handles import number_of
+from attnkit.kept_plans import KeptPlans
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask, SelectedBlocks
 from attnkit.parallel.graph import without_maximum
@@ -49,10 +50,6 @@ __all__ = [
 is_tracing = torch.compiler.is_dynamo_compiling
 
 _WHOLE = Full()
-
-# Plans kept by a module. Packed batches have new lengths in every step, so there is no end to
-# them; what is dropped here is still found in the planner's own cache for a while.
-MOST_PLANS = 16
 
 
 class Asked(NamedTuple):
@@ -205,7 +202,7 @@ def any_length(known: Hashable, layout: str) -> tuple[Hashable, int] | None:
 
 
 def plan_again(
-    plans: dict[Hashable, Plan],
+    plans: KeptPlans,
     asked: Asked,
     query: Tensor,
     key: Tensor,
@@ -215,27 +212,28 @@ def plan_again(
 ) -> Plan:
     """Return the plan that a module has for such a call, or make it and keep it there."""
     known = key_of(asked, query, key, value, sink, seqlens)
-    found = plans.get(known)
+    found: Plan | None = plans.get(known)
     if found is not None:
         return found
     # A decoding step has one key more than the last, a training step other lengths of sequences:
     # such plans are for any number of them.
     step = any_length(known, asked.layout)
-    alike = None if step is None else plans.pop(step[0], None)
+    alike: Plan | None = None if step is None else plans.pop(step[0], None)
     if alike is not None and step is not None:
         plans[step[0]] = alike  # the newest again, so that steps do not drop it
         found = alike.at(asked.mask.form, asked.pse, step[1], seqlens)
     if found is None:
+        alike = None
         found = plan_of(asked, query, key, value, sink, seqlens)
         if step is not None and found.of_any_length:
-            _keep(plans, step[0], found)
+            plans.keep(step[0], found)
     if known is not None:
-        _keep(plans, known, found)
+        plans.keep(known, found, alike)
     return found
 
 
 def sharded_plan_again(
-    plans: dict[Hashable, Any],
+    plans: KeptPlans,
     asked: Asked,
     query: Tensor,
     key: Tensor,
@@ -249,14 +247,8 @@ def sharded_plan_again(
     if found is None:
         found = sharded_plan_of(asked, query, key, value, sink, shards)
         if known is not None:
-            _keep(plans, (known, shards), found)
+            plans.keep((known, shards), found)
     return found
-
-
-def _keep(plans: dict[Hashable, Any], known: Hashable, plan: Plan | ParallelPlan) -> None:
-    if len(plans) >= MOST_PLANS:
-        plans.pop(next(iter(plans)), None)  # the oldest
-    plans[known] = plan
 
 
 def attend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,6 +18,7 @@ from attnkit.attend import (
 )
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
+from attnkit.kept_plans import KeptPlans
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
 from attnkit.masks.parse import as_mask
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         self.backend = backend
         self.register_parameter("sink", nn.Parameter(torch.zeros(num_heads)) if sink else None)
         self._pse_names = _register_tensors(self, self._composition.pse)
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans = KeptPlans()
 
     @property
     def composition(self) -> Composition:
@@ -315,6 +315,10 @@ class Attention(nn.Module):
     ) -> Plan:
         return plan_again(self._plans, asked, query, key, value, sink, seqlens)
 
+    def _run(self, plan: Plan, operands: Operands) -> AttentionOutput:
+        self._plans.count(plan)
+        return run_plan(plan, operands)
+
     def _sharded_plan(
         self,
         asked: Asked,
@@ -342,15 +346,16 @@ class Attention(nn.Module):
             given = Operands(query, key, value, asked.pse, sink, given=asked.given)
             if shards is not None:
                 shared = self._sharded_plan(asked, query, key, value, seqlens, shards)
+                self._plans.count(shared)
                 return shards.attend(shared, given)
-            return run_plan(self._plan(asked, query, key, value, sink, seqlens), given)
+            return self._run(self._plan(asked, query, key, value, sink, seqlens), given)
         own, added = [getattr(self, name) for name in self._pse_names], asked.biases[1]
         now = [*own, *(added.tensors if added is not None else ())]
         return attend(asked, query, key, value, sink, seqlens, now, return_stats, shards)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found again; they need not travel with a copy or a checkpoint.
-        return {**self.__dict__, "_plans": {}}
+        return {**self.__dict__, "_plans": KeptPlans()}
 
     def extra_repr(self) -> str:
         """Describe the composition, defaults left out."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnkit.attend import attend, is_tracing
 from attnkit.attention import Attention
-from attnkit.backends import AttentionOutput, Operands, Stats, run_plan
+from attnkit.backends import AttentionOutput, Operands, Stats
 from attnkit.cache import KVCache
 from attnkit.errors import CompositionError
 from attnkit.masks import Full, Mask
@@ -352,4 +352,4 @@ def attend_rows(
         return attend(asked, query, key, value, core.sink, None)
     asked = asked._replace(masks=(None, mask), biases=(None, pse))
     plan = core._plan(asked, query, key, value, core.sink, None)
-    return run_plan(plan, Operands(query, key, value, pse, core.sink))
+    return core._run(plan, Operands(query, key, value, pse, core.sink))

@@ -38,6 +38,8 @@ __all__ = ["ShardedCache", "sharded_step"]
 
 Three = tuple[Tensor, Tensor, Tensor]
 
+_STEP = "a step over several processes"
+
 
 class ShardedCache:
     """Keys and values ``b s n d`` of one layer, those of each token with one process of a group.
@@ -309,6 +311,8 @@ def _own(
     request = read_request(asked, *tensors, head_dim=core.head_dim)
     share = Share(text.length, text.length, (range(*rows.rows),), held, request.num_heads)
     plan = make_plan(replace(request, share=share), core.backend)
+    core._plans.keep(_STEP, plan, core._plans.get(_STEP))  # the latest, for reports
+    core._plans.count(plan)
     return BACKENDS[plan.backend].partial(plan, Operands(*tensors, bias), None)
 
 

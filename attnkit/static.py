@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnkit.arguments import check_int, check_ints
 from attnkit.attention import Attention
-from attnkit.backends import AttentionOutput, Operands, run_plan
+from attnkit.backends import AttentionOutput, Operands
 from attnkit.constants import constant
 from attnkit.decoding import text_length
 from attnkit.eager import untraced
@@ -306,7 +306,7 @@ def static_step(
     query = query.transpose(1, 2)
     pair = cache.append(key, value)
     plan = static_plan(core, query, pair, cells, bias)
-    output, stats = run_plan(plan, Operands(query, *pair, bias, core.sink, given=(cells,)))
+    output, stats = core._run(plan, Operands(query, *pair, bias, core.sink, given=(cells,)))
     return AttentionOutput(output.transpose(1, 2), stats)
 
 

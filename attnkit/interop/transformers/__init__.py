@@ -1,8 +1,9 @@
 """transformers on attnkit: `enable(model)`, or ``attn_implementation="attnkit"``."""
 
 from attnkit.interop.transformers.names import NAME
-from attnkit.interop.transformers.reports import LayerReport, ModelReport, expect, masks_of, report
+from attnkit.interop.transformers.reports import masks_of
 from attnkit.interop.transformers.switching import TESTED, Switched, enable, register
+from attnkit.reports import LayerReport, ModelReport, expect, report
 
 __all__ = [
     "NAME",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Hashable
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from attnkit.attend import Asked, plan_again
 from attnkit.backends import AttentionOutput, Operands, run_plan
+from attnkit.kept_plans import KeptPlans, Ran
 from attnkit.layouts import SeqLens
 from attnkit.masks import Mask
-from attnkit.planner import Plan
 
 __all__ = ["Site", "calling_module", "site_at", "site_of"]
 
@@ -29,13 +28,12 @@ class Site:
     It belongs to the module, and neither pickles nor deep-copies with it: a copy begins anew.
     """
 
-    __slots__ = ("by_terms", "calls", "dense", "latest", "masks", "notes", "read")
+    __slots__ = ("by_terms", "calls", "dense", "masks", "notes", "read")
 
     def __init__(self) -> None:
         # By what a module is built with, and then as a module keeps its plans.
-        self.by_terms: dict[Hashable, dict[Hashable, Plan]] = {}
+        self.by_terms: dict[Hashable, KeptPlans] = {}
         self.calls = 0
-        self.latest: Plan | None = None
         self.dense: Counter[str] = Counter()  # operators that made cells of a mask that is a set
         self.read: Counter[str] = Counter()  # what was read cell by cell
         self.notes: Counter[str] = Counter()  # what was computed beside the plan
@@ -47,15 +45,10 @@ class Site:
     def __reduce__(self) -> tuple[type[Site], tuple[()]]:
         return Site, ()
 
-    @property
-    def plans(self) -> list[Plan]:
-        """The latest plans that differ."""
-        found: list[Plan] = []
-        each = [plan for plans in self.by_terms.values() for plan in plans.values()]
-        for plan in (*each, *(() if self.latest is None else (self.latest,))):
-            if not any(_stands_for(kept, plan) for kept in found):
-                found.append(plan)
-        return found
+    def ran(self) -> Iterator[Ran]:
+        """Yield the plans that are kept, and how often each ran."""
+        for plans in self.by_terms.values():
+            yield from plans.ran()
 
     @property
     def told(self) -> bool:
@@ -81,21 +74,13 @@ class Site:
         if plans is None:
             if len(self.by_terms) >= _MOST_TERMS:
                 self.by_terms.clear()
-            plans = self.by_terms[terms] = {}
+            plans = self.by_terms[terms] = KeptPlans()
         plan = plan_again(plans, asked, query, key, value, sink, seqlens)
         self.calls += 1
-        self.latest = plan
+        plans.count(plan)
         if self.masks is not None:
             self.masks.append(asked.mask)
         return run_plan(plan, Operands(query, key, value, asked.pse, sink))
-
-
-def _stands_for(kept: Plan, other: Plan) -> bool:
-    """Whether a plan is another one, or that of another step with as many rows."""
-    if not kept.of_any_length:
-        return kept == other
-    a, b = kept.request, other.request
-    return replace(a, kv_len=b.kv_len) == b
 
 
 def site_of(module: nn.Module) -> Site:

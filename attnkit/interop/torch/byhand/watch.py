@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from attnkit.interop.torch.byhand.reading import read
 from attnkit.interop.torch.byhand.records import Deferred, Recorded, asked, computed, deferred
 from attnkit.interop.torch.reading import terms_of
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
+from attnkit.kept_plans import KeptPlans, Ran
 from attnkit.planner import Plan
 from attnkit.pse.additive import Additive, split_additive
 
@@ -46,12 +47,11 @@ class Spot:
     belongs to the module, and neither pickles nor deep-copies what it holds.
     """
 
-    __slots__ = ("_plans", "forwards", "fused", "latest", "left")
+    __slots__ = ("_plans", "forwards", "fused", "left")
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, dict[Hashable, Plan]] = {}
+        self._plans: dict[Hashable, KeptPlans] = {}
         self.forwards = self.fused = 0
-        self.latest: Plan | None = None
         self.left: Counter[str] = Counter()
 
     def __deepcopy__(self, memo: object) -> Spot:
@@ -62,10 +62,12 @@ class Spot:
 
     def plan(self, call: Call) -> Plan:
         """Return the plan of a call, which is kept here."""
-        numbers = (call.scale, call.softcap, call.dropout)
-        if numbers not in self._plans and len(self._plans) >= _MOST_KINDS:
-            self._plans.pop(next(iter(self._plans)))
-        plans = self._plans.setdefault(numbers, {})
+        numbers = _numbers(call)
+        if numbers not in self._plans:
+            if len(self._plans) >= _MOST_KINDS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[numbers] = KeptPlans()
+        plans = self._plans[numbers]
         asked = Asked(
             (None, call.mask),
             (None, call.bias),
@@ -79,8 +81,17 @@ class Spot:
     def run(self, plan: Plan, call: Call) -> Tensor:
         """Make a call."""
         self.fused += 1
-        self.latest = plan
+        self._plans[_numbers(call)].count(plan)
         return run_plan(plan, Operands(call.query, call.key, call.value, call.bias)).output
+
+    def ran(self) -> Iterator[Ran]:
+        """Yield the plans that are kept, and how often each ran."""
+        for plans in self._plans.values():
+            yield from plans.ran()
+
+
+def _numbers(call: Call) -> Hashable:
+    return call.scale, call.softcap, call.dropout
 
 
 class Watch(TorchFunctionMode):
