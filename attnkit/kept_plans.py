@@ -18,7 +18,7 @@ Ran = tuple[Plan | ParallelPlan, int]
 MOST_PLANS = 16
 
 
-class _Runs:
+class _Tally:
     """How often a plan ran, with those of other lengths that it was made again for."""
 
     __slots__ = ("entries", "times")
@@ -47,11 +47,11 @@ class KeptPlans(dict[Hashable, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        self._uses: dict[int, _Runs] = {}  # by the identity of a plan that is kept
+        self._uses: dict[int, _Tally] = {}  # by the identity of a plan that is kept
 
     def keep(self, known: Hashable, plan: Plan | ParallelPlan, like: Plan | None = None) -> None:
         """Keep a plan, counted with the one that it was made `like`; an old one leaves."""
-        uses = self._uses.get(id(plan if like is None else like)) or _Runs()
+        uses = self._uses.get(id(plan if like is None else like)) or _Tally()
         if known in self:
             self._drop(known)
         elif len(self) >= MOST_PLANS:

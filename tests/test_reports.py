@@ -137,3 +137,15 @@ def test_own_layers_and_switched_ones_are_in_one_report() -> None:
     names = [layer.name.partition(".")[0] for layer in found.layers]
     assert names == ["theirs"] * 2 + ["ours"] * 3
     assert found.calls == 5
+
+
+def test_a_profiler_sees_each_call_by_its_backend_and_mask() -> None:
+    layer, x = ak.Attention(2, 8, mask=masks.Causal()), torch.randn(1, 4, 2, 8)
+    long = masks.Documents([1] * 4000)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        layer(x, x, x)
+        ak.attention(*[torch.randn(1, 4000, 1, 1)] * 3, mask=long, backend="tiled")
+    names = [event.key for event in profiler.key_averages() if event.key.startswith("attnkit ")]
+    assert "attnkit tiled 4x4 Causal()" in names
+    assert len(names) == 2
+    assert max(map(len, names)) < 200
