@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.autograd.profiler import record_function
 
 from attnkit.backends.base import (
@@ -78,7 +79,7 @@ def run_plan(plan: Plan, operands: Operands) -> AttentionOutput:
 
     A profiler of torch sees it as one region, by the name of its backend and its mask.
     """
-    if torch.autograd._profiler_enabled():  # a name costs ten microseconds, also when nobody looks
+    if _profiler_enabled():  # a name costs ten microseconds, also when nobody looks
         with record_function(_region_of(plan)):
             return _run(plan, operands)
     return _run(plan, operands)
