@@ -13,7 +13,7 @@ from itertools import groupby
 
 from attnkit.display.drawing import Drawing, Shares
 
-__all__ = ["LEVELS", "MOST_RECTANGLES", "document", "inline", "rectangles"]
+__all__ = ["LEVELS", "MOST_RECTANGLES", "document", "file", "inline", "rectangles"]
 
 LEVELS = 16
 """How many opacities are told apart; the first is a field of which next to nothing is coloured."""
@@ -80,10 +80,19 @@ def document(drawing: Drawing, side: int = 2 * _LONGEST_SIDE) -> str:
         parts.append(f'<rect x="36" y="{y - 10}" width="12" height="12" fill="{tint}"/>')
         parts.append(_line(54, y, label))
     tall = below + 18 * len(legend)
+    return file(whole, tall, "".join(parts))
+
+
+def file(width: int, height: int, inside: str) -> str:
+    """Return elements as a file of its own, light or dark, in which text has `currentColor`.
+
+    >>> file(40, 20, "<circle r='9'/>").endswith("<circle r='9'/></svg>\\n")
+    True
+    """
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{tall}" '
-        f'viewBox="0 0 {whole} {tall}"><style>{_STYLE}</style>'
-        f'<rect class="plate" width="{whole}" height="{tall}" rx="6"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><style>{_STYLE}</style>'
+        f'<rect class="plate" width="{width}" height="{height}" rx="6"/>{inside}</svg>\n'
     )
 
 
