@@ -17,6 +17,7 @@ from attnkit.attend import (
     sharded_plan_again,
 )
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
+from attnkit.display import Text
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
 from attnkit.kept_plans import KeptPlans
 from attnkit.layouts import SeqLens
@@ -277,7 +278,7 @@ class Attention(nn.Module):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         shards: Shards | None = None,
-    ) -> str:
+    ) -> Text:
         """Return the report of the plan: what runs, on what, at what price, and why."""
         asked, shards = self._asked(mask, pse), as_shards(shards)
         if shards is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_bool, check_int, check_ints
+from attnkit.display import Text
 from attnkit.errors import CompositionError, shown
 from attnkit.memory import Memory, check_pair, room_for, with_room
 from attnkit.texts import HeldText, Runs, alike, paired
@@ -353,7 +354,7 @@ it more, or capacity=None to grow
         check_int("KVCache.expand: copies", copies, 1)
         self.reorder(torch.arange(self._rows.batch).repeat_interleave(copies))
 
-    def explain(self) -> str:
+    def explain(self) -> Text:
         """Return what it holds, and what the next step reads of it.
 
         >>> cache = KVCache(capacity=1024)
@@ -364,7 +365,7 @@ it more, or capacity=None to grow
         a step reads 262,144 bytes of keys and values, or those that its mask shows of them
         """
         read = 0 if self._memory is None else sum(tensor.nbytes for tensor in self.read())
-        return (
+        return Text(
             f"{self}\n"
             f"holds {self._used} of {self.length} tokens, has room for {self.capacity}: "
             f"{self.nbytes:,} bytes\n"

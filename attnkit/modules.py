@@ -23,6 +23,7 @@ from attnkit.decoding import (
     rows_of_text,
     unpadded,
 )
+from attnkit.display import Text
 from attnkit.errors import CompositionError
 from attnkit.extra_key import with_extra_key
 from attnkit.inputs import LayerInputs
@@ -373,7 +374,7 @@ class MultiHeadAttention(AsTorch):
         pse: Pse | None = None,
         seqlens: SeqLens | None = None,
         shards: Shards | None = None,
-    ) -> str:
+    ) -> Text:
         """Return the report of `plan`: what runs, at what price, and why.
 
         >>> print(MultiHeadAttention(32, 4).explain(torch.randn(2, 6, 32)).splitlines()[0])

@@ -13,6 +13,7 @@ from torch import nn
 
 from attnkit.attention import Attention, check_backend_name
 from attnkit.backends import make_plan
+from attnkit.display import Told
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, Refusal
 from attnkit.kept_plans import Ran
 from attnkit.parallel.plan import ParallelPlan
@@ -85,7 +86,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class ModelReport:
+class ModelReport(Told):
     """What `report` found: print it, or look at `layers`.
 
     `layers` holds the modules that call attnkit, or would.

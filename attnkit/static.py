@@ -20,6 +20,7 @@ from attnkit.attention import Attention
 from attnkit.backends import AttentionOutput, Operands
 from attnkit.constants import constant
 from attnkit.decoding import text_length
+from attnkit.display import Text
 from attnkit.eager import untraced
 from attnkit.errors import CompositionError, shown
 from attnkit.geometry import Region, Slice
@@ -184,7 +185,7 @@ class StaticCache:
         for tensor in (*self.pair, self.ends):
             tensor.copy_(tensor.index_select(0, index))
 
-    def explain(self) -> str:
+    def explain(self) -> Text:
         """Return what it holds, and what each step reads.
 
         >>> cache, token = StaticCache(1024), torch.zeros(1, 1, 2, 64)
@@ -193,7 +194,7 @@ class StaticCache:
         StaticCache(capacity=1024, lengths=(1,))
         each step reads all 1,048,576 bytes of keys and values: 1024 tokens of 1 at most so far
         """
-        return (
+        return Text(
             f"{self}\neach step reads all {self.nbytes:,} bytes of keys and values: "
             f"{self.capacity} tokens of {self.length} at most so far"
         )

@@ -5,6 +5,6 @@ Knows nothing of torch, nor of anything else of attnkit: what is shown comes as 
 
 from attnkit.display import html, svg
 from attnkit.display.drawing import COLOURS, Drawing, Layer, colour
-from attnkit.display.text import Text
+from attnkit.display.text import Text, Told
 
-__all__ = ["COLOURS", "Drawing", "Layer", "Text", "colour", "html", "svg"]
+__all__ = ["COLOURS", "Drawing", "Layer", "Text", "Told", "colour", "html", "svg"]

@@ -13,7 +13,7 @@ from attnkit.display import html
 if TYPE_CHECKING:
     from rich.text import Text as RichText
 
-__all__ = ["Text"]
+__all__ = ["Text", "Told"]
 
 # A report's entry: two blanks, a label in twelve columns. What goes on has more blanks.
 _ENTRY = re.compile(r"  (?=\S)(.{11} )(?=\S)")
@@ -92,3 +92,20 @@ def _bold(line: str) -> str:
         return escape(line)
     label, rest = entry[1].rstrip(), line[2 + len(entry[1].rstrip()) :]
     return f"  <b>{escape(label)}</b>{escape(rest)}"
+
+
+class Told:
+    """What shows its `str` in a notebook.
+
+    >>> class Report(Told):
+    ...     def __str__(self):
+    ...         return "2 modules\\n  refused     mode 0: too long [mask-size]"
+    >>> "<summary>refused (1)</summary>" in Report()._repr_html_()
+    True
+    """
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        """Return its text for a notebook."""
+        return html.safely(lambda: Text(self)._repr_html_(), lambda: repr(self))

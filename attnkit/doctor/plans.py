@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.line(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1))
     else:
-        screen.line(plan.explain())
+        screen.text(plan.explain())
         if note:
             head, rest = f"  {'note':<12}", " " * 16
             screen.line(textwrap.fill(note, 80, initial_indent=head, subsequent_indent=rest))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn, TextIO, TypeVar
 
+from attnkit.display import Text
 from attnkit.errors import AttnkitError
 
 __all__ = [
@@ -55,6 +57,16 @@ class Screen:
     def line(self, text: str) -> None:
         """Write a line."""
         self.out.write(f"{text}\n")
+
+    def text(self, text: Text) -> None:
+        """Write lines; with rich, where it is installed, on a terminal."""
+        if self.out.isatty():
+            with suppress(ImportError):
+                from rich.console import Console
+
+                Console(file=self.out).print(text, soft_wrap=True)
+                return
+        self.line(text)
 
     def error(self, text: str) -> None:
         """Write one line to `err`, whatever the text was broken into."""

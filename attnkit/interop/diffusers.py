@@ -14,6 +14,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
+from attnkit.display import Told
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 
@@ -101,7 +102,7 @@ def attend(
 
 
 @dataclass(frozen=True)
-class Dispatched:
+class Dispatched(Told):
     """What `enable` did: the attention modules that ask attnkit, and those that cannot, and why."""
 
     switched: tuple[str, ...]

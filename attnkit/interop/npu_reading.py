@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdRef
 
 from attnkit.backends import AttentionOutput
 from attnkit.constants import constant
+from attnkit.display import Told
 from attnkit.errors import KernelContractError
 from attnkit.functional import attention, plan
 from attnkit.geometry import Region
@@ -57,7 +58,7 @@ _UNDEFINED = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class CallReading:
+class CallReading(Told):
     """A call of the op as what it computes: a mask, a bias, a scale, a layout.
 
     `said` tells in words what the sparse mode means at these sizes; `findings` where the integers

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnkit.arguments import check_int, describe
+from attnkit.display import Told
 from attnkit.eager import MASK_IN_GRAPH, untraced
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.geometry import Region
@@ -27,7 +28,7 @@ _AROUND = 4  # rows and keys that a picture shows on each side
 
 
 @dataclass(frozen=True)
-class FirstCell:
+class FirstCell(Told):
     """The first cell that one of two masks allows and the other does not.
 
     First in the order of layers, batch elements, heads, rows and keys. `allowed_by` is "a" or "b".
@@ -54,7 +55,7 @@ class FirstCell:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Told):
     """What `diff` found: `first` is None where the two are equal, which is proven.
 
     `differing` names the layers that differ, `layers` counts all; `read` counts cells that had to

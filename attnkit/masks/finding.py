@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from attnkit.display import Told
+
 __all__ = ["Finding", "counted", "ranges"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Told):
     """Something about a mask that its author may not have meant.
 
     `code` is stable and meant for programs, `message` says what is so, `remedy` what to write.

@@ -75,6 +75,13 @@ class Recovered:
     def __str__(self) -> str:
         return f"{self.mask!r}: {self.reason}"
 
+    def _repr_html_(self) -> str:
+        """Return the mask and why it has this form, for a notebook."""
+        from attnkit.masks.shown import page_of
+
+        name = "Recovered, a named mask" if self.named else "Recovered"
+        return page_of(name, self.mask, [self.reason], (self.q_len, self.kv_len))
+
 
 @untraced(MASK_IN_GRAPH)
 def recover(

@@ -7,7 +7,7 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ from attnkit.masks.base import Mask
 from attnkit.masks.picture import shares
 from attnkit.masks.trace import Rectangle, count_slices
 
-__all__ = ["drawing", "lengths", "page", "pictured"]
+__all__ = ["drawing", "lengths", "page", "page_of", "pictured"]
 
 _GRID = 96
 _CORNER = 128
@@ -54,25 +54,45 @@ def page(mask: Mask) -> str:
     """
 
     def build() -> str:
-        return html.block(html.heading(type(mask).__name__, "mask"), pictured(mask))
+        return html.block(html.heading("Mask"), pictured(mask))
 
     return html.safely(build, lambda: repr(mask))
 
 
-def pictured(mask: Mask) -> str:
-    """Return the text and pictures of a mask, as a part of a page."""
+def page_of(name: str, mask: Mask, said: Sequence[str], sizes: tuple[int, int] | None) -> str:
+    """Return a page of a mask that was found somewhere: what is said of it, and its picture.
+
+    >>> from attnkit import masks
+    >>> "a causal flag" in page_of("Lifted", masks.Causal(), ["a causal flag"], None)
+    True
+    """
+
+    def build() -> str:
+        return html.block(html.heading(name), pictured(mask, sizes), *map(html.note, said))
+
+    return html.safely(build, lambda: repr(mask))
+
+
+def pictured(mask: Mask, sizes: tuple[int, int] | None = None) -> str:
+    """Return the text and pictures of a mask, at lengths that suit it, as a part of a page."""
     text = f"<p>{html.code(repr(mask))}</p>"
-    q_len, kv_len = lengths(mask)
+    try:
+        return text + _pictures(mask, *(sizes or lengths(mask)), sizes is None)
+    except Exception as error:  # a mask's own code, or a user's function
+        return text + html.note(f"no picture: {type(error).__name__}: {error}")
+
+
+def _pictures(mask: Mask, q_len: int, kv_len: int, chosen: bool) -> str:
+    """Return the first pictures of a mask and what is counted in them."""
     places = list(islice(_places(mask), _MOST_PLACES + 1))
     if len(places) == 1:
         looked = drawing(mask, q_len, kv_len)
-        return text + html.picture(looked.drawing) + html.note(_told(mask, looked))
+        return html.picture(looked.drawing) + html.note(_told(mask, q_len, kv_len, chosen, looked))
     every = [drawing(mask, q_len, kv_len, *place) for place in places[:_MOST_PLACES]]
     count = (mask.batches or 1) * (mask.heads or 1)
     more = f"{count - len(every):,} more like these; " if count > len(every) else ""
-    return (
-        text + html.pictures(one.drawing for one in every) + html.note(more + _told(mask, *every))
-    )
+    told = _told(mask, q_len, kv_len, chosen, *every)
+    return html.pictures(one.drawing for one in every) + html.note(more + told)
 
 
 def _places(mask: Mask) -> Iterator[tuple[int, int]]:
@@ -113,13 +133,12 @@ def drawing(mask: Mask, q_len: int, kv_len: int, batch: int = 0, head: int = 0) 
     return Looked(drawn, allowed, rows * keys, slices, corner)
 
 
-def _told(mask: Mask, *every: Looked) -> str:
+def _told(mask: Mask, q_len: int, kv_len: int, chosen: bool, *every: Looked) -> str:
     """Say which cells are drawn, and how many of them are allowed."""
     first = every[0]
-    q_len, kv_len = lengths(mask)
     sizes = f"{q_len:,} queries (down) x {kv_len:,} keys"
-    if None in mask.extent:
-        sizes += ", lengths that show it: it fits others"
+    if chosen and None in mask.extent:
+        sizes += " (it fits other lengths)"
     rows, keys = first.drawing.q_len, first.drawing.kv_len
     if first.corner:
         sizes = f"the first {rows:,} queries (down) and {keys:,} keys of {sizes}"

@@ -17,6 +17,7 @@ from functools import reduce
 from itertools import chain
 
 from attnkit.arguments import check_int, describe
+from attnkit.display import Text
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.geometry import Region, Slice
 from attnkit.masks.base import Mask
@@ -51,6 +52,12 @@ class StackReport:
     def __str__(self) -> str:
         head = f"reaches back {self.lookback} and ahead {self.lookahead} positions"
         return "\n".join([head, *map(str, self.findings)])
+
+    def _repr_html_(self) -> str:
+        """Return a picture of the reach and the findings, for a notebook."""
+        from attnkit.fields import page
+
+        return Text(self)._repr_html_() + page(self.reach)
 
 
 def compose(first: Region, second: Region) -> Region:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from attnkit.display import Text
 from attnkit.parallel.choices import DROPOUTS
 from attnkit.parallel.choose import label
 from attnkit.parallel.plan import ParallelPlan, StagePiece
@@ -24,7 +25,7 @@ _MOST_OTHERS = 6
 _MOST_POSTS = 4
 
 
-def explain(plan: ParallelPlan) -> str:
+def explain(plan: ParallelPlan) -> Text:
     """Return the report that `ParallelPlan.explain` documents, 80 columns wide."""
     ranks = f"{plan.size} rank" + "s" * (plan.size > 1)
     lines = [f"attention over {ranks}: {label(plan)}"]
@@ -44,7 +45,7 @@ def explain(plan: ParallelPlan) -> str:
         ("also right", _others(plan)),
     ):
         lines += entry(name, text)
-    return "\n".join(lines + listed("refused", plan.refusals))
+    return Text("\n".join(lines + listed("refused", plan.refusals)))
 
 
 def as_data(plan: ParallelPlan) -> dict[str, Any]:

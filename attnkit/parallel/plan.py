@@ -15,6 +15,7 @@ import torch
 from attnkit.arguments import check_choice, check_int
 from attnkit.backends import make_plan
 from attnkit.backends.graph import stand_in
+from attnkit.display import Text
 from attnkit.errors import CompositionError, Refusal, shown
 from attnkit.geometry import Region
 from attnkit.parallel.choices import DROPOUTS, Choices
@@ -325,7 +326,7 @@ class ParallelPlan:
             for rank, regions in enumerate(every)
         )
 
-    def explain(self) -> str:
+    def explain(self) -> Text:
         """Return a short report: what each rank has, computes and receives, what it costs, why."""
         from attnkit.parallel.explain import explain
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_int
+from attnkit.display import Text
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.planner.request import state_of
 from attnkit.ranges import Ranges, are_distinct, in_order, total
@@ -224,7 +225,7 @@ class Sharding:
             )
         return torch.cat(parts, dim).index_select(dim, order.argsort())
 
-    def show(self, width: int = 64) -> str:
+    def show(self, width: int = 64) -> Text:
         """Return a picture, a line for each of the first ranks: ``#`` theirs, ``+`` in part.
 
         >>> print(Sharding.zigzag(32, 3).show(8))
@@ -241,7 +242,7 @@ class Sharding:
             for rank, own in enumerate(self.ranks[:some])
         ]
         more = self.size - some
-        return "\n".join(lines + ([f"and {more:,} more ranks"] if more else []))
+        return Text("\n".join(lines + ([f"and {more:,} more ranks"] if more else [])))
 
     def _line(self, rank: int, columns: int) -> str:
         ends = [self.length * column // max(columns, 1) for column in range(columns + 1)]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from attnkit.display import Text
 from attnkit.errors import Refusal
 from attnkit.geometry import Region
 from attnkit.kernel import KernelCall
@@ -37,7 +38,7 @@ _MOST_RANGES = 3
 _NAMED_SLICES = 2  # regions of more are searched for a name too long
 
 
-def explain(plan: Plan) -> str:
+def explain(plan: Plan) -> Text:
     """Return the report that `Plan.explain` documents, 80 columns wide."""
     request = plan.request
     count = len(plan.steps)
@@ -57,7 +58,7 @@ def explain(plan: Plan) -> str:
             lines += entry("cheaper", f"for each allowed cell: {told}")
     if plan.steps or not calls.steps:
         lines += listed("refused", calls.refusals)
-    return "\n".join(lines)
+    return Text("\n".join(lines))
 
 
 def _block(block: Block) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from attnkit.display import Text
 from attnkit.errors import KernelContractError, Refusal
 from attnkit.kernel import KernelCall
 from attnkit.masks import Full
@@ -250,7 +251,7 @@ class Plan:
                 [wrong.code],
             )
 
-    def explain(self) -> str:
+    def explain(self) -> Text:
         """Return a short report: what was understood, what will run, what it costs, and why."""
         from attnkit.planner.explain import explain
 

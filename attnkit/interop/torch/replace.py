@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from attnkit.arguments import check_bool
+from attnkit.display import Told
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.interop.torch.multihead import MultiheadAttention
 
@@ -17,7 +18,7 @@ _THEIRS = nn.MultiheadAttention
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Told):
     """What `replace` did to a model.
 
     `switched` names the modules that attnkit computes, `flattened` the encoders that hand on

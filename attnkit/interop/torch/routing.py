@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnkit.arguments import check_choice
 from attnkit.attend import is_tracing
+from attnkit.display import Told
 from attnkit.errors import AttnkitError, CompositionError
 from attnkit.interop.torch.sdpa import scaled_dot_product_attention
 
@@ -32,7 +33,7 @@ _OTHERWISE = {"raise": "attnkit's error is raised", "torch": "torch computes the
 
 
 @dataclass
-class Calls:
+class Calls(Told):
     """What became of the calls of torch's `scaled_dot_product_attention`.
 
     `routed` counts those that attnkit computed, `left` those that torch did, by the reason.

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from attnkit.display import Told
 from attnkit.errors import CompositionError, CompositionTypeError
 from attnkit.interop.torch import MultiheadAttention, fuse, replace
 from attnkit.interop.transformers.interface import attend
@@ -26,7 +27,7 @@ TESTED = ("5.23.0", "5.23.0")
 
 
 @dataclass(frozen=True)
-class Switched:
+class Switched(Told):
     """What `enable` found in a model: the names of modules that compute attention.
 
     `interface` call attention by name, and now call attnkit; those of them that are `packed` give

@@ -30,3 +30,10 @@ class Lifted:
         told = "; ".join(self.parts) or "nothing but its cells"
         read = f" ({self.cells_read:,} cells read)" if self.cells_read else ""
         return f"{self.mask!r}, of {self.source}: {told}{read}"
+
+    def _repr_html_(self) -> str:
+        """Return the mask and what was recognised, for a notebook."""
+        from attnkit.masks.shown import page_of
+
+        read = [f"{self.cells_read:,} cells read"] if self.cells_read else []
+        return page_of(f"Lifted from {self.source}", self.mask, [*self.parts, *read], None)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from attnkit.attend import is_tracing
+from attnkit.display import Told
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.interop.torch.byhand.watch import Spot, Watch
 
@@ -41,7 +42,7 @@ class _Watched:
         return _Watched(module, copy.deepcopy(self.instead, memo), Spot())
 
 
-class Fusion:
+class Fusion(Told):
     """The report of `fuse`, and the way back: ``undo()``, or leaving it as a context.
 
     `spots` has for each module, by name, how often attnkit was called (`fused`), by which plan
