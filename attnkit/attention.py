@@ -360,24 +360,35 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the composition, defaults left out."""
-        parts = [f"num_heads={self.num_heads}", f"head_dim={self.head_dim}"]
-        if self.num_kv_heads != self.num_heads:
-            parts.append(f"num_kv_heads={self.num_kv_heads}")
-        parts.append(f"mask={self.mask!r}")
-        if self.pse is not None:
-            parts.append(f"pse={self.pse!r}")
-        parts.append(f"layout={self.layout!r}")
+        return ", ".join(f"{name}={text}" for name, text in self._said().items())
+
+    def _repr_html_(self) -> str:
+        """Return the composition for a notebook, with pictures of mask and bias."""
+        from attnkit.shown import page
+
+        return page(self, self._said(), self.mask, self.pse)
+
+    def _said(self) -> dict[str, str]:
+        """Return the arguments that say the composition, defaults left out."""
         composed = self.composition
-        parts += [f"scale={composed.scale}"] if composed.scale != self.head_dim**-0.5 else []
-        parts += [f"dropout={composed.dropout}"] if composed.dropout else []
-        parts += [f"softcap={composed.softcap}"] if composed.softcap else []
-        if composed.score_fn is not None:
-            parts.append(f"score_fn={function_name(composed.score_fn)}")
-        parts += ["deterministic=True"] if composed.deterministic else []
-        limit = composed.memory_limit
-        parts += [] if limit is None else [f"memory_limit={limit}"]
-        parts += ["sink=True"] if self.sink is not None else []
-        return ", ".join([*parts, f"backend={self.backend!r}"])
+        scale, score_fn = composed.scale, composed.score_fn
+        said = {
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+            "mask": repr(self.mask),
+            "pse": None if self.pse is None else repr(self.pse),
+            "layout": repr(self.layout),
+            "scale": None if scale == self.head_dim**-0.5 else scale,
+            "dropout": composed.dropout or None,
+            "softcap": composed.softcap or None,
+            "score_fn": None if score_fn is None else function_name(score_fn),
+            "deterministic": composed.deterministic or None,
+            "memory_limit": composed.memory_limit,
+            "sink": None if self.sink is None else True,
+            "backend": repr(self.backend),
+        }
+        return {name: str(value) for name, value in said.items() if value is not None}
 
 
 def check_backend_name(name: object) -> None:

@@ -389,10 +389,25 @@ class MultiHeadAttention(AsTorch):
         >>> MultiHeadAttention(32, 4, kv_dim=8).extra_repr()
         'dim=32, kv_dim=8'
         """
-        kv = f", kv_dim={self.kv_dim}" if self.kv_dim != self.dim else ""
-        kv += f", v_dim={self.v_dim}" if self.v_dim != self.kv_dim else ""
-        kv += ", extra_key=True" if self.extra_k is not None else ""
-        return f"dim={self.dim}{kv}" + (f", rotary={self.rotary}" if self.rotary else "")
+        return ", ".join(f"{name}={text}" for name, text in self._said().items())
+
+    def _repr_html_(self) -> str:
+        """Return the composition for a notebook, with pictures of mask and bias."""
+        from attnkit.shown import page
+
+        inner = self.attention
+        return page(self, self._said() | inner._said(), inner.mask, inner.pse)
+
+    def _said(self) -> dict[str, str]:
+        """Return the arguments around the composition, defaults left out."""
+        said = {
+            "dim": self.dim,
+            "kv_dim": None if self.kv_dim == self.dim else self.kv_dim,
+            "v_dim": None if self.v_dim == self.kv_dim else self.v_dim,
+            "extra_key": None if self.extra_k is None else True,
+            "rotary": self.rotary or None,
+        }
+        return {name: str(value) for name, value in said.items() if value is not None}
 
     # -- the three ways to attend, each from x to [..., n, d] ----------------------------
 

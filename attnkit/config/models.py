@@ -37,6 +37,7 @@ from attnkit.config.text import (
     text_of,
     write_yaml,
 )
+from attnkit.display import html
 from attnkit.errors import AttnkitError, ConfigError
 from attnkit.masks import Full, Mask
 from attnkit.modules import MultiHeadAttention
@@ -176,6 +177,13 @@ class _Config(BaseModel):
         said = self.model_dump(mode="json", exclude_defaults=True)
         required = {name: said.pop(name) for name in self._required()}
         return write_yaml({"version": self.version, **required, **said})
+
+    def _repr_html_(self) -> str:
+        """Return the configuration as YAML, for a notebook."""
+        name = html.heading(type(self).__name__)
+        return html.safely(
+            lambda: html.block(name, html.preformatted(self.to_yaml().rstrip())), lambda: repr(self)
+        )
 
     @classmethod
     def _required(cls) -> list[str]:

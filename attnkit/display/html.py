@@ -24,6 +24,7 @@ __all__ = [
     "pictures",
     "preformatted",
     "safely",
+    "swatch",
     "table",
 ]
 
@@ -31,6 +32,7 @@ LONGEST = 180_000
 """Characters of a page, at most; a longer one is replaced by words."""
 
 _MOST_TEXT = 20_000
+_MOST_OF_SEVERAL = 1_200  # rectangles of each of several pictures
 
 
 def block(*parts: str) -> str:
@@ -97,8 +99,10 @@ def folded(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
 
 
-def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Return a table; without a head the first column names what the second says.
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), most: int = 40) -> str:
+    """Return a table of the first rows; without a head the first column names what follows.
+
+    Nothing where there are no rows.
 
     Cells are markup: `code`, `picture`, or text that was escaped.
 
@@ -109,17 +113,19 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     left = 'style="text-align:left"'
     first = "td " if head else "th "
     top = 'style="text-align:left;vertical-align:top"'
+    rows = list(rows)
     body = "".join(
         f"<tr><{first}{top}>{row[0]}</{first.strip()}>"
         + "".join(f"<td {left}>{cell}</td>" for cell in row[1:])
         + "</tr>"
-        for row in rows
+        for row in rows[:most]
     )
     if not body:
         return ""
     titles = "".join(f"<th {left}>{escape(title)}</th>" for title in head)
     above = f"<thead><tr>{titles}</tr></thead>" if head else ""
-    return f"<table>{above}<tbody>{body}</tbody></table>"
+    more = len(rows) - most
+    return f"<table>{above}<tbody>{body}</tbody></table>" + note(f"and {more:,} more") * (more > 0)
 
 
 def picture(drawing: Drawing, side: int = 288) -> str:
@@ -129,15 +135,24 @@ def picture(drawing: Drawing, side: int = 288) -> str:
     >>> "8 cells" in picture(Drawing(1, 1, (Layer([[1]], "#2f7ed8"),), "a mask", "8 cells"))
     True
     """
-    square = "display:inline-block;width:.8em;height:.8em;margin:0 .35em 0 0"
     each = (
         f'<span style="white-space:nowrap;margin-right:1em">'
-        f'<span style="{square};background:{tint}"></span>{escape(_short(label))}</span> '
+        f"{swatch(tint)}{escape(_short(label))}</span> "
         for tint, label in drawing.legend
     )
     legend = f'<p style="font-size:smaller;margin:.3em 0">{"".join(each)}</p>'
     words = note(drawing.note) if drawing.note else ""
     return f"{inline(drawing, side)}{legend if drawing.legend else ''}{words}"
+
+
+def swatch(colour: str) -> str:
+    """Return a small square of a colour.
+
+    >>> "#2f7ed8" in swatch("#2f7ed8")
+    True
+    """
+    square = "display:inline-block;width:.8em;height:.8em;margin:0 .35em 0 0"
+    return f'<span style="{square};background:{colour}"></span>'
 
 
 def pictures(drawings: Iterable[Drawing], side: int = 160) -> str:
@@ -149,7 +164,7 @@ def pictures(drawings: Iterable[Drawing], side: int = 160) -> str:
     """
     cells = (
         '<div style="display:inline-block;vertical-align:top;margin:0 1em .5em 0">'
-        f"{inline(drawing, side)}{note(drawing.title)}</div>"
+        f"{inline(drawing, side, _MOST_OF_SEVERAL)}{note(drawing.title)}</div>"
         for drawing in drawings
     )
     return "".join(cells)

@@ -36,8 +36,10 @@ Rectangle = tuple[int, int, int, int]
 """Column, row, width and height, in fields."""
 
 
-def inline(drawing: Drawing, side: int = _LONGEST_SIDE) -> str:
+def inline(drawing: Drawing, side: int = _LONGEST_SIDE, most: int = MOST_RECTANGLES) -> str:
     """Return a picture as an element of a page, `side` pixels at its longer side at most.
+
+    `most` are its rectangles.
 
     Its lines and its background have the colour of the text around it.
 
@@ -45,7 +47,7 @@ def inline(drawing: Drawing, side: int = _LONGEST_SIDE) -> str:
     >>> inline(Drawing(1, 2, (Layer([[1, 0]], "#2f7ed8"),), "a <mask>"))[:64]
     '<svg xmlns="http://www.w3.org/2000/svg" width="36" height="18" v'
     """
-    drawing = _small(drawing)
+    drawing = _small(drawing, most)
     width, height = _pixels(drawing, side)
     return _picture(drawing, f'width="{width}" height="{height}"')
 
@@ -60,7 +62,7 @@ def document(drawing: Drawing, side: int = 2 * _LONGEST_SIDE) -> str:
     >>> "prefers-color-scheme" in text, "allowed" in text
     (True, True)
     """
-    drawing = _small(drawing)
+    drawing = _small(drawing, MOST_RECTANGLES)
     width, height = _pixels(drawing, side)
     legend = drawing.legend
     words = [drawing.title, drawing.note, *(f"   {label}" for _, label in legend)]
@@ -133,11 +135,9 @@ def _level(share: float) -> int:
     return LEVELS if share >= 1 else min(LEVELS - 1, max(1, round(LEVELS * share)))
 
 
-def _small(drawing: Drawing) -> Drawing:
+def _small(drawing: Drawing, most: int) -> Drawing:
     """Return the drawing, or a coarser one that has few rectangles."""
-    while sum(sum(1 for _ in rectangles(_levels(k.shares))) for k in drawing.layers) > (
-        MOST_RECTANGLES
-    ):
+    while sum(sum(1 for _ in rectangles(_levels(k.shares))) for k in drawing.layers) > most:
         drawing = drawing.coarser()
     return drawing
 

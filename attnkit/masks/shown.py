@@ -8,9 +8,9 @@ words.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from attnkit.display import Drawing, colour, html
 from attnkit.errors import CompositionError
@@ -19,7 +19,7 @@ from attnkit.masks.base import Mask
 from attnkit.masks.picture import shares
 from attnkit.masks.trace import Rectangle, count_slices
 
-__all__ = ["drawing", "lengths", "page", "page_of", "pictured"]
+__all__ = ["drawing", "guessed", "lengths", "page", "page_of", "pictured"]
 
 _GRID = 96
 _CORNER = 128
@@ -28,7 +28,7 @@ _MOST_NUMBERS = 1 << 15  # that a mask is written with: its region takes time th
 _MOST_READ = 1 << 24  # cells of tensors that nobody has looked at yet
 _MOST_SLICES = 1 << 10  # that a mask with a number as small as its smallest would have
 _MOST_PLACES = 4
-_COUNTS = ("batch", "num_heads")  # numbers that say nothing of lengths
+_COUNTS = ("batch", "heads", "num_heads")  # numbers that say nothing of lengths
 
 
 class Looked(NamedTuple):
@@ -159,24 +159,32 @@ def lengths(mask: Mask) -> tuple[int, int]:
     >>> lengths(masks.Causal()), lengths(masks.SlidingWindow(64)), lengths(masks.Documents([3, 5]))
     ((16, 16), (192, 192), (8, 8))
     """
-    numbers = list(islice(_numbers(mask), _MOST_NUMBERS + 1))
-    if len(numbers) > _MOST_NUMBERS:
-        raise CompositionError(
-            f"it is written with more than {_MOST_NUMBERS:,} numbers; mask.show(q_len, kv_len) "
-            "draws it"
-        )
-    sizes = [abs(number) for number in numbers if abs(number) > 1]
-    longest = min(_LONGEST, _MOST_SLICES * min(sizes, default=1))
-    guessed = max(_SHORTEST, min(longest, 3 * max(sizes, default=0)))
+    length = max(_SHORTEST, guessed(mask))
     q_len, kv_len = mask.extent
-    both = q_len if q_len is not None else kv_len if kv_len is not None else guessed
+    both = q_len if q_len is not None else kv_len if kv_len is not None else length
     return both if q_len is None else q_len, both if kv_len is None else kv_len
 
 
+def guessed(value: object) -> int:
+    """Return a length at which the sizes that a mask or a bias is written with are seen.
+
+    >>> from attnkit import masks
+    >>> guessed(masks.SlidingWindow(64)), guessed(masks.Causal())
+    (192, 0)
+    """
+    numbers = list(islice(_numbers(value), _MOST_NUMBERS + 1))
+    if len(numbers) > _MOST_NUMBERS:
+        raise CompositionError(
+            f"it is written with more than {_MOST_NUMBERS:,} numbers; show(q_len, kv_len) draws it"
+        )
+    sizes = [abs(number) for number in numbers if abs(number) > 1]
+    return min(_LONGEST, _MOST_SLICES * min(sizes, default=1), 3 * max(sizes, default=0))
+
+
 def _numbers(value: object) -> Iterator[int]:
-    """Yield the integers that a mask, or a list of them, is written with."""
-    if isinstance(value, Mask):
-        for item in fields(cast(Any, value)):
+    """Yield the integers that a value, or a list of them, is written with."""
+    if is_dataclass(value):
+        for item in fields(value):
             if item.name not in _COUNTS:
                 yield from _numbers(getattr(value, item.name))
     elif isinstance(value, list | tuple):

@@ -354,6 +354,12 @@ class ParallelPlan:
     def __str__(self) -> str:
         return self.explain()
 
+    def _repr_html_(self) -> str:
+        """Return the ranks for a notebook: a colour for each, a table, refusals folded away."""
+        from attnkit.parallel.shown import page
+
+        return page(self)
+
 
 class _RankTable(NamedTuple):
     """What is known of a rank: its stages, and the pieces of those that somebody asked for."""

@@ -244,7 +244,21 @@ class Sharding:
         more = self.size - some
         return Text("\n".join(lines + ([f"and {more:,} more ranks"] if more else [])))
 
+    def _repr_html_(self) -> str:
+        """Return a picture for a notebook: a row for each rank."""
+        from attnkit.parallel.shown import sharding_page
+
+        return sharding_page(self)
+
     def _line(self, rank: int, columns: int) -> str:
+        return "".join("#" if n == 1 else "+" if n else "." for n in self.held(rank, columns))
+
+    def held(self, rank: int, columns: int) -> list[float]:
+        """Return how much of each column is a rank's, of all positions in so many columns.
+
+        >>> Sharding.zigzag(8, 2).held(0, 4)
+        [1.0, 0.0, 0.0, 1.0]
+        """
         ends = [self.length * column // max(columns, 1) for column in range(columns + 1)]
         held = [0] * columns
         for one in self.ranks[rank]:
@@ -253,9 +267,7 @@ class Sharding:
                 held[column] += min(one.stop, ends[column + 1]) - max(one.start, ends[column])
                 column += 1
         widths = (b - a for a, b in pairwise(ends))
-        return "".join(
-            "#" if n == w else "+" if n else "." for n, w in zip(held, widths, strict=True)
-        )
+        return [n / w for n, w in zip(held, widths, strict=True)]
 
     def _checked(self, rank: int) -> int:
         if check_int("rank", rank, 0) >= self.size:

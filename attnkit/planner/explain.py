@@ -29,7 +29,7 @@ from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
 from attnkit.ranges import Ranges, total
 
-__all__ = ["as_data", "bytes_told", "entry", "explain", "listed", "request_lines"]
+__all__ = ["as_data", "bytes_told", "entry", "explain", "listed", "proven", "request_lines", "said"]
 
 WIDTH = 80
 _LABEL = 12
@@ -226,7 +226,7 @@ def _solution_lines(plan: Plan) -> list[str]:
         name = f"{launch.call.op}, {launch.label}{sequences}"
         lines += entry(f"call {k}" if several else "call", name)
         lines += entry("", tensors)
-        lines += entry("", ", ".join(f"{name}={_value(v)}" for name, v in given.items()))
+        lines += entry("", ", ".join(f"{name}={said(v)}" for name, v in given.items()))
         lines += entry("gathers", _gathered(launch, plan.in_order or request))
     lines += entry("merge", _merge(plan))
     lines += entry("backward", _backward(plan))
@@ -238,7 +238,7 @@ def _solution_lines(plan: Plan) -> list[str]:
     if request.bias:
         lines += entry("bias bytes", _bias(best, request, plan.route))
     lines += entry("empty rows", _rows(best))
-    lines += entry("proof", _proof(plan))
+    lines += entry("proof", proven(plan))
     if others:
         told = ", ".join(f"{o.label}{_merged(o)} ({_dearer(o, best)})" for o in others[:6])
         more = f", and {len(others) - 6} more" if len(others) > 6 else ""
@@ -352,7 +352,7 @@ def _way(call: KernelCall) -> str:
     return "a matrix"
 
 
-def _proof(plan: Plan) -> str:
+def proven(plan: Plan) -> str:
     """Say what has been proven, now that it has been."""
     wrong = disprove_plan(plan)
     if wrong is not None:
@@ -392,7 +392,8 @@ def _dearer(other: Solution, best: Solution) -> str:
     return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"
 
 
-def _value(value: object) -> str:
+def said(value: object) -> str:
+    """Return an argument of a call as text; of a long tuple the beginning."""
     if isinstance(value, tuple) and len(value) > 6:
         return f"({', '.join(map(str, value[:5]))}, ... {len(value)} in all)"
     return str(value)

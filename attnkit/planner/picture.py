@@ -114,7 +114,7 @@ def layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[
 
     The sequences of a single call that gathers take turns with the colours.
     """
-    if len(launches) == 1 and not all(k.is_rectangle for k in launches[0].blocks):
+    if sequences_take_turns(launches):
         each = list(images(launches[0], batch, head))
         turns = len(COLOURS)
         for k in range(min(turns, len(each))):
@@ -126,6 +126,11 @@ def layers(launches: Sequence[Launch], batch: int, head: int) -> Iterator[tuple[
         cells = Region.union(images(launch, batch, head))
         if cells:
             yield cells, f"call {n}: {launch.label}"
+
+
+def sequences_take_turns(launches: Sequence[Launch]) -> bool:
+    """Whether the sequences of a call have a colour each, since it is the only one and gathers."""
+    return len(launches) == 1 and not all(block.is_rectangle for block in launches[0].blocks)
 
 
 def images(launch: Launch, batch: int, head: int) -> Iterator[Region]:

@@ -279,6 +279,12 @@ class Plan:
     def __str__(self) -> str:
         return self.explain()
 
+    def _repr_html_(self) -> str:
+        """Return the calls for a notebook: coloured cells, a table, refusals folded away."""
+        from attnkit.planner.shown import page
+
+        return page(self)
+
 
 class Runner(Protocol):
     """What a proof asks of a backend: what its plans are, and whether they are made of calls."""

@@ -353,6 +353,12 @@ give it one per query head
         blocks = row_blocks(0, shorter, shorter)
         return all(torch.equal(read(rows, shorter), read(rows, longer)) for rows in blocks)
 
+    def _repr_html_(self) -> str:
+        """Return heat maps for a notebook, at lengths that suit the bias."""
+        from attnkit.pse.shown import page
+
+        return page(self)
+
     # -- value ---------------------------------------------------------------------------
 
     @property
