@@ -12,7 +12,7 @@ from contextlib import suppress
 from pydantic import BaseModel
 
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
-from attnkit.doctor import command, plans
+from attnkit.doctor import command, plans, view
 from attnkit.doctor.findings import told_versions
 from attnkit.doctor.screen import GOOD, INTERRUPTED, NO_DEVICE, WRONG, NoDevice, Parser, Screen
 from attnkit.errors import AttnkitError
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = "test the fused kernel of this machine, or the emulator, and report"
     command.add_arguments(add("doctor", command.run, told))
     plans.add_arguments(add("plan", plans.run, "print the plan of a configuration"))
+    view.add_arguments(add("view", view.run, "write the plan as a page for a browser"))
     schema = add("schema", _print_schema, "print the JSON schema of configurations")
     schema.add_argument("module", choices=_MODELS, nargs="?", default="attention")
     try:

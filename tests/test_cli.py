@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from attnkit import SeqLens, masks
 from attnkit.__main__ import main
 from attnkit.backends import emulated
 from attnkit.config import AttentionConfig, MultiHeadAttentionConfig
-from attnkit.doctor import CASES, Result, command
+from attnkit.doctor import CASES, Result, command, view
 from attnkit.doctor.cases import OTHER_CASES, Case
 from attnkit.doctor.screen import Screen
 
@@ -328,9 +329,63 @@ def test_a_plan_for_ranks(config: Path, packed: Path, capsys: Any):
     assert "26 to 27 per rank" in capsys.readouterr().out
 
 
+def page_of(file: str = view.DEFAULT_FILE) -> dict[str, Any]:
+    """Return the data of a page."""
+    text = Path(file).read_text(encoding="utf-8")
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+def test_a_page_of_a_plan(config: Path, capsys: Any):
+    given = ["view", "--config", str(config), "--q-len", "512", "--backend", "emulated"]
+    assert main(given) == 0
+    assert capsys.readouterr().out == "page: attnkit-plan.html\n"
+    data = page_of()
+    assert data["title"] == "Causal() & SlidingWindow(256)"
+    assert data["kind"] == "calls"
+    names = ["--config", str(config), "--q-len", "512", "--dtype", "bfloat16"]
+    assert data["command"] == ["attnkit", "view", *names, "--backend", "emulated"]
+    again = [*data["command"][1:], "--mask", "SlidingWindow(3)", "-o", "other.html"]
+    assert main(again) == 0
+    assert page_of("other.html")["title"] == "SlidingWindow(3)"
+
+
+def test_a_page_of_packed_sequences_needs_no_configuration(capsys: Any):
+    given = ["--mask", "Causal()", "--lengths", "3,5", "--ranks", "2", "-o", "a.html", "--train"]
+    assert main(["view", *given]) == 0
+    data = page_of("a.html")
+    assert data["ranks"]["size"] == 2
+    assert data["sizes"] == [[3, 3], [5, 5]]
+    assert main([*data["command"][1:], "--mask", data["mask"]]) == 0
+    assert page_of("a.html") == data
+    assert main(["plan", "--mask", "Causal()", "--lengths", "3,5", "--backend", "emulated"]) == 0
+    assert "TND, 2 sequences" in capsys.readouterr().out
+
+
+def test_a_page_of_what_was_not_asked_of_hardware():
+    given = ["view", "--mask", "Causal()", "--q-len", "8", "--backend", "ascend"]
+    assert main(given) == 0
+    assert "no installed op was asked" in page_of()["note"]
+
+
+def test_a_page_is_opened_when_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    assert main(["view", "--mask", "Causal()", "--q-len", "8", "--open"]) == 0
+    assert opened == [Path(view.DEFAULT_FILE).resolve().as_uri()]
+    assert "no browser was found" in capsys.readouterr().out  # the append answers None
+
+
 @pytest.mark.parametrize(
     ("command_line", "told"),
     [
+        (["view", "--q-len", "8"], "say what to plan: --config FILE, or --mask TEXT"),
+        (["view", "--mask", "Causal(", "--q-len", "8"], "Causal("),
+        (["view", "--mask", "Causal()", "--q-len", "8", "--stages", "2"], "--ranks P"),
+        (["view", "--mask", "Causal()", "--q-len", "8", "-o", "folder"], "is a directory"),
+        (["view", "--mask", "Causal()", "--q-len", "8", "-o", "no/a.html"], "no directory no"),
+        (["view", "--mask", "Causal()", "--q-len", "8", "-o", "a\0b"], "null byte"),
         (["plan", "--mask", "Causal()", "--q-len", "8", "--stages", "2"], "--ranks P"),
         (["plan", "--mask", "Causal()", "--q-len", "8", "--ranks", "99999999"], "at most"),
         (["plan", "--mask", "Causal()", "--q-len", "8", "--ranks", "2", "--method", "x"], "choice"),

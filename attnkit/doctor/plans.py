@@ -29,7 +29,7 @@ from attnkit.parallel.whole import spread
 from attnkit.planner import Plan, Request
 from attnkit.pse import Pse
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_request", "check_ranks", "planned", "run"]
 
 Config = AttentionConfig | MultiHeadAttentionConfig
 
@@ -46,6 +46,15 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_request(parser)
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw the cells of calls, or of ranks"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that say what is planned."""
     for option, metavar, read, told in (
         ("--config", "FILE", Path, _CONFIG),
         ("--at", "KEY", str, "where in the file, such as model.attention"),
@@ -57,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--kv-len", "M", _count, "keys of each (default: N)"),
         ("--lengths", "3,5,8", _lengths, "packed: queries of each sequence"),
         ("--kv-lengths", "3,5,8", _lengths, "packed: keys of each (default: as many as queries)"),
-        ("--plot", "FILE", Path, "draw the cells of calls, or of ranks"),
         ("--ranks", "P", _count, "plan for tokens that are spread over ranks; no group is needed"),
         ("--heads-ways", "U", _count, "with --ranks: neighbours that split the heads"),
         ("--stages", "K", _count, "with --ranks: parts in which needed keys arrive"),
@@ -72,21 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", action="store_true", help="plan for training: dropout, and a backward"
     )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Run the command and return its exit code."""
-    _check_ranks(arguments)
-    config = _config(arguments)
+    check_ranks(arguments)
     if arguments.plot is not None:
         _check_picture(arguments.plot)  # a file that cannot be is known before the plan is made
-    request, bias = _request(config, arguments)
-    plan: Plan | ParallelPlan
-    if arguments.ranks is None:
-        plan, note = _plan(request, config.backend)
-    else:
-        plan, note = _spread(request, bias, config.backend, arguments)
+    plan, note = planned(arguments)
     if arguments.json:
         screen.line(json.dumps(plan.to_dict() | ({"note": note} if note else {}), indent=1))
     else:
@@ -99,7 +100,16 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return GOOD
 
 
-def _check_ranks(arguments: argparse.Namespace) -> None:
+def planned(arguments: argparse.Namespace) -> tuple[Plan | ParallelPlan, str]:
+    """Return the plan that arguments ask for, and what could not be asked here."""
+    config = _config(arguments)
+    request, bias = _request(config, arguments)
+    if arguments.ranks is None:
+        return _plan(request, config.backend)
+    return _spread(request, bias, config.backend, arguments)
+
+
+def check_ranks(arguments: argparse.Namespace) -> None:
     """Complain about what is said of ranks where there are none."""
     if arguments.ranks is None and (said := _said_of_ranks(arguments)):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in said)

@@ -17,6 +17,7 @@ from attnkit.backends import make_plan
 from attnkit.backends.graph import stand_in
 from attnkit.display import Text
 from attnkit.errors import CompositionError, Refusal, shown
+from attnkit.explorer import save
 from attnkit.geometry import Region
 from attnkit.parallel.choices import DROPOUTS, Choices
 from attnkit.parallel.heads import Turn, coarse
@@ -34,6 +35,9 @@ from attnkit.pse.base import rebound
 from attnkit.ranges import Ranges, shared
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
     from attnkit.display.figure import Figure
 
 __all__ = ["Alternative", "ParallelPlan", "StagePiece"]
@@ -350,6 +354,23 @@ class ParallelPlan:
         from attnkit.parallel.picture import plot
 
         return plot(self, batch, head)
+
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write one HTML page that shows who computes each cell, and what is sent; return its path.
+
+        Raises as `Plan.to_html`.
+
+        >>> from tempfile import mkdtemp
+        >>> import torch
+        >>> from attnkit import masks, parallel
+        >>> x = torch.empty(1, 8, 2, 16, device="meta")
+        >>> found = parallel.plan(x, x, x, ranks=2, mask=masks.Causal())
+        >>> found.to_html(mkdtemp() + "/ranks.html").name
+        'ranks.html'
+        """
+        from attnkit.parallel.explored import as_page
+
+        return save(as_page(self), path)
 
     def __str__(self) -> str:
         return self.explain()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnkit.display import Text
 from attnkit.errors import KernelContractError, Refusal
+from attnkit.explorer import save
 from attnkit.kernel import KernelCall
 from attnkit.masks import Full
 from attnkit.planner.again import has_form, in_same_form
@@ -27,6 +28,9 @@ from attnkit.planner.routes import Route, in_parts, routes
 from attnkit.registry import Registry
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
     from typing_extensions import Self
 
     from attnkit.display.figure import Figure
@@ -275,6 +279,26 @@ class Plan:
         from attnkit.planner.picture import plot
 
         return plot(self, batch, head)
+
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write one HTML page that shows the plan's cells, calls and rivals; return its path.
+
+        The page needs no network and no other file. Each cell of it tells which call computes it.
+
+        Raises `CompositionTypeError` for what is no path, and `OSError` for a file that cannot be
+        written.
+
+        >>> from tempfile import mkdtemp
+        >>> import torch
+        >>> import attnkit as ak
+        >>> x = torch.empty(1, 64, 2, 16, device="meta")
+        >>> plan = ak.plan(x, x, x, mask=ak.masks.Causal(), backend="emulated")
+        >>> plan.to_html(mkdtemp() + "/plan.html").name
+        'plan.html'
+        """
+        from attnkit.planner.explored import as_page
+
+        return save(as_page(self), path)
 
     def __str__(self) -> str:
         return self.explain()

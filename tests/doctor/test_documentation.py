@@ -27,7 +27,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_has_what_is_tested():
-    assert len(CONSOLE) == 7
+    assert len(CONSOLE) == 9
     assert set(FILES) == {"model.yaml", "packed.yaml"}
 
 
@@ -55,7 +55,7 @@ def test_the_program_on_the_page_runs():
 
 def test_options_on_the_page_exist(capsys: Any):
     pages = ""
-    for name in ("doctor", "plan"):
+    for name in ("doctor", "plan", "view"):
         main([name, "--help"])
         pages += capsys.readouterr().out
     for option in set(re.findall(r"`(--[a-z-]+)", TEXT)):
