@@ -34,6 +34,14 @@ def test_a_name_never_falls_back() -> None:
         ak.attention(X, X, X, backend="emulatd")
 
 
+def test_a_reason_that_several_calls_have_is_told_once() -> None:
+    x = torch.empty(1, 8, 2, 16, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(ak.BackendRefused, match="pse-precision") as refused:
+        ak.plan(x, x, x, pse=Dense(torch.zeros(2, 8, 8)), backend="emulated")
+    lines = str(refused.value).splitlines()
+    assert len(lines) - 2 == len(set(lines[1:-1])) < len(refused.value.refusals)
+
+
 def test_what_is_certain_is_refused_when_the_module_is_built() -> None:
     with pytest.raises(ak.BackendRefused, match="soft"):
         ak.Attention(2, 4, softcap=2.0, backend="emulated")
