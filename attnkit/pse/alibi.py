@@ -291,7 +291,7 @@ def _slopes(name: str, values: object) -> tuple[float, ...]:
     if isinstance(values, Tensor):
         raise CompositionTypeError(
             f"{name}: slopes are constants of the composition and kept as floats; pass "
-            "tensor.tolist(), or pse.Dense for a bias with gradients"
+            "tensor.tolist(); slopes that train are pse.ALiBi(tensor.tolist(), learnable=True)"
         )
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
         raise CompositionTypeError(

@@ -92,7 +92,7 @@ def test_sharded_heads_keep_their_own_slopes():
         (lambda f: f((0.5, math.inf)), ["slope=inf", "finite"]),
         (lambda f: f((0.5, "x")), ["slope='x'", "int or float"]),
         (lambda f: f((True,)), ["slope=True", "int or float"]),
-        (lambda f: f(torch.tensor([0.5])), ["tolist()", "pse.Dense"]),
+        (lambda f: f(torch.tensor([0.5])), ["tolist()", "learnable=True"]),
         (lambda f: f(4, align="left"), ["align='left'", "'bottom_right'", "'top_left'"]),
         (lambda f: f(4).check(5, 5, heads=8), ["4 heads", "query has 8", "per query head"]),
         (lambda f: f(4).materialize(5, 5, heads=8), ["4 heads", "query has 8"]),
