@@ -33,7 +33,15 @@ _TILE_ROWS, _TILE_COLUMNS = 128, 512
 _TILE_CELLS = 2**18
 
 # What a backward is given of its forward, in the codes of errors.
-_SUBJECTS = {"dy": "grad", "attention_in": "grad", "softmax_max": "stats", "softmax_sum": "stats"}
+_GRAD_CODES = ("grad-shape", "grad-dtype")
+_STATS_CODES = ("stats-shape", "stats-dtype")
+_OTHER_CODES = ("tensor-shape", "tensor-dtype")
+_OF = {
+    "dy": _GRAD_CODES,
+    "attention_in": _GRAD_CODES,
+    "softmax_max": _STATS_CODES,
+    "softmax_sum": _STATS_CODES,
+}
 
 
 class CellRange(NamedTuple):
@@ -172,8 +180,8 @@ def check_tensors(
             kind = KernelContractTypeError if about_dtype else KernelContractError
             described = wanted or "none; put a TensorSpec of it into the KernelCall"
             words = f"{name} is {found or 'missing'}; the call describes {described}"
-            subject = _SUBJECTS.get(name, "tensor")
-            raise kind(words, [f"{subject}-dtype" if about_dtype else f"{subject}-shape"])
+            code = _OF.get(name, _OTHER_CODES)[bool(about_dtype)]
+            raise kind(words, [code])
     check_devices(given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -63,8 +64,7 @@ class Compiled(OnStatistics):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        found = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
-        return [*untransformed(request, self.name), *found]
+        return [*untransformed(request, self.name), *_refusals(request)]
 
     def plan(self, request: Request) -> CompiledPlan:
         """Return the plan; the kernel is built here, if it was not before."""
@@ -133,27 +133,37 @@ def prefer() -> None:
     register(Preferred())
 
 
-def _refusals(request: Request) -> list[tuple[str, str]]:
-    """Return codes and reasons, every one."""
-    instead = "backend='tiled' computes it"
-    found = []
+_TERM_CODES = {
+    "bias": "compiled-bias",
+    "dropout": "compiled-dropout",
+    "softcap": "compiled-softcap",
+    "score_fn": "compiled-score_fn",
+}
+"""What joins the scores and the kernel has not got, each with its code."""
+
+
+def _refusals(request: Request) -> Iterator[Refusal]:
+    """Yield every reason why the kernel cannot run a request."""
+    instead, name = "backend='tiled' computes it", Compiled.name
     if request.device not in ("cpu", "meta"):
-        found.append(("device", f"the tensors are on {request.device!r}, the kernel on the CPU"))
+        reason = f"the tensors are on {request.device!r}, the kernel on the CPU"
+        yield Refusal("compiled-device", reason, name)
     if request.dtype not in KINDS:
-        found.append(("dtype", f"the kernel computes in float32, not {request.dtype}; {instead}"))
+        reason = f"the kernel computes in float32, not {request.dtype}; {instead}"
+        yield Refusal("compiled-dtype", reason, name)
     if not request.matrices.exact:
         reason = f"the mask is no union of slices, and the kernel reads runs of keys; {instead}"
-        found.append(("mask", reason))
-    for name in ("bias", "dropout", "softcap", "score_fn"):
-        if getattr(request, name):
-            found.append((name, f"the kernel has no {name}; {instead}"))
+        yield Refusal("compiled-mask", reason, name)
+    for term, code in _TERM_CODES.items():
+        if getattr(request, term):
+            yield Refusal(code, f"the kernel has no {term}; {instead}", name)
     if abs(request.scale) > HUGE_SCALE:
         reason = f"scale={request.scale:.3g} is beyond {HUGE_SCALE:.0f}, where products with it "
-        found.append(("scale", f"{reason}overflow; {instead}"))
+        yield Refusal("compiled-scale", f"{reason}overflow; {instead}", name)
     missing = LIBRARY.missing()
     if missing is not None:
-        found.append(("toolchain", f"the kernel cannot be built: {missing}; {instead}"))
-    return [(f"compiled-{code}", reason) for code, reason in found]
+        reason = f"the kernel cannot be built: {missing}; {instead}"
+        yield Refusal("compiled-toolchain", reason, name)
 
 
 def _table(plan: Plan) -> TileTable:

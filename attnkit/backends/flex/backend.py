@@ -144,8 +144,7 @@ class Flex(Backend):
 
     def refusals(self, request: Request) -> list[Refusal]:
         """Return why the request is not for this backend."""
-        own = [Refusal(code, reason, self.name) for code, reason in _refusals(request)]
-        return own + without_cells(request, self.name)
+        return [*_refusals(request), *without_cells(request, self.name)]
 
     def plan(self, request: Request) -> FlexPlan:
         """Return the plan, its tables made unless the tensors are only shapes."""
@@ -203,50 +202,63 @@ def _refuse_lse() -> Tensor:
     raise BackendRefused(reason, [Refusal("flex-stats-cpu", reason, Flex.name)])
 
 
-def _refusals(request: Request) -> Iterator[tuple[str, str]]:
-    """Yield (code, sentence) for all that FlexAttention cannot do."""
-    head = min(request.head_dim, request.value_dim)
-    if request.device not in ("cpu", "cuda", "meta"):
-        yield "flex-device", f"FlexAttention has no kernel for device {request.device!r}"
+def _refusals(request: Request) -> Iterator[Refusal]:
+    """Yield all that FlexAttention cannot do."""
+    yield from _lacking_anywhere(request, Flex.name)
+    yield from _lacking_here(request, Flex.name)
+
+
+def _lacking_anywhere(request: Request, name: str) -> Iterator[Refusal]:
     if request.dtype == torch.float64:
-        yield "flex-dtype", "FlexAttention's kernels compute in float32 at most, not float64"
+        reason = "FlexAttention's kernels compute in float32 at most, not float64"
+        yield Refusal("flex-dtype", reason, name)
     if request.dropout:
-        yield (
-            "flex-dropout",
-            f"FlexAttention has no dropout (it is {request.dropout:g} here); backend='tiled' does",
+        reason = (
+            f"FlexAttention has no dropout (it is {request.dropout:g} here); backend='tiled' does"
         )
+        yield Refusal("flex-dropout", reason, name)
     if not (request.batch and request.q_len and request.kv_len):
-        yield "flex-empty", "FlexAttention takes no tensors without batch elements, queries or keys"
+        reason = "FlexAttention takes no tensors without batch elements, queries or keys"
+        yield Refusal("flex-empty", reason, name)
     opaque = [term.text for term in request.bias if not term.by_distance]
     if request.seqlens is not None and opaque:
-        yield (
-            "flex-packed-bias",
+        reason = (
             f"{' + '.join(opaque)} is a tensor for one sequence's score matrix, and a packed "
             "batch runs as one long sequence; biases that follow from distances alone "
-            "(ALiBi, T5Relative) are known there",
+            "(ALiBi, T5Relative) are known there"
         )
-    if request.device == "cpu" and request.needs_grad:
-        yield (
-            "flex-backward-cpu",
-            "FlexAttention has no backward on the CPU, and some tensor wants a gradient; "
-            "backend='tiled' trains there, and torch.no_grad() asks for none",
-        )
+        yield Refusal("flex-packed-bias", reason, name)
     trained = [term.text for term in request.bias if term.requires_grad]
     trained += ["what score_fn reads"] if request.score_trains else []
     if request.deterministic and trained:
-        yield (
-            "flex-deterministic",
+        reason = (
             f"FlexAttention adds up the gradient of {' and '.join(trained)} in any order, and "
-            "deterministic is asked for",
+            "deterministic is asked for"
         )
+        yield Refusal("flex-deterministic", reason, name)
+
+
+def _lacking_here(request: Request, name: str) -> Iterator[Refusal]:
+    """Yield what FlexAttention lacks on the device of the tensors."""
+    head = min(request.head_dim, request.value_dim)
+    if request.device not in ("cpu", "cuda", "meta"):
+        reason = f"FlexAttention has no kernel for device {request.device!r}"
+        yield Refusal("flex-device", reason, name)
+    if request.device == "cpu" and request.needs_grad:
+        reason = (
+            "FlexAttention has no backward on the CPU, and some tensor wants a gradient; "
+            "backend='tiled' trains there, and torch.no_grad() asks for none"
+        )
+        yield Refusal("flex-backward-cpu", reason, name)
     if request.device == "cpu" and request.sink:
-        yield "flex-sink-cpu", f"{_NO_LSE}, and a sink needs it; backend='tiled' has sinks"
+        reason = f"{_NO_LSE}, and a sink needs it; backend='tiled' has sinks"
+        yield Refusal("flex-sink-cpu", reason, name)
     if request.device == "cuda" and head < _SMALLEST_HEAD:
-        yield (
-            "flex-head-dim",
+        reason = (
             f"FlexAttention's CUDA kernel takes heads of {_SMALLEST_HEAD} dimensions and more, "
-            f"not {head}",
+            f"not {head}"
         )
+        yield Refusal("flex-head-dim", reason, name)
 
 
 register(Flex())
