@@ -117,13 +117,23 @@ class Refusal:
     `code` is stable and meant for programs, `reason` is the sentence for people,
     `subject` names what was refused (a backend, or a candidate such as ``"mode 2"``).
 
-    >>> print(Refusal("no-softcap", "the fused kernel has no soft-cap term", "ascend"))
-    ascend: the fused kernel has no soft-cap term [no-softcap]
+    >>> refusal = Refusal("flex-dropout", "FlexAttention has no dropout", "flex")
+    >>> print(refusal)
+    flex: FlexAttention has no dropout [flex-dropout]
+    >>> print(refusal.remedy)
+    Leave `backend` at "auto", or ask for "tiled", which computes the same.
     """
 
     code: str
     reason: str
     subject: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, as docs/reference/refusals.md has it; empty for an unknown code."""
+        from attnkit.remedies import REMEDIES
+
+        return REMEDIES[self.code].remedy if self.code in REMEDIES else ""
 
     def __str__(self) -> str:
         head = f"{self.subject}: " if self.subject else ""

@@ -12,6 +12,7 @@ from typing import Literal
 from attnkit.errors import KernelContractError, KernelContractTypeError
 from attnkit.kernel.versions import op_version
 from attnkit.registry import Registry
+from attnkit.remedies import REMEDIES, Remedy
 
 __all__ = [
     "LAYERS",
@@ -153,6 +154,7 @@ def rule(
         sentence = " ".join((predicate.__doc__ or code).split()).removesuffix(".")
         read = source or _CODE_OF[layer]
         parts = (code, layer, read, sentence, remedy, predicate, type_error, structural)
+        REMEDIES.add(code, Remedy("rule", f"{sentence}.", remedy))
         return rules.add(code, Rule(*parts))
 
     return made
