@@ -196,19 +196,6 @@ def test_tables_are_plain(capsys: Any):
     assert "biases             1       0        0" in out
 
 
-def test_a_terminal_gets_a_progress_bar():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    err = Terminal()
-    done = list(Screen(io.StringIO(), err).progress("conformance", {"mode-3@float32": 1, "x": 2}))
-    assert done == [1, 2]
-    assert "conformance [###############...............] 1/2 mode-3@float32" in err.getvalue()
-
-
 # -- plan ----------------------------------------------------------------------------------
 
 

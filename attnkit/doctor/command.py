@@ -17,6 +17,7 @@ from attnkit.doctor.screen import FAILED, GOOD, INTERRUPTED, Screen, UsageError
 from attnkit.doctor.suite import DTYPES, run_case
 from attnkit.doctor.timing import fit_weights, make_timing_cases, samples_of, time_case
 from attnkit.errors import shown
+from attnkit.progress import progress
 from attnkit.registry import closest
 
 __all__ = ["add_arguments", "run"]
@@ -137,15 +138,20 @@ def _pattern(wanted: str) -> str:
 def _examine(report: Report, jobs: Mapping[str, Job], screen: Screen) -> None:
     """Run the cases; whoever interrupts this keeps what is in the report."""
     machine = report.machine
-    for backend, case, dtype in screen.progress("conformance", jobs):
-        result = run_case(case, backend=backend, device=machine.device, dtype=dtype)
-        report.results.append(result)
-        report.save()  # a device that takes the process down leaves this much
+    with progress("conformance", len(jobs), screen.err) as bar:
+        for name, (backend, case, dtype) in jobs.items():
+            result = run_case(case, backend=backend, device=machine.device, dtype=dtype)
+            report.results.append(result)
+            report.save()  # a device that takes the process down leaves this much
+            bar.step(name)
 
 
 def _time(report: Report, cases: Iterable[Case], screen: Screen) -> None:
-    for case in screen.progress("timing", {case.name: case for case in cases}):
-        report.timings.append(time_case(case, report.machine))
-        report.save()
+    timed = list(cases)
+    with progress("timing", len(timed), screen.err) as bar:
+        for case in timed:
+            report.timings.append(time_case(case, report.machine))
+            report.save()
+            bar.step(case.name)
     if "ascend" in report.machine.backends:
         report.fit = fit_weights(samples_of(report.timings))

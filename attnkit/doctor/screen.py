@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NoReturn, TextIO, TypeVar
+from typing import NoReturn, TextIO
 
 from attnkit.display import Text
 from attnkit.errors import AttnkitError
@@ -23,8 +23,6 @@ __all__ = [
     "UsageError",
     "table",
 ]
-
-T = TypeVar("T")
 
 GOOD, FAILED, WRONG, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: all good; some case failed; wrong usage; no NPU or GPU where one was asked for;
@@ -48,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Screen:
-    """Text on `out`, progress and errors on `err`."""
+    """Text on `out`, bars and errors on `err`."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.out = sys.stdout if out is None else out
@@ -73,21 +71,6 @@ class Screen:
         lines = (line.strip() for line in text.splitlines())
         self.err.write(f"error: {'; '.join(line for line in lines if line)}\n")
         self.err.flush()
-
-    def progress(self, what: str, todo: Mapping[str, T]) -> Iterator[T]:
-        """Yield what is to be done, by its names; a bar says how far it is, on a terminal only."""
-        try:
-            for done, (name, one) in enumerate(todo.items(), 1):
-                yield one
-                if self.err.isatty():
-                    filled = 30 * done // len(todo)
-                    bar = "#" * filled + "." * (30 - filled)
-                    text = f"{what} [{bar}] {done}/{len(todo)} {name}"
-                    self.err.write(f"\r{text:<78.78}")
-                    self.err.flush()
-        finally:
-            if self.err.isatty():
-                self.err.write("\r" + " " * 78 + "\r")
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from attnkit.masks.composite import all_but_one, leaves
 from attnkit.masks.documents import Documents
 from attnkit.masks.hulls import Cells
 from attnkit.masks.proposals import wholes
+from attnkit.progress import pulse
 
 __all__ = ["complexity", "name"]
 
@@ -117,6 +118,7 @@ def _distinct(masks: Iterable[Mask], target: Cells, *, holds: bool) -> list[_Nam
     """Return the masks that hold the target (or lie inside it), one for each set of cells."""
     found: dict[tuple[Region, ...], _Named] = {}
     for mask in masks:
+        pulse()
         cells = target.of(mask)
         if not (target.inside(cells) if holds else cells.inside(target)):
             continue

@@ -29,6 +29,7 @@ from attnkit.masks.predicate import MaskFunction, Predicate
 from attnkit.masks.slices import Slices
 from attnkit.masks.sources import Source, source_of
 from attnkit.masks.trace import Progress, count_slices
+from attnkit.progress import progress as shown
 
 __all__ = ["Recovered", "recover", "written_with"]
 
@@ -141,17 +142,21 @@ def recover(
     found: list[Region] = []
     batches, heads = (count or 1 for count in given.counts)
     places = list(product(range(batches), range(heads)))
-    for n, place in enumerate(places):
+    with shown("reading a mask") as bar:
+        for n, place in enumerate(places):
 
-        def tell(done: int, rows: int, before: int = n) -> None:
-            if progress is not None:
-                progress(before * rows + done, len(places) * rows)
+            def tell(done: int, rows: int, before: int = n) -> None:
+                bar.at(before * rows + done, len(places) * rows)
+                if progress is not None:
+                    progress(before * rows + done, len(places) * rows)
 
-        region = given.region(*place, max_slices, tell)
-        if isinstance(region, str):
-            return _as_given(given, *place, region)
-        found.append(region)
-    return _write(given, tuple(tuple(found[n : n + heads]) for n in range(0, len(found), heads)))
+            region = given.region(*place, max_slices, tell)
+            if isinstance(region, str):
+                return _as_given(given, *place, region)
+            found.append(region)
+    with shown("naming a mask"):
+        regions = [tuple(found[n : n + heads]) for n in range(0, len(found), heads)]
+        return _write(given, tuple(regions))
 
 
 def written_with(

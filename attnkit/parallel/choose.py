@@ -13,6 +13,7 @@ from attnkit.parallel.plan import Alternative, ParallelPlan
 from attnkit.parallel.plane import planes, seen_by
 from attnkit.parallel.price import price_of
 from attnkit.parallel.stages import EXCHANGED, Exchanged, Stages
+from attnkit.progress import progress
 from attnkit.ranges import total
 
 __all__ = ["cheapest", "choose", "label"]
@@ -36,7 +37,12 @@ def choose(bare: ParallelPlan, wanted: Choices) -> ParallelPlan:
         )
     if len(found) == 1:
         return replace(found[0], refusals=tuple(refusals))
-    best = cheapest([replace(one, price=price_of(one)) for one in found], _time, label)
+    priced = []
+    with progress("pricing plans of ranks", len(found)) as bar:
+        for one in found:
+            priced.append(replace(one, price=price_of(one)))
+            bar.step(label(one))
+    best = cheapest(priced, _time, label)
     return replace(best, refusals=tuple(refusals))
 
 

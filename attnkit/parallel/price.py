@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from attnkit.backends.base import stats_dtype
 from attnkit.geometry import Region
 from attnkit.planner.price import Chip, chip
+from attnkit.progress import pulse
 from attnkit.ranges import Ranges, total
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _total(price: ParallelPrice) -> float:
 def _of_rank(
     plan: ParallelPlan, rank: int, ranks: tuple[int, ...], weights: Chip, wire: Link
 ) -> ParallelPrice:
+    pulse()
     stages = list(_stages(plan, rank, weights))
     forward = [one.compute for one in stages]
     arrives = [wire.nanoseconds(one.moved, one.messages) for one in stages]

@@ -27,6 +27,7 @@ from attnkit.parallel.stages import RankStage
 from attnkit.planner.plan import inconsistent
 from attnkit.planner.request import check_fits
 from attnkit.planner.sequences import Block
+from attnkit.progress import progress, pulse
 from attnkit.ranges import Ranges, are_distinct, joined, places, total, without
 
 __all__ = ["disprove", "ranks_in_full", "verify"]
@@ -51,7 +52,8 @@ def verify(plan: ParallelPlan) -> None:
 def disprove(plan: ParallelPlan) -> Refusal | None:
     """Return why a plan does not compute its request on its ranks; None if it does."""
     try:
-        return _disproof(replace(plan))  # with nothing kept that somebody may have changed
+        with progress("proving what ranks compute"):
+            return _disproof(replace(plan))  # with nothing kept that somebody may have changed
     except BackendRefused as error:
         return Refusal("refused", f"a share is refused: {error.refusals[0].reason}"[:400])
     except _UNREADABLE as error:
@@ -150,6 +152,7 @@ def _other_tables(plan: ParallelPlan) -> Refusal | None:
     counts: set[int] = set()
     needed: dict[tuple[int, range], tuple[Ranges, Ranges]] = {}
     for rank in range(plan.size):
+        pulse()
         stages = plan.stages(rank)
         counts.add(len(stages))
         along = (rank // plan.heads_ways, plan.heads(rank))
@@ -304,6 +307,7 @@ def _looked_at(plan: ParallelPlan) -> Iterator[_At]:
         if plan.size * len(stages) > _MOST_SHARES:
             stages = stages[:_MOST_STAGES]
         for stage in stages:
+            pulse()
             yield _At(rank, stage, plan.pieces(rank, stage.number))
 
 

@@ -35,6 +35,7 @@ from attnkit.planner.search import Search
 from attnkit.planner.selected import select
 from attnkit.planner.tilings import tilings
 from attnkit.planner.zones import cost_of_channels, least_of_zones
+from attnkit.progress import progress
 
 __all__ = ["MOST_MASK_CELLS", "lower", "on_route", "search_for"]
 
@@ -53,7 +54,8 @@ def lower(request: Request, block_sparse: bool | Refusal = False) -> Plan:
     `block_sparse` says whether the block-sparse op is there as well, or why it is not. A pure
     function, cached on the record. Without steps, the refusals say why there are none.
     """
-    return search_for(request, Search(block_sparse=block_sparse))
+    with progress("planning"):
+        return search_for(request, Search(block_sparse=block_sparse))
 
 
 def search_for(request: Request, search: Search) -> Plan:

@@ -26,6 +26,7 @@ from attnkit.planner.price import heads_of
 from attnkit.planner.request import Request
 from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
+from attnkit.progress import pulse
 from attnkit.ranges import are_distinct
 
 __all__ = [
@@ -45,6 +46,7 @@ def reasons_against(request: Request, launch: Launch) -> list[Refusal]:
 
     The rest of a call follows from the request, and is checked with the plan that it gets into.
     """
+    pulse()
     if launch.is_opaque:
         wrong = _disprove_opaque(launch.call, request.matrices.over_heads())
     else:

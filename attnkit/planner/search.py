@@ -12,6 +12,7 @@ from attnkit.planner.cuts import cuts
 from attnkit.planner.grouping import Segment
 from attnkit.planner.in_place import in_place
 from attnkit.planner.staircases import partitions
+from attnkit.progress import pulse
 
 __all__ = ["Search"]
 
@@ -53,6 +54,7 @@ class Search:
         if by_keys:
             turned = self.all_partitions(region.transpose())
             return tuple(tuple(one.transposed for one in way) for way in turned)
+        pulse()
         if region not in self.partitions:
             ways = list(islice(partitions(region), _MOST_PARTITIONS))
             ways = list(dict.fromkeys([*ways, *map(in_place, ways)]))
@@ -63,6 +65,7 @@ class Search:
 
     def all_cuts(self, region: Region) -> tuple[tuple[Slice, ...], ...]:
         """Return the ways to cut a region, the first few."""
+        pulse()
         if region not in self.cuts:
             self.cuts[region] = tuple(islice(cuts(region), _MOST_CUTS))
         return self.cuts[region]
