@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import griffe
@@ -21,15 +21,15 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         for obj in _objects(pkg):
             if obj.docstring is not None:
-                obj.docstring.value = as_markdown(_linked(obj.docstring.value, obj))
+                obj.docstring.value = as_markdown(obj.docstring.value, _links(obj))
 
 
-def as_markdown(text: str) -> str:
-    """Return a docstring with each run of doctest paragraphs in a fence."""
+def as_markdown(text: str, prose: Callable[[str], str] = str) -> str:
+    """Return a docstring with each run of doctest paragraphs in a fence, and its prose changed."""
     parts: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         if not paragraph.lstrip().startswith(">>>"):
-            parts.append(paragraph)
+            parts.append(prose(paragraph))
         elif parts and parts[-1].startswith("```pycon"):
             parts[-1] = f"{parts[-1][:-4]}\n\n{paragraph}\n```"
         else:
@@ -37,19 +37,15 @@ def as_markdown(text: str) -> str:
     return "\n\n".join(parts)
 
 
-def _linked(text: str, obj: griffe.Object) -> str:
-    """Return a docstring whose names lead to their entries, where they have one."""
+def _links(obj: griffe.Object) -> Callable[[str], str]:
+    """Return what makes names in a text of `obj` lead to their entries, where they have one."""
     own = {parameter.name for parameter in getattr(obj, "parameters", ())} | {obj.name}
 
     def link(found: re.Match[str]) -> str:
         entry = None if found[1] in own else _entry(found[1], obj)
         return found[0] if entry is None else f"[`{found[1]}`][{entry}]"
 
-    lines = text.split("\n")
-    return "\n".join(
-        line if line.lstrip().startswith((">>>", "...")) else _NAME.sub(link, line)
-        for line in lines
-    )
+    return lambda text: _NAME.sub(link, text)
 
 
 def _entry(name: str, obj: griffe.Object) -> str | None:

@@ -80,7 +80,7 @@ def test_the_words_of_ranks_that_disagree_are_those_of_the_page() -> None:
         return str(told.value)
 
     for told in run_ranks(2, act):
-        assert f"```\n{told}\n```" in TEXT
+        assert f"```log\n{told}\n```" in TEXT
 
 
 def test_choices_on_the_page_are_there() -> None:
