@@ -54,7 +54,7 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
             reasons = [replace(against, subject=name)]
         passed += reasons
     what = f"{request.mask!r} in layout {request.layout}"
-    told = "\n".join(dict.fromkeys(f"  {reason}" for reason in passed))  # several calls, one reason
+    told = "\n".join(dict.fromkeys(f"  {reason}" for reason in passed))  # each sentence once
     if backend == "auto":
         raise BackendRefused(f"no backend runs {what}:\n{told}", passed)
     raise BackendRefused(

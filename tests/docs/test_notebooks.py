@@ -21,10 +21,9 @@ from nbformat import NotebookNode
 
 from attnkit import masks, pse
 from docs.make import notebooks
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, dead_links
 
 ALL = notebooks.notebooks()
-_LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def answers(book: NotebookNode) -> Iterator[tuple[NotebookNode, list[dict[str, Any]]]]:
@@ -118,9 +117,7 @@ def test_cells_are_few_and_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path: Path) -> None:
-    cells = [cell for cell in notebooks.read(path).cells if cell.cell_type == "markdown"]
-    for target in (found for cell in cells for found in _LINK.findall(cell.source)):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+    assert not dead_links(path)
 
 
 def test_an_answer_that_changed_is_seen() -> None:
