@@ -98,7 +98,7 @@ class _AtTerminal(Bar):
     def __init__(self, what: str, total: int | None, stream: TextIO) -> None:
         self._what, self._total, self._stream = what, total, stream
         self._done, self._name = 0, ""
-        self._drawing: _Drawing | None = None
+        self._drawing: _LastLine | None = None
 
     def __enter__(self) -> Bar:
         self._token = _OPEN.set(self)
@@ -137,7 +137,7 @@ class _AtTerminal(Bar):
             self._drawing = None
 
 
-class _Drawing(Protocol):
+class _LastLine(Protocol):
     """Something on the last line of a terminal."""
 
     def draw(self, what: str, done: int, total: int | None, name: str, seconds: float) -> None:
@@ -147,7 +147,7 @@ class _Drawing(Protocol):
         """Leave the line empty."""
 
 
-def _drawing(stream: TextIO) -> _Drawing:
+def _drawing(stream: TextIO) -> _LastLine:
     try:
         return _Rich(stream)
     except ImportError:
