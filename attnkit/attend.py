@@ -8,6 +8,9 @@ While `torch.compile` traces, the tracer must not follow the planner, and a grap
 is new in each step. So masks, biases and `SeqLens` go into the graph by their handles, which are
 tensors, and it is planned when it runs. What else is asked for is a constant, and a guard of the
 graph: another layout, dtype, backend, mode or number of heads compiles again.
+
+What `torch.export` makes leaves the process, where handles mean nothing: there masks, biases and
+lengths are texts, and constants of the graph as everything else.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from attnkit import layouts
 from attnkit.backends import AttentionOutput, Operands, make_plan, run_plan
-from attnkit.backends.graph import Terms, run_terms
+from attnkit.backends.graph import Terms, run_terms, written
 from attnkit.errors import CompositionError
 from attnkit.handles import number_of
 from attnkit.kept_plans import KeptPlans
@@ -39,6 +42,7 @@ __all__ = [
     "Asked",
     "any_length",
     "attend",
+    "is_exporting",
     "is_tracing",
     "key_of",
     "plan_again",
@@ -47,7 +51,13 @@ __all__ = [
     "sharded_plan_of",
 ]
 
-is_tracing = torch.compiler.is_dynamo_compiling
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and newer
+
+
+def is_tracing() -> bool:
+    """Tell whether a graph is recorded, by `torch.compile` or by `torch.export`."""
+    return torch.compiler.is_dynamo_compiling() or bool(is_exporting())
+
 
 _WHOLE = Full()
 
@@ -299,10 +309,20 @@ def _in_graph(
     if shards is not None:
         parts = (*parts[:-1], ("x", shards))
     some = [(role, one) for role, one in parts if one is not None] or [("m", _WHOLE)]
-    roles, values = "".join([role for role, _ in some]), [one._handle for _, one in some]
+    roles = "".join([role for role, _ in some])
+    leaves = is_exporting()
+    texts = [written(role, one) for role, one in some] if leaves else None
+    # An empty list does not survive AOTInductor, which hands on None in its place.
+    none = [torch.zeros(1, dtype=torch.int64, device="cpu")]
+    values = none if leaves else [one._handle for _, one in some]
     tensors = [query, key, value, *([] if sink is None else [sink]), *carried, *asked.given]
     records = torch.is_grad_enabled()
     if asked.score_fn is not None:  # a constant, by identity: how it computes is code
+        if leaves:
+            raise CompositionError(
+                "score_fn is a function, which no exported program holds; write what it says as a "
+                "bias (attnkit.pse), or compile the layer instead (torch.compile)"
+            )
         number = _function(asked.score_fn, records, query.device)
         values = [torch.full((1,), number, dtype=torch.int64, device="cpu"), *values]
         roles = "f" + roles
@@ -318,6 +338,7 @@ def _in_graph(
         asked.deterministic,
         asked.memory_limit,
         words[0] if words else None,
+        texts,
     )
     drops = bool(asked.training and asked.dropout)
     found = run_terms(text, tensors, values, drops, return_stats)
@@ -348,6 +369,7 @@ def _words(
     deterministic: bool,
     memory_limit: int | None,
     selected: tuple[int, int, bool, bool, bool] | None,
+    texts: list[str] | None,
 ) -> str:
     """Return what a graph is of in words, which are a constant of it."""
     scale, dropout, softcap = (None if h is None else float.fromhex(h) for h in numbers)
@@ -365,6 +387,7 @@ def _words(
         deterministic,
         memory_limit,
         selected,
+        None if texts is None else tuple(texts),
     )
     return terms.text()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnkit.arguments import check_choice, check_device, check_int, check_number, check_tensor
-from attnkit.attend import is_tracing
+from attnkit.attend import is_exporting, is_tracing
 from attnkit.constants import constant
 from attnkit.errors import CompositionError, CompositionTypeError, shown
 from attnkit.handles import told
@@ -300,7 +300,7 @@ def positions_in_each(seqlens: SeqLens, tokens: int, device: torch.device) -> Te
     >>> positions_in_each(SeqLens([2, 3]), 5, torch.device("cpu")).tolist()
     [0, 1, 0, 1, 2]
     """
-    if is_tracing():
+    if is_tracing() and not is_exporting():
         found: Tensor = _positions(seqlens._handle, tokens, device)
         return found
     return positions(seqlens.q, 0, device)

@@ -3,7 +3,8 @@
 What the operator does is not traced, so it may be a launch of a kernel or a hundred small ops.
 A graph holds tensors and words: the masks, biases and lengths of a call go in as tensors, by their
 handles (`attnkit.handles`), and the plan is made, or found again, when the operator runs. So one
-graph serves every mask, and lengths that are new in each step.
+graph serves every mask, and lengths that are new in each step. A graph that leaves the process has
+their texts among its words instead (`Terms.written`).
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ from attnkit.backends.base import (
     stats_dtype,
 )
 from attnkit.backends.choose import make_plan
-from attnkit.errors import BackendRefused, Refusal
+from attnkit.constants import constant
+from attnkit.errors import LONGEST, BackendRefused, CompositionError, Refusal, clipped
 from attnkit.handles import memory_of, number_of, told
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full
+from attnkit.masks import parse as parse_mask
 from attnkit.masks.selection import Selection
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import read_sizes
 from attnkit.pse import Pse
+from attnkit.pse import parse as parse_pse
 from attnkit.pse.base import rebound
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "run_terms",
     "stand_in",
     "without_memory",
+    "written",
 ]
 
 
@@ -78,6 +83,8 @@ class Terms(NamedTuple):
     memory_limit: int | None = None
     selected: tuple[int, int, bool, bool, bool] | None = None
     """`SelectedBlocks.words` of a mask whose tensors come last, if there is one."""
+    written: tuple[str, ...] | None = None
+    """What `written` says of each role, where there are no handles."""
 
     def text(self) -> str:
         """Return the words that a graph holds."""
@@ -87,6 +94,43 @@ class Terms(NamedTuple):
     def read(cls, text: str) -> Terms:
         """Return what such words say."""
         return cls(*json.loads(text))
+
+
+def written(role: str, value: Any) -> str:
+    """Return the text of a mask, a bias or lengths; `CompositionError` where none says it.
+
+    The tensors of a bias come with the call, so that its text need not hold them.
+    """
+    if role == "s":
+        return json.dumps((value.q, value.kv))
+    text = str(value)
+    try:
+        made = _READERS[role](text) if role in _READERS else None
+        if role == "b" and made is not None:
+            made, value = (rebound(one, value.tensors).key() for one in (made, value))
+    except CompositionError:
+        made = None
+    if made is None or made != value:
+        raise CompositionError(
+            f"torch.export: {clipped(text, LONGEST)} has no text that another process could read; "
+            "what holds a function, a tensor of its own or processes is not exported"
+        )
+    return text
+
+
+written._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@constant
+def _read(role: str, text: str) -> Any:
+    return _READERS[role](text)
+
+
+def _lengths(text: str) -> SeqLens:
+    return SeqLens(*json.loads(text))
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"m": parse_mask, "b": parse_pse, "s": _lengths}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +237,9 @@ def _found(tensors: list[Tensor], values: list[Tensor], text: str) -> Held:
     """Return the plan for tensors and what handles stand for, as found before or made now."""
     memory = memory_of(values[-1])
     if memory is None:
+        terms = Terms.read(text)
+        if terms.written is not None:
+            return _planned(tensors, values, terms)
         return cast(Held, told(values[-1]))
     facts = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
     key = (text, strict(), *map(int, values), *facts)
@@ -205,7 +252,8 @@ def _found(tensors: list[Tensor], values: list[Tensor], text: str) -> Held:
 
 
 def _planned(tensors: list[Tensor], values: list[Tensor], terms: Terms) -> Held:
-    given = list(zip(terms.roles, map(told, values), strict=True))
+    told_by = map(told, values) if terms.written is None else map(_read, terms.roles, terms.written)
+    given = list(zip(terms.roles, told_by, strict=True))
     for role, spread in given:
         if role == "x":  # it knows the plan of all ranks, and how one of them runs
             held: Held = spread.held(terms, given, tensors)
