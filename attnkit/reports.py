@@ -16,6 +16,8 @@ from attnkit.backends import make_plan
 from attnkit.display import Told
 from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, Refusal
 from attnkit.kept_plans import Ran
+from attnkit.masks import Mask
+from attnkit.masks.cut import Cut
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.planner import Plan, Request
 from attnkit.registry import Registry
@@ -219,6 +221,16 @@ def _narrow(request: Request) -> Request:
     return replace(request, device="meta")
 
 
+def _mask_told(mask: Mask) -> str:
+    """Return a mask as text; of a decoding step what it is a row of, whichever row it was."""
+    if isinstance(mask, Cut) and mask.q_len is not None:
+        (first, last), whole = mask.q_range, (0, mask.kv_len)
+        if last == mask.q_len and mask.kv_range == whole:
+            rows = last - first
+            return f"the last {'row' if rows == 1 else f'{rows} rows'} of {mask.mask!r}"
+    return repr(mask)
+
+
 def _told(plan: Plan | ParallelPlan) -> str:
     """Return one plan in one line."""
     request = plan.request
@@ -227,7 +239,7 @@ def _told(plan: Plan | ParallelPlan) -> str:
     extras += [f"soft-cap {request.softcap:g}"] if request.softcap else []
     extras += [f"dropout {request.dropout:g}"] if request.dropout else []
     extras += ["training"] if request.needs_grad else []
-    told = "; ".join([repr(request.mask), *extras])
+    told = "; ".join([_mask_told(request.mask), *extras])
     size = f"{request.q_len} x {request.kv_len}"
     if isinstance(plan, ParallelPlan):
         return f"{plan.size} processes, {plan.method}: {size}, {told}"

@@ -70,6 +70,8 @@ def test_steps_of_a_cache_are_one_plan_of_any_number_of_keys() -> None:
         assert sum(layer.times) == 31
         assert len(layer.plans) == 2
         assert layer.times == (1, 30)
+    told = str(ak.report(model))
+    assert f"1 x any number, the last row of {masks.SlidingWindow(4)!r} (30 times)" in told
 
 
 @torch.no_grad()
