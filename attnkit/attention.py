@@ -18,7 +18,13 @@ from attnkit.attend import (
 )
 from attnkit.backends import BACKENDS, AttentionOutput, Operands, run_plan
 from attnkit.display import Text
-from attnkit.errors import BackendRefused, CompositionError, CompositionTypeError, shown
+from attnkit.errors import (
+    BackendRefused,
+    CompositionError,
+    CompositionTypeError,
+    reasons_told,
+    shown,
+)
 from attnkit.kept_plans import KeptPlans
 from attnkit.layouts import SeqLens
 from attnkit.masks import Full, Mask
@@ -444,5 +450,5 @@ def _check_backend(name: str, composition: Composition) -> None:
         return
     reasons = BACKENDS[name].composition_refusals(composition)
     if reasons:
-        told = "\n".join(f"  {reason}" for reason in reasons)
+        told = reasons_told(reasons)
         raise BackendRefused(f"backend {name!r} cannot run this composition:\n{told}", reasons)

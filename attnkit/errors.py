@@ -28,12 +28,15 @@ __all__ = [
     "Refusal",
     "clipped",
     "contract",
+    "reasons_told",
     "shown",
 ]
 
 
 LONGEST = 200
 """Characters that a given value takes in a message, at most."""
+
+_MOST_ADVICE = 4
 
 LONGEST_MESSAGE = 2_000
 """Characters of a whole message, at most: its beginning and its end are kept."""
@@ -138,6 +141,22 @@ class Refusal:
     def __str__(self) -> str:
         head = f"{self.subject}: " if self.subject else ""
         return f"{head}{self.reason} [{self.code}]"
+
+
+def reasons_told(refusals: Sequence[Refusal]) -> str:
+    """Return refusals as lines, and then what to do about the first that something helps against.
+
+    >>> print(reasons_told([Refusal("flex-empty", "no keys", "flex"), Refusal("mine", "not here")]))
+      flex: no keys [flex-empty]
+      not here [mine]
+    what to do:
+      Leave `backend` at "auto", or ask for "tiled", which computes the same. [flex-empty]
+    """
+    remedies = {refusal.code: refusal.remedy for refusal in refusals}
+    some = {code: do for code, do in remedies.items() if do and not do.startswith("Nothing")}
+    advice = [f"  {do} [{code}]" for code, do in some.items()][:_MOST_ADVICE]
+    lines = list(dict.fromkeys(f"  {refusal}" for refusal in refusals))  # each sentence once
+    return "\n".join([*lines, *(["what to do:", *advice] if advice else [])])
 
 
 class AttnkitError(Exception):

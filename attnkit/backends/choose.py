@@ -16,7 +16,7 @@ from attnkit.backends.base import (
     Operands,
     without_shares,
 )
-from attnkit.errors import BackendRefused, Refusal, clipped
+from attnkit.errors import BackendRefused, Refusal, clipped, reasons_told
 from attnkit.planner import Plan, Request
 
 __all__ = ["auto_order", "make_plan", "run_plan"]
@@ -54,7 +54,7 @@ def make_plan(request: Request, backend: str = "auto") -> Plan:
             reasons = [replace(against, subject=name)]
         passed += reasons
     what = f"{request.mask!r} in layout {request.layout}"
-    told = "\n".join(dict.fromkeys(f"  {reason}" for reason in passed))  # each sentence once
+    told = reasons_told(passed)
     if backend == "auto":
         raise BackendRefused(f"no backend runs {what}:\n{told}", passed)
     raise BackendRefused(

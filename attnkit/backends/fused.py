@@ -8,7 +8,7 @@ the launch itself, so that what the emulator proves holds for the device.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -70,10 +70,7 @@ class Fused(Backend):
             return [*reasons, Refusal("mask-given", reason, self.name)]
         if found.steps:
             return reasons
-        return reasons + [
-            Refusal(r.code, f"{r.subject}: {r.reason}" if r.subject else r.reason, self.name)
-            for r in found.refusals
-        ]
+        return reasons + _each_once(found.refusals, self.name)
 
     def composition_refusals(self, composition: Composition) -> list[Refusal]:
         """Return what the kernel lacks for the composition, whatever the tensors are."""
@@ -252,3 +249,17 @@ def _mask_tensor(request: Request, call: KernelCall, operands: Operands) -> Tens
     batch, heads = request.mask.batches or 1, request.mask.heads or 1
     lengths = request.sequences[0]
     return request.mask.materialize(*lengths, batch, heads, device).logical_not().view(mask.shape)
+
+
+def _each_once(refusals: Sequence[Refusal], name: str) -> list[Refusal]:
+    """Return why candidates fell, each reason once: first what most of them fell for."""
+    fell: dict[Refusal, dict[str, None]] = {}
+    for refusal in refusals:
+        fell.setdefault(replace(refusal, subject=""), {})[refusal.subject] = None
+    found = []
+    for refusal, subjects in sorted(fell.items(), key=lambda one: -len(one[1])):
+        some = [subject for subject in subjects if subject]
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        told = f"{', '.join(some[:3])}{more}: " if some else ""
+        found.append(replace(refusal, reason=told + refusal.reason, subject=name))
+    return found

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 
 import pytest
+import torch
 
 import attnkit as ak
+from attnkit.errors import reasons_told
 from attnkit.kernel import RULES
 from attnkit.remedies import KINDS, REMEDIES
 from docs.make.refusals import codes_in, given, render
@@ -63,3 +65,16 @@ def test_a_refusal_says_its_remedy() -> None:
     assert refusal.remedy == REMEDIES["softcap"].remedy
     assert ak.Refusal("of-a-plug-in", "it does not").remedy == ""
     assert ak.Refusal(RULES[0].code, "wrong").remedy == RULES[0].remedy
+
+
+def test_an_error_says_first_what_most_candidates_fell_for_and_what_to_do() -> None:
+    x = torch.empty(1, 64, 2, 1024, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(ak.BackendRefused) as raised:
+        ak.plan(x, x, x, mask=ak.masks.Causal(), backend="emulated")
+    told = str(raised.value).splitlines()
+    assert "and 9 more: heads of 1024 and 1024 [head-dim-limit]" in told[1]
+    assert sum("head-dim-limit" in line for line in told) == 2
+    assert told[-3:-1] == ["what to do:", "  Use more, smaller heads. [head-dim-limit]"]
+    with pytest.raises(ak.BackendRefused, match="what to do:"):
+        ak.Attention(2, 8, softcap=3.0, backend="emulated")
+    assert reasons_told([ak.Refusal("mine", "not here")]) == "  not here [mine]"
