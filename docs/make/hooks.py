@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ PAGES = (
 
 SPARED = ("CHANGELOG.md",)
 """Pages whose names may be those of another time."""
+
+LATER = ("project/", *(f"reference/{page}.md" for page in ("backends", "config", "interop")))
+"""Pages that search finds after others."""
 
 SOURCES = ("examples/*.py", "examples/*/*.py", "examples/configs/*.yaml")
 """Files that are shown as they are, on a page of their own under project/source/."""
@@ -70,6 +74,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links of a page lead where the site has what they name."""
+    if page.file.src_uri.startswith(LATER):
+        page.meta.setdefault("search", {"boost": 0.5})
     here = _repository_path(page.file)
     moved = outside_fences(markdown, lambda text: _relinked(text, here))
     return moved if here in SPARED else named(moved)
@@ -102,6 +108,11 @@ def named(markdown: str) -> str:
         return f"[`{name}`][{entry}]"
 
     return outside_fences(markdown, lambda text: _CODE.sub(link, text))
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Drop what search needs for other languages than English."""
+    shutil.rmtree(Path(config.site_dir) / "assets" / "javascripts" / "lunr", ignore_errors=True)
 
 
 def outside_fences(markdown: str, change: Callable[[str], str]) -> str:
