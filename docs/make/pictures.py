@@ -1,27 +1,40 @@
-"""Draw the README's picture and fill in its output: ``python docs/make/pictures.py``."""
+"""Draw the first example's picture, write its explorer, and fill in what the README's prints.
+
+``python docs/make/pictures.py``
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 
 import attnkit as ak
 from attnkit import masks
+from attnkit.display import svg
+from attnkit.planner.picture import drawing
 
 DOCS = Path(__file__).parents[1]
 README = DOCS.parent / "README.md"
 
 
-def draw() -> None:
-    """Write docs/images/first.png: the plan of the README's first example."""
+def drawn() -> dict[Path, str]:
+    """Return the files that show the plan of the first example, each with its text."""
     mask = masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4))
     x = torch.empty(1, 8192, 8, 64, device="meta")
-    figure = ak.plan(x, x, x, mask=mask).plot()
-    figure.savefig(DOCS / "images" / "first.png", dpi=80, metadata={"Software": None})
+    plan = ak.plan(x, x, x, mask=mask, backend="emulated")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "first.html"
+        plan.to_html(page)
+        text = page.read_text(encoding="utf-8")
+    return {
+        DOCS / "images" / "first.svg": svg.document(drawing(plan)),
+        DOCS / "images" / "first.html": text,
+    }
 
 
 def fill_in() -> None:
@@ -46,5 +59,6 @@ def fill_in() -> None:
 
 
 if __name__ == "__main__":
-    draw()
+    for file, text in drawn().items():
+        file.write_text(text, encoding="utf-8")
     fill_in()

@@ -12,7 +12,7 @@ from pathlib import Path
 import griffe
 import pytest
 
-from docs.make import cells, hooks, names
+from docs.make import cells, hooks, names, pictures
 from docs.make.docstrings import Docstrings, as_markdown
 from tests.docs.pages import DOCS, ROOT
 
@@ -112,6 +112,12 @@ def test_notebooks_become_pages() -> None:
     assert "<Figure>" not in page
     html = cells.with_outputs('<p><div data-output="2"></div>', notebook)
     assert html == '<p><div class="output"><svg></svg></div>'
+
+
+def test_the_pictures_of_the_first_example_are_current() -> None:
+    """Draw them with `python docs/make/pictures.py` when this fails."""
+    for file, text in pictures.drawn().items():
+        assert file.read_text(encoding="utf-8") == text
 
 
 def test_the_page_of_the_schema_is_current(tmp_path: Path) -> None:
