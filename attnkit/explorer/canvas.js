@@ -47,7 +47,7 @@ function rowsAt(y, i0, sy, rows, marks) {
   const some = new Set();
   for (let k = 0; k < SAMPLES; k++) some.add(first + Math.floor(((last - first) * (2 * k + 1)) / (2 * SAMPLES)));
   const mark = lastAt(marks.length, (k) => marks[k], last - 1);
-  if (mark >= 0 && marks[mark] >= first) some.add(marks[mark]);
+  for (let k = mark; k >= 0 && k > mark - SAMPLES && marks[k] >= first; k--) some.add(marks[k]);
   return [...some];
 }
 
@@ -158,20 +158,28 @@ class Plot {
     return [this.width / 2, this.height / 2];
   }
 
-  /** Let the window begin at a row and a key, as far as there are some. */
+  /** Let the window begin at a row and a key: the last ones get no further than where all is seen. */
   move(i0, j0) {
-    const [rows, keys] = this.matrix.sizes;
-    this.i0 = Math.max(0, Math.min(i0, rows - this.height / this.sy));
-    this.j0 = Math.max(0, Math.min(j0, keys - this.width / this.sx));
+    const [rows, keys] = this.matrix.sizes, { sy, sx } = this.least;
+    this.i0 = Math.max(0, Math.min(i0, rows - (rows * sy) / this.sy));
+    this.j0 = Math.max(0, Math.min(j0, keys - (keys * sx) / this.sx));
     this.later();
   }
 
   /** Zoom to single cells, around the chosen one. */
   toCells() {
-    if (!this.cell) this.choose(Math.floor(this.i0 + this.height / this.sy / 2), Math.floor(this.j0 + this.width / this.sx / 2));
+    if (!this.cell) this.choose(...this.someCell());
     Object.assign(this, { sx: WIDEST, sy: WIDEST });
     const [i, j] = this.cell || [0, 0];
     this.move(i + 0.5 - this.height / this.sy / 2, j + 0.5 - this.width / this.sx / 2);
+  }
+
+  /** A cell of the middle row that is seen: the last allowed one. */
+  someCell() {
+    const [i0, i1, j0, j1] = this.window, i = (i0 + i1) >> 1;
+    let j = (j0 + j1) >> 1;
+    if (i < i1) this.matrix.row(i, j0, j1, (a, b) => (j = Math.min(b, j1) - 1));
+    return [i, j];
   }
 
   // -- the chosen cell -----------------------------------------------------------------------

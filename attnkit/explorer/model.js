@@ -66,13 +66,10 @@ class Matrix {
     return { allowed, keys, sure };
   }
 
+  /** Rows at which the mask changes; at those where a call begins it looks the same. */
   get landmarks() {
-    if (!this.kept) this.kept = this.marked.landmarks;
+    if (!this.kept) this.kept = this.allowed.landmarks;
     return this.kept;
-  }
-
-  get marked() {
-    return this.allowed;
   }
 
   row(i, from, to, emit) {
@@ -91,10 +88,6 @@ class Calls extends Matrix {
     const found = this.calls.flatMap((call, n) => this.patches(call.patches || [], n));
     this.computed = new Rows(found, this.sizes[0]);
     this.known = this.calls.length > 0 && this.calls.every((call) => call.patches);
-  }
-
-  get marked() {
-    return this.known ? this.computed : this.allowed;
   }
 
   colour(call, number) {

@@ -181,7 +181,10 @@ function quoted(text) {
 }
 
 function showCommand() {
-  const words = [...data.command, "--mask", $("text").value];
+  $("unsaid").hidden = !data.unsaid.length;
+  $("unsaid").textContent = `It does not say ${data.unsaid.join(", ")}: put that into a file, and add --config FILE.`;
+  const text = $("text").value.replace(/\s+/g, " ").trim(); // masks are read from one line
+  const words = [...data.command, "--mask", text];
   $("command").textContent = words.map(quoted).join(" ");
   $("copied").textContent = "";
 }

@@ -16,7 +16,7 @@ from attnkit.parallel.choose import label
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.price import ParallelPrice
 from attnkit.planner.explain import request_lines
-from attnkit.planner.explored import Sheet, command_of, dearer, refusals, time_told
+from attnkit.planner.explored import Sheet, command_of, dearer, refusals, time_told, unsaid
 from attnkit.planner.placed import Places
 from attnkit.ranges import Ranges, total
 
@@ -42,6 +42,7 @@ def as_page(plan: ParallelPlan, command: Sequence[str] | None = None) -> dict[st
         "refusals": refusals(plan.refusals),
         "report": str(plan.explain()),
         "command": given,
+        "unsaid": unsaid(request) if command is None else [],
         "ranks": _ranks(plan),
     }
 

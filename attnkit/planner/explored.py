@@ -19,7 +19,16 @@ from attnkit.planner.plan import Plan
 from attnkit.planner.price import Price
 from attnkit.planner.request import Request
 
-__all__ = ["MOST_NUMBERS", "Sheet", "as_page", "command_of", "dearer", "refusals", "time_told"]
+__all__ = [
+    "MOST_NUMBERS",
+    "Sheet",
+    "as_page",
+    "command_of",
+    "dearer",
+    "refusals",
+    "time_told",
+    "unsaid",
+]
 
 MOST_NUMBERS = 400_000
 """Of all cells of a page, which has some megabytes then; what is more is left out, and told."""
@@ -50,6 +59,7 @@ def as_page(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
         "refusals": refusals((*plan.passed_over, *calls.refusals)),
         "report": _report(plan),
         "command": list(command_of(request, plan.backend) if command is None else command),
+        "unsaid": unsaid(request) if command is None else [],
     }
 
 
@@ -258,7 +268,7 @@ def _items(price: Price) -> list[list[str]]:
     return [
         ["estimated time", time_told(price.nanoseconds)],
         ["allowed cells", f"{price.cells:,}"],
-        ["FLOP in whole tiles", f"{price.flops:,.3g}"],
+        ["in whole tiles", f"{price.flops / 1e9:,.3g} GFLOP"],
         ["mask bytes", bytes_told(price.mask_bytes)],
         ["copied", bytes_told(price.copy_bytes)],
         ["peak memory", bytes_told(price.peak_bytes)],
@@ -303,6 +313,23 @@ def _reads(call: KernelCall) -> str:
     first = {7: "; the last sequence ends at next_tokens", 8: "; the first one at next_tokens"}
     causal = "v - u <= 0" if mode in (2, 8) else "(v - keys) - (u - rows) <= 0"
     return f"{named}: {causal}{first.get(mode, '')}"
+
+
+def unsaid(request: Request) -> list[str]:
+    """Return what a command line cannot say of a request: a configuration does."""
+    some = {
+        "the bias": bool(request.bias),
+        f"the layout {request.layout}": request.layout not in ("BSND", "TND"),
+        f"{request.num_kv_heads} key heads": request.num_kv_heads != request.num_heads,
+        f"values of {request.value_dim} dimensions": request.value_dim != request.head_dim,
+        "the dropout": bool(request.dropout),
+        "the sink": request.sink,
+        "the soft-cap": request.softcap is not None,
+        "the score function": request.score_fn is not None,
+        "the memory limit": request.memory_limit is not None,
+        "the scale": request.scale != float(request.head_dim**-0.5),
+    }
+    return [name for name, there in some.items() if there]
 
 
 def command_of(request: Request, backend: str) -> Iterator[str]:

@@ -180,6 +180,14 @@ def test_a_plan_that_was_changed_by_hand_is_shown_as_it_is() -> None:
     assert "NONE" in data["report"]
 
 
+def test_what_a_command_cannot_say_is_told() -> None:
+    x, key = torch.empty(1, 8, 4, 16, device="meta"), torch.empty(1, 8, 2, 16, device="meta")
+    bias = ak.pse.ALiBi(4)
+    found = ak.plan(x, key, key, mask=CAUSAL, pse=bias, scale=0.5, backend="emulated")
+    assert as_page(found)["unsaid"] == ["the bias", "2 key heads", "the scale"]
+    assert as_page(planned(CAUSAL))["unsaid"] == []
+
+
 def test_the_page_is_one_file_in_which_no_data_is_markup(tmp_path: Path) -> None:
     def sly(b: int, h: int, i: Tensor, j: Tensor) -> Tensor:
         return i >= j
