@@ -16,7 +16,7 @@ from attnkit.parallel.sharding import Sharding
 from attnkit.ranges import total, without
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from docs.make.variants import BlockDiffusion
+from docs.make.variants import block_diffusion
 
 WINDOW = 4096
 
@@ -41,7 +41,7 @@ def masks_of(tokens: int) -> dict[str, Mask]:
         "1,000 documents, full": many & Full(),
         "64 documents, heavy tail": Documents(lengths(tokens, 64, 2.0, 1)) & Causal(),
         "prefix-LM, a quarter": Causal() | Columns(0, tokens // 4),
-        "block diffusion, blocks of 4,096": BlockDiffusion(WINDOW),
+        "block diffusion, blocks of 4,096": block_diffusion(tokens, WINDOW),
         "1,000 documents and the window": many & window,
         "window and 256 global rows": window | Rows(0, 256),
     }

@@ -21,7 +21,7 @@ from attnkit import masks, pse
 from attnkit.pse.t5_relative import t5_bucket
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from docs.make.variants import BlockDiffusion
+from docs.make import variants
 
 Way = Callable[[Any], Tensor]
 """From what was drawn for this call (lengths, say) to the output."""
@@ -348,8 +348,9 @@ def mla(dtype: torch.dtype) -> Sides:
 
 def block_diffusion(dtype: torch.dtype) -> Sides:
     t = qkv(dtype, 1, 8, 4096, 64)
-    ours = layer(t, BlockDiffusion(64))
-    added = forms.floats(BlockDiffusion(64).materialize(4096, 4096)[0, 0], dtype)
+    mask = variants.block_diffusion(4096, 64)
+    ours = layer(t, mask)
+    added = forms.floats(mask.materialize(4096, 4096)[0, 0], dtype)
 
     def two_calls(_: None) -> Tensor:
         halves = list(chain.from_iterable(one.split(2048, 2) for one in t))

@@ -16,7 +16,7 @@ from attnkit import masks
 from attnkit.masks import Mask
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from docs.make.variants import BlockDiffusion
+from docs.make.variants import block_diffusion
 
 __all__ = ["LONG", "SHORT", "SMALL", "SPARSE", "Sparse"]
 
@@ -106,7 +106,7 @@ def sink_block(length: int, size: int, window: int) -> Made:
 
 def diffusion(length: int, size: int) -> Made:
     """The training mask of block diffusion (BD3-LM)."""
-    return BlockDiffusion(size), (length, length)
+    return block_diffusion(length, size), (length, length)
 
 
 # -- grids -----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from attnkit import masks, pse
 from attnkit.backends.flex import block_mask, mask_mod
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from docs.make.variants import BlockDiffusion
+from docs.make.variants import block_diffusion
 
 RESULT = Path(__file__).parent / "results" / "attention.md"
 HEADS = 8
@@ -70,7 +70,7 @@ CASES = (
         lambda s: masks.Causal() & (masks.SlidingWindow(1024) | masks.Columns(0, 4)),
     ),
     Case("padding", lambda s: masks.Padding([s * 3 // 4])),
-    Case("block diffusion, blocks of 64", lambda s: BlockDiffusion(64)),
+    Case("block diffusion, blocks of 64", lambda s: block_diffusion(s, 64)),
     Case("causal, ALiBi", lambda s: masks.Causal(), alibi=True),
     Case("window 256, dropout 0.1", lambda s: masks.SlidingWindow(256), dropout=0.1),
 )

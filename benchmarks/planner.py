@@ -25,7 +25,7 @@ import attnkit as ak
 from attnkit import masks, pse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from docs.make.variants import BlockDiffusion
+from docs.make.variants import block_diffusion
 
 RESULTS = Path(__file__).parent / "results" / "planner.md"
 TABLES = "# What the planner makes of sparse masks"
@@ -81,7 +81,7 @@ def at_a_million() -> list[str]:
         "StreamingLLM: 4 sinks and a window of 4,096": masks.Causal()
         & (masks.SlidingWindow(4096) | masks.Prefix(4)),
         "1,000 packed documents, causal": masks.Causal() & masks.Documents([1000] * 1000),
-        "block diffusion, blocks of 5,000": BlockDiffusion(5000),
+        "block diffusion, blocks of 5,000": block_diffusion(length, 5000),
     }
     rows = []
     for name, mask in named.items():

@@ -1,120 +1,297 @@
-"""Draw the gallery: ``python docs/make/variants.py`` writes docs/variants.md and its pictures."""
+"""The attention variants: ``python docs/make/variants.py`` writes docs/variants.md and pictures.
+
+`VARIANTS` is the list, read from variants.yaml beside this file; tests read it too.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from ruamel.yaml import YAML
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.geometry import Region, Slice
 from attnkit.planner.calls import Launch
-from attnkit.planner.lower import MOST_MASK_CELLS, search_for
+from attnkit.planner.lower import lower, search_for
+from attnkit.planner.picture import layers, scene
 from attnkit.planner.search import Search
 
 DOCS = Path(__file__).parents[1]
 LENGTH = 2048
+Sizes = tuple[int, int]
 
 
-@dataclass(frozen=True, repr=False)
-class BlockDiffusion(masks.Mask):
-    """The training mask of block diffusion (Arriola et al., BD3-LM, ICLR 2025).
+@dataclass(frozen=True)
+class Made:
+    """What the code of a variant leaves behind: different layers, what they are called with."""
 
-    The sequence is a noisy half and a clean half, both in blocks of `size`. A noisy block sees
-    itself and the clean blocks before it; a clean block sees itself and the clean ones before.
-    """
+    layers: tuple[ak.Attention, ...]
+    call: Mapping[str, masks.Mask]
+    size: Sizes
+    names: Mapping[str, Any]
 
-    size: int
+    @property
+    def mask(self) -> masks.Mask:
+        """What the first layer sees."""
+        return self.mask_of(self.layers[0])
 
-    def _region(self, q_len: int, kv_len: int, batch: int, head: int) -> Region:
-        half = q_len // 2
-        parts = []
-        for a in range(0, half, self.size):
-            b = min(a + self.size, half)
-            parts.append(Slice(a, b, a, b))
-            parts.append(Slice(a, b, half, half + a))
-            parts.append(Slice(half + a, half + b, half, half + b))
-        return Region.of(*parts)
+    def mask_of(self, layer: ak.Attention) -> masks.Mask:
+        """Return what a layer sees, with what it is called with."""
+        return self.call.get("mask", layer.mask)
 
+    def allowed(self, layer: ak.Attention) -> torch.Tensor:
+        """Return the cells that a layer allows, ``[heads or 1, queries, keys]``."""
+        mask = self.mask_of(layer)
+        return mask.materialize(*self.size, heads=mask.heads or 1)[0]
 
-def document_prefixes(length: int, every: int, count: int) -> masks.Mask:
-    """Return the first `length` keys of each of `count` documents of `every` tokens."""
-    starts = range(0, every * count, every)
-    out: masks.Mask = masks.Columns(0, length)
-    for start in starts[1:]:
-        out = out | masks.Columns(start, start + length)
-    return out
+    def tensors(self, layer: ak.Attention, **how: Any) -> tuple[torch.Tensor, ...]:
+        """Return query, key and value for a layer."""
+        (rows, keys), heads, dim = self.size, layer.num_kv_heads, layer.head_dim
+        query = torch.empty(1, rows, layer.num_heads, dim, **how)
+        return query, *(torch.empty(1, keys, heads, dim, **how) for _ in range(2))
 
-
-def some_blocks(blocks: int, share: float) -> torch.Tensor:
-    """Return a table of blocks at random, each with its own one."""
-    drawn = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0))
-    return (drawn < share) | torch.eye(blocks, dtype=torch.bool)
-
-
-def neighbours(blocks: int) -> torch.Tensor:
-    """Return the table of blocks that see themselves and those next to them."""
-    return torch.ones(blocks, blocks, dtype=torch.bool).tril(1).triu(-1)
-
-
-CAUSAL = masks.Causal()
-DOCUMENTS = masks.Documents([128] * 16)
-
-GALLERY: dict[str, masks.Mask] = {
-    "Causal": CAUSAL,
-    "Sliding window": masks.SlidingWindow(256),
-    "Sink and window": CAUSAL & (masks.SlidingWindow(256) | masks.Prefix(4)),
-    "Prefix LM": masks.PrefixLM(512),
-    "Packed documents, causal": DOCUMENTS & CAUSAL,
-    "Packed documents, windowed": DOCUMENTS & masks.SlidingWindow(64),
-    "Packed documents, prefix LM": DOCUMENTS & (CAUSAL | document_prefixes(32, 128, 16)),
-    "Chunked": masks.Chunked(256) & CAUSAL,
-    "Block causal": masks.BlockCausal(128),
-    "Longformer": masks.Band(128, 128) | masks.Columns(0, 16) | masks.Rows(0, 16),
-    "Block diffusion": BlockDiffusion(64),
-    "Shared prefix": CAUSAL & (masks.Columns(0, 256) | masks.Documents([256] * 8)),
-    "Bidirectional spans": CAUSAL
-    | masks.Spans([(100, 300), (500, 600), (900, 1300), (1700, 1800)]),
-    "Keys with holes": CAUSAL & masks.Keys([(0, 700), (900, 1500), (1600, None)]),
-    "Numbers that return": CAUSAL
-    & masks.SameId([(0, 500), (1, 400), (0, 600), (None, 148), (1, 400)]),
-    "Dilated window": masks.SlidingWindow(256) & masks.Dilated(2),
-    "Neighborhood": masks.Neighborhood((32, 64), 7),
-    "Neighborhood of a video": masks.Neighborhood((8, 16, 16), (3, 5, 5)),
-    "Sliding tiles": masks.SlidingTiles((8, 16, 16), tile=(2, 4, 4), window=3),
-    "Shifted windows": masks.ShiftedWindows((32, 64), window=8, shift=4),
-    "Sparse blocks, causal": masks.Blocks(some_blocks(16, 0.25).tril(), 128, 128, causal=True),
-    "BigBird": masks.Blocks(some_blocks(32, 0.1) | neighbours(32), 64, 64)
-    | masks.Columns(0, 64)
-    | masks.Rows(0, 64),
-    "Sparse Transformer, fixed": CAUSAL
-    & (masks.Chunked(128) | masks.Keys([(k + 112, k + 128) for k in range(0, LENGTH, 128)])),
-    "Tree of drafts": masks.Tree([(i + 1) // 2 - 1 for i in range(64)], prefix=LENGTH - 64),
-}
-
-COMPOSED = {
-    "BigBird (Zaheer et al., 2020)": "Blocks(random | near, b, b) | Columns(0, g) | Rows(0, g)",
-    "Longformer (Beltagy et al., 2020)": "Band(w, w) | Columns(0, g) | Rows(0, g)",
-    "Sparse Transformer, strided": "Causal() & (SlidingWindow(l) | Dilated(l))",
-    "Sparse Transformer, fixed": "Causal() & (Chunked(l) | Keys(the last c of each chunk))",
-    "StreamingLLM (Xiao et al., 2024)": "Causal() & (SlidingWindow(w) | Prefix(sinks))",
-    "registers before an image": "Placed(grid, before=r) | Columns(0, r) | Rows(0, r)",
-    "text behind a video of n tokens": "Placed(tiles, after=t) | Columns(n) | Rows(n)",
-}
+    def plan(self, layer: ak.Attention) -> ak.Plan:
+        """Return the fused calls of a training step in bfloat16; or what runs where none would."""
+        layer = layer.bfloat16()
+        given = self.tensors(layer, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        layer.backend = "emulated"
+        try:
+            return layer.plan(*given, **self.call)
+        except ak.BackendRefused:
+            layer.backend = "auto"
+            return layer.plan(*given, **self.call)
 
 
-def plan_of(mask: masks.Mask) -> ak.Plan:
-    """Return the plan of a mask for a training step in bfloat16."""
-    x = torch.empty(1, LENGTH, 8, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    return ak.plan(x[:, : queries(mask)], x, x, mask=mask, backend="emulated")
+@dataclass(frozen=True)
+class Variant:
+    """One attention pattern of the literature; what its fields are, variants.yaml says."""
+
+    kind: str
+    name: str
+    what: str
+    papers: tuple[str, ...]
+    code: str
+    small: Mapping[str, Any]
+    size: Sizes = (LENGTH, LENGTH)
+    short: Sizes = (48, 48)
+    differs: str = ""
+    call: str = ""
+    ranks: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as headings are linked to, and as the picture's file is called."""
+        return slug(self.name)
+
+    @property
+    def shown(self) -> str:
+        """The code with its imports, as a reader copies it."""
+        names = [name for name in ("masks", "pse") if f"{name}." in self.code]
+        lines = ["import torch\n"] if "torch." in self.code else []
+        lines.append("import attnkit as ak")
+        lines += [f"from attnkit import {', '.join(names)}"] if names else []
+        return "\n".join([*lines, "", self.code])
+
+    def made(self, sizes: Mapping[str, Any] | None = None) -> Made:
+        """Run the code, of other sizes where some are given: those of `small`, in tests."""
+        left = dict(sizes or {})
+        tree = _Resized(left).visit(ast.parse(self.shown))
+        if left:
+            raise ValueError(f"{self.name}: no line of the code sets {', '.join(left)}")
+        names: dict[str, Any] = {"__name__": self.name}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            exec(compile(ast.fix_missing_locations(tree), self.name, "exec"), names)
+        layers = names["layers"] if "layers" in names else [names["layer"]]
+        different = {layer.composition: layer for layer in layers}
+        call = {self.call: names[self.call]} if self.call else {}
+        return Made(
+            tuple(different.values()), call, self.size if sizes is None else self.short, names
+        )
 
 
-def queries(mask: masks.Mask) -> int:
-    """Return how many queries there are: those of the mask, or one for each key."""
-    return mask.extent[0] or LENGTH
+def slug(heading: str) -> str:
+    """Return what a heading is linked by."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+class _Resized(ast.NodeTransformer):
+    """Puts other values in place of those that names are set to, and takes them out of a dict."""
+
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        self.sizes = sizes
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign:
+        target = node.targets[0]
+        if isinstance(target, ast.Name) and target.id in self.sizes:
+            value = _written(self.sizes.pop(target.id), isinstance(node.value, ast.Tuple))
+            node.value = ast.parse(repr(value), mode="eval").body
+        return node
+
+
+def _written(value: Any, as_tuple: bool) -> Any:
+    """Return a value of YAML, which has lists only, as Python writes it: lists of tuples."""
+    if not isinstance(value, list):
+        return value
+    inside = [_written(one, True) for one in value]
+    return tuple(inside) if as_tuple else inside
+
+
+def read() -> Iterator[Variant]:
+    """Yield what stands in the list."""
+    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    for kind in YAML(typ="safe").load(text):
+        for one in kind["variants"]:
+            texts = {name: one[name].strip() for name in ("what", "differs") if name in one}
+            sizes = {name: tuple(one[name]) for name in ("size", "short") if name in one}
+            rest = {"papers": tuple(one["papers"]), "small": one.get("small", {})}
+            yield Variant(**{**one, **texts, **sizes, **rest, "kind": kind["kind"]})
+
+
+VARIANTS = tuple(read())
+
+
+def block_diffusion(length: int, block: int) -> masks.Mask:
+    """Return the mask of block diffusion, of a text of `length` tokens and its noisy copy."""
+    (variant,) = (one for one in VARIANTS if one.name == "Block diffusion")
+    return variant.made({"half": length // 2, "block": block}).mask
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """Return the whole page."""
+    lines = [_HEAD.format(count=len(VARIANTS), length=LENGTH)]
+    groups = [(kind, list(group)) for kind, group in groupby(VARIANTS, lambda one: one.kind)]
+    for kind, group in groups:
+        lines += [f"[{kind}](#{slug(kind)})", "", *map(_thumbnail, group), ""]
+    for kind, group in groups:
+        lines += [f"## {kind}", "", *map(_section, group)]
+    return "\n".join([*lines, _COMPARED, comparison(), ""])
+
+
+_HEAD = """\
+# Variants
+
+Find the attention of a paper here, and copy it: {count} patterns of the literature as code that
+runs, with the plan of the fused calls that compute it on Ascend. Every block leaves a `layer`, or
+several `layers`, to be called as `layer(q, k, v)` with tensors `[batch, tokens, heads, 64]`.
+
+Pictures show queries from top to bottom and keys from left to right. A colour is a call, or a
+sequence of one; shades are biases, or how much of a field is seen. Plans are for {length:,} tokens
+unless they say otherwise, 8 heads of 64, bfloat16, training, and proven by `Plan.verify()`. Prices
+rank plans; they are no times of a device. [Reading a report](start/explain.md) says the rest.
+
+Tests run every block, compare what it allows, cell by cell, and every weight with a plain function
+written from the paper, and the fused calls with the definition, gradients too.
+"""
+
+_COMPARED = """\
+## Side by side and gathered
+
+The best plan whose pieces have their keys side by side, and the best one that may also
+[gather keys](how-it-works/gathered.md) from several places, neither with a mask of one entry per
+cell; and what is chosen. At this length that may be one call with a full mask: up to 4,096 x 4,096
+entries it is weighed like any other plan. In longer texts it is the last resort.
+"""
+
+
+def _thumbnail(variant: Variant) -> str:
+    file = f"images/variants/{variant.slug}.svg"
+    return (
+        f'<a href="#{variant.slug}" title="{variant.name}">'
+        f'<img src="{file}" alt="{variant.name}" height="{_extent(variant.size)[0]}"></a>'
+    )
+
+
+def _section(variant: Variant) -> str:
+    """Return the page's section on one variant."""
+    lines = [
+        f"### {variant.name}",
+        "",
+        f"![the cells of {variant.name}](images/variants/{variant.slug}.svg)",
+        "",
+        variant.what,
+        "",
+        *(f"- {_cited(paper)}" for paper in variant.papers),
+        "",
+        f"```python\n{variant.shown}```",
+        "",
+    ]
+    if variant.differs:
+        lines += [f"*What differs:* {variant.differs}", ""]
+    made = variant.made()
+    for layer in made.layers:
+        plan = made.plan(layer)
+        share = float(made.allowed(layer).float().mean())
+        lines += [
+            f'<details markdown="1"><summary>{told(plan, share)}</summary>',
+            "",
+            f"```text\n{plan.explain()}\n```",
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _cited(paper: str) -> str:
+    """Return a reference with its title linked: "authors, year. title. where"."""
+    authors, rest = re.split(r"(?<=\d{4})\. ", paper, maxsplit=1)
+    title, where = re.fullmatch(r"(.*?)\.? (\S+)", rest).groups()  # type: ignore[union-attr]
+    if where.startswith("arXiv:"):
+        return f"{authors}. [{title}](https://arxiv.org/abs/{where[6:]})."
+    return f"{authors}. [{title}]({where})."
+
+
+def told(plan: ak.Plan, allowed: float) -> str:
+    """Return in one line the share of cells, the calls of a plan, its sequences and its price."""
+    (q_len, kv_len), *_ = plan.request.sequences
+    of = "" if q_len == kv_len == LENGTH else f" of {q_len:,} x {kv_len:,}"
+    share = f"{100 * allowed:.1f} % of the cells{of}"
+    if plan.price is None:
+        codes = dict.fromkeys(refusal.code for refusal in lower(plan.request).refusals)
+        return f"{share}; no fused call: {', '.join(codes)}"
+    return f"{share}; on Ascend {calls_of(plan)}"
+
+
+def calls_of(plan: ak.Plan | None) -> str:
+    """Return the calls of a plan, their sequences, whether rows are merged, and the price."""
+    if plan is None or plan.price is None:
+        return "none"
+    calls = " + ".join(step.label for step in plan.steps)
+    sequences = sum(len(step.blocks) for step in plan.steps if step.call.is_packed)
+    counted = f", {sequences:,} sequences" if sequences else ""
+    merged = plan.steps[0].partial and not all(parts.once for parts in plan.by_heads)
+    return f"{calls}{counted}{', merged' * merged}: {plan.price.nanoseconds / 1e3:,.0f} us"
+
+
+# -- keys side by side, and gathered ---------------------------------------------------------------
+
+
+def comparison() -> str:
+    """Return the table of the best plans whose keys lie side by side, or are gathered, too."""
+    lines = ["| mask | keys side by side | keys gathered, too | chosen |", "|---|---|---|---|"]
+    for variant in VARIANTS:
+        if variant.ranks and variant.kind != "Images and video":
+            made = variant.made()
+            plan = made.plan(made.layers[0])
+            cut = replace(search_for(plan.request, Search(gathers=False)), backend="emulated")
+            ways = calls_of(without_mask(cut)), calls_of(without_mask(plan))
+            chosen = calls_of(plan) + (", full mask" if reads_all(plan.steps[0]) else "")
+            linked = f"[{variant.name}](#{variant.slug})"
+            lines.append(f"| {linked} | {' | '.join(ways)} | {chosen} |")
+    return "\n".join(lines)
 
 
 def without_mask(plan: ak.Plan) -> ak.Plan | None:
@@ -131,73 +308,90 @@ def reads_all(launch: Launch) -> bool:
     return mask is not None and mask.kind == "full" and not launch.partial
 
 
-def told(plan: ak.Plan | None) -> str:
-    """Return the calls of a plan, their sequences, whether rows are merged, and the price."""
-    if plan is None or plan.price is None:
-        return "none"
-    calls = " + ".join(step.label for step in plan.steps)
-    sequences = sum(len(step.blocks) for step in plan.steps if step.call.is_packed)
-    counted = f", {sequences:,} sequences" if sequences else ""
-    merged = plan.steps[0].partial and not all(parts.once for parts in plan.by_heads)
-    return f"{calls}{counted}{', merged' * merged}: {plan.price.nanoseconds / 1e3:,.0f} us"
+# -- pictures --------------------------------------------------------------------------------------
+
+FIELDS = 64
+_SHADES = 5
+_COLOURS = ("2f7ed8", "d9661b", "2f9150", "ab55a4", "a8760f", "6b7c93", "d9453f", "228e8e")
+_STYLE = ".plate{fill:#f3f4f6}@media(prefers-color-scheme:dark){.plate{fill:#2a2f37}}"
 
 
-def section(name: str, mask: masks.Mask) -> str:
-    """Return the page's section on one mask."""
-    plan = plan_of(mask)
-    file = name.lower().replace(",", "").replace(" ", "-")
-    return "\n".join(
-        [
-            f"## {name}",
-            "",
-            f"![{name}](images/variants/{file}.png)",
-            "",
-            "```text",
-            plan.explain(),
-            "```",
-            "",
-        ]
+def picture(variant: Variant) -> str:
+    """Return the picture of a variant: a panel for each layer, two where heads differ."""
+    made = variant.made()
+    rows, columns = _extent(made.size)
+    panels, fields = [], (min(rows, made.size[0]), min(columns, made.size[1]))
+    for layer in made.layers:
+        heads = made.mask_of(layer).heads or 1
+        panels += [_panel(made, layer, head, fields) for head in {0, heads - 1}]
+    step = columns + 4
+    drawn = "".join(
+        f'<svg x="{k * step}" width="{columns}" height="{rows}" preserveAspectRatio="none" '
+        f'viewBox="0 0 {fields[1]} {fields[0]}"><rect class="plate" width="100%" height="100%"/>'
+        f"{panel}</svg>"
+        for k, panel in enumerate(dict.fromkeys(panels))
+    )
+    width = step * len(dict.fromkeys(panels)) - 4
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * width}" height="{4 * rows}" '
+        f'viewBox="0 0 {width} {rows}"><style>{_STYLE}</style>{drawn}</svg>\n'
     )
 
 
-def page() -> str:
-    """Return the whole page."""
-    rows = []
-    for name, mask in GALLERY.items():
-        plan = plan_of(mask)
-        cut = replace(search_for(plan.request, Search(gathers=False)), backend="emulated")
-        ways = told(without_mask(cut)), told(without_mask(plan))
-        chosen = told(plan) + (", full mask" if reads_all(plan.steps[0]) else "")
-        rows.append(f"| {name} | {' | '.join(ways)} | {chosen} |")
-    head = [
-        "# Gallery",
-        "",
-        f"What attnkit makes of the masks people ask for: {LENGTH:,} tokens, 8 heads of 64,",
-        "bfloat16, training. Every plan is proven equal to its mask, cell for cell, by",
-        "`Plan.verify()`. Made by `python docs/make/variants.py`.",
-        "",
-        "What is cheapest is for the price to say, whose weights nobody has measured yet. At this",
-        f"length that may be one call with a full mask: up to {MOST_MASK_CELLS:,} entries (4,096 x",
-        "4,096) it is built once, and weighed like any other plan; in longer texts it is the last",
-        "resort. What else computes the mask stands under *also right*.",
-        "",
-        "The table compares the best plan without such a mask whose pieces have their keys side by",
-        "side with the best one that may also gather keys from several places, and says what is",
-        "chosen. See [gathered keys](how-it-works/gathered.md).",
-        "",
-        "| mask | keys side by side | keys gathered, too | chosen |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        "Masks of papers that say no more than what they are composed of have no name of their",
-        "own (the patterns of the Sparse Transformer are those of Child et al., 2019):",
-        "",
-        "| mask | written |",
-        "|---|---|",
-        *(f"| {name} | `{text.replace('|', chr(92) + '|')}` |" for name, text in COMPOSED.items()),
-        "",
-    ]
-    return "\n".join(head + [section(name, mask) for name, mask in GALLERY.items()])
+def _extent(size: Sizes) -> Sizes:
+    """Return height and width of a panel, in fields."""
+    return max(10, FIELDS * size[0] // max(size)), max(10, FIELDS * size[1] // max(size))
+
+
+def _panel(made: Made, layer: ak.Attention, head: int, fields: Sizes) -> str:
+    """Return the fields of one head: a colour for each call, shades where a bias is added."""
+    allowed = made.allowed(layer)
+    cells = allowed[head % len(allowed)].double()
+    if layer.pse is not None:
+        return _paths(_pooled(cells * _shade(layer, cells), fields), 0)
+    plan = made.plan(layer)
+    seen = scene(plan, 0, head)
+    regions = [region for region, _ in layers(seen.launches, seen.batch, seen.head)]
+    if plan.in_order is not None or not any(regions):  # tokens are moved, or cells not known
+        return _paths(_pooled(cells, fields), 0)
+    each = (masks.Slices.of(region, *made.size).materialize(*made.size) for region in regions)
+    shares = [_pooled(one[0, 0].double(), fields) for one in each]
+    return "".join(_paths(share, k) for k, share in enumerate(shares))
+
+
+def _shade(layer: ak.Attention, cells: torch.Tensor) -> torch.Tensor:
+    """Return a bias as shades: the largest that is allowed is 1."""
+    for tensor in layer.pse.tensors:
+        if tensor.requires_grad and not tensor.any():  # before it is trained
+            torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(0))
+    bias = layer.pse.for_heads(0, 1).materialize(*cells.shape)[0, 0].double().detach()
+    known = bias[cells > 0]
+    return 0.15 + 0.85 * (bias - known.min()) / (known.max() - known.min())
+
+
+def _pooled(cells: torch.Tensor, fields: Sizes) -> list[list[int]]:
+    """Return how dark each field is; one of which little is allowed stays visible."""
+    share = F.adaptive_avg_pool2d(cells[None], fields)[0]
+    levels = (share * _SHADES).round().clamp(min=1) * (share > 0)
+    return [[int(level) for level in row] for row in levels]
+
+
+def _paths(levels: list[list[int]], number: int) -> str:
+    """Return fields as paths, one for each shade; fields of a row that look alike are one."""
+    found: dict[int, str] = {}
+    for y, row in enumerate(levels):
+        x = 0
+        for level, same in groupby(row):
+            width = len(list(same))
+            if level:
+                found[level] = found.get(level, "") + f"M{x} {y}h{width}v1h-{width}z"
+            x += width
+    colour = _COLOURS[number % len(_COLOURS)]
+    return "".join(
+        f'<path shape-rendering="crispEdges" fill="#{colour}" '
+        f'fill-opacity="{level / _SHADES:g}" d="{path}"/>'
+        for level, path in sorted(found.items())
+    )
 
 
 def main() -> None:
@@ -206,11 +400,10 @@ def main() -> None:
     if "--text" in sys.argv:
         return
     folder = DOCS / "images" / "variants"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, mask in GALLERY.items():
-        file = name.lower().replace(",", "").replace(" ", "-")
-        figure = plan_of(mask).plot()
-        figure.savefig(folder / f"{file}.png", dpi=70, metadata={"Software": None})
+    for old in folder.glob("*"):
+        old.unlink()
+    for variant in VARIANTS:
+        (folder / f"{variant.slug}.svg").write_text(picture(variant), encoding="utf-8")
 
 
 if __name__ == "__main__":

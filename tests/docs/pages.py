@@ -42,7 +42,7 @@ ELSEWHERE = {
     "docs/guides/parallel.md": ("py console log", "tests/parallel/test_page.py"),
     "docs/reference/commands.md": ("python console", "tests/doctor/test_documentation.py"),
     "docs/reference/kernel.md": ("text", "tests/kernel/test_docs.py"),
-    "docs/variants.md": ("text", "tests/planner/test_gallery.py"),
+    "docs/variants.md": ("text", "tests/planner/test_variants.py"),
 }
 """Pages of which a test of their own runs or writes the blocks of some languages."""
 

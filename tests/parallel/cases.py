@@ -25,6 +25,7 @@ from attnkit.parallel.wires import Wires
 from attnkit.planner import Composition, Request, read_request
 from attnkit.pse import Pse
 from attnkit.pse.base import rebound
+from docs.make.variants import VARIANTS
 from tests.parallel.threads import Delay, run_ranks
 
 __all__ = ["GALLERY", "LENGTH", "SHARDINGS", "Case", "at_random", "run_on_threads", "worst"]
@@ -48,42 +49,10 @@ SHARDINGS: dict[str, Callable[[int, int], Sharding]] = {
 }
 
 CAUSAL = masks.Causal()
-DOCUMENTS = masks.Documents([5, 9, 1, 20, 13])
-SOME = torch.rand(6, 6, generator=torch.Generator().manual_seed(0)) < 0.4
-SOME.fill_diagonal_(True)
-NEAR = torch.ones(12, 12, dtype=torch.bool).tril(1).triu(-1)
 
-# Of 48 positions, in the order of docs/variants.md; a test compares the names.
+# Masks of docs/variants.md, of 48 positions.
 GALLERY: dict[str, Mask] = {
-    "Causal": CAUSAL,
-    "Sliding window": masks.SlidingWindow(7),
-    "Sink and window": CAUSAL & (masks.SlidingWindow(7) | masks.Prefix(2)),
-    "Prefix LM": masks.PrefixLM(12),
-    "Packed documents, causal": DOCUMENTS & CAUSAL,
-    "Packed documents, windowed": DOCUMENTS & masks.SlidingWindow(4),
-    "Packed documents, prefix LM": DOCUMENTS
-    & (CAUSAL | masks.Columns(0, 2) | masks.Columns(15, 18)),
-    "Chunked": masks.Chunked(10) & CAUSAL,
-    "Block causal": masks.BlockCausal(5),
-    "Longformer": masks.Band(4, 4) | masks.Columns(0, 2) | masks.Rows(0, 2),
-    "Block diffusion": masks.Chunked(6) & masks.Columns(0, 24)
-    | masks.BlockCausal(6) & masks.Columns(24, 48),
-    "Shared prefix": CAUSAL & (masks.Columns(0, 7) | masks.Documents([8] * 6)),
-    "Bidirectional spans": CAUSAL | masks.Spans([(3, 9), (12, 14), (20, 33)]),
-    "Keys with holes": CAUSAL & masks.Keys([(0, 15), (20, 33), (37, None)]),
-    "Numbers that return": CAUSAL & masks.SameId([(0, 12), (1, 10), (0, 13), (None, 3), (1, 10)]),
-    "Dilated window": masks.SlidingWindow(12) & masks.Dilated(2),
-    "Neighborhood": masks.Neighborhood((6, 8), 3),
-    "Neighborhood of a video": masks.Neighborhood((2, 4, 6), (1, 3, 3)),
-    "Sliding tiles": masks.SlidingTiles((2, 4, 6), tile=(1, 2, 2), window=(2, 1, 3)),
-    "Shifted windows": masks.ShiftedWindows((6, 8), window=2, shift=1),
-    "Sparse blocks, causal": masks.Blocks(
-        (SOME | SOME.mT).tril() | torch.eye(6).bool(), 8, 8, causal=True
-    ),
-    "BigBird": masks.Blocks(NEAR, 4, 4) | masks.Columns(0, 4) | masks.Rows(0, 4),
-    "Sparse Transformer, fixed": CAUSAL
-    & (masks.Chunked(8) | masks.Keys([(k + 6, k + 8) for k in range(0, LENGTH, 8)])),
-    "Tree of drafts": masks.Tree([(i + 1) // 2 - 1 for i in range(10)], prefix=LENGTH - 10),
+    variant.name: variant.made(variant.small).mask for variant in VARIANTS if variant.ranks
 }
 
 
