@@ -75,7 +75,7 @@ def preformatted(text: str) -> str:
     """Return lines as they are.
 
     >>> preformatted("a\\nb")
-    '<pre style="white-space:pre;overflow-x:auto;line-height:1.3;margin:0">a\\nb</pre>'
+    '<pre style="white-space:pre-wrap;font-family:monospace;line-height:1.3;margin:0">a\\nb</pre>'
     """
     return lines(escape(text))
 
@@ -84,9 +84,10 @@ def lines(markup: str) -> str:
     """Return lines that are markup already, blanks kept.
 
     >>> lines("<b>a</b>  b")
-    '<pre style="white-space:pre;overflow-x:auto;line-height:1.3;margin:0"><b>a</b>  b</pre>'
+    '<pre style="white-space:pre-wrap;font-family:monospace;line-height:1.3;margin:0">\
+<b>a</b>  b</pre>'
     """
-    style = "white-space:pre;overflow-x:auto;line-height:1.3;margin:0"
+    style = "white-space:pre-wrap;font-family:monospace;line-height:1.3;margin:0"
     return f'<pre style="{style}">{markup}</pre>'
 
 
@@ -163,7 +164,7 @@ def pictures(drawings: Iterable[Drawing], side: int = 160) -> str:
     3
     """
     cells = (
-        '<div style="display:inline-block;vertical-align:top;margin:0 1em .5em 0">'
+        f'<div style="display:inline-block;vertical-align:top;margin:0 1em .5em 0;width:{side}px">'
         f"{inline(drawing, side, _MOST_OF_SEVERAL)}{note(drawing.title)}</div>"
         for drawing in drawings
     )

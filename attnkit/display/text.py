@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Text", "Told"]
 
-# A report's entry: two blanks, a label in twelve columns. What goes on has more blanks.
-_ENTRY = re.compile(r"  (?=\S)(.{11} )(?=\S)")
 _FOLDED = ("refused", "passed over")
 _CODE = re.compile(r"\[[a-z0-9]+(?:-[a-z0-9]+)*\]$")
 
@@ -61,9 +59,7 @@ class Text(str):
         styled = RichText(str(self))
         at = 0
         for label, line in _labelled(str(self).split("\n")):
-            entry = _ENTRY.match(line)
-            if entry is not None:
-                styled.stylize("bold cyan", at + 2, at + 2 + len(entry[1].rstrip()))
+            styled.stylize("bold cyan", at + 2, at + 2 + len(_entry(line)))
             if _fold(label):
                 styled.stylize("dim", at, at + len(line))
             at += len(line) + 1
@@ -74,12 +70,16 @@ def _labelled(lines: list[str]) -> Iterator[tuple[str, str]]:
     """Yield each line with the label of the entry that it is in."""
     label = ""
     for line in lines:
-        entry = _ENTRY.match(line)
-        if entry is not None:
-            label = entry[1].strip()
-        elif not line.startswith("    "):
-            label = ""
+        if _entry(line) or not line.startswith("    "):
+            label = _entry(line)
         yield label, line
+
+
+def _entry(line: str) -> str:
+    """Return the label with which a report's entry begins: after two blanks, in twelve columns."""
+    label = line[2:14].rstrip()
+    begins = line[:2] == "  " and line[2:3].strip() and line[13:14] == " " and line[14:15].strip()
+    return label if begins and "  " not in label else ""
 
 
 def _fold(label: str) -> str:
@@ -87,11 +87,10 @@ def _fold(label: str) -> str:
 
 
 def _bold(line: str) -> str:
-    entry = _ENTRY.match(line)
-    if entry is None:
+    label = _entry(line)
+    if not label:
         return escape(line)
-    label, rest = entry[1].rstrip(), line[2 + len(entry[1].rstrip()) :]
-    return f"  <b>{escape(label)}</b>{escape(rest)}"
+    return f"  <b>{escape(label)}</b>{escape(line[2 + len(label) :])}"
 
 
 class Told:

@@ -60,7 +60,7 @@ def _page(plan: ParallelPlan) -> Iterator[str]:
 
 def _lines(plan: ParallelPlan) -> Iterator[tuple[str, str]]:
     yield from request_lines(plan.request)
-    yield "method", f"{plan.method}, tokens are dealt by {plan.balance}"
+    yield "method", f"{plan.method}, balance {plan.balance}"
     if plan.price is not None:
         time = plan.price.total / 1e3
         yield "price", f"about {time:,.0f} us for rank {plan.price.rank}, the slowest looked at"
@@ -102,7 +102,8 @@ def _sharding(sharding: Sharding) -> Iterator[str]:
     note += f" ({sharding.size - some:,} more are not drawn)" * (sharding.size > some)
     yield html.picture(Drawing(wide, columns, tuple(layers), tokens, note))
     counts = [len(own) for own in sharding.ranks]
-    told = f"{between(sharding.sizes)} tokens each, in {between(counts)} ranges"
+    told = f"{between(sharding.sizes)} tokens each, in {between(counts)} range"
+    told += "s" * (max(counts) != 1)
     yield html.table([("ranks", escape(told)), ("as text", html.code(_text(sharding)))])
 
 

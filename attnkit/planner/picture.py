@@ -10,16 +10,21 @@ from attnkit.errors import CompositionError, shown
 from attnkit.fields import GRID
 from attnkit.geometry import Region
 from attnkit.masks import picture
+from attnkit.masks.trace import RowReader, cells_of
 from attnkit.planner.calls import Launch
 from attnkit.planner.lower import lower
 from attnkit.planner.orders import placed
 from attnkit.planner.plan import Plan
 from attnkit.planner.price import chip
+from attnkit.planner.request import Request
 
 if TYPE_CHECKING:
     from attnkit.display.figure import Figure
 
 __all__ = ["Scene", "drawing", "images", "layers", "plot", "scene"]
+
+_MASK = "the mask"
+_MOST_READ = 1 << 20  # cells of a mask that is no region
 
 
 def plot(plan: Plan, batch: int, head: int) -> Figure:
@@ -38,15 +43,31 @@ def drawing(plan: Plan, batch: int = 0, head: int = 0, grid: int = GRID) -> Draw
     ((8, 8), (('#2f7ed8', 'call 1: mode 3'),))
     """
     seen = scene(plan, batch, head)
-    q_len, kv_len = seen.sizes
-    drawn = list(layers(seen.launches, seen.batch, seen.head)) or [(seen.known, "the mask")]
-    sizes = (q_len, kv_len, grid, grid)
-    each = (
+    sizes = (*seen.sizes, grid, grid)
+    drawn = list(layers(seen.launches, seen.batch, seen.head))
+    each = [
         Layer(picture.shares(region, *sizes).tolist(), colour(k), label)
         for k, (region, label) in enumerate(drawn)
-    )
-    note = _measured(seen.known, q_len, kv_len)
-    return Drawing(q_len, kv_len, tuple(each), seen.title, note)
+    ]
+    note = _measured(seen.known, *seen.sizes)
+    if not each:  # no call has a set of cells that is known: drawn is the mask
+        allowed, label = _allowed(plan.request, seen.known, batch, head)
+        each = [Layer(picture.shares(allowed, *sizes).tolist(), colour(0), label)]
+        note = note if label == _MASK else f"at most {note}"
+    return Drawing(*seen.sizes, tuple(each), seen.title, note)
+
+
+def _allowed(
+    request: Request, known: Region, batch: int, head: int
+) -> tuple[Region | RowReader, str]:
+    """Return the cells of a mask, or those that it may allow where it is a while to read them."""
+    matrices, (q_len, kv_len) = request.matrices, request.sequences[batch]
+    own = matrices.planes[head if matrices.per_head else 0][batch]
+    if own.exact:
+        return known, _MASK
+    if request.mask.comes_with_call or q_len * kv_len > _MOST_READ:
+        return known, "cells that the mask may allow"
+    return cells_of(request.mask, q_len, kv_len, batch, head), _MASK
 
 
 class Scene(NamedTuple):
