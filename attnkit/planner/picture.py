@@ -32,8 +32,10 @@ def plot(plan: Plan, batch: int, head: int) -> Figure:
     return picture.figure(drawing(plan, batch, head))
 
 
-def drawing(plan: Plan, batch: int = 0, head: int = 0, grid: int = GRID) -> Drawing:
-    """Return the picture of one score matrix, in at most `grid` x `grid` fields.
+def drawing(
+    plan: Plan, batch: int = 0, head: int = 0, grid: int = GRID, search: bool = True
+) -> Drawing:
+    """Return the picture of one score matrix, in at most `grid` x `grid` fields; see `scene`.
 
     >>> import torch
     >>> import attnkit as ak
@@ -42,7 +44,7 @@ def drawing(plan: Plan, batch: int = 0, head: int = 0, grid: int = GRID) -> Draw
     >>> drawn.fields, drawn.legend
     ((8, 8), (('#2f7ed8', 'call 1: mode 3'),))
     """
-    seen = scene(plan, batch, head)
+    seen = scene(plan, batch, head, search)
     sizes = (*seen.sizes, grid, grid)
     drawn = list(layers(seen.launches, seen.batch, seen.head))
     each = [
@@ -86,10 +88,11 @@ class Scene(NamedTuple):
     title: str
 
 
-def scene(plan: Plan, batch: int = 0, head: int = 0) -> Scene:
+def scene(plan: Plan, batch: int = 0, head: int = 0, search: bool = True) -> Scene:
     """Return what a picture of a plan shows of one score matrix.
 
-    A backend without fused calls shows those that would compute the same on Ascend.
+    A backend without fused calls shows those that would compute the same on Ascend, if they are
+    to be searched for.
 
     >>> import torch
     >>> import attnkit as ak
@@ -102,7 +105,7 @@ def scene(plan: Plan, batch: int = 0, head: int = 0) -> Scene:
     _check_index("batch", batch, request.batch)
     _check_index("head", head, request.num_heads)
     sizes = request.sequences[batch]
-    calls = plan if plan.steps else lower(request)
+    calls = plan if plan.steps or not search else lower(request)
     # The places of such a mask are data: drawn is what may be asked for.
     launches = () if request.mask.comes_with_call else calls.steps
     drawn, title = request, f"{request.mask!r}"

@@ -44,43 +44,44 @@ def _page(plan: Plan) -> str:
     parts = [html.heading(f"Plan on backend '{plan.backend}'", runs)]
     parts.append(_picture(plan, calls))
     parts.append(html.table(_lines(plan, calls)))
-    if calls is not None and calls.steps:
+    if calls.steps:
         parts += [*_tables(calls)] if count else [html.folded("on Ascend", "".join(_tables(calls)))]
-    refusals = calls.refusals if calls is not None and calls.steps else plan.refusals
+    refusals = calls.refusals if calls.steps else plan.refusals
     parts.append(refused("not taken", refusals))
     parts.append(refused("backends passed over", plan.passed_over))
     parts.append(html.note("print(plan.explain()) says all of it"))
     return html.block(*parts)
 
 
-def _calls(plan: Plan) -> Plan | None:
+def _calls(plan: Plan) -> Plan:
     """Return the plan whose calls are shown: itself, or that of Ascend where it is soon found."""
-    if plan.steps:
-        return plan
     request = plan.request
     few = request.q_len <= _MOST_TOKENS and len(request.sequences) <= _MOST_SEQUENCES
-    return lower(request) if few else None
+    return plan if plan.steps or not few else lower(request)
 
 
-def _picture(plan: Plan, calls: Plan | None) -> str:
-    """Return the picture of the first score matrix, or why there is none."""
-    if not plan.request.sequences:
-        return html.note("no picture: there is no score matrix")
-    if calls is None:
-        return html.note("no picture of so many tokens or sequences: plan.plot() draws one")
-    drawn = html.picture(drawing(plan))
+def _picture(plan: Plan, calls: Plan) -> str:
+    """Return the picture of the first score matrix, and which that is."""
     count = len(plan.request.sequences)
-    what = "packed sequence" if plan.request.seqlens is not None else "batch element"
-    told = f"{what} 0 of {count:,}" if count > 1 else ""
+    if not count:
+        return html.note("no picture: there is no score matrix")
+    told = []
+    if count > 1:
+        what = "packed sequence" if plan.request.seqlens is not None else "batch element"
+        told.append(f"{what} 0 of {count:,}")
     if calls.request.matrices.per_head:
-        told += ", head 0" if told else "head 0"
-    if not plan.steps and calls.steps:
-        told += f"{'; ' * bool(told)}colours are the calls that Ascend would get"
-    return drawn + (html.note(told) if told else "")
+        told.append("head 0")
+    if not plan.steps:
+        would = "colours are the calls that Ascend would get"
+        told.append(
+            would if calls.steps else "plan.explain() finds the calls that Ascend would get"
+        )
+    drawn = html.picture(drawing(plan, search=calls is not plan))
+    return drawn + (html.note("; ".join(told)) if told else "")
 
 
-def _lines(plan: Plan, calls: Plan | None) -> Iterator[tuple[str, str]]:
-    for label, text in request_lines(plan.request, None if calls is None else calls.in_order):
+def _lines(plan: Plan, calls: Plan) -> Iterator[tuple[str, str]]:
+    for label, text in request_lines(plan.request, calls.in_order):
         yield escape(label), escape(text)
     price = plan.price
     if price is not None:
