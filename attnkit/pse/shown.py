@@ -56,7 +56,7 @@ def drawings(bias: Pse) -> tuple[list[Drawing], str]:
     heads = bias.heads or 1
     q_len, kv_len = bias.extent
     free = q_len is None or kv_len is None
-    both = q_len or kv_len or max(_SHORTEST, guessed(bias))
+    both = q_len or kv_len or min(_GRID, max(_SHORTEST, guessed(bias)))
     most = max(1, isqrt(_MOST_CELLS // heads))
     if q_len is None and kv_len is None:
         both = min(both, most)
