@@ -10,7 +10,7 @@ READY := .venv/.ready
 BENCHMARKS = $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs docs-serve test test-sweeps test-site browser test-models test-npu test-gpu lint format bench bench-gpu clean clean-venv
+.PHONY: help venv demo docs docs-serve test test-sweeps test-site browser test-models test-npu test-gpu dist test-dist lint format bench bench-gpu clean clean-venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -64,6 +64,12 @@ docs: $(READY) ## the site, into build/site; open build/site/index.html, no serv
 
 docs-serve: $(READY) ## the site while you write, on http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+dist: $(READY) ## a source distribution and a wheel, into dist/
+	$(BIN)/python -m tests.release
+
+test-dist: $(READY) ## the same, and each installed into a clean environment and used there
+	$(BIN)/python -m tests.release --try
 
 lint: $(READY) ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check .

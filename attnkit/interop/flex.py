@@ -37,7 +37,7 @@ _READ: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _MOST = 8  # readings of one BlockMask or function: at other lengths, or of changed tensors
 
 # Hints to FlexAttention's kernels, of which none changes a number.
-_OPTIONS = frozenset(get_annotations(getattr(theirs, "FlexKernelOptions", object)))
+_OPTIONS = frozenset(get_annotations(theirs.FlexKernelOptions))
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention import flex_attention as flex
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from attnkit.backends.base import (
     AttentionOutput,
@@ -35,8 +34,6 @@ from attnkit.planner import Plan, Request
 
 __all__ = ["Flex", "FlexCall", "FlexPlan"]
 
-# Older torch spells the request as a flag.
-_AUX: Any = getattr(flex, "AuxRequest", None)
 _SMALLEST_HEAD = 16
 _NO_LSE = "FlexAttention's CPU kernel does not return the log-sum-exp of its softmax"
 
@@ -107,10 +104,7 @@ def _without_lse(
 
 
 def _with_lse(*call: Any) -> tuple[Tensor, Tensor]:
-    if _AUX is None:
-        output, lse = _without_lse(*call, return_lse=True)
-        return output, lse
-    output, aux = _without_lse(*call, return_aux=_AUX(lse=True))
+    output, aux = _without_lse(*call, return_aux=AuxRequest(lse=True))
     return output, aux.lse
 
 
