@@ -47,12 +47,13 @@ ELSEWHERE = {
 """Pages of which a test of their own runs or writes the blocks of some languages."""
 
 COMMANDS = {
-    "pip install": "tests/test_release.py",
+    "pip install": "tests/release.py",
     "make demo": "tests/examples/test_train_lm.py",
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "make format": "Makefile",
     "make docs": ".ci/run",
+    "make dist": "tests/release.py",
     "make bench-gpu": "Makefile",
     "python -m tests.zoo": ".ci/run",
     ".venv/bin/python examples/": "tests/examples/test_train_lm.py",
