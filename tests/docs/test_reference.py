@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import griffe
 import pytest
@@ -112,6 +114,13 @@ def test_notebooks_become_pages() -> None:
     assert "<Figure>" not in page
     html = cells.with_outputs('<p><div data-output="2"></div>', notebook)
     assert html == '<p><div class="output"><svg></svg></div>'
+
+
+@pytest.mark.parametrize("module", [cells, hooks, names], ids=lambda module: module.__name__)
+def test_what_makes_pages_does_what_its_examples_say(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
 
 
 def test_the_pictures_of_the_first_example_are_current() -> None:

@@ -123,6 +123,24 @@ def test_search_works_by_the_keyboard_alone(site: Path, page: Page) -> None:
     page.wait_for_url(re.compile(r"/reference/masks\.html"))
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_notebook_shows_its_pictures(site: Path, page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto((site / "notebooks" / "1-masks.html").as_uri())
+    pictures = page.locator("div.output svg, div.output img")
+    sizes = [one.bounding_box() for one in pictures.all()]
+    assert len(sizes) >= 3
+    assert all(size and 60 <= size["width"] <= width and size["height"] >= 30 for size in sizes)
+    assert not page.locator("text=_repr_html_").count()
+
+
+def test_the_explorer_of_the_first_example_opens(site: Path, page: Page) -> None:
+    page.goto((site / "index.html").as_uri())
+    page.locator("a:has(img)").click()
+    page.wait_for_url(re.compile(r"first\.html"))
+    assert "SlidingWindow(256)" in page.inner_text("h1")
+
+
 def test_light_and_dark_are_switched_and_kept(site: Path, page: Page) -> None:
     page.emulate_media(color_scheme="light")
     page.goto((site / "index.html").as_uri())
