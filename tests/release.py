@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 HOME, DIST = ROOT / "build" / "release", ROOT / "dist"
 SOURCE, TOOLS, CLEAN = HOME / "source", HOME / "tools", HOME / "clean"
 
+
 class Wrong(Exception):
     """What is released is not what it should be."""
 
