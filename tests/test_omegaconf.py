@@ -149,6 +149,16 @@ def test_everything_that_cannot_be_read_is_told_at_once() -> None:
     ]
 
 
+def test_a_file_whose_interpolations_nobody_resolved_says_so() -> None:
+    text = "{num_heads: 4, head_dim: '${size}', mask: '${mask}', pse: 'ALiBi(${heads})'}"
+    with pytest.raises(ConfigError) as caught:
+        AttentionConfig.from_yaml(text)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 3
+    assert all("is an interpolation that nobody has resolved" in line for line in lines)
+    assert lines[2].endswith("got '${size}' (line 1, column 26)")
+
+
 def test_containers_have_the_size_of_other_configurations() -> None:
     many = OmegaConf.create({"kind": "and", "parts": [{"kind": "causal"}] * 10_001})
     with pytest.raises(ConfigError, match="mask: holds itself, or more than a configuration may"):

@@ -118,7 +118,9 @@ def _sentence(
     data: object,
     fields: Mapping[str, Record],
 ) -> str:
-    kind = problem["type"]
+    kind, given = problem["type"], _at(path, data)
+    if isinstance(given, str) and "${" in given:
+        return "is an interpolation that nobody has resolved; load the file with OmegaConf"
     if kind == "extra_forbidden":
         return f"unknown key{suggestion(path[-1], _known(path, model, data, fields))}"
     if kind == "missing":
