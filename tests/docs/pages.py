@@ -217,7 +217,7 @@ def dead_links(page: Path) -> list[str]:
 
 
 def _execute(block: Block, title: str, namespace: dict[str, object]) -> None:
-    exec(compile("\n" * block.line + block.text, title, "exec"), namespace)
+    exec(compile("\n" * block.line + block.text, title, "exec", dont_inherit=True), namespace)
 
 
 def _printed(run: object) -> str:
