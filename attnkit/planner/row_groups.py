@@ -13,6 +13,7 @@ from attnkit.planner.lattice import axes_of, in_patches, patches
 from attnkit.planner.price import Chip, chip
 from attnkit.planner.request import Request
 from attnkit.planner.tiled_rows import Array, RowRuns, Tiles
+from attnkit.progress import pulse
 
 __all__ = ["MOST_PATTERNS", "RowGroup", "TileCosts"]
 
@@ -95,6 +96,7 @@ class RowGroup:
         return [self._estimate(*choice) for choice in self.choices]
 
     def _estimate(self, rows: Array, height: int) -> tuple[float, float]:
+        pulse()
         whole, taken = len(rows) // height, rows
         if whole > _SAMPLES:
             tops = (2 * np.arange(_SAMPLES) + 1) * whole // (2 * _SAMPLES) * height

@@ -40,6 +40,7 @@ from attnkit.planner.tiled_rows import (
     row_runs,
     runs_in_rows,
 )
+from attnkit.progress import pulse
 
 __all__ = ["tilings"]
 
@@ -289,6 +290,7 @@ class _HeadGroup:
 def _each(tiles: Tiles) -> Iterator[_RowTile]:
     """Yield tiles one by one, of batch element 0."""
     for k in range(len(tiles)):
+        pulse()  # a tile of a long text has many keys
         yield _RowTile(0, tiles.rows_of(k), tiles.keys_of(k), tiles.cells(k))
 
 
