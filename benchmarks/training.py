@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_lm
+from attnkit.progress import progress
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "training.md"
@@ -43,12 +44,14 @@ def main(steps: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in BACKENDS}
     losses: dict[str, list[float]] = {name: [] for name in BACKENDS}
     tokens = 0
-    for batches in islice(zip(*(run.batches() for run in runs.values()), strict=True), steps):
-        for (name, run), batch in zip(runs.items(), batches, strict=True):
-            start = time.perf_counter()
-            losses[name].append(train_lm.take_step(run, batch))
-            times[name].append(time.perf_counter() - start)
-        tokens += sum(batches[0].lengths)
+    with progress("training", steps) as bar:
+        for batches in islice(zip(*(run.batches() for run in runs.values()), strict=True), steps):
+            for (name, run), batch in zip(runs.items(), batches, strict=True):
+                start = time.perf_counter()
+                losses[name].append(train_lm.take_step(run, batch))
+                times[name].append(time.perf_counter() - start)
+            tokens += sum(batches[0].lengths)
+            bar.step()
     taken = {name: statistics.median(each[2:]) for name, each in times.items()}
     for first, second in zip(*losses.values(), strict=True):
         if abs(first - second) > 1e-3 * first:

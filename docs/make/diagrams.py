@@ -18,6 +18,7 @@ from attnkit.fields import shares
 from attnkit.geometry import Region, Slice, Strip
 from attnkit.planner import picture
 from attnkit.planner.price import Price, chip
+from attnkit.progress import progress
 
 DOCS = Path(__file__).parents[1]
 CODE = DOCS.parent / "attnkit"
@@ -174,8 +175,10 @@ PICTURES = {
 def main() -> None:
     """Write every picture."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
-        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
+    with progress("drawing", len(PICTURES)) as bar:
+        for name, draw in PICTURES.items():
+            (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
+            bar.step(name)
 
 
 if __name__ == "__main__":

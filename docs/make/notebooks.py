@@ -18,6 +18,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from attnkit.progress import progress
+
 __all__ = ["NOTEBOOKS", "answered", "bundle", "notebooks", "outputs", "read"]
 
 ROOT = Path(__file__).parents[2]
@@ -89,10 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="such as 1-masks; all where none is named")
     names = parser.parse_args().names
-    for path in notebooks():
-        if not names or path.stem in names:
+    chosen = [path for path in notebooks() if not names or path.stem in names]
+    with progress("running notebooks", len(chosen)) as bar:
+        for path in chosen:
             nbformat.write(answered(path), path)
-            print(path.name)
+            bar.step(path.name)
+            bar.line(path.name)
 
 
 if __name__ == "__main__":

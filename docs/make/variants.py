@@ -24,6 +24,7 @@ from attnkit.planner.calls import Launch
 from attnkit.planner.lower import lower, search_for
 from attnkit.planner.picture import layers, scene
 from attnkit.planner.search import Search
+from attnkit.progress import progress
 
 DOCS = Path(__file__).parents[1]
 LENGTH = 2048
@@ -402,8 +403,10 @@ def main() -> None:
     folder = DOCS / "images" / "variants"
     for old in folder.glob("*"):
         old.unlink()
-    for variant in VARIANTS:
-        (folder / f"{variant.slug}.svg").write_text(picture(variant), encoding="utf-8")
+    with progress("drawing variants", len(VARIANTS)) as bar:
+        for variant in VARIANTS:
+            (folder / f"{variant.slug}.svg").write_text(picture(variant), encoding="utf-8")
+            bar.step(variant.slug)
 
 
 if __name__ == "__main__":
