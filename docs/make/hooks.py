@@ -17,7 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docs.make import cells
+from docs.make import cells, pictures
 from docs.make.names import entry_of
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,9 @@ PAGES = (
     "examples/models/README.md",
 )
 """What lies outside of docs/ and is part of the site, under project/."""
+
+MADE = {"images/first.html": pictures.explorer}
+"""What is in no folder: each build makes it."""
 
 SPARED = ("CHANGELOG.md",)
 """Pages whose names may be those of another time."""
@@ -65,6 +68,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, place, content=_source_page(path)))
         else:
             files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
+    for place, make in MADE.items():
+        files.append(File.generated(config, place, content=make()))
     for path in sorted((ROOT / "docs").rglob("*.ipynb")):
         place = path.relative_to(ROOT / "docs").as_posix()
         text = cells.as_page(path.read_text(encoding="utf-8"), path.name)
@@ -139,7 +144,8 @@ def site_path(path: str) -> str | None:
     if path == "README.md":
         return "index.md"
     if path.startswith("docs/") and not path.startswith("docs/make/"):
-        return _page_of(path.removeprefix("docs/")) if (ROOT / path).is_file() else None
+        place = path.removeprefix("docs/")
+        return _page_of(place) if place in MADE or (ROOT / path).is_file() else None
     return _outside().get(path)
 
 

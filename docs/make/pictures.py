@@ -1,7 +1,4 @@
-"""Draw the first example's picture, write its explorer, and fill in what the README's prints.
-
-``python docs/make/pictures.py``
-"""
+"""Draw the first example's plan and fill in its output: ``python docs/make/pictures.py``."""
 
 from __future__ import annotations
 
@@ -20,21 +17,22 @@ from attnkit.planner.picture import drawing
 
 DOCS = Path(__file__).parents[1]
 README = DOCS.parent / "README.md"
+PICTURE = DOCS / "images" / "first.svg"
 
 
-def drawn() -> dict[Path, str]:
-    """Return the files that show the plan of the first example, each with its text."""
+def first_plan() -> ak.Plan:
+    """Return the plan of the first example."""
     mask = masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4))
     x = torch.empty(1, 8192, 8, 64, device="meta")
-    plan = ak.plan(x, x, x, mask=mask, backend="emulated")
+    return ak.plan(x, x, x, mask=mask, backend="emulated")
+
+
+def explorer() -> str:
+    """Return the page to explore the first plan; the site makes it anew in each build."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "first.html"
-        plan.to_html(page)
-        text = page.read_text(encoding="utf-8")
-    return {
-        DOCS / "images" / "first.svg": svg.document(drawing(plan)),
-        DOCS / "images" / "first.html": text,
-    }
+        first_plan().to_html(page)
+        return page.read_text(encoding="utf-8")
 
 
 def fill_in() -> None:
@@ -59,6 +57,5 @@ def fill_in() -> None:
 
 
 if __name__ == "__main__":
-    for file, text in drawn().items():
-        file.write_text(text, encoding="utf-8")
+    PICTURE.write_text(svg.document(drawing(first_plan())), encoding="utf-8")
     fill_in()

@@ -17,7 +17,7 @@ import torch
 from ruamel.yaml import YAML
 
 from attnkit.__main__ import main
-from docs.make.hooks import PAGES
+from docs.make.hooks import MADE, PAGES
 
 __all__ = [
     "COMMANDS",
@@ -211,6 +211,7 @@ def dead_links(page: Path) -> list[str]:
         target
         for target in targets
         if not target.startswith("https://")
+        and target not in MADE
         and not (page.parent / target).exists()
         and target.rpartition(".")[0].lstrip("./") not in listed
     ]

@@ -14,6 +14,8 @@ from types import ModuleType
 import griffe
 import pytest
 
+from attnkit.display import svg
+from attnkit.planner.picture import drawing
 from docs.make import cells, hooks, names, pictures
 from docs.make.docstrings import Docstrings, as_markdown
 from tests.docs.pages import DOCS, ROOT
@@ -123,10 +125,10 @@ def test_what_makes_pages_does_what_its_examples_say(module: ModuleType) -> None
     assert not result.failed
 
 
-def test_the_pictures_of_the_first_example_are_current() -> None:
-    """Draw them with `python docs/make/pictures.py` when this fails."""
-    for file, text in pictures.drawn().items():
-        assert file.read_text(encoding="utf-8") == text
+def test_the_picture_of_the_first_example_is_current() -> None:
+    """Draw it with `python docs/make/pictures.py` when this fails."""
+    drawn = svg.document(drawing(pictures.first_plan()))
+    assert pictures.PICTURE.read_text(encoding="utf-8") == drawn
 
 
 def test_the_page_of_the_schema_is_current(tmp_path: Path) -> None:
