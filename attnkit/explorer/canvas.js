@@ -1,77 +1,10 @@
 "use strict";
-// The picture: a window of a score matrix on a canvas, with axes, grid lines and a chosen cell.
+// The canvas: a window of a score matrix with axes, grid lines and a chosen cell, and how it moves.
 
 const MARGIN = { left: 64, top: 40, right: 10, bottom: 10 };
 const WIDEST = 56; // pixels of a cell, at most
 const GRID_FROM = 8, NUMBERS_FROM = 36;
-const SAMPLES = 4; // rows that are looked at for one line of pixels
-const FAINTEST = 0.3; // what a line of pixels shows of one cell among thousands
 const OVERVIEW = 108;
-
-/** Draw a window into an image: `i0`, `j0` are its first row and key, `sy`, `sx` pixels of a cell. */
-function paint(image, matrix, { i0, j0, sy, sx }, ground) {
-  const { width, height, data } = image, [rows, keys] = matrix.sizes;
-  const line = new Float32Array(4 * width);
-  const marks = sy < 1 ? matrix.landmarks : [];
-  let before = -1;
-  for (let y = 0; y < height; y++) {
-    const some = rowsAt(y, i0, sy, rows, marks);
-    const to = 4 * width * y;
-    if (some.length === 1 && some[0] === before) {
-      data.copyWithin(to, to - 4 * width, to);
-      continue;
-    }
-    before = some.length === 1 ? some[0] : -1;
-    if (!some.length) continue;
-    line.fill(0);
-    for (const i of some) {
-      matrix.row(i, Math.floor(j0), Math.ceil(j0 + width / sx), (a, b, share, colour) => {
-        fill(line, width, (a - j0) * sx, (b - j0) * sx, share, colour, sx >= 1);
-      });
-    }
-    const last = Math.min(width, Math.round((keys - j0) * sx));
-    for (let x = 0; x < last; x++) blend(data, to + 4 * x, line, 4 * x, some.length, ground);
-  }
-  return image;
-}
-
-/** The rows that a line of pixels stands for, or some of them. */
-function rowsAt(y, i0, sy, rows, marks) {
-  if (sy >= 1) {
-    const i = Math.floor(i0 + (y + 0.5) / sy);
-    return i >= 0 && i < rows ? [i] : [];
-  }
-  const first = Math.max(0, Math.floor(i0 + y / sy));
-  const last = Math.min(rows, Math.max(first + 1, Math.floor(i0 + (y + 1) / sy)));
-  if (first >= last) return [];
-  const some = new Set();
-  for (let k = 0; k < SAMPLES; k++) some.add(first + Math.floor(((last - first) * (2 * k + 1)) / (2 * SAMPLES)));
-  const mark = lastAt(marks.length, (k) => marks[k], last - 1);
-  for (let k = mark; k >= 0 && k > mark - SAMPLES && marks[k] >= first; k--) some.add(marks[k]);
-  return [...some];
-}
-
-/** Add a run to a line of pixels: its colour, and how much of each pixel it takes. */
-function fill(line, width, a, b, share, [red, green, blue], crisp) {
-  let first = Math.floor(a), last = Math.ceil(b) - 1;
-  if (crisp) [first, last] = [Math.ceil(a - 0.5), Math.ceil(b - 0.5) - 1];
-  for (let x = Math.max(0, first); x <= Math.min(width - 1, last); x++) {
-    const part = crisp ? share : share * (Math.min(b, x + 1) - Math.max(a, x));
-    line[4 * x] += part * red;
-    line[4 * x + 1] += part * green;
-    line[4 * x + 2] += part * blue;
-    line[4 * x + 3] += part;
-  }
-}
-
-function blend(data, to, line, x, rows, ground) {
-  const weight = line[x + 3];
-  const share = weight > 0 ? Math.max(FAINTEST, Math.min(1, weight / rows)) : 0;
-  for (let k = 0; k < 3; k++) {
-    data[to + k] = share ? ground[k] * (1 - share) + (line[x + k] / weight) * share : ground[k];
-  }
-  data[to + 3] = 255;
-}
 
 /** Distances between labels: 1, 2 or 5 times a power of ten, at least so many cells apart. */
 function stepOf(least) {
@@ -306,15 +239,25 @@ class Plot {
     this.wasWhole = this.isWhole;
     canvas.classList.toggle("zoomed", !this.wasWhole);
     const context = canvas.getContext("2d");
-    const image = context.createImageData(Math.ceil(this.width * many), Math.ceil(this.height * many));
-    const seen = { i0: this.i0, j0: this.j0, sy: this.sy * many, sx: this.sx * many };
-    context.putImageData(paint(image, this.matrix, seen, colours.ground), MARGIN.left * many, MARGIN.top * many);
+    context.putImageData(this.painted(context, many, colours.ground), MARGIN.left * many, MARGIN.top * many);
     context.scale(many, many);
     this.axes(context, colours);
     if (Math.min(this.sx, this.sy) >= GRID_FROM) this.grid(context, colours);
     if (Math.min(this.sx, this.sy) >= NUMBERS_FROM) this.numbers(context, colours);
     this.mark(context, colours);
     if (!this.wasWhole) this.drawOverview(context, colours);
+  }
+
+  /** The cells that are seen; of the same window they are painted once, whichever is chosen. */
+  painted(context, many, ground) {
+    const seen = { i0: this.i0, j0: this.j0, sy: this.sy * many, sx: this.sx * many };
+    const sizes = [Math.ceil(this.width * many), Math.ceil(this.height * many)];
+    const key = JSON.stringify([seen, sizes, ground]);
+    if (this.kept?.key !== key || this.kept.matrix !== this.matrix) {
+      const image = paint(context.createImageData(...sizes), this.matrix, seen, ground);
+      this.kept = { key, matrix: this.matrix, image };
+    }
+    return this.kept.image;
   }
 
   /** The rows and keys that are seen. */
@@ -407,8 +350,10 @@ class Plot {
     context.strokeStyle = chosen;
     context.lineWidth = 1;
     context.globalAlpha = 0.25;
-    context.strokeRect(MARGIN.left - 5, Math.round(y) + 0.5, this.width + 10, 0);
-    context.strokeRect(Math.round(x) + 0.5, MARGIN.top - 5, 0, this.height + 10);
+    if (Math.min(wide, high) < NUMBERS_FROM) {
+      context.strokeRect(MARGIN.left - 5, Math.round(y) + 0.5, this.width + 10, 0);
+      context.strokeRect(Math.round(x) + 0.5, MARGIN.top - 5, 0, this.height + 10);
+    }
     context.globalAlpha = 1;
     context.lineWidth = 2;
     context.strokeRect(x - wide / 2, y - high / 2, wide, high);
@@ -418,7 +363,7 @@ class Plot {
   /** All of the matrix in a corner, and where the window is. */
   drawOverview(context, { ground, ink, quiet }) {
     const [rows, keys] = this.matrix.sizes, { sy, sx } = this.least;
-    const size = OVERVIEW / Math.max(sy * rows, sx * keys);
+    const size = Math.min(OVERVIEW, this.width / 4) / Math.max(sy * rows, sx * keys);
     const wide = Math.max(8, Math.round(size * sx * keys)), high = Math.max(8, Math.round(size * sy * rows));
     if (!this.overview || this.overview.width !== wide) {
       this.overview = document.createElement("canvas");
@@ -426,7 +371,10 @@ class Plot {
       const own = this.overview.getContext("2d");
       own.putImageData(paint(own.createImageData(wide, high), this.matrix, { i0: 0, j0: 0, sy: high / rows, sx: wide / keys }, ground), 0, 0);
     }
-    const left = MARGIN.left + this.width - wide - 8, top = MARGIN.top + this.height - high - 8;
+    const top = MARGIN.top + this.height - high - 8;
+    let left = MARGIN.left + this.width - wide - 8;
+    const [x, y] = this.cell ? this.placeOf(...this.cell) : [0, 0];
+    if (x > left - this.sx && y > top - this.sy) left = MARGIN.left + 8; // not over the chosen cell
     context.drawImage(this.overview, left, top);
     context.strokeStyle = quiet;
     context.strokeRect(left - 0.5, top - 0.5, wide + 1, high + 1);

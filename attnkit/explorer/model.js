@@ -130,8 +130,8 @@ class Calls extends Matrix {
       yield ["computed by", `call ${hit.call + 1}${several ? ` of ${this.calls.length}` : ""}: ${call.label}`];
       const which = call.sequences > 1 ? `sequence ${hit.sequence + 1} of ${told(call.sequences)}` : "its only sequence";
       yield ["sequence", `${which}, ${told(hit.size[0])} rows x ${told(hit.size[1])} keys`];
-      yield ["there", `row u = ${told(hit.u)}, key v = ${told(hit.v)}, v - u = ${told(hit.v - hit.u)}`];
-      yield ["allowed by", `${call.reads}; here (v - keys) - (u - rows) = ${told(hit.v - hit.size[1] - hit.u + hit.size[0])}`];
+      yield ["there", `row u = ${told(hit.u)}, key v = ${told(hit.v)}`];
+      yield ["allowed by", `${call.reads}${here(hit, call.counts_from)}`];
     }
     if (this.known && !hits.length) {
       const wrong = allowed === true ? "no call, so the plan is wrong" : "no call";
@@ -172,6 +172,12 @@ class Calls extends Matrix {
       yield [COLOURS[n % COLOURS.length], `call ${n + 1}: ${call.label}`];
     }
   }
+}
+
+/** Which distance a cell has, for a call that counts them. */
+function here({ u, v, size }, from) {
+  if (!from) return "";
+  return from === "start" ? `; here it is ${told(v - u)}` : `; here it is ${told(v - size[1] - u + size[0])}`;
 }
 
 function* tellMask(matrix, i, j, allowed, keys, sure) {

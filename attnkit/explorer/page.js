@@ -80,6 +80,7 @@ function showTabs() {
 function notes(view) {
   const [left, every] = data.left_out, some = [];
   if (data.note && !state.view) some.push(data.note);
+  if (data.kind === "ranks" && state.view) some.push("Of a rival only the price is known: drawn are the ranks of the plan itself.");
   if (left) some.push(`Of ${plural(every, data.packed ? "sequence" : "kind")} of score matrices the page has the first ${told(every - left)}: more would make it too large.`);
   if (view.calls.length && view.calls.some((call) => !call.patches)) some.push("The cells of these calls were left out: the page would be too large. Drawn is what the mask allows.");
   if (view.calls.some((call) => call.opaque)) some.push("The mask is no union of slices: the call is given an entry for each cell.");
@@ -93,6 +94,7 @@ function show() {
   const some = notes(view);
   $("note").textContent = some.join(" ");
   $("note").hidden = !some.length;
+  $("canvas").setAttribute("aria-label", `Score matrix of ${plural(matrix.sizes[0], "query").replace("querys", "queries")} and ${plural(matrix.sizes[1], "key")}`);
   plot.show(matrix);
   if (chosen && plot.cell) tellCell(...chosen, false);
   if (!plot.cell) {

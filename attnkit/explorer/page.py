@@ -18,7 +18,7 @@ from attnkit.errors import CompositionTypeError, shown
 __all__ = ["save", "write"]
 
 # In one script, in this order: each uses what stands before it.
-_SCRIPTS = ("cells.js", "model.js", "canvas.js", "page.js")
+_SCRIPTS = ("cells.js", "model.js", "paint.js", "canvas.js", "page.js")
 
 # What would end the data's element, or a line of a script.
 _ESCAPED = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}

@@ -32,7 +32,7 @@ def as_page(plan: ParallelPlan, command: Sequence[str] | None = None) -> dict[st
     request = plan.request
     views = [_view(label(plan), plan.price, plan.price)]
     views += [_view(other.label, other.price, plan.price) for other in plan.alternatives]
-    views[0]["title"] = f"{plan.size} ranks: {label(plan)}, {plan.balance} tokens"
+    views[0]["title"] = f"{plan.size} ranks: {label(plan)}, balance {plan.balance}"
     data = Sheet(request, Places(request, None)).data(views, [[] for _ in views])
     given = list(_command(plan)) if command is None else list(command)
     return data | {

@@ -282,6 +282,7 @@ def _call(launch: Launch) -> dict[str, Any]:
         "op": launch.call.op,
         "arguments": [[name, clipped(_value(v), _LONGEST_VALUE)] for name, v in given.items()],
         "reads": _reads(launch.call),
+        "counts_from": _counts_from(launch.call),
         "sequences": len(launch.blocks),
         "opaque": launch.is_opaque,
     }
@@ -313,6 +314,17 @@ def _reads(call: KernelCall) -> str:
     first = {7: "; the last sequence ends at next_tokens", 8: "; the first one at next_tokens"}
     causal = "v - u <= 0" if mode in (2, 8) else "(v - keys) - (u - rows) <= 0"
     return f"{named}: {causal}{first.get(mode, '')}"
+
+
+def _counts_from(call: KernelCall) -> str:
+    """Return from where a call counts distances of a cell: "start", "end", or "" if it does not."""
+    if (
+        call.atten_mask is None
+        or call.op != "npu_fusion_attention"
+        or call.sparse_mode in (0, 1, 5)
+    ):
+        return ""
+    return "start" if call.sparse_mode in (2, 8) else "end"
 
 
 def unsaid(request: Request) -> list[str]:

@@ -13,11 +13,16 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit import masks
-from attnkit.errors import CompositionTypeError
+from attnkit.errors import CompositionTypeError, Refusal
 from attnkit.explorer import save, write
 from attnkit.masks import Mask
 from attnkit.planner import explored
 from attnkit.planner.explored import as_page
+from attnkit.planner.folded import Folded
+from attnkit.planner.lower import in_other_order
+from attnkit.planner.orders import Sorted, restated
+from attnkit.planner.parted import Parted
+from attnkit.planner.search import Search
 
 HALF = torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.5
 CAUSAL = masks.Causal()
@@ -79,6 +84,26 @@ def test_every_cell_is_as_the_mask_and_the_calls_have_it(name: str) -> None:
             for view in data["views"]:
                 if view["calls"]:
                     assert torch.equal(painted(data, calls_of(view), b, h), allowed), view["label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sorted", Sorted), ("parts of a union", Parted), ("folded", Folded), ("both", Folded)],
+)
+def test_tokens_that_were_moved_are_where_they_stand(name: str, kind: type[Mask]) -> None:
+    both = masks.PerHead([masks.Dilated(2), masks.Dilated(2) & CAUSAL] * 2)
+    apart = masks.PerHead([CAUSAL, masks.SlidingWindow(3), masks.Full(), CAUSAL])
+    mask = {**MASKS, "folded": apart, "both": both}[name]
+    request = planned(mask).request
+    ways = [way for way in restated(request) if not isinstance(way, Refusal)]
+    (way,) = (way for way in ways if isinstance(way.mask, kind))
+    found = replace(in_other_order(request, way, Search()), backend="emulated")
+    assert found.in_order is not None
+    data = as_page(found)
+    truth = mask.materialize(24, 24, 1, 4)
+    for h in range(4):
+        assert torch.equal(painted(data, data["allowed"], 0, h), truth[0, h].long())
+        assert torch.equal(painted(data, calls_of(data["views"][0]), 0, h), truth[0, h].long())
 
 
 def test_what_is_alike_is_shown_once() -> None:
