@@ -287,7 +287,7 @@ class Plot {
     }
     context.textAlign = "right";
     context.fillStyle = quiet;
-    context.fillText("query i", MARGIN.left - 6, MARGIN.top - 10);
+    context.fillText("query i", MARGIN.left - 12, 8);
   }
 
   clip(context) {
