@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from ruamel.yaml import YAML
 
 import attnkit as ak
-from attnkit import masks
+from attnkit import fields, masks
+from attnkit.display import Drawing, colour, svg
 from attnkit.planner.calls import Launch
 from attnkit.planner.lower import lower, search_for
-from attnkit.planner.picture import layers, scene
+from attnkit.planner.picture import drawing
 from attnkit.planner.search import Search
 from attnkit.progress import progress
 
@@ -312,30 +313,24 @@ def reads_all(launch: Launch) -> bool:
 # -- pictures --------------------------------------------------------------------------------------
 
 FIELDS = 64
-_SHADES = 5
-_COLOURS = ("2f7ed8", "d9661b", "2f9150", "ab55a4", "a8760f", "6b7c93", "d9453f", "228e8e")
-_STYLE = ".plate{fill:#f3f4f6}@media(prefers-color-scheme:dark){.plate{fill:#2a2f37}}"
+_STYLE = "svg{color:#1f2933}@media(prefers-color-scheme:dark){svg{color:#e4e7eb}}"
 
 
 def picture(variant: Variant) -> str:
     """Return the picture of a variant: a panel for each layer, two where heads differ."""
     made = variant.made()
-    rows, columns = _extent(made.size)
-    panels, fields = [], (min(rows, made.size[0]), min(columns, made.size[1]))
+    panels: dict[str, None] = {}
     for layer in made.layers:
-        heads = made.mask_of(layer).heads or 1
-        panels += [_panel(made, layer, head, fields) for head in {0, heads - 1}]
-    step = columns + 4
-    drawn = "".join(
-        f'<svg x="{k * step}" width="{columns}" height="{rows}" preserveAspectRatio="none" '
-        f'viewBox="0 0 {fields[1]} {fields[0]}"><rect class="plate" width="100%" height="100%"/>'
-        f"{panel}</svg>"
-        for k, panel in enumerate(dict.fromkeys(panels))
-    )
-    width = step * len(dict.fromkeys(panels)) - 4
+        for head in {0, (made.mask_of(layer).heads or 1) - 1}:
+            panels[svg.inline(_drawn(made, layer, head), side=4 * FIELDS)] = None
+    sizes = re.findall(r'width="(\d+)" height="(\d+)"', next(iter(panels)))
+    width, height = map(int, sizes[0])
+    step = width + 16
+    moved = (f'<g transform="translate({k * step})">{one}</g>' for k, one in enumerate(panels))
+    whole = step * len(panels) - 16
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * width}" height="{4 * rows}" '
-        f'viewBox="0 0 {width} {rows}"><style>{_STYLE}</style>{drawn}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{height}" '
+        f'viewBox="0 0 {whole} {height}"><style>{_STYLE}</style>{"".join(moved)}</svg>\n'
     )
 
 
@@ -344,20 +339,18 @@ def _extent(size: Sizes) -> Sizes:
     return max(10, FIELDS * size[0] // max(size)), max(10, FIELDS * size[1] // max(size))
 
 
-def _panel(made: Made, layer: ak.Attention, head: int, fields: Sizes) -> str:
+def _drawn(made: Made, layer: ak.Attention, head: int) -> Drawing:
     """Return the fields of one head: a colour for each call, shades where a bias is added."""
-    allowed = made.allowed(layer)
-    cells = allowed[head % len(allowed)].double()
+    plan, mask = made.plan(layer), made.mask_of(layer)
+    in_place = plan.steps and plan.in_order is None and not mask.comes_with_call
+    if layer.pse is None and in_place and mask.is_region(*made.size):
+        return drawing(plan, 0, head, FIELDS)
+    cells = made.allowed(layer)
+    shades = cells[head % len(cells)].double()
     if layer.pse is not None:
-        return _paths(_pooled(cells * _shade(layer, cells), fields), 0)
-    plan = made.plan(layer)
-    seen = scene(plan, 0, head)
-    regions = [region for region, _ in layers(seen.launches, seen.batch, seen.head)]
-    if plan.in_order is not None or not any(regions):  # tokens are moved, or cells not known
-        return _paths(_pooled(cells, fields), 0)
-    each = (masks.Slices.of(region, *made.size).materialize(*made.size) for region in regions)
-    shares = [_pooled(one[0, 0].double(), fields) for one in each]
-    return "".join(_paths(share, k) for k, share in enumerate(shares))
+        shades = shades * _shade(layer, shades)
+    share = F.adaptive_avg_pool2d(shades[None], [min(FIELDS, n) for n in _extent(made.size)])[0]
+    return Drawing(*made.size, (fields.layer(share.numpy(), colour(0)),))
 
 
 def _shade(layer: ak.Attention, cells: torch.Tensor) -> torch.Tensor:
@@ -368,31 +361,6 @@ def _shade(layer: ak.Attention, cells: torch.Tensor) -> torch.Tensor:
     bias = layer.pse.for_heads(0, 1).materialize(*cells.shape)[0, 0].double().detach()
     known = bias[cells > 0]
     return 0.15 + 0.85 * (bias - known.min()) / (known.max() - known.min())
-
-
-def _pooled(cells: torch.Tensor, fields: Sizes) -> list[list[int]]:
-    """Return how dark each field is; one of which little is allowed stays visible."""
-    share = F.adaptive_avg_pool2d(cells[None], fields)[0]
-    levels = (share * _SHADES).round().clamp(min=1) * (share > 0)
-    return [[int(level) for level in row] for row in levels]
-
-
-def _paths(levels: list[list[int]], number: int) -> str:
-    """Return fields as paths, one for each shade; fields of a row that look alike are one."""
-    found: dict[int, str] = {}
-    for y, row in enumerate(levels):
-        x = 0
-        for level, same in groupby(row):
-            width = len(list(same))
-            if level:
-                found[level] = found.get(level, "") + f"M{x} {y}h{width}v1h-{width}z"
-            x += width
-    colour = _COLOURS[number % len(_COLOURS)]
-    return "".join(
-        f'<path shape-rendering="crispEdges" fill="#{colour}" '
-        f'fill-opacity="{level / _SHADES:g}" d="{path}"/>'
-        for level, path in sorted(found.items())
-    )
 
 
 def main() -> None:
