@@ -85,6 +85,7 @@ class Variant:
     small: Mapping[str, Any]
     size: Sizes = (LENGTH, LENGTH)
     short: Sizes = (48, 48)
+    about: str = ""
     differs: str = ""
     call: str = ""
     ranks: bool = False
@@ -156,7 +157,8 @@ def read() -> Iterator[Variant]:
             texts = {name: one[name].strip() for name in ("what", "differs") if name in one}
             sizes = {name: tuple(one[name]) for name in ("size", "short") if name in one}
             rest = {"papers": tuple(one["papers"]), "small": one.get("small", {})}
-            yield Variant(**{**one, **texts, **sizes, **rest, "kind": kind["kind"]})
+            of = {"kind": kind["kind"], "about": kind.get("about", "").strip()}
+            yield Variant(**{**one, **texts, **sizes, **rest, **of})
 
 
 VARIANTS = tuple(read())
@@ -178,7 +180,8 @@ def page() -> str:
     for kind, group in groups:
         lines += [f"[{kind}](#{slug(kind)})", "", *map(_thumbnail, group), ""]
     for kind, group in groups:
-        lines += [f"## {kind}", "", *map(_section, group)]
+        about = [group[0].about, ""] if group[0].about else []
+        lines += [f"## {kind}", "", *about, *map(_section, group)]
     return "\n".join([*lines, _COMPARED, comparison(), ""])
 
 

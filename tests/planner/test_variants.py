@@ -180,6 +180,21 @@ def test_the_page_fits_a_terminal() -> None:
     assert all(len(line) <= 100 for line in code)
 
 
+def test_links_to_variants_lead_to_one() -> None:
+    """And the page of libraries with a kernel for one mask, and this page, know each other."""
+    page = (DOCS / "variants.md").read_text(encoding="utf-8")
+    headings = {variants.slug(one) for one in re.findall(r"^#+ (.*)$", page, re.M)}
+    assert {variant.slug for variant in VARIANTS} < headings
+    linked = set(re.findall(r"href=\"#([^\"]*)\"|\]\(#([^)]*)\)", page))
+    assert {a or b for a, b in linked} <= headings
+    for other in DOCS.rglob("*.md"):
+        found = re.findall(r"variants\.md#([\w-]*)", other.read_text(encoding="utf-8"))
+        assert set(found) <= headings, other
+        if other.stem == "sparse-attention":
+            assert len(found) >= 10
+    assert "coming-from/sparse-attention.md" in page
+
+
 def test_every_picture_is_current() -> None:
     folder = DOCS / "images" / "variants"
     assert {file.stem for file in folder.iterdir()} == {one.slug for one in VARIANTS}
