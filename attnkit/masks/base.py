@@ -397,6 +397,8 @@ class Mask(Operators, ABC):
     def plot(self, q_len: int, kv_len: int, batch: int = 0, head: int = 0) -> Figure:
         """Return a matplotlib figure of the score matrix (needs the extra `plot`).
 
+        As the value of a notebook's cell it is shown once; so is a mask itself, as a picture.
+
         >>> from attnkit import masks
         >>> type(masks.Causal().plot(64, 64)).__name__
         'Figure'

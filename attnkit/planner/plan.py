@@ -275,7 +275,10 @@ class Plan:
         return as_data(self)
 
     def plot(self, batch: int = 0, head: int = 0) -> Figure:
-        """Return a matplotlib figure of one score matrix, each call's cells in a colour."""
+        """Return a matplotlib figure of one score matrix, each call's cells in a colour.
+
+        As the value of a notebook's cell it is shown once; a plan itself is shown as a page, too.
+        """
         from attnkit.planner.picture import plot
 
         return plot(self, batch, head)
