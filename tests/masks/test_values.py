@@ -208,7 +208,8 @@ def test_a_figure_shows_the_shares():
     pytest.importorskip("matplotlib")
     figure = CAUSAL.plot(4, 6)
     (image,) = figure.axes[0].images
-    assert image.get_array().tolist() == CAUSAL.materialize(4, 6)[0, 0].float().tolist()
+    coloured = (image.get_array() != 1).any(-1)
+    assert coloured.tolist() == CAUSAL.materialize(4, 6)[0, 0].tolist()
     assert figure.axes[0].get_title() == "Causal()"
 
 
