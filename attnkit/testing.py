@@ -45,14 +45,14 @@ def check_mask(
     >>> check_mask(masks.Causal(), lambda i, j, q, kv: j <= i)
     Traceback (most recent call last):
     ...
-    attnkit.errors.CompositionError: Causal() with 1 queries and 2 keys: cell (0, 1) is allowed, \
+    attnkit.errors.CompositionError: Causal() at 1 x 2 (queries x keys): cell (0, 1) is allowed, \
 and its definition says masked
     """
     _check_value(mask, None if mask.tensors else masks.parse)
     count = 0
     for q_len, kv_len in _lengths(mask, longest):
         cells = _cells(mask, q_len, kv_len)
-        told = f"{mask!r} with {q_len} queries and {kv_len} keys"
+        told = f"{mask!r} at {q_len} x {kv_len} (queries x keys)"
         for i, j in product(range(q_len), range(kv_len)):
             if allowed is not None and bool(cells[i, j]) != bool(allowed(i, j, q_len, kv_len)):
                 is_, said = ("allowed", "masked") if cells[i, j] else ("masked", "allowed")
@@ -114,7 +114,7 @@ def check_bias(
     count, heads = 0, bias.heads or num_heads
     for k, (q_len, kv_len) in enumerate(reversed(_lengths(bias, longest))):
         whole = bias.materialize(q_len, kv_len, heads=heads, dtype=torch.float64).detach()
-        told = f"{bias!r} with {q_len} queries and {kv_len} keys"
+        told = f"{bias!r} at {q_len} x {kv_len} (queries x keys)"
         if value is not None:
             each = product(range(heads), range(q_len), range(kv_len))
             said = torch.tensor([value(*at, q_len, kv_len) for at in each], dtype=torch.float64)
