@@ -343,10 +343,11 @@ def _annotation(hint: Any, owner: type) -> Any:
     """Return a dataclass annotation with its scalars strict, and masks and biases readable."""
     if hint in _STRICT:
         return _STRICT[hint]
-    for family in FAMILIES:
-        if isinstance(hint, type) and issubclass(hint, family.owner):
-            return Annotated[hint, replace(family, inside=issubclass(owner, family.owner))]
     origin, arguments = get_origin(hint), get_args(hint)
+    for family in FAMILIES:
+        # To Python 3.10 `tuple[Mask, ...]` is a type, too.
+        if origin is None and isinstance(hint, type) and issubclass(hint, family.owner):
+            return Annotated[hint, replace(family, inside=issubclass(owner, family.owner))]
     if origin is Literal or not arguments:
         return hint
     parts = tuple(_annotation(part, owner) for part in arguments)
