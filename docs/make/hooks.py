@@ -56,8 +56,8 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the nav what is not there, and write out its patterns."""
-    config.nav = _present(config.nav, _known())
+    """Write out the patterns of the nav."""
+    config.nav = _written_out(config.nav)
     return config
 
 
@@ -163,38 +163,25 @@ def _outside() -> dict[str, str]:
     return found
 
 
-def _known() -> list[str]:
-    """Return every page of the site, by its place."""
-    docs = ROOT / "docs"
-    own = [path.relative_to(docs).as_posix() for path in docs.rglob("*") if path.is_file()]
-    return sorted([*map(_page_of, own), *_outside().values()])
-
-
 def _page_of(place: str) -> str:
     """Return the page that a notebook becomes; others are what they are."""
     return re.sub(r"\.ipynb$", ".md", place)
 
 
-def _present(nav: Any, known: list[str]) -> Any:
+def _written_out(nav: Any) -> Any:
+    """Return the nav with ``folder/*`` as every page of the folder, in order."""
     if isinstance(nav, dict):
-        kept = {title: _present(inside, known) for title, inside in nav.items()}
-        return {title: inside for title, inside in kept.items() if inside}
+        return {title: _written_out(inside) for title, inside in nav.items()}
     if isinstance(nav, str):
-        return nav if nav in known else None
-    kept = []
+        return nav
+    known, found = sorted(_outside().values()), []
     for entry in nav:
         if isinstance(entry, str) and entry.endswith("/*"):
             folder = entry.removesuffix("*")
-            kept += [name for name in known if name.startswith(folder) and name.endswith(".md")]
+            found += [name for name in known if name.startswith(folder) and name.endswith(".md")]
         else:
-            kept.append(_present(entry, known))
-    return [entry for entry in kept if entry]
-
-
-def _planned() -> set[str]:
-    """Return the pages that the nav lists, there or not, as paths of the repository."""
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    return {f"docs/{page}" for page in re.findall(r"[\w./-]+\.md", text)}
+            found.append(_written_out(entry))
+    return found
 
 
 def _source_page(path: str) -> str:
@@ -228,8 +215,6 @@ def _link(found: re.Match[str], here: str) -> str:
     if place is not None:
         start = posixpath.dirname(site_path(here) or "")
         return f"{mark}[{label}]({posixpath.relpath(place, start or '.')}{anchor})"
-    if not mark and path in _planned():
-        return label
     if not mark and (ROOT / path).exists():  # no page: its name is all there is to show
         return label if label.startswith("`") else f"`{path}`"
     return found[0]

@@ -204,16 +204,15 @@ def _of_attnkit(block: Block) -> bool:
 
 
 def dead_links(page: Path) -> list[str]:
-    """Return the targets of links that are not on the web, nor in the tree, nor in the nav."""
-    targets = _LINK.findall(page.read_text(encoding="utf-8"))
-    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace(".md", "")
+    """Return the targets of links that are neither on the web nor in the tree."""
+    prose = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", page.read_text(encoding="utf-8")))
+    targets = _LINK.findall(prose)
     return [
         target
         for target in targets
         if not target.startswith("https://")
         and target not in MADE
         and not (page.parent / target).exists()
-        and target.rpartition(".")[0].lstrip("./") not in listed
     ]
 
 

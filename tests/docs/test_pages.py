@@ -39,6 +39,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead_links(page)
 
 
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md) [`b`](no.md) `c[0](x)`\n```python\nd[0](x)\n```\n")
+    assert dead_links(page) == ["no.md"]
+
+
 def test_the_index_of_other_libraries_lists_every_page() -> None:
     text = (DOCS / "coming-from" / "README.md").read_text(encoding="utf-8")
     for page in (DOCS / "coming-from").glob("*.md"):
