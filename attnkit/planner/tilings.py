@@ -74,6 +74,10 @@ def tilings(
         reason = f"its rows have {count:,} runs of keys, and {_MOST_RUNS:,} are looked at"
         yield Refusal("tile-runs", reason, "tiles of rows")
         return
+    widest = max(map(_widest, regions))
+    if widest > _MOST_TOKENS:  # known before millions of keys are counted for each tile
+        yield Refusal("length-limit", f"a row sees {widest:,} keys", "tiles of rows")
+        return
     sides = [_HeadGroup(request, heads, most_mask) for heads in groups]
     for shared in (True, False):
         least = sum(side.least(shared) for side in sides)
@@ -82,6 +86,12 @@ def tilings(
             launches = tuple(launch for some in found for launch in some or ())
             if launches and None not in found and _spares(request, launches, regions):
                 yield launches
+
+
+def _widest(region: Region) -> int:
+    """Return how many keys a row sees at most."""
+    ends = ((k.first, k.first + k.step * (k.i1 - k.i0 - 1)) for k in region.row_counts())
+    return max(map(max, ends), default=0)
 
 
 def _spares(request: Request, launches: Sequence[Launch], regions: Collection[Region]) -> bool:

@@ -415,6 +415,20 @@ def test_rows_of_too_many_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.code == "tile-runs"
 
 
+def test_rows_that_no_call_can_hold_are_refused_before_tiles_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tilings._HeadGroup, "calls", None)  # nothing is counted tile by tile
+    for mask in (masks.Causal(), masks.Causal() & (masks.Prefix(9) | masks.SlidingWindow(4))):
+        region = mask.region(12, 12)
+        widest = int(mask.materialize(12, 12).sum(-1).max())
+        assert tilings._widest(region) == widest
+        monkeypatch.setattr(tilings, "_MOST_TOKENS", widest - 1)
+        (found,) = tilings.tilings(request_of(mask, 12, 12), MOST)
+        assert isinstance(found, Refusal)
+        assert (found.code, found.remedy[:18]) == ("length-limit", "Split the sequence")
+
+
 @pytest.mark.usefixtures("small")
 def test_packed_calls_have_as_many_tiles_as_the_contract_takes(
     monkeypatch: pytest.MonkeyPatch,
