@@ -59,8 +59,9 @@ test-npu: $(READY) ## the ascend backend through the real torch_npu, its kernels
 test-gpu: $(READY) ## the doctor's suite on a CUDA device (backends cuda, flex, tiled, reference)
 	@$(BIN)/python -m attnkit doctor --device cuda || test $$? -eq 3
 
+# Not --quiet: mkdocs counts no warning then, and strict mode would let every dead link pass.
 docs: $(READY) ## the site, into build/site; open build/site/index.html, no server is needed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 docs-serve: $(READY) ## the site while you write, on http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve

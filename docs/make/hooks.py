@@ -199,7 +199,8 @@ def _repository_path(file: File) -> str:
         return file.src_uri.removeprefix("project/source/").removesuffix(".md")
     if file.src_uri.startswith("project/"):
         return file.src_uri.removeprefix("project/")
-    return f"docs/{file.src_uri}"
+    notebook = re.sub(r"\.md$", ".ipynb", f"docs/{file.src_uri}")
+    return notebook if (ROOT / notebook).is_file() else f"docs/{file.src_uri}"
 
 
 def _relinked(text: str, here: str) -> str:

@@ -50,7 +50,7 @@ def page(browser: Browser) -> Iterator[Page]:
 @pytest.fixture(scope="session")
 def site() -> Path:
     """The folder of the site, built now; strict, so that a page with a dead link fails here."""
-    build = [sys.executable, "-m", "mkdocs", "build", "--quiet"]
+    build = [sys.executable, "-m", "mkdocs", "build"]  # what is quiet is not strict
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "build" / "site"
