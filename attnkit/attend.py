@@ -51,12 +51,12 @@ __all__ = [
     "sharded_plan_of",
 ]
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and newer
+is_exporting = torch.compiler.is_exporting
 
 
 def is_tracing() -> bool:
     """Tell whether a graph is recorded, by `torch.compile` or by `torch.export`."""
-    return torch.compiler.is_dynamo_compiling() or bool(is_exporting())
+    return torch.compiler.is_dynamo_compiling() or is_exporting()
 
 
 _WHOLE = Full()
@@ -228,9 +228,9 @@ def plan_again(
     # A decoding step has one key more than the last, a training step other lengths of sequences:
     # such plans are for any number of them.
     step = any_length(known, asked.layout)
-    alike: Plan | None = None if step is None else plans.pop(step[0], None)
+    # The plan that they are made of becomes the newest, so that steps do not drop it.
+    alike: Plan | None = None if step is None else plans.renewed(step[0])
     if alike is not None and step is not None:
-        plans[step[0]] = alike  # the newest again, so that steps do not drop it
         found = alike.at(asked.mask.form, asked.pse, step[1], seqlens)
     if found is None:
         alike = None

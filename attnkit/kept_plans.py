@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
+from threading import Lock
 from typing import Any
 
 from attnkit.parallel.plan import ParallelPlan
@@ -29,10 +30,10 @@ class _Tally:
 
 
 class KeptPlans(dict[Hashable, Any]):
-    """The latest plans of a module, by what its calls depend on.
+    """The latest plans of a module, by what its calls depend on; for threads that share it, too.
 
     `calls` counts all runs. What a graph of `torch.compile` runs, it plans for itself: nothing of
-    it is counted here.
+    it is counted here. A copy, or what a pickle holds, begins anew.
 
     >>> import torch
     >>> import attnkit as ak
@@ -42,38 +43,51 @@ class KeptPlans(dict[Hashable, Any]):
     (2, [2])
     """
 
-    __slots__ = ("_uses", "calls")
+    __slots__ = ("_lock", "_uses", "calls")
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
         self._uses: dict[int, _Tally] = {}  # by the identity of a plan that is kept
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[KeptPlans], tuple[()]]:
+        return KeptPlans, ()
+
+    def renewed(self, known: Hashable) -> Any:
+        """Return what is kept for a call, and make it the newest; None where nothing is."""
+        with self._lock:
+            plan = self.pop(known, None)
+            if plan is not None:
+                self[known] = plan
+            return plan
 
     def keep(self, known: Hashable, plan: Plan | ParallelPlan, like: Plan | None = None) -> None:
         """Keep a plan, counted with the one that it was made `like`; an old one leaves."""
-        uses = self._uses.get(id(plan if like is None else like)) or _Tally()
-        if known in self:
-            self._drop(known)
-        elif len(self) >= MOST_PLANS:
-            self._drop(self._least())
-        self[known] = plan
-        self._uses[id(plan)] = uses
-        uses.entries += 1
+        with self._lock:
+            uses = self._uses.get(id(plan if like is None else like)) or _Tally()
+            if known in self:
+                self._drop(known)
+            elif len(self) >= MOST_PLANS:
+                self._drop(self._least())
+            self[known] = plan
+            self._uses[id(plan)] = uses
+            uses.entries += 1
 
     def count(self, plan: Plan | ParallelPlan) -> None:
         """Count a run."""
-        self.calls += 1
-        uses = self._uses.get(id(plan))
-        if uses is not None:  # a plan of arguments without a key is not kept
-            uses.times += 1
+        with self._lock:
+            self.calls += 1
+            uses = self._uses.get(id(plan))
+            if uses is not None:  # a plan of arguments without a key is not kept
+                uses.times += 1
 
-    def ran(self) -> Iterator[Ran]:
-        """Yield the plans that are kept and ran, and how often; of those made alike the latest."""
-        latest = {id(self._uses[id(plan)]): plan for plan in self.values()}
-        for plan in latest.values():
-            times = self._uses[id(plan)].times
-            if times:
-                yield plan, times
+    def ran(self) -> list[Ran]:
+        """Return the plans that are kept and ran, and how often; of those made alike the latest."""
+        with self._lock:
+            latest = {id(self._uses[id(plan)]): plan for plan in self.values()}
+            counted = [(plan, self._uses[id(plan)].times) for plan in latest.values()]
+        return [(plan, times) for plan, times in counted if times]
 
     def _least(self) -> Hashable:
         """Return the oldest of a kind that others are kept of, or else the oldest."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 import attnkit as ak
 from attnkit import masks
 from attnkit.interop.transformers import enable
+from attnkit.kept_plans import MOST_PLANS, KeptPlans
 from tests.interop.transformers.models import pair
 
 
@@ -83,6 +87,31 @@ def test_plans_that_left_are_still_calls() -> None:
     assert found.calls == 40
     assert found.times == (1,) * 16
     assert len(layer._plans._uses) == 16
+
+
+def test_threads_that_share_a_layer_keep_and_count_its_plans() -> None:
+    kept, each, turns = KeptPlans(), 4, 1_000
+    plans: list[Any] = [object() for _ in range(3 * MOST_PLANS)]
+
+    def use(thread: int) -> None:
+        for turn in range(turns):
+            number = (turn * (2 * thread + 1)) % len(plans)
+            like = kept.renewed("any length")
+            kept.keep(number, plans[number], like)
+            kept.keep("any length", plans[-1])
+            kept.count(plans[number])
+            kept.ran()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(each) as threads:
+            list(threads.map(use, range(each)))  # raises what a thread raised
+    finally:
+        sys.setswitchinterval(before)
+    assert kept.calls == each * turns
+    assert len(kept) == MOST_PLANS
+    assert not pickle.loads(pickle.dumps(kept))
 
 
 @torch.no_grad()

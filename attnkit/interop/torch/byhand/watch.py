@@ -62,12 +62,6 @@ class Spot:
 
     def plan(self, call: Call) -> Plan:
         """Return the plan of a call, which is kept here."""
-        numbers = _numbers(call)
-        if numbers not in self._plans:
-            if len(self._plans) >= _MOST_KINDS:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[numbers] = KeptPlans()
-        plans = self._plans[numbers]
         asked = Asked(
             (None, call.mask),
             (None, call.bias),
@@ -76,12 +70,13 @@ class Spot:
             call.dropout,
             call.softcap,
         )
-        return plan_again(plans, asked, call.query, call.key, call.value, None, None)
+        tensors = call.query, call.key, call.value
+        return plan_again(self._kept(call), asked, *tensors, None, None)
 
     def run(self, plan: Plan, call: Call) -> Tensor:
         """Make a call."""
         self.fused += 1
-        self._plans[_numbers(call)].count(plan)
+        self._kept(call).count(plan)
         return run_plan(plan, Operands(call.query, call.key, call.value, call.bias)).output
 
     def ran(self) -> Iterator[Ran]:
@@ -89,9 +84,14 @@ class Spot:
         for plans in self._plans.values():
             yield from plans.ran()
 
-
-def _numbers(call: Call) -> Hashable:
-    return call.scale, call.softcap, call.dropout
+    def _kept(self, call: Call) -> KeptPlans:
+        """Return the plans of calls with such numbers."""
+        numbers = call.scale, call.softcap, call.dropout
+        if numbers not in self._plans:
+            if len(self._plans) >= _MOST_KINDS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[numbers] = KeptPlans()
+        return self._plans[numbers]
 
 
 class Watch(TorchFunctionMode):
