@@ -228,8 +228,7 @@ class Plot {
   colours() {
     const style = getComputedStyle(this.canvas);
     const read = (name) => style.getPropertyValue(name).trim();
-    const ground = read("--masked").slice(1).match(/../g).map((part) => parseInt(part, 16));
-    return { ground, ink: read("--ink"), quiet: read("--quiet"), lines: read("--lines"), chosen: read("--chosen"), font: style.fontFamily };
+    return { ground: parted(read("--masked")), ink: read("--ink"), quiet: read("--quiet"), lines: read("--lines"), chosen: read("--chosen"), font: style.fontFamily };
   }
 
   draw() {

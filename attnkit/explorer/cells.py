@@ -13,7 +13,7 @@ from typing import NamedTuple
 from attnkit.geometry import Region
 from attnkit.ranges import Ranges
 
-__all__ = ["CellPatch", "Ends", "RegionTable", "cost"]
+__all__ = ["CellPatch", "Ends", "RegionTable", "cost", "plain"]
 
 Ends = list[int]
 """Ranges one after the other: start, stop and step of each."""
@@ -36,7 +36,7 @@ class CellPatch(NamedTuple):
 
 
 class RegionTable:
-    """RegionTable by number, those with the same cells once.
+    """Regions by number, those with the same cells once.
 
     >>> known = RegionTable()
     >>> known.number(Region.full(2, 3)), known.number(Region.full(2, 3)), known.strips
@@ -61,14 +61,19 @@ class RegionTable:
             patch.batch,
             patch.heads.start,
             patch.heads.stop,
-            _ends(patch.rows),
-            _ends(patch.keys),
+            plain(patch.rows),
+            plain(patch.keys),
             self.number(patch.region),
             int(patch.sure),
         ]
 
 
-def _ends(ranges: Ranges) -> Ends:
+def plain(ranges: Iterable[range]) -> Ends:
+    """Return ranges as data.
+
+    >>> plain([range(4), range(9, 6, -1)])
+    [0, 4, 1, 9, 6, -1]
+    """
     return [end for one in ranges for end in (one.start, one.stop, one.step)]
 
 

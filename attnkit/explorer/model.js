@@ -3,12 +3,13 @@
 // the runs of a row in their colours. A matrix is that of a batch element (or of all sequences of a
 // packed batch, down the diagonal: "all") and a head.
 
-// Distinct in hue and in lightness, on white and on black.
-const COLOURS = [
-  [43, 108, 196], [226, 116, 32], [32, 150, 100], [176, 70, 160],
-  [196, 150, 20], [100, 116, 139], [206, 60, 60], [20, 160, 172],
-];
+const COLOURS = COLOURS_OF_ALL_PICTURES.map(parted); // what writes the page puts them here
 const MAYBE = [150, 160, 180];
+
+/** "#rrggbb" as three numbers. */
+function parted(colour) {
+  return colour.slice(1).match(/../g).map((part) => parseInt(part, 16));
+}
 
 function shade(colour, share) {
   return colour.map((part) => Math.round(part + (255 - part) * share));

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from attnkit.display import COLOURS
 from attnkit.errors import CompositionTypeError, shown
 
 __all__ = ["save", "write"]
@@ -35,7 +36,7 @@ def write(data: Mapping[str, Any]) -> str:
     (False, True, False)
     """
     style = _asset("page.css")
-    script = "".join(map(_asset, _SCRIPTS))
+    script = "".join(map(_asset, _SCRIPTS)).replace("COLOURS_OF_ALL_PICTURES", json.dumps(COLOURS))
     return Template(_asset("page.html")).substitute(
         title=html.escape(str(data["title"])),
         style=style,

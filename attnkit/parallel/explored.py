@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from attnkit.explorer import Ends
+from attnkit.explorer import plain
 from attnkit.parallel.choose import label
 from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.price import ParallelPrice
 from attnkit.planner.explain import request_lines
-from attnkit.planner.explored import Sheet, command_of, dearer, refusals, time_told, unsaid
 from attnkit.planner.placed import Places
-from attnkit.ranges import Ranges, total
+from attnkit.planner.sheet import Sheet, command_of, dearer, refusals, time_told, unsaid
+from attnkit.ranges import total
 
 __all__ = ["as_page"]
 
@@ -69,20 +69,16 @@ def _ranks(plan: ParallelPlan) -> dict[str, Any]:
     return {
         "size": plan.size,
         "ways": plan.heads_ways,
-        "rows": [_ends(own) for own in plan.queries.ranks],
-        "keys": [_ends(own) for own in plan.keys.ranks],
+        "rows": [plain(own) for own in plan.queries.ranks],
+        "keys": [plain(own) for own in plan.keys.ranks],
         "heads": [[h.start, h.stop] for h in map(plan.heads, range(plan.heads_ways))],
-        "distances": [[one.start, one.stop, one.step] for one in plan.exchange.distances],
-        "wanted": [_ends(own) for own in wanted] if sum(map(len, wanted)) <= _MOST_WANTED else None,
+        "distances": [plain([one]) for one in plan.exchange.distances],
+        "wanted": [plain(own) for own in wanted] if sum(map(len, wanted)) <= _MOST_WANTED else None,
         "stages": _stages(plan),
         "names": names,
         "forward": forward,
         "backward": backward,
     }
-
-
-def _ends(ranges: Ranges) -> Ends:
-    return [end for one in ranges for end in (one.start, one.stop, one.step)]
 
 
 def _stages(plan: ParallelPlan) -> list[Any]:

@@ -16,7 +16,7 @@ from attnkit import masks
 from attnkit.errors import CompositionTypeError, Refusal
 from attnkit.explorer import save, write
 from attnkit.masks import Mask
-from attnkit.planner import explored
+from attnkit.planner import sheet
 from attnkit.planner.explored import as_page
 from attnkit.planner.folded import Folded
 from attnkit.planner.lower import in_other_order
@@ -177,16 +177,16 @@ def test_what_would_make_a_page_too_large_is_left_out(monkeypatch: pytest.Monkey
     found = planned(MASKS["gathered"], length=512)
     assert all("patches" in call for view in as_page(found)["views"] for call in view["calls"])
     first = as_page(found)
-    monkeypatch.setattr(explored, "MOST_NUMBERS", 150)
+    monkeypatch.setattr(sheet, "MOST_NUMBERS", 150)
     data = as_page(found)
     assert [call["patches"] for call in data["views"][0]["calls"]]
     assert any("patches" not in call for view in data["views"][1:] for call in view["calls"])
     assert len(json.dumps(data)) < len(json.dumps(first))
-    monkeypatch.setattr(explored, "MOST_NUMBERS", 0)
+    monkeypatch.setattr(sheet, "MOST_NUMBERS", 0)
     assert as_page(found)["left_out"] == [1, 1]
     lengths = ak.SeqLens([*range(1, 101)])
     x = torch.empty(sum(range(101)), 4, 16, device="meta")
-    monkeypatch.setattr(explored, "MOST_NUMBERS", 1_000)
+    monkeypatch.setattr(sheet, "MOST_NUMBERS", 1_000)
     data = as_page(ak.plan(x, x, x, mask=CAUSAL, layout="TND", seqlens=lengths, backend="emulated"))
     left, every = data["left_out"]
     assert every == 100

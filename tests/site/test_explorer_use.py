@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnkit import masks, parallel
 from attnkit.__main__ import main
+from attnkit.display import COLOURS
 from attnkit.parallel import ParallelPlan
 from attnkit.planner import Plan
 from tests.site.plans import CAUSAL, PIXEL, SPOT, packed, planned, shown
@@ -97,6 +98,12 @@ def test_colours_are_those_of_calls_sequences_and_stages(page: Page, tmp_path: P
     page.goto(packed().to_html(tmp_path / "packed.html").as_uri())
     first, last = (page.evaluate(PIXEL, [n, n]) for n in (3, 20))
     assert first != last
+
+
+def test_the_palette_is_that_of_all_pictures(page: Page, tmp_path: Path) -> None:
+    shown(page, planned(CAUSAL), tmp_path)
+    drawn = page.evaluate(PIXEL, [19, 0])
+    assert "#" + "".join(f"{part:02x}" for part in drawn) == COLOURS[0]
 
 
 def test_a_narrow_line_is_not_lost_in_a_coarse_picture(page: Page, tmp_path: Path) -> None:
