@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from attnkit.errors import clipped
@@ -19,7 +18,6 @@ from attnkit.planner.sheet import Sheet, command_of, dearer, refusals, time_told
 __all__ = ["as_page"]
 
 _LONGEST_VALUE = 400
-_MOST_SEARCHED = 2**16  # tokens of which cheaper requests are looked for
 
 
 def as_page(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def as_page(plan: Plan, command: Sequence[str] | None = None) -> dict[str, Any]:
         "note": "" if calls.steps and plan.steps else _without_calls(plan, calls),
         "facts": list(request_lines(request, calls.in_order)),
         "refusals": refusals((*plan.passed_over, *calls.refusals)),
-        "report": _report(plan),
+        "report": str(plan.explain()),
         "command": list(command_of(request, plan.backend) if command is None else command),
         "unsaid": unsaid(request) if command is None else [],
     }
@@ -52,14 +50,6 @@ def _headline(plan: Plan) -> str:
     if not count:
         return f"backend {plan.backend!r} makes no fused call"
     return f"backend {plan.backend!r}: {count} fused call" + "s" * (count > 1)
-
-
-def _report(plan: Plan) -> str:
-    """Return what a plan explains; of many tokens without what would be cheaper."""
-    if max(plan.request.q_len, plan.request.kv_len) > _MOST_SEARCHED:
-        plan = replace(plan)
-        vars(plan)["savings"] = ()  # a search for each, which may take minutes
-    return str(plan.explain())
 
 
 def _without_calls(plan: Plan, calls: Plan) -> str:

@@ -95,6 +95,8 @@ def test_colours_are_those_of_calls_sequences_and_stages(page: Page, tmp_path: P
                 [hit["call"], hit["sequence"]],
             )
         assert page.evaluate(PIXEL, [i, j]) == meant
+    first_call = page.evaluate("explorer.plot.matrix.colour(0, 0)")
+    assert first_call == [*bytes.fromhex(COLOURS[0].removeprefix("#"))]  # as in every picture
     page.goto(packed().to_html(tmp_path / "packed.html").as_uri())
     first, last = (page.evaluate(PIXEL, [n, n]) for n in (3, 20))
     assert first != last
