@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import attnkit
@@ -109,6 +110,7 @@ def _texts(node: ast.expr) -> Iterator[str]:
         yield node.value
 
 
+@cache
 def given() -> dict[str, set[str]]:
     """Return every code, with the files that give it."""
     found: dict[str, set[str]] = defaultdict(set)

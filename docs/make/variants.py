@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ class Variant:
         lines.append("import attnkit as ak")
         lines += [f"from attnkit import {', '.join(names)}"] if names else []
         return "\n".join([*lines, "", self.code])
+
+    @cached_property
+    def whole(self) -> Made:
+        """What the code leaves behind as it is shown: the page, its table and a picture ask."""
+        return self.made()
 
     def made(self, sizes: Mapping[str, Any] | None = None) -> Made:
         """Run the code, of other sizes where some are given: those of `small`, in tests."""
@@ -235,7 +241,7 @@ def _section(variant: Variant) -> str:
     ]
     if variant.differs:
         lines += [f"*What differs:* {variant.differs}", ""]
-    made = variant.made()
+    made = variant.whole
     for layer in made.layers:
         plan = made.plan(layer)
         share = float(made.allowed(layer).float().mean())
@@ -289,7 +295,7 @@ def comparison() -> str:
     lines = ["| mask | keys side by side | keys gathered, too | chosen |", "|---|---|---|---|"]
     for variant in VARIANTS:
         if variant.ranks and variant.kind != "Images and video":
-            made = variant.made()
+            made = variant.whole
             plan = made.plan(made.layers[0])
             cut = replace(search_for(plan.request, Search(gathers=False)), backend="emulated")
             ways = calls_of(without_mask(cut)), calls_of(without_mask(plan))
@@ -321,7 +327,7 @@ _STYLE = "svg{color:#1f2933}@media(prefers-color-scheme:dark){svg{color:#e4e7eb}
 
 def picture(variant: Variant) -> str:
     """Return the picture of a variant: a panel for each layer, two where heads differ."""
-    made = variant.made()
+    made = variant.whole
     panels: dict[str, None] = {}
     for layer in made.layers:
         for head in {0, (made.mask_of(layer).heads or 1) - 1}:
