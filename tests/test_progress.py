@@ -328,6 +328,7 @@ from attnkit.planner import proof
 import signal, time
 
 once = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the bar has been drawn
 
 def slow(seen=progress.pulse):
