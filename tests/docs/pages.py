@@ -29,8 +29,11 @@ __all__ = [
     "commands",
     "dead_links",
     "differences",
+    "name",
+    "notebooks",
+    "pages",
+    "unrun",
 ]
-__all__ += ["name", "notebooks", "pages", "unrun"]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -220,10 +223,10 @@ def _execute(block: Block, title: str, namespace: dict[str, object]) -> None:
     exec(compile("\n" * block.line + block.text, title, "exec", dont_inherit=True), namespace)
 
 
-def _printed(run: object) -> str:
+def _printed(run: Callable[[], object]) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run()  # type: ignore[operator]
+        run()
     return out.getvalue()
 
 

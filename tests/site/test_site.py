@@ -25,8 +25,6 @@ COMMENTS = (
     "http://www.w3.org/",
     "https://github.com/squidfunk/iframe-worker",
     "https://clipboardjs.com",
-)
-COMMENTS += (
     "http://tartarus.org",
     "https://bit.ly",
     "http://lunrjs.com",
@@ -130,6 +128,28 @@ def test_a_notebook_shows_its_pictures(site: Path, page: Page, width: int) -> No
     assert len(sizes) >= 3
     assert all(size and 60 <= size["width"] <= width and size["height"] >= 30 for size in sizes)
     assert not page.locator("text=_repr_html_").count()
+
+
+# Of each output: how far it scrolls, its lines, and how many lines it takes on the page.
+OUTPUTS = """[...document.querySelectorAll('.language-text pre')].map((pre) => {
+    const code = pre.querySelector('code'), style = getComputedStyle(code);
+    const high = code.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom);
+    const lines = code.textContent.replace(/\\n$/, '').split('\\n').map((line) => line.length);
+    const shown = Math.round(high / parseFloat(style.lineHeight));
+    return [pre.scrollWidth - pre.clientWidth, lines, shown];
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["start/first-plan", "notebooks/3-packed", "reference/kernel"])
+def test_long_lines_wrap_and_pictures_do_not(site: Path, page: Page, name: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto((site / f"{name}.html").as_uri())
+    found = [one for one in page.evaluate(OUTPUTS) if one[1] != [0]]
+    assert len(found) >= 3
+    for scrolls, lines, shown in found:
+        assert scrolls <= (0 if width == 1280 else 340)
+        assert shown == len(lines) if max(lines) <= 92 else shown > len(lines)
 
 
 def test_the_explorer_of_the_first_example_opens(site: Path, page: Page) -> None:
