@@ -327,8 +327,8 @@ class Plot {
     context.font = `10px ${font}`;
     context.textAlign = "center";
     for (let i = i0; i < i1; i++) {
-      this.matrix.row(i, j0, j1, (a, b, share, [red, green, blue]) => {
-        context.fillStyle = 0.3 * red + 0.59 * green + 0.11 * blue > 128 ? "#000" : "#fff";
+      this.matrix.row(i, j0, j1, (a, b, share, colour) => {
+        context.fillStyle = inkOn(colour);
         for (let j = Math.max(a, j0); j < Math.min(b, j1); j++) {
           const label = this.matrix.label(i, j), [x, y] = this.placeOf(i, j);
           if (!label) continue;

@@ -15,6 +15,12 @@ function shade(colour, share) {
   return colour.map((part) => Math.round(part + (255 - part) * share));
 }
 
+/** Black or white: what is read better on a colour. */
+function inkOn(colour) {
+  const [red, green, blue] = colour.map((part) => (part / 255) ** 2.2); // as much light as it gives
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 ? "#000" : "#fff";
+}
+
 function css(colour) {
   return `rgb(${colour.join(",")})`;
 }

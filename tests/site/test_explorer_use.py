@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,29 @@ def test_the_palette_is_that_of_all_pictures(page: Page, tmp_path: Path) -> None
     shown(page, planned(CAUSAL), tmp_path)
     drawn = page.evaluate(PIXEL, [19, 0])
     assert "#" + "".join(f"{part:02x}" for part in drawn) == COLOURS[0]
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """The ratio of WCAG 2.2, of colours of 0 to 255."""
+    lights = []
+    for colour in (one, other):
+        parts = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (p / 255 for p in colour)
+        )
+        lights.append(
+            sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+        )
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def test_numbers_are_read_on_every_colour(page: Page, tmp_path: Path) -> None:
+    shown(page, planned(CAUSAL), tmp_path)
+    every = "COLOURS.flatMap((c) => [0, 0.2, 0.3, 0.4, 0.6].map((part) => shade(c, part)))"
+    pairs = page.evaluate(f"{every}.map((colour) => [colour, inkOn(colour)])")
+    assert len(pairs) == 5 * len(COLOURS)
+    inks = {"#000": (0, 0, 0), "#fff": (255, 255, 255)}
+    assert min(contrast(colour, inks[ink]) for colour, ink in pairs) >= 4.5
 
 
 def test_a_narrow_line_is_not_lost_in_a_coarse_picture(page: Page, tmp_path: Path) -> None:
