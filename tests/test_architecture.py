@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 
 import pytest
 
+from docs.make import diagrams
 from tests.house import ROOT, caches, entered, paths, shared_names, trees
 
 PAGE = (ROOT / "docs" / "how-it-works" / "architecture.md").read_text(encoding="utf-8")
@@ -18,29 +17,11 @@ def section(title: str) -> str:
     return re.split(r"^##+ ", PAGE.partition(f"# {title}\n")[2], maxsplit=1, flags=re.M)[0]
 
 
-def layers() -> dict[str, int]:
-    rows = [row for row in section("Layers").splitlines() if row.startswith("| `")]
-    names = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in rows]
-    return {name: k for k, row in enumerate(names) for name in row}
-
-
-def imports() -> Iterator[tuple[str, str]]:
-    """Yield (folder or file, what it imports when it is imported)."""
-    for name, tree in trees():
-        room = name.split("/")[0].removesuffix(".py")
-        for node in tree.body:
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            if module == "attnkit":
-                yield from ((room, alias.name) for alias in node.names)  # type: ignore[union-attr]
-            elif module.startswith("attnkit."):
-                yield room, module.split(".")[1]
-
-
 def test_every_room_is_in_a_layer_and_imports_point_down() -> None:
-    known = layers()
+    known = {name: k for k, row in enumerate(diagrams.rooms()) for name in row}
     rooms = {name.split("/")[0].removesuffix(".py") for name, _ in trees()} - {"__init__"}
     assert rooms == set(known)
-    upward = {(a, b) for a, b in imports() if a != "__init__" and known[a] > known[b]}
+    upward = {(a, b) for a, b in diagrams.imports() if a != "__init__" and known[a] > known[b]}
     assert not upward
 
 

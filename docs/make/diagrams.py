@@ -106,7 +106,7 @@ def _parts(found: Price) -> dict[str, float]:
 
 def layers() -> str:
     """Return the layers of the package, and for each a dot under every other that it imports."""
-    rows = _layers()
+    rows = rooms()
     needs = _needs({room: k for k, row in enumerate(rows) for room in row})
     drawn = [
         _text(16, 24, "A dot: the layer of this row imports from that of the column", bold=True)
@@ -123,7 +123,7 @@ def layers() -> str:
     return svg.file(left + side * len(rows) + 16, top + side * len(rows) + 12, "".join(drawn))
 
 
-def _layers() -> list[list[str]]:
+def rooms() -> list[list[str]]:
     """Return the layers as the page's table lists them."""
     page = (DOCS / "how-it-works" / "architecture.md").read_text(encoding="utf-8")
     table = page.partition("## Layers\n")[2].partition("\n## ")[0]
@@ -131,23 +131,25 @@ def _layers() -> list[list[str]]:
     return [re.findall(r"`(\w+)`", line.split("|")[1]) for line in lines]
 
 
-def _needs(rooms: dict[str, int]) -> dict[int, set[int]]:
+def _needs(numbers: dict[str, int]) -> dict[int, set[int]]:
     """Return which layers each layer imports from."""
-    needs: dict[int, set[int]] = {row: set() for row in rooms.values()}
-    for file in sorted(CODE.rglob("*.py")):
-        room = file.relative_to(CODE).parts[0].removesuffix(".py")
-        if room != "__init__":
-            found = _imported(file.read_text(encoding="utf-8"))
-            needs[rooms[room]] |= {rooms[name] for name in found if name in rooms}
+    needs: dict[int, set[int]] = {row: set() for row in numbers.values()}
+    for room, other in imports():
+        if room != "__init__" and other in numbers:
+            needs[numbers[room]].add(numbers[other])
     return needs
 
 
-def _imported(text: str) -> Iterator[str]:
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "attnkit":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attnkit."):
-            yield (node.module or "").split(".")[1]
+def imports() -> Iterator[tuple[str, str]]:
+    """Yield a folder or file of the package, and what it imports when it is imported."""
+    for file in sorted(CODE.rglob("*.py")):
+        room = file.relative_to(CODE).parts[0].removesuffix(".py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if module == "attnkit":
+                yield from ((room, alias.name) for alias in node.names)  # type: ignore[union-attr]
+            elif module.startswith("attnkit."):
+                yield room, module.split(".")[1]
 
 
 def _cells(region: Region, length: int) -> list[list[float]]:
