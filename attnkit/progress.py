@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from contextvars import ContextVar
 from time import monotonic
 from types import TracebackType
@@ -23,6 +24,7 @@ __all__ = ["Bar", "progress", "pulse"]
 _AFTER = 2.0  # seconds until something is drawn
 _EVERY = 0.1  # seconds from one drawing to the next
 _WIDTH = 78
+_GONE = (OSError, ValueError)  # what writing raises once a terminal is hung up, or its file closed
 
 _OPEN: ContextVar[_AtTerminal | None] = ContextVar("the bar that is open", default=None)
 
@@ -123,17 +125,20 @@ class _AtTerminal(Bar):
         super().line(text)
 
     def look(self) -> None:
-        """Draw, if it is time."""
+        """Draw, if it is time; not in a thread that was handed the context of the main one."""
         now = monotonic()
-        if now >= self._next:
+        if now >= self._next and threading.current_thread() is threading.main_thread():
             self._next = now + _EVERY
             if self._drawing is None:
                 self._drawing = _drawing(self._stream)  # kept first, so that it is cleared
-            self._drawing.draw(self._what, self._done, self._total, self._name, now - self._began)
+            told = self._what, self._done, self._total, self._name, now - self._began
+            with suppress(*_GONE):
+                self._drawing.draw(*told)
 
     def _clear(self) -> None:
         if self._drawing is not None:
-            self._drawing.clear()
+            with suppress(*_GONE):
+                self._drawing.clear()
             self._drawing = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import io
 import os
 import pty
@@ -175,6 +176,31 @@ def test_threads_and_compilers_get_none(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     found.append(open_bar("x", stream=Terminal()))
     assert [type(one) for one in found] == [Bar, Bar]
+
+
+def test_a_thread_that_has_the_context_does_not_draw(plain: None, clock: Clock) -> None:
+    err = Terminal()
+    with open_bar("outer", 2, err):
+        clock(5)
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: context.run(pulse))
+        thread.start()
+        thread.join()
+        assert err.getvalue() == ""
+        pulse()
+        assert "outer" in err.getvalue()
+
+
+@pytest.mark.parametrize("gone", [OSError(5, "Input/output error"), ValueError("closed file")])
+def test_work_goes_on_where_the_terminal_is_gone(gone: Exception, clock: Clock) -> None:
+    class Gone(Terminal):
+        def write(self, text: str) -> int:
+            raise gone
+
+    with open_bar("work", 2, Gone()) as bar:
+        for _ in range(2):
+            clock(5)
+            bar.step()
 
 
 def test_of_processes_at_one_terminal_the_first_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
