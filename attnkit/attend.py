@@ -35,7 +35,7 @@ from attnkit.parallel.shards import Shards
 from attnkit.planner import Composition, Plan, Request, read_request
 from attnkit.planner.repeats import strict
 from attnkit.planner.request import is_transformed
-from attnkit.planner.scoring import SCORE_IN_GRAPH, ScoreFunction, trains
+from attnkit.planner.scoring import SCORE_IN_GRAPH, SCORE_IN_PROGRAM, ScoreFunction, trains
 from attnkit.pse import Pse
 
 __all__ = [
@@ -53,13 +53,12 @@ __all__ = [
 
 is_exporting = torch.compiler.is_exporting
 
+_WHOLE = Full()
+
 
 def is_tracing() -> bool:
     """Tell whether a graph is recorded, by `torch.compile` or by `torch.export`."""
     return torch.compiler.is_dynamo_compiling() or is_exporting()
-
-
-_WHOLE = Full()
 
 
 class Asked(NamedTuple):
@@ -309,23 +308,9 @@ def _in_graph(
     if shards is not None:
         parts = (*parts[:-1], ("x", shards))
     some = [(role, one) for role, one in parts if one is not None] or [("m", _WHOLE)]
-    roles = "".join([role for role, _ in some])
-    leaves = is_exporting()
-    texts = [written(role, one) for role, one in some] if leaves else None
-    # An empty list does not survive AOTInductor, which hands on None in its place.
-    none = [torch.zeros(1, dtype=torch.int64, device="cpu")]
-    values = none if leaves else [one._handle for _, one in some]
     tensors = [query, key, value, *([] if sink is None else [sink]), *carried, *asked.given]
     records = torch.is_grad_enabled()
-    if asked.score_fn is not None:  # a constant, by identity: how it computes is code
-        if leaves:
-            raise CompositionError(
-                "score_fn is a function, which no exported program holds; write what it says as a "
-                "bias (attnkit.pse), or compile the layer instead (torch.compile)"
-            )
-        number = _function(asked.score_fn, records, query.device)
-        values = [torch.full((1,), number, dtype=torch.int64, device="cpu"), *values]
-        roles = "f" + roles
+    roles, values, texts = _handed(asked.score_fn, some, records, query.device)
     text = _words(
         roles,
         asked.layout,
@@ -343,6 +328,24 @@ def _in_graph(
     drops = bool(asked.training and asked.dropout)
     found = run_terms(text, tensors, values, drops, return_stats)
     return found if shards is None else without_maximum(found)
+
+
+def _handed(
+    score_fn: ScoreFunction | None, some: list[tuple[str, Any]], records: bool, device: torch.device
+) -> tuple[str, list[Tensor], list[str] | None]:
+    """Return roles and handles of what is asked for; of a graph that leaves the process texts."""
+    roles = "".join([role for role, _ in some])
+    if is_exporting():
+        if score_fn is not None:
+            raise CompositionError(SCORE_IN_PROGRAM)
+        # An empty list does not survive AOTInductor, which hands on None in its place.
+        none = [torch.zeros(1, dtype=torch.int64, device="cpu")]
+        return roles, none, [written(role, one) for role, one in some]
+    values = [one._handle for _, one in some]
+    if score_fn is None:
+        return roles, values, None
+    number = _function(score_fn, records, device)  # a constant, by identity: it is code
+    return "f" + roles, [torch.full((1,), number, dtype=torch.int64, device="cpu"), *values], None
 
 
 def _function(score_fn: ScoreFunction, records: bool, device: torch.device) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from attnkit.config.problems import NOTHING, Path
+from attnkit.config.problems import NOTHING, Path, unread
 from attnkit.config.text import MOST_DEPTH, MOST_NODES
 from attnkit.errors import clipped
 
-__all__ = ["plain"]
+__all__ = ["plain", "read_plain"]
 
 _WIDTH = 200
 
@@ -29,6 +29,18 @@ def plain(value: object) -> tuple[Any, dict[Path, str]]:
     """
     containers = _Containers()
     return containers.read(value, ()), containers.told
+
+
+def read_plain(value: object) -> Any:
+    """Return what `plain` does; raise what pydantic collects where a part cannot be read.
+
+    >>> read_plain([1, (2, 3)])
+    [1, (2, 3)]
+    """
+    read, told = plain(value)
+    if told:
+        raise unread(told)
+    return read
 
 
 class _Containers:

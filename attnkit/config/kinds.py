@@ -29,8 +29,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from attnkit.backends import BACKENDS
-from attnkit.config.foreign import plain
-from attnkit.config.problems import problem, problems_at, unread
+from attnkit.config.foreign import read_plain
+from attnkit.config.problems import problem, problems_at
 from attnkit.config.text import check_size, parts_of_data
 from attnkit.errors import CompositionError, ConfigError
 from attnkit.layouts import LAYOUTS
@@ -72,16 +72,10 @@ class Record:
         """Return the object that a mapping writes, or the object itself."""
         if isinstance(value, self.owner):
             return value
-        value = self._plain(value)
+        value = read_plain(value)
         if not isinstance(value, Mapping):
             raise problem(f"must be a mapping with the keys {', '.join(self.keys())}")
         return _construct(self.owner, value)
-
-    def _plain(self, value: object) -> object:
-        read, told = plain(value)
-        if told:
-            raise unread(told)
-        return read
 
     def write(self, value: object) -> dict[str, Any]:
         """Return the shortest mapping that reads back as `value`."""
@@ -134,7 +128,7 @@ class Family(Record):
                 known = value in self.classes()
                 hint = f"; for the kind alone write {{kind: {value}}}" if known else ""
                 raise problem(f"{error}{hint}") from None
-        value = self._plain(value)
+        value = read_plain(value)
         if isinstance(value, Mapping):
             too_large = None if self.inside else check_size(value)
             if too_large is not None:

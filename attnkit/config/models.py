@@ -24,7 +24,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticSerializationError
 
 from attnkit.attention import Attention
-from attnkit.config.foreign import plain
+from attnkit.config.foreign import plain, read_plain
 from attnkit.config.kinds import BACKEND, BIAS, LAYOUT, MASK, Record, first_line
 from attnkit.config.problems import config_error, problem, problems_at, unread
 from attnkit.config.text import (
@@ -205,9 +205,7 @@ class _Config(BaseModel):
         data = read_yaml(data) if isinstance(data, str) else data
         if isinstance(data, cls):
             return data
-        data, unreadable = plain(data)
-        if unreadable:
-            raise unread(unreadable)
+        data = read_plain(data)
         too_large = check_size(data)
         if too_large is not None:
             raise problem(too_large)

@@ -16,7 +16,7 @@ from attnkit.arguments import check_choice, check_int
 from attnkit.backends import make_plan
 from attnkit.backends.graph import stand_in
 from attnkit.display import Text
-from attnkit.errors import CompositionError, Refusal, shown
+from attnkit.errors import CompositionError, Refusal
 from attnkit.explorer import save
 from attnkit.geometry import Region
 from attnkit.parallel.choices import DROPOUTS, Choices
@@ -25,7 +25,7 @@ from attnkit.parallel.local import local_bias, local_request
 from attnkit.parallel.pieces import pieces
 from attnkit.parallel.plane import planes, seeing, seen_by, worth_leaving_out
 from attnkit.parallel.price import ParallelPrice
-from attnkit.parallel.sharding import Sharding
+from attnkit.parallel.sharding import Sharding, check_fits
 from attnkit.parallel.stages import Message, RankStage, Stages
 from attnkit.parallel.transfers import Received, Transfers, received_by, transfers_of
 from attnkit.planner import Plan, Request
@@ -147,7 +147,7 @@ class ParallelPlan:
         dropout: str = "global",
     ) -> ParallelPlan:
         """Return a plan that gathers all keys; nothing has been chosen and no share planned."""
-        _check_fits(request, queries, keys)
+        check_fits(request, queries, keys)
         check_choice("dropout", dropout, DROPOUTS)
         exchange = Stages("gather", keys, ((),) * keys.size)
         bias = _without_memory(bias)
@@ -395,26 +395,3 @@ def _without_memory(bias: Pse | None) -> Pse | None:
     here = torch.device("cpu")  # a plan is read on other machines, too
     facts = ((t.shape, t.dtype, here, t.requires_grad) for t in bias.tensors)
     return rebound(bias, [stand_in(*known) for known in facts])
-
-
-def _check_fits(request: Request, queries: Sharding, keys: Sharding) -> None:
-    if request.share is not None:
-        raise CompositionError("a share of an attention is not sharded again; plan the whole")
-    if request.mask.comes_with_call:
-        raise CompositionError(
-            f"{shown(request.mask)} comes with each call, and which keys a rank needs is planned "
-            "before; run it on the ranks of a batch instead"
-        )
-    if queries.size != keys.size:
-        raise CompositionError(
-            f"the queries are sharded over {queries.size} ranks, the keys over {keys.size}; both "
-            "are over the same ranks"
-        )
-    for name, sharding, length in (
-        ("queries", queries, request.q_len),
-        ("keys", keys, request.kv_len),
-    ):
-        if sharding.length != length:
-            raise CompositionError(
-                f"the sharding of the {name} is of {sharding.length} positions; there are {length}"
-            )

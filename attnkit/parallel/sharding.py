@@ -15,10 +15,10 @@ from torch import Tensor
 from attnkit.arguments import check_int
 from attnkit.display import Text
 from attnkit.errors import CompositionError, CompositionTypeError, shown
-from attnkit.planner.request import state_of
+from attnkit.planner.request import Request, state_of
 from attnkit.ranges import Ranges, are_distinct, in_order, total
 
-__all__ = ["MOST_RANKS", "Sharding", "between", "even_sizes", "owned"]
+__all__ = ["MOST_RANKS", "Sharding", "between", "check_fits", "even_sizes", "owned"]
 
 MOST_RANKS = 1 << 16
 """Ranks of a sharding, at most: nobody means more."""
@@ -374,3 +374,27 @@ def between(counts: Sequence[int]) -> str:
     """
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def check_fits(request: Request, queries: Sharding, keys: Sharding) -> None:
+    """Raise `CompositionError` unless such shardings divide a request among ranks."""
+    if request.share is not None:
+        raise CompositionError("a share of an attention is not sharded again; plan the whole")
+    if request.mask.comes_with_call:
+        raise CompositionError(
+            f"{shown(request.mask)} comes with each call, and which keys a rank needs is planned "
+            "before; run it on the ranks of a batch instead"
+        )
+    if queries.size != keys.size:
+        raise CompositionError(
+            f"the queries are sharded over {queries.size} ranks, the keys over {keys.size}; both "
+            "are over the same ranks"
+        )
+    for name, sharding, length in (
+        ("queries", queries, request.q_len),
+        ("keys", keys, request.kv_len),
+    ):
+        if sharding.length != length:
+            raise CompositionError(
+                f"the sharding of the {name} is of {sharding.length} positions; there are {length}"
+            )

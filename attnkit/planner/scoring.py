@@ -26,6 +26,7 @@ from attnkit.ranges import Excerpt
 
 __all__ = [
     "SCORE_IN_GRAPH",
+    "SCORE_IN_PROGRAM",
     "SCORE_WITH_CACHE",
     "ScoreFunction",
     "check_score_fn",
@@ -40,6 +41,11 @@ ScoreFunction: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Te
 SCORE_IN_GRAPH = (
     "score_fn reads a tensor that asks for a gradient, and inside of torch.compile none reaches "
     "it: give what trains as a bias (pse=), or call the layer outside of the compiled function"
+)
+
+SCORE_IN_PROGRAM = (
+    "score_fn is a function, which no exported program holds; write what it says as a "
+    "bias (attnkit.pse), or compile the layer instead (torch.compile)"
 )
 
 SCORE_WITH_CACHE = (
