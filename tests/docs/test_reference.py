@@ -6,8 +6,9 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import griffe
 import pytest
@@ -95,8 +96,19 @@ def test_links_lead_to_pages_of_the_site() -> None:
     assert moved("[no](nowhere.md)") == "[no](nowhere.md)"  # and strict mode tells
     assert moved("[a](docs/guides/decoding.md)", "README.md") == "[a](guides/decoding.md)"
     assert moved("![a](growth.png)", "benchmarks/results/planner.md") == "![a](growth.png)"
+    notebook = hooks._repository_path(SimpleNamespace(src_uri="notebooks/2-biases.md"))
+    assert moved("[a](1-masks.ipynb) [b](../faq.md)", notebook) == "[a](1-masks.md) [b](../faq.md)"
     source = "project/source/examples/train_lm.py.md"
     assert moved("[a](train_lm.py)", "examples/README.md") == f"[a](../{source[8:]})"
+
+
+def test_the_site_is_built_strictly() -> None:
+    """`--quiet` drops warnings before strict mode counts them."""
+    for build in ("Makefile", "tests/site/conftest.py"):
+        text = (ROOT / build).read_text(encoding="utf-8")
+        assert re.search(r"mkdocs\W+build", text)
+        assert not re.search(r"mkdocs\W+build\W+--quiet", text)
+    assert "strict: true" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_notebooks_become_pages() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -38,6 +40,7 @@ class Asked(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.fetched: list[str] = []
+        self.links: list[str] = []
         self.ids: set[str] = set()
         self.classes: set[str] = set()
         self.feed(text)
@@ -46,6 +49,7 @@ class Asked(HTMLParser):
         given = {name: value or "" for name, value in attrs}
         self.ids.add(given.get("id", ""))
         self.classes.update(given.get("class", "").split())
+        self.links += [given["href"]] if tag == "a" and "href" in given else []
         if tag not in ("a", "meta"):
             names = ("src", "srcset", "href", "xlink:href", "data", "poster", "style")
             self.fetched += [given[name] for name in names if name in given]
@@ -72,6 +76,24 @@ def test_styles_and_scripts_fetch_nothing_from_a_network(site: Path) -> None:
         if "search/search_index" not in file.as_posix():  # the words of all pages, links among them
             urls = re.findall(r"(?:https?|wss?)://[^\s\"'`)]*", file.read_text(encoding="utf-8"))
             assert not [u for u in urls if not u.startswith((*DORMANT, *COMMENTS))], file
+
+
+def test_links_lead_to_files_and_anchors_of_the_site(site: Path, html: dict[str, Asked]) -> None:
+    dead = []
+    for name, page in html.items():
+        for link in page.links if name != "404.html" else ():
+            path, _, anchor = link.partition("#")
+            target = os.path.normpath(Path(name).parent / unquote(path)) if path else name
+            there = ":" in path or (site / target).is_file()
+            if not there or (anchor and target in html and unquote(anchor) not in html[target].ids):
+                dead.append(f"{name}: {link}")
+    assert not dead
+
+
+def test_no_link_to_the_reference_stays_text(site: Path) -> None:
+    unresolved = re.compile(r"</code>\]\[(?:attnkit[.\w]*)?\]")
+    texts = {file: file.read_text(encoding="utf-8") for file in site.rglob("*.html")}
+    assert not [file for file, text in texts.items() if unresolved.search(text)]
 
 
 def test_every_entry_of_the_reference_has_its_anchor(html: dict[str, Asked]) -> None:
