@@ -205,6 +205,10 @@ rank plans; they are no times of a device. [Reading a report](start/explain.md) 
 
 Tests run every block, compare what it allows, cell by cell, and every weight with a plain function
 written from the paper, and the fused calls with the definition, gradients too.
+
+To train one, give its mask and bias to `ak.MultiHeadAttention(dim, heads, mask=..., pse=...)`,
+the layer of a transformer: [first layer](start/first-layer.md),
+[training](notebooks/4-training.ipynb).
 """
 
 _COMPARED = """\

@@ -28,6 +28,18 @@ def test_every_row_of_a_table_is_one_of_its_source() -> None:
             assert any(all(told.count(c) <= one.count(c) for c in told) for one in known), row
 
 
+def test_what_pages_say_of_the_compiled_kernel_is_in_the_table() -> None:
+    page, backends = (
+        (DOCS / "guides" / name).read_text(encoding="utf-8")
+        for name in ("performance.md", "backends.md")
+    )
+    source = (ROOT / "benchmarks" / "results" / "kernel_in_cpp.md").read_text(encoding="utf-8")
+    rows = source.partition("| mask | dtype | tiled | compiled |")[2].partition("\n\n")[0]
+    told = [float(one) for row in rows.splitlines()[2:] for one in cells(row)[-1].split(" / ")]
+    for text in (page, backends):
+        assert f"{min(told):.1f} to {max(told):.1f} times as fast as `tiled`" in text
+
+
 def test_what_the_text_says_of_sixteen_bits_is_in_the_table() -> None:
     page = " ".join((DOCS / "guides" / "performance.md").read_text(encoding="utf-8").split())
     source = (ROOT / "benchmarks" / "results" / "sixteen_bits.md").read_text(encoding="utf-8")
