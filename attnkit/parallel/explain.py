@@ -15,7 +15,7 @@ from attnkit.parallel.proof import disprove, ranks_in_full
 from attnkit.parallel.sharding import between
 from attnkit.parallel.stages import RankStage
 from attnkit.planner.explain import bytes_told, entry, listed, request_lines
-from attnkit.planner.price import chip
+from attnkit.planner.price import chip, dearer
 from attnkit.ranges import total
 
 __all__ = ["as_data", "explain"]
@@ -228,11 +228,6 @@ def _proof(plan: ParallelPlan) -> str:
 
 def _others(plan: ParallelPlan) -> str:
     best = plan.price.total if plan.price is not None else 0.0
-    told = [f"{o.label} ({_dearer(o.price.total, best)})" for o in plan.alternatives[:_MOST_OTHERS]]
+    told = [f"{o.label} ({dearer(o.price.total, best)})" for o in plan.alternatives[:_MOST_OTHERS]]
     more = len(plan.alternatives) - _MOST_OTHERS
     return ", ".join(told) + (f", and {more} more" if more > 0 else "")
-
-
-def _dearer(price: float, best: float) -> str:
-    more = price / best - 1 if best else 0.0
-    return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"

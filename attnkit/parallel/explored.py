@@ -17,7 +17,8 @@ from attnkit.parallel.plan import ParallelPlan
 from attnkit.parallel.price import ParallelPrice
 from attnkit.planner.explain import request_lines
 from attnkit.planner.placed import Places
-from attnkit.planner.sheet import Sheet, command_of, dearer, refusals, time_told, unsaid
+from attnkit.planner.price import dearer
+from attnkit.planner.sheet import Sheet, command_of, refusals, time_told, unsaid
 from attnkit.ranges import total
 
 __all__ = ["as_page"]
@@ -58,7 +59,7 @@ def _view(name: str, price: ParallelPrice | None, best: ParallelPrice | None) ->
             ["of rank", f"{price.rank}, the slowest looked at"],
         ]
         if best is not None and best is not price:
-            told += dearer(price.total, best.total)
+            told += f" ({dearer(price.total, best.total)})"
     return {"label": name, "title": name, "price": told, "items": items, "calls": []}
 
 

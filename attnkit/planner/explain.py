@@ -23,7 +23,7 @@ from attnkit.planner.lower import MOST_MASK_CELLS, lower
 from attnkit.planner.orders import how_moved
 from attnkit.planner.parted import Parted
 from attnkit.planner.plan import Plan, disprove_plan
-from attnkit.planner.price import Price
+from attnkit.planner.price import Price, dearer
 from attnkit.planner.request import Request, Share
 from attnkit.planner.routes import Route
 from attnkit.planner.sequences import Block
@@ -240,7 +240,7 @@ def _solution_lines(plan: Plan) -> list[str]:
     lines += entry("empty rows", _rows(best))
     lines += entry("proof", proven(plan))
     if others:
-        told = ", ".join(f"{o.label}{_merged(o)} ({_dearer(o, best)})" for o in others[:6])
+        told = ", ".join(f"{o.label}{_merged(o)} ({_than(best, o)})" for o in others[:6])
         more = f", and {len(others) - 6} more" if len(others) > 6 else ""
         lines += entry("also right", told + more)
     return lines
@@ -387,9 +387,8 @@ def _merged(other: Solution) -> str:
     return ", merged"
 
 
-def _dearer(other: Solution, best: Solution) -> str:
-    more = other.price.nanoseconds / best.price.nanoseconds - 1
-    return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"
+def _than(best: Solution, other: Solution) -> str:
+    return dearer(other.price.nanoseconds, best.price.nanoseconds)
 
 
 def said(value: object) -> str:

@@ -12,8 +12,8 @@ from attnkit.planner.explain import bytes_told, request_lines
 from attnkit.planner.lower import lower
 from attnkit.planner.placed import Places
 from attnkit.planner.plan import Plan
-from attnkit.planner.price import Price
-from attnkit.planner.sheet import Sheet, command_of, dearer, refusals, time_told, unsaid
+from attnkit.planner.price import Price, dearer
+from attnkit.planner.sheet import Sheet, command_of, refusals, time_told, unsaid
 
 __all__ = ["as_page"]
 
@@ -72,7 +72,7 @@ def _view(
     """Return a tab, whose calls have no cells yet, and its calls."""
     told = "" if price is None else time_told(price.nanoseconds)
     if price is not None and rival is not None:
-        told += dearer(price.nanoseconds, rival.nanoseconds)
+        told += f" ({dearer(price.nanoseconds, rival.nanoseconds)})"
     view = {
         "label": label,
         "title": title,

@@ -18,6 +18,7 @@ __all__ = [
     "Chip",
     "Price",
     "chip",
+    "dearer",
     "heads_of",
     "least_with_full_mask",
     "price_call",
@@ -92,6 +93,16 @@ class Price:
     def to_dict(self) -> dict[str, float]:
         """Return the items by name."""
         return asdict(self)
+
+
+def dearer(price: float, best: float) -> str:
+    """Say how much more something costs than what was chosen.
+
+    >>> dearer(110, 100), dearer(100, 100)
+    ('+10 %', 'same price')
+    """
+    more = price / best - 1 if best else 0.0
+    return "same price" if more < 0.0005 else f"{100 * more:+.3g} %"
 
 
 def heads_of(call: KernelCall) -> Sequence[int | None]:

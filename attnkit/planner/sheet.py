@@ -16,7 +16,6 @@ __all__ = [
     "MOST_NUMBERS",
     "Sheet",
     "command_of",
-    "dearer",
     "refusals",
     "time_told",
     "unsaid",
@@ -164,16 +163,6 @@ def time_told(nanoseconds: float) -> str:
             f"{nanoseconds / 1e6:,.3g} ms" if nanoseconds < 1e9 else f"{nanoseconds / 1e6:,.0f} ms"
         )
     return f"{nanoseconds / 1e3:,.3g} us"
-
-
-def dearer(price: float, best: float) -> str:
-    """Say how much more something costs than what was chosen.
-
-    >>> dearer(110, 100), dearer(100, 100)
-    (' (+10 %)', ' (same price)')
-    """
-    more = price / best - 1 if best else 0.0
-    return " (same price)" if more < 0.0005 else f" ({100 * more:+.3g} %)"
 
 
 def unsaid(request: Request) -> list[str]:
